@@ -1,0 +1,62 @@
+"""Every failure a user can cause or meet, each with its documented exit code.
+
+    AnequantError
+    ├── UsageError         2    a wrong option, recipe or output path
+    ├── InputError         3    the model's files are missing, damaged or contradict each other
+    ├── UnsupportedError   4    a sound input that this version cannot handle
+    ├── ResourceError      5    not enough disk or memory
+    └── VerificationError  6    what was written is not what was meant
+
+Success is 0; an interrupt is 130. Every message has three parts: what went wrong (naming the thing),
+where (file, tensor), and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AnequantError(Exception):
+    """Base of all errors that are reported without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return "; ".join(part for part in (self.what, self.where, self.remedy) if part)
+
+
+class UsageError(AnequantError):
+    exit_code = 2
+
+
+class InputError(AnequantError):
+    exit_code = 3
+
+
+class UnsupportedError(AnequantError):
+    exit_code = 4
+
+
+class ResourceError(AnequantError):
+    exit_code = 5
+
+
+class VerificationError(AnequantError):
+    exit_code = 6
+
+
+INTERRUPTED = 130
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A suggestion for a misspelt word, or the list of what is known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
