@@ -1,0 +1,31 @@
+"""The architectures that anequant knows, one table per model_type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anequant.architectures.llama import LLAMA
+from anequant.architectures.mistral import MISTRAL
+from anequant.architectures.qwen2 import QWEN2
+from anequant.architectures.qwen3 import QWEN3
+from anequant.architectures.spec import ModelSpec, build_spec
+from anequant.errors import UnsupportedError
+
+ARCHITECTURES = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+
+
+def read_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
+    """The ModelSpec of a parsed config.json; `where` names the file in errors.
+
+    Raises UnsupportedError for an unknown model_type (listing the known ones), and what `build_spec`
+    raises.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"unknown architecture: model_type {model_type!r}",
+            where=where,
+            remedy=f"known: {', '.join(ARCHITECTURES)}",
+        )
+    return build_spec(ARCHITECTURES[model_type], config, where)

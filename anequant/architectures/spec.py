@@ -1,0 +1,214 @@
+"""What an architecture is: a table that says in which space each axis of each weight lives.
+
+Folding, rotation, the checkpoint's layout and the lowering all read this table. The spaces:
+
+    residual    the stream that embeddings, o and down write and q, k, v, gate, up and the head read
+    value       one head of v's output, seen again by every query head of its group in o's input
+    query_key   one head of q or k; RoPE acts here, so no offline rotation may
+    ffn         gate's and up's output, down's input; the SwiGLU product acts here
+    vocab       tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from anequant.errors import InputError, UnsupportedError
+
+EMBEDDING = "model.embed_tokens"
+FINAL_NORM = "model.norm"
+HEAD = "lm_head"
+
+
+class Space(str, Enum):
+    RESIDUAL = "residual"
+    VALUE = "value"
+    QUERY_KEY = "query_key"
+    FFN = "ffn"
+    VOCAB = "vocab"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a weight: its space, and the ModelSpec attribute that holds its width."""
+
+    space: Space
+    width: str
+
+
+RESIDUAL = Axis(Space.RESIDUAL, "hidden_size")
+QUERY = Axis(Space.QUERY_KEY, "query_size")
+KEY = Axis(Space.QUERY_KEY, "key_value_size")
+VALUE = Axis(Space.VALUE, "key_value_size")
+ATTENDED = Axis(Space.VALUE, "query_size")
+FFN = Axis(Space.FFN, "intermediate_size")
+VOCAB = Axis(Space.VOCAB, "vocab_size")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear: y = W x + b with W [output, input].
+
+    `norm` names the RMSNorm whose gain scales the input; `bias` is True, False, or the config key
+    that decides.
+    """
+
+    name: str
+    output: Axis
+    input: Axis
+    norm: str | None = None
+    bias: bool | str = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model_type of transformers.
+
+    `head_norms` are the per-head RMSNorms on q and k (never folded: RoPE follows them);
+    `package_prefix` and `head_split` are ANEMLL's file prefix and number of head parts.
+    """
+
+    model_type: str
+    linears: tuple[Linear, ...]
+    head_norms: tuple[str, ...]
+    package_prefix: str
+    head_split: int
+
+
+def decoder_layer(
+    *, query_key_value_bias: bool | str, output_bias: bool | str, mlp_bias: bool | str
+) -> tuple[Linear, ...]:
+    """The seven projections of a pre-norm decoder layer with grouped-query attention and SwiGLU."""
+    attention_norm, mlp_norm = "input_layernorm", "post_attention_layernorm"
+    return (
+        Linear("self_attn.q_proj", QUERY, RESIDUAL, attention_norm, query_key_value_bias),
+        Linear("self_attn.k_proj", KEY, RESIDUAL, attention_norm, query_key_value_bias),
+        Linear("self_attn.v_proj", VALUE, RESIDUAL, attention_norm, query_key_value_bias),
+        Linear("self_attn.o_proj", RESIDUAL, ATTENDED, None, output_bias),
+        Linear("mlp.gate_proj", FFN, RESIDUAL, mlp_norm, mlp_bias),
+        Linear("mlp.up_proj", FFN, RESIDUAL, mlp_norm, mlp_bias),
+        Linear("mlp.down_proj", RESIDUAL, FFN, None, mlp_bias),
+    )
+
+
+HEAD_LINEAR = Linear(HEAD, VOCAB, RESIDUAL, FINAL_NORM)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """An architecture with the numbers of one checkpoint's config.json."""
+
+    architecture: Architecture
+    config: Mapping[str, Any]
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    tied: bool
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The folded RMSNorms of one layer, in order of use."""
+        return tuple(dict.fromkeys(linear.norm for linear in self.architecture.linears if linear.norm))
+
+    def width(self, axis: Axis) -> int:
+        width: int = getattr(self, axis.width)
+        return width
+
+    def shape(self, linear: Linear) -> tuple[int, int]:
+        return self.width(linear.output), self.width(linear.input)
+
+    def has_bias(self, linear: Linear) -> bool:
+        return bool(self.config.get(linear.bias, False)) if isinstance(linear.bias, str) else linear.bias
+
+    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one float layer's tensors, by name relative to the layer."""
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (self.hidden_size,) for name in self.norms}
+        for linear in self.architecture.linears:
+            shapes[f"{linear.name}.weight"] = self.shape(linear)
+            if self.has_bias(linear):
+                shapes[f"{linear.name}.bias"] = (self.width(linear.output),)
+        for name in self.architecture.head_norms:
+            shapes[f"{name}.weight"] = (self.head_dim,)
+        return shapes
+
+    def outer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors outside the layers; a tied head has none of its own."""
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{EMBEDDING}.weight": (self.vocab_size, self.hidden_size),
+            f"{FINAL_NORM}.weight": (self.hidden_size,),
+        }
+        if not self.tied:
+            shapes[f"{HEAD}.weight"] = (self.vocab_size, self.hidden_size)
+        return shapes
+
+
+def layer_prefix(layer: int) -> str:
+    """The name of a layer's tensors up to and including the dot."""
+    return f"model.layers.{layer}."
+
+
+def build_spec(architecture: Architecture, config: Mapping[str, Any], where: str) -> ModelSpec:
+    """Check config.json against the table.
+
+    Raises InputError for a missing or impossible number, UnsupportedError for a setting that the
+    lowering does not reproduce.
+    """
+
+    def number(key: str, default: int | None = None) -> int:
+        value = config.get(key)
+        value = default if value is None else value
+        if type(value) is not int or not 0 < value < 2**31:
+            raise InputError(f"config key '{key}' is {value!r}, not a positive whole number", where=where)
+        return value
+
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise UnsupportedError(
+            f"config key 'hidden_act' is {activation!r}, only 'silu' is known", where=where
+        )
+    hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
+    key_value_heads = number("num_key_value_heads", num_heads)
+    if num_heads % key_value_heads:
+        raise InputError(
+            f"num_key_value_heads {key_value_heads} does not divide num_attention_heads {num_heads}",
+            where=where,
+        )
+    if config.get("head_dim") is None and hidden_size % num_heads:
+        raise InputError(
+            f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}", where=where
+        )
+    head_dim = number("head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise InputError(f"head_dim {head_dim} is odd, RoPE needs pairs", where=where)
+    eps = config.get("rms_norm_eps", 1e-6)
+    if not isinstance(eps, float) or not 0 <= eps < 1:
+        raise InputError(f"config key 'rms_norm_eps' is {eps!r}, not a small positive number", where=where)
+    return ModelSpec(
+        architecture=architecture,
+        config=config,
+        hidden_size=hidden_size,
+        intermediate_size=number("intermediate_size"),
+        num_layers=number("num_hidden_layers"),
+        num_heads=num_heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        vocab_size=number("vocab_size"),
+        rms_norm_eps=eps,
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )

@@ -1,0 +1,61 @@
+"""The check that folding and rotation did not change the model, made on every run before it is trusted.
+
+Two hidden states walk through the layers side by side: one through the checkpoint's own tensors, one
+through the folded and rotated ones. Only the logits are compared, since the streams differ by R1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from anequant.architectures.spec import EMBEDDING
+from anequant.calibration.forward import ReferenceModel
+from anequant.checkpoints.reader import Checkpoint
+from anequant.errors import VerificationError
+from anequant.rotation.fold import rotate_embedding
+from anequant.rotation.plan import RotationPlan
+
+PROBE_LENGTH = 32
+PROBE_SEED = 20
+TOLERANCE = 1e-5
+
+
+class EquivalenceProbe:
+    """Runs one window of random tokens in float64; feed it every layer in order, then the head's rows."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: RotationPlan) -> None:
+        generator = torch.Generator().manual_seed(PROBE_SEED)
+        tokens = torch.randint(checkpoint.spec.vocab_size, (1, PROBE_LENGTH), generator=generator)
+        table = checkpoint.read(f"{EMBEDDING}.weight")
+        self._model = ReferenceModel(checkpoint.spec, torch.float64)
+        self._original = table[tokens].double()
+        self._turned = rotate_embedding(table[tokens], plan)
+        self._largest = self._difference = 0.0
+
+    def layer(self, layer: int, original: Mapping[str, Tensor], turned: Mapping[str, Tensor]) -> None:
+        self._original = self._model.run_layer(layer, original, self._original)
+        self._turned = self._model.run_layer(layer, turned, self._turned)
+
+    def final_norm(self, gain: Tensor) -> None:
+        self._original = self._model.final_norm(self._original, gain)
+        self._turned = self._model.final_norm(self._turned, torch.ones_like(gain))
+
+    def head(self, original: Tensor, turned: Tensor) -> None:
+        """Compare the logits of some rows of the head, each [rows, hidden_size]."""
+        logits = self._original @ original.double().T
+        self._largest = max(self._largest, float(logits.abs().max()))
+        difference = (logits - self._turned @ turned.double().T).abs().max()
+        self._difference = max(self._difference, float(difference))
+
+    def relative_error(self) -> float:
+        """Largest logit difference over the largest logit; raises VerificationError above 1e-5."""
+        error = self._difference / self._largest
+        if not error <= TOLERANCE:
+            raise VerificationError(
+                f"folding and rotation changed the logits by {error:.2e} relative, more than {TOLERANCE:.0e}",
+                remedy="report this with the model's config.json",
+            )
+        return error

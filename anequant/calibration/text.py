@@ -1,0 +1,58 @@
+"""Token windows from text, each starting as the model's training windows did."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anequant.errors import InputError, UsageError
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's own tokenizer, without remote code. Raises InputError naming the folder."""
+    from transformers import AutoTokenizer
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"the tokenizer of '{folder}' cannot be read: {reason}") from error
+
+
+def start_token(tokenizer: Any, config: Mapping[str, Any]) -> int:
+    """The token a window starts with: the tokenizer's BOS, else the config's, else EOS.
+
+    Models without a BOS (Qwen) put their massive activation on whatever comes first; starting every
+    window with the document separator keeps that where training had it.
+    """
+    for token in (tokenizer.bos_token_id, config.get("bos_token_id"), tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    raise InputError("neither the tokenizer nor config.json names a token that starts a text")
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"text file '{path}' cannot be read: {error}") from error
+
+
+def text_windows(text: str, tokenizer: Any, first: int, *, count: int, length: int) -> Tensor:
+    """Evenly spaced windows of a text: int64 [count, length], each starting with token `first`.
+
+    Fewer than `count` rows when the text holds fewer whole windows; raises UsageError when it holds none.
+    """
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    count = min(count, tokens.numel() // (length - 1))
+    if count == 0:
+        raise UsageError(f"the text has {tokens.numel()} tokens, one window needs {length - 1}")
+    step = min(tokens.numel() // (count + 1), tokens.numel() - (length - 1))
+    start = torch.tensor([first])
+    return torch.stack([torch.cat([start, tokens[i * step : i * step + length - 1]]) for i in range(count)])

@@ -1,0 +1,41 @@
+"""The tensors of a quantized checkpoint, in the order in which one pass over the model yields them."""
+
+from __future__ import annotations
+
+import torch
+
+from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, ModelSpec, layer_prefix
+from anequant.checkpoints.quantized import quantized_tensors
+from anequant.checkpoints.writer import Entry
+from anequant.recipe import Recipe
+
+
+def checkpoint_entries(spec: ModelSpec, recipe: Recipe) -> list[Entry]:
+    """Names, dtypes and shapes of everything `anequant quantize` writes."""
+    table = (spec.vocab_size, spec.hidden_size)
+    entries = _table_entries(EMBEDDING, table, recipe.embedding_bits)
+    for layer in range(spec.num_layers):
+        prefix = layer_prefix(layer)
+        for name in norm_names(spec):
+            size = spec.layer_tensors()[name]
+            entries.append(Entry(prefix + name, torch.float16, size))
+        for linear in spec.architecture.linears:
+            entries += _quantized_entries(prefix + linear.name, spec.shape(linear), recipe.bits, bias=True)
+    entries.append(Entry(f"{FINAL_NORM}.weight", torch.float16, (spec.hidden_size,)))
+    return entries + _table_entries(HEAD, table, recipe.head_bits)
+
+
+def norm_names(spec: ModelSpec) -> list[str]:
+    """A layer's norm tensors in file order: the folded ones, then those of the heads."""
+    return [f"{name}.weight" for name in (*spec.norms, *spec.architecture.head_norms)]
+
+
+def _table_entries(name: str, shape: tuple[int, int], bits: int) -> list[Entry]:
+    if bits == 16:
+        return [Entry(f"{name}.weight", torch.float16, shape)]
+    return _quantized_entries(name, shape, bits, bias=False)
+
+
+def _quantized_entries(name: str, shape: tuple[int, int], bits: int, *, bias: bool) -> list[Entry]:
+    tensors = quantized_tensors(name, shape, bits, bias=bias)
+    return [Entry(tensor, dtype, size) for tensor, (dtype, size) in tensors.items()]

@@ -1,0 +1,53 @@
+"""The two files beside the weights that say how a checkpoint was made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anequant.architectures.spec import ModelSpec
+from anequant.checkpoints.reader import read_json
+from anequant.errors import InputError
+from anequant.recipe import Recipe
+
+MANIFEST = "anequant.json"
+FORMAT = 1
+
+
+def versions() -> dict[str, str]:
+    packages = ("anequant", "torch", "transformers", "coremltools", "safetensors", "numpy")
+    return {"python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in packages
+    }
+
+
+def published_config(spec: ModelSpec, recipe: Recipe, layers_quantized: int) -> dict[str, Any]:
+    """quantization_config.json: ANEMLL's published keys with true values."""
+    return {
+        "quantization_method": "quarot" if recipe.r1 != "none" else "none",
+        "weight_bits": recipe.bits,
+        "per_tensor": True,
+        "rotated": recipe.r1 != "none" or recipe.r2 != "none",
+        "symmetric": recipe.codebook == "uniform",
+        "model_type": spec.architecture.model_type,
+        "layers_quantized": layers_quantized,
+        "block_size": recipe.r1_block if recipe.r1 == "block-hadamard" else None,
+        "fusion_applied": True,
+        "premultiplied_scales": False,
+    }
+
+
+def manifest(kind: str, contents: Mapping[str, Any]) -> dict[str, Any]:
+    """anequant.json: what `contents` says, with the format and the versions that made it."""
+    return {"format": FORMAT, "kind": kind, "versions": versions(), **contents}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The anequant.json of a folder that anequant wrote; raises InputError when there is none."""
+    value = read_json(folder / MANIFEST)
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise InputError(f"'{MANIFEST}' is not one this version reads", where=str(folder))
+    return value

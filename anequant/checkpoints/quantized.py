@@ -1,0 +1,100 @@
+"""How a QuantizedLinear lies in safetensors, and how its codes come back.
+
+Stored beside each other (ANEMLL's per-tensor contract): `P.weight` float16, already dequantized, which
+stock transformers reads as an ordinary weight; `P.input_scales` [1, in], `P.output_scales` [out, 1] and
+`P.codebook` [K], float32; `P.bias` [out] float16. A reader divides the weight by both scales and snaps
+to the codebook: all numbers are float16 to begin with, so the codes come back exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from anequant.errors import InputError, VerificationError
+from anequant.quantization.codebook import nearest_codes
+from anequant.quantization.linear import QuantizedLinear
+
+ROWS = 8192
+
+
+def quantized_tensors(
+    name: str, shape: tuple[int, int], bits: int, *, bias: bool
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes that `store` yields for a QuantizedLinear called `name`."""
+    rows, columns = shape
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"{name}.input_scales": (torch.float32, (1, columns)),
+        f"{name}.output_scales": (torch.float32, (rows, 1)),
+        f"{name}.codebook": (torch.float32, (2**bits,)),
+        f"{name}.weight": (torch.float16, shape),
+    }
+    if bias:
+        entries[f"{name}.bias"] = (torch.float16, (rows,))
+    return entries
+
+
+def store(name: str, quantized: QuantizedLinear, *, bias: bool) -> dict[str, Tensor]:
+    """The tensors of `quantized_tensors`, in the same order; checks that the codes can be recovered.
+
+    Raises VerificationError naming the tensor when a reader would not get the codes back.
+    """
+    tensors = {
+        f"{name}.input_scales": quantized.input_scale[None, :],
+        f"{name}.output_scales": quantized.output_scale[:, None],
+        f"{name}.codebook": quantized.codebook,
+        f"{name}.weight": quantized.dequantize().half(),
+    }
+    if bias:
+        value = torch.zeros_like(quantized.output_scale) if quantized.bias is None else quantized.bias
+        tensors[f"{name}.bias"] = value.half()
+    if not torch.equal(_recover_codes(name, tensors), quantized.codes):
+        raise VerificationError(f"the codes of '{name}' cannot be recovered from its float16 weight")
+    return tensors
+
+
+def load(name: str, read: Callable[[str], Tensor], names: Mapping[str, object]) -> QuantizedLinear:
+    """Read a QuantizedLinear back through `read(tensor name)`; `names` are those that exist.
+
+    Raises InputError naming the tensor for a missing part, a wrong shape or a zero scale.
+    """
+    for suffix in ("weight", "input_scales", "output_scales", "codebook"):
+        if f"{name}.{suffix}" not in names:
+            raise InputError(f"tensor '{name}.{suffix}' is missing", remedy="quantize the model again")
+    tensors = {
+        f"{name}.{suffix}": read(f"{name}.{suffix}")
+        for suffix in ("weight", "input_scales", "output_scales", "codebook", "bias")
+        if f"{name}.{suffix}" in names
+    }
+    rows, columns = tensors[f"{name}.weight"].shape
+    for suffix, shape in (("input_scales", (1, columns)), ("output_scales", (rows, 1))):
+        scale = tensors[f"{name}.{suffix}"]
+        if tuple(scale.shape) != shape or bool((scale == 0).any()):
+            raise InputError(f"'{name}.{suffix}' must be {list(shape)} without zeros")
+    codebook = tensors[f"{name}.codebook"].reshape(-1)
+    if codebook.numel() < 2 or codebook.numel() > 256 or bool((codebook.diff() <= 0).any()):
+        raise InputError(f"'{name}.codebook' must hold 2 to 256 ascending entries")
+    bias = tensors.get(f"{name}.bias")
+    return QuantizedLinear(
+        codes=_recover_codes(name, tensors),
+        codebook=codebook.float(),
+        input_scale=tensors[f"{name}.input_scales"].float().reshape(-1),
+        output_scale=tensors[f"{name}.output_scales"].float().reshape(-1),
+        bias=None if bias is None or not bool(bias.any()) else bias.float(),
+    )
+
+
+def _recover_codes(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """ANEMLL's division in float16, then the nearest codebook entry: uint8 [out, in]."""
+    weight = tensors[f"{name}.weight"].half()
+    input_scales = tensors[f"{name}.input_scales"].half()
+    output_scales = tensors[f"{name}.output_scales"].half()
+    codebook = tensors[f"{name}.codebook"].half().float().reshape(-1)
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    for start in range(0, weight.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        core = weight[rows] / (input_scales * output_scales[rows])
+        codes[rows] = nearest_codes(core.float(), codebook)
+    return codes

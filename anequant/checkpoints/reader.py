@@ -1,0 +1,210 @@
+"""Reading a checkpoint: config, index and headers are checked first, tensors are read one at a time.
+
+Nothing is executed and nothing is unpickled; shard names must stay inside the folder (checked on the
+name, since a hub cache holds symlinks that point elsewhere).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from anequant.architectures import read_spec
+from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, ModelSpec, layer_prefix
+from anequant.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOATS = ("F16", "BF16", "F32", "F64")
+LARGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model folder: `tensors` maps every name to its shard, dtype and shape."""
+
+    folder: Path
+    spec: ModelSpec
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def shards(self) -> list[Path]:
+        return sorted({info.shard for info in self.tensors.values()})
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor, or some of its rows, as stored. Raises InputError naming file and tensor."""
+        info = self.tensors[name]
+        try:
+            with safe_open(info.shard, framework="pt") as file:
+                if rows is None:
+                    tensor: Tensor = file.get_tensor(name).clone()
+                else:
+                    tensor = file.get_slice(name)[rows].clone()
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"'{name}' cannot be read: {error}", where=str(info.shard)) from error
+        if not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise InputError(f"'{name}' holds {count} values that are not finite", where=str(info.shard))
+        return tensor
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether this is a per-tensor quantized checkpoint, ours or ANEMLL's."""
+        return any(name.endswith(".output_scales") for name in self.tensors)
+
+    def layer(self, layer: int) -> dict[str, Tensor]:
+        """One layer's float tensors, by name relative to the layer, as stored."""
+        prefix = layer_prefix(layer)
+        return {name: self.read(prefix + name) for name in self.spec.layer_tensors()}
+
+    @property
+    def head_name(self) -> str:
+        """The tensor that serves as the head: the embedding when tied."""
+        return f"{EMBEDDING if self.spec.tied else HEAD}.weight"
+
+    def final_gain(self) -> Tensor:
+        return self.read(f"{FINAL_NORM}.weight")
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a model folder and check it against its architecture's table, reading headers only.
+
+    Raises InputError for missing, damaged or contradictory files (naming file and tensor), and
+    UnsupportedError for an architecture or setting that is not known.
+    """
+    config = read_config(folder)
+    method = config.get("quantization_config")
+    if method is not None:
+        name = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+        raise InputError(
+            f"'{folder}' is already quantized (quantization_config: {name})",
+            where=str(folder / "config.json"),
+            remedy="start from the original float checkpoint",
+        )
+    spec = read_spec(config, str(folder / "config.json"))
+    checkpoint = Checkpoint(folder, spec, _read_headers(folder))
+    _check_tensors(checkpoint)
+    return checkpoint
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise InputError(f"model folder '{folder}' does not exist")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise InputError("config.json holds no object", where=str(folder / "config.json"))
+    return config
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; raises InputError naming it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"'{path.name}' is missing", where=str(path.parent)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"'{path.name}' cannot be read: {error}", where=str(path.parent)) from error
+
+
+def read_header(shard: Path) -> dict[str, TensorInfo]:
+    """The tensors a safetensors file announces, checked against the file's size.
+
+    Raises InputError naming the file for a truncated or foreign file.
+    """
+    try:
+        size = shard.stat().st_size
+        with shard.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LARGEST_HEADER):
+                raise InputError(
+                    f"'{shard.name}' is no complete safetensors file ({size} bytes)",
+                    where=str(shard),
+                    remedy="download it again (a git-lfs pointer or an interrupted download looks like this)",
+                )
+            header = json.loads(file.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors = {
+            name: TensorInfo(shard, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()
+        }
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"'{shard.name}' cannot be read: {error}", where=str(shard)) from error
+    if end != size:
+        raise InputError(
+            f"'{shard.name}' is {'truncated' if size < end else 'longer than it says'}: "
+            f"{size} bytes where its header announces {end}",
+            where=str(shard),
+            remedy="download it again",
+        )
+    return tensors
+
+
+def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+    if (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
+        return read_header(folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".gguf"))
+        found = f" (only {', '.join(others)})" if others else ""
+        raise InputError(
+            f"'{folder}' holds no safetensors weights{found}", remedy=f"provide {SINGLE} or {INDEX}"
+        )
+    index = read_json(folder / INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"'{INDEX}' has no weight_map of names", where=str(folder))
+    tensors: dict[str, TensorInfo] = {}
+    for shard_name in sorted(set(weight_map.values())):
+        tensors.update(read_header(_contained(folder, shard_name)))
+    for name, shard_name in weight_map.items():
+        if name not in tensors or tensors[name].shard.name != shard_name:
+            raise InputError(f"'{name}' is not in '{shard_name}'", where=str(folder / INDEX))
+    return tensors
+
+
+def _contained(folder: Path, shard_name: str) -> Path:
+    for path in (PurePosixPath(shard_name), PureWindowsPath(shard_name)):
+        if len(path.parts) != 1 or path.anchor or shard_name in ("", ".", ".."):
+            raise InputError(f"shard '{shard_name!r}' leaves the model folder", where=str(folder / INDEX))
+    if not shard_name.endswith(".safetensors"):
+        raise InputError(f"shard '{shard_name}' is no safetensors file", where=str(folder / INDEX))
+    if not (folder / shard_name).is_file():
+        raise InputError(f"shard '{shard_name}' is missing", where=str(folder))
+    return folder / shard_name
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    spec = checkpoint.spec
+    expected = dict(spec.outer_tensors())
+    for layer in range(spec.num_layers):
+        expected.update((layer_prefix(layer) + name, shape) for name, shape in spec.layer_tensors().items())
+    for name, shape in expected.items():
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            raise InputError(f"tensor '{name}' is missing", where=str(checkpoint.folder))
+        if info.shape != shape:
+            raise InputError(
+                f"tensor '{name}' has shape {list(info.shape)}, config.json says {list(shape)}",
+                where=str(info.shard),
+            )
+        if info.dtype not in FLOATS:
+            raise InputError(f"tensor '{name}' is {info.dtype}, not a float", where=str(info.shard))
+    beyond = layer_prefix(spec.num_layers)
+    extra = next((name for name in checkpoint.tensors if name.startswith(beyond)), None)
+    if extra is not None:
+        raise InputError(
+            f"tensor '{extra}' lies beyond the {spec.num_layers} layers of config.json",
+            where=str(checkpoint.tensors[extra].shard),
+        )

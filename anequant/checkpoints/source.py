@@ -1,0 +1,72 @@
+"""Where a model comes from: a folder, or a hub id with an optional `@revision`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from anequant.errors import InputError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+DOWNLOADED = ("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+BUNDLED_MODEL = Path(__file__).parent.parent / "bundled" / "tiny-qwen2"
+SAMPLE_TEXT = Path(__file__).parent.parent / "bundled" / "sample.txt"
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder on this machine; `revision` is the hub commit it was downloaded from, or None."""
+
+    folder: Path
+    name: str
+    revision: str | None = None
+
+
+def resolve_source(model: str | None) -> Source:
+    """The folder of MODEL; None is the bundled model. An existing folder wins over a hub id.
+
+    Raises InputError when there is no such folder and the hub has, or can be asked for, no such model.
+    """
+    if model is None:
+        return Source(BUNDLED_MODEL, BUNDLED_MODEL.name)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return Source(folder, folder.resolve().name)
+    if folder.exists():
+        raise InputError(f"'{model}' is a file, not a model folder", remedy="name the folder it is in")
+    match = _HUB_ID.fullmatch(model)
+    if match is None or model.startswith("."):
+        raise InputError(
+            f"model folder '{model}' does not exist", remedy="name a folder, or a hub id such as org/name"
+        )
+    return _download(match["repo"], match["revision"])
+
+
+def _download(repo: str, revision: str | None) -> Source:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import errors as hub
+
+    try:
+        commit = HfApi().model_info(repo, revision=revision).sha
+        folder = snapshot_download(repo, revision=commit, allow_patterns=list(DOWNLOADED))
+    except (hub.HTTPError, hub.HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"'{repo}' is no folder here and could not be had from the hub: {reason}",
+            remedy="check the name, the revision and the network, or download it and name the folder",
+        ) from error
+    return Source(Path(folder), repo.split("/")[1], commit)

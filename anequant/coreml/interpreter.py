@@ -1,0 +1,309 @@
+"""Runs a saved Core ML package on the CPU with torch.
+
+Tensors are stored as the package declares them and computed in float32: every fp16 value is what a machine
+with fp16 storage and fp32 accumulation holds. States live in a dictionary that the caller keeps, so the
+functions of one package, and several packages, share them by name.
+
+    package = Package.open("decoder.mlpackage")
+    state = package.new_state()
+    outputs = package.run({"hidden_states": x, "current_pos": position}, state, function="prefill")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anequant.coreml.operators import OPERATORS
+from anequant.coreml.signatures import (
+    Form,
+    FunctionSpec,
+    TensorSpec,
+    block_of,
+    function_spec,
+    parameters,
+    refuse_unsupported,
+    tensor_spec,
+)
+from anequant.coreml.storage import TORCH_TYPES, Palettized, Value, Weights, model_file, read_model
+from anequant.errors import InputError, did_you_mean
+
+
+@dataclass(frozen=True)
+class PalettizedWeight:
+    """A palettized constant as it is on disk: codes uint8; codebook (.., entries, width) in its own type;
+    the codes' place in the weight file, or None when they are so few that the model file holds them."""
+
+    codes: np.ndarray[Any, Any]
+    codebook: np.ndarray[Any, Any]
+    offset: int | None
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A value known before running. Equal keys are equal values, whichever function they appear in."""
+
+    key: bytes
+    load: Callable[[], Value]
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A value computed while running, in the form that one operation takes it."""
+
+    name: str
+    form: Form
+
+
+@dataclass
+class _Step:
+    """One operation with its constants in place. After it, nothing reads the values `frees` again, nor the
+    present content of the states `replaces`."""
+
+    kind: str
+    arguments: dict[str, Any]
+    outputs: tuple[TensorSpec, ...]
+    frees: set[str] = field(default_factory=set)
+    replaces: set[str] = field(default_factory=set)
+
+
+class Package:
+    """An opened .mlpackage: its `path`, its `functions` by name, and the `default_function`."""
+
+    def __init__(self, path: Path, model: Any, weights: Weights) -> None:
+        functions = dict(model.mlProgram.functions)
+        refuse_unsupported(functions, weights, str(path))
+        self.path = path
+        self.default_function: str = model.description.defaultFunctionName or "main"
+        self._blocks = {name: block_of(function, str(path)) for name, function in functions.items()}
+        features = {part.name: part.input for part in model.description.functions}
+        self.functions: dict[str, FunctionSpec] = {
+            name: function_spec(function, self._blocks[name], features.get(name, model.description.input))
+            for name, function in functions.items()
+        }
+        self._weights = weights
+        self._constants: dict[tuple[bytes, Form], Any] = {}
+        self._constant_storages: set[int] = set()
+        self._prepared: dict[str, tuple[list[_Step], dict[str, Any]]] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> Package:
+        """Reads everything but the weights. InputError if the package is damaged; UnsupportedError, listing
+        all of them, if it has operations, or inputs of operations, that cannot be run."""
+        file = model_file(Path(path))
+        return cls(Path(path), read_model(file), Weights(file.parent))
+
+    def new_state(self) -> dict[str, Tensor]:
+        """Zeros for every state of every function, by name."""
+        specs = [state for function in self.functions.values() for state in function.states]
+        return {spec.name: torch.zeros(spec.shape, dtype=TORCH_TYPES[spec.dtype]) for spec in specs}
+
+    def run(
+        self,
+        inputs: Mapping[str, Tensor | np.ndarray[Any, Any]],
+        state: dict[str, Tensor] | None = None,
+        function: str | None = None,
+    ) -> dict[str, Tensor]:
+        """The outputs of a function by name; `state` is updated in place.
+
+        InputError if an input or a state is missing, unknown, or not of the declared shape and type.
+        """
+        name = self.default_function if function is None else function
+        if name not in self.functions:
+            remedy = did_you_mean(name, self.functions)
+            raise InputError(f"no function '{name}'", where=str(self.path), remedy=remedy)
+        where = f"{self.path}, function '{name}'"
+        spec = self.functions[name]
+        values = {tensor.name: _input(tensor, inputs, spec, where) for tensor in spec.inputs}
+        for unknown in sorted(set(inputs) - set(values)):
+            raise InputError(f"unknown input '{unknown}'", where=where, remedy=did_you_mean(unknown, values))
+        states = {} if state is None else state
+        for tensor in spec.states:
+            _check(tensor, states.get(tensor.name), f"state '{tensor.name}'", where)
+        if name not in self._prepared:
+            self._prepared[name] = self._prepare(name)
+        steps, outputs = self._prepared[name]
+        with torch.no_grad():
+            for step in steps:
+                self._execute(step, values, states, where)
+            return {key: _resolved(output, values).clone() for key, output in outputs.items()}
+
+    def palettized_weights(self) -> Iterator[tuple[str, str, PalettizedWeight]]:
+        """Every palettized constant as (function, name of its value, content), read from disk each time."""
+        for name, block in self._blocks.items():
+            constants = self._block_constants(block)
+            for operation in block.operations:
+                if operation.type == "constexpr_lut_to_dense":
+                    value = constants[operation.outputs[0].name].load()
+                    assert isinstance(value, Palettized)
+                    codes = operation.inputs["indices"].arguments[0].value
+                    offset = codes.blobFileValue.offset if codes.HasField("blobFileValue") else None
+                    content = PalettizedWeight(value.codes.numpy(), value.codebook.numpy(), offset)
+                    yield name, operation.outputs[0].name, content
+
+    def _execute(
+        self, step: _Step, values: dict[str, Tensor], states: dict[str, Tensor], where: str
+    ) -> None:
+        arguments = {name: _resolved(argument, values) for name, argument in step.arguments.items()}
+        for name in step.frees:
+            values.pop(name, None)
+        if step.kind == "write_state":
+            states[arguments["input"]] = arguments["data"]
+            return
+        if step.kind == "slice_update":
+            needed = [*values.values(), arguments["update"]]
+            needed += [states[name] for name in states if name not in step.replaces]
+            storage = _storage(arguments["x"])
+            if storage in self._constant_storages or storage in map(_storage, needed):
+                arguments["x"] = arguments["x"].clone()
+        if step.kind == "read_state":
+            results: tuple[Tensor, ...] = (states[arguments["input"]],)
+        else:
+            results = _call(step, arguments, where)
+        for spec, result in zip(step.outputs, results, strict=True):
+            value = result.to(TORCH_TYPES[spec.dtype])
+            if not spec.fits(tuple(value.shape)):
+                problem = f"'{spec.name}' ({step.kind}) is {tuple(value.shape)}, declared {spec.shape}"
+                raise InputError(problem, where=where)
+            if spec.name not in step.frees:
+                values[spec.name] = value
+
+    def _prepare(self, name: str) -> tuple[list[_Step], dict[str, Any]]:
+        block = self._blocks[name]
+        constants = self._block_constants(block)
+        states = {state.name for state in self.functions[name].states}
+
+        def argument(binding: Any, form: Form) -> Any:
+            if binding.WhichOneof("binding") == "value":
+                return self._constant(self._literal(binding.value), form)
+            if binding.name in states:
+                return binding.name
+            constant = constants.get(binding.name)
+            return self._constant(constant, form) if constant else _Use(binding.name, form)
+
+        steps = []
+        for operation in block.operations:
+            if operation.outputs and operation.outputs[0].name in constants:
+                continue
+            arguments = {}
+            for name, bound in operation.inputs.items():
+                parameter = parameters(operation.type)[name]
+                listed = [argument(binding, parameter.form) for binding in bound.arguments]
+                arguments[name] = listed if parameter.variadic else listed[0]
+            outputs = tuple(tensor_spec(output.name, output.type) for output in operation.outputs)
+            steps.append(_Step(operation.type, arguments, outputs))
+        _set_lifetimes(steps, set(block.outputs))
+        results = {}
+        for name in block.outputs:
+            constant = constants.get(name)
+            results[name] = self._constant(constant, "stored") if constant else _Use(name, "stored")
+        return steps, results
+
+    def _constant(self, constant: _Constant, form: Form) -> Any:
+        key = (constant.key, form)
+        if key not in self._constants:
+            value = _converted(constant.load(), form)
+            if isinstance(value, Tensor):
+                self._constant_storages.add(_storage(value))
+            self._constants[key] = value
+        return self._constants[key]
+
+    def _literal(self, value: Any) -> _Constant:
+        return _Constant(value.SerializeToString(deterministic=True), partial(self._weights.read, value))
+
+    def _block_constants(self, block: Any) -> dict[str, _Constant]:
+        """The results of const and constexpr operations by name, not yet read."""
+        constants: dict[str, _Constant] = {}
+        for operation in block.operations:
+            if operation.type == "const":
+                constants[operation.outputs[0].name] = self._literal(operation.attributes["val"])
+            elif operation.type.startswith("constexpr_"):
+                sources = {}
+                for name, bound in sorted(operation.inputs.items()):
+                    binding = bound.arguments[0]
+                    named = binding.WhichOneof("binding") == "name"
+                    sources[name] = constants[binding.name] if named else self._literal(binding.value)
+                key = repr((operation.type, [(name, source.key) for name, source in sources.items()]))
+                load = partial(_evaluated, operation, sources)
+                constants[operation.outputs[0].name] = _Constant(key.encode(), load)
+        return constants
+
+
+def _evaluated(operation: Any, sources: Mapping[str, _Constant]) -> Value:
+    takes = parameters(operation.type)
+    arguments = {name: _converted(source.load(), takes[name].form) for name, source in sources.items()}
+    value: Value = OPERATORS[operation.type](**arguments)
+    spec = tensor_spec(operation.outputs[0].name, operation.outputs[0].type)
+    return value.to(TORCH_TYPES[spec.dtype]) if isinstance(value, Tensor) else value
+
+
+def _set_lifetimes(steps: list[_Step], live: set[str]) -> None:
+    overwritten: set[str] = set()
+    for step in reversed(steps):
+        listed = [item if isinstance(item, list) else [item] for item in step.arguments.values()]
+        used = {item.name for items in listed for item in items if isinstance(item, _Use)}
+        step.frees = (used | {output.name for output in step.outputs}) - live
+        step.replaces = set(overwritten)
+        live = live | used
+        if step.kind == "write_state":
+            overwritten.add(step.arguments["input"])
+        elif step.kind == "read_state":
+            overwritten.discard(step.arguments["input"])
+
+
+def _call(step: _Step, arguments: Mapping[str, Any], where: str) -> tuple[Tensor, ...]:
+    try:
+        result = OPERATORS[step.kind](**arguments)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise InputError(f"'{step.outputs[0].name}' ({step.kind}) failed: {error}", where=where) from error
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _resolved(argument: Any, values: Mapping[str, Tensor]) -> Any:
+    if isinstance(argument, list):
+        return [_resolved(item, values) for item in argument]
+    return _converted(values[argument.name], argument.form) if isinstance(argument, _Use) else argument
+
+
+def _converted(value: Value, form: Form) -> Any:
+    if isinstance(value, str) or form == "palettized":
+        return value
+    if isinstance(value, Palettized):
+        value = value.dense(torch.float32 if form == "float32" else None)
+    if form == "plain":
+        return value.tolist()
+    return value.float() if form == "float32" and value.dtype == torch.float16 else value
+
+
+def _input(
+    spec: TensorSpec, inputs: Mapping[str, Any], function: FunctionSpec, where: str
+) -> Tensor:
+    given = inputs.get(spec.name)
+    value = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+    what = f"input '{spec.name}'"
+    checked = _check(spec, value, what, where)
+    allowed = function.enumerated.get(spec.name, (tuple(checked.shape),))
+    if tuple(checked.shape) not in allowed:
+        raise InputError(f"{what} has shape {tuple(checked.shape)}, allowed {list(allowed)}", where=where)
+    return checked.clone()
+
+
+def _check(spec: TensorSpec, value: Tensor | None, what: str, where: str) -> Tensor:
+    if value is None:
+        raise InputError(f"missing {what}", where=where)
+    if not spec.fits(tuple(value.shape)):
+        raise InputError(f"{what} has shape {tuple(value.shape)}, declared {spec.shape}", where=where)
+    if value.dtype != TORCH_TYPES[spec.dtype]:
+        raise InputError(f"{what} is {value.dtype}, declared {spec.dtype}", where=where)
+    return value
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

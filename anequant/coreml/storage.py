@@ -1,0 +1,207 @@
+"""Reads a saved .mlpackage: its manifest, its model protobuf, its weight file.
+
+Nothing here knows what an operation means. A constant becomes a torch tensor, a string, or (built by the
+operators from two tensors) a `Palettized`: codes into a codebook, made dense only where that is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anequant.errors import InputError, UnsupportedError
+
+
+def _coremltools() -> tuple[Any, Any, Any]:
+    """The protobuf modules for models and MIL, and the weight file reader, without the import's warnings."""
+    logging.disable(logging.WARNING)
+    try:
+        from coremltools.libmilstoragepython import _BlobStorageReader
+        from coremltools.proto import MIL_pb2, Model_pb2
+    finally:
+        logging.disable(logging.NOTSET)
+    return Model_pb2, MIL_pb2, _BlobStorageReader
+
+
+MODEL, MIL, _BlobReader = _coremltools()
+
+
+@dataclass(frozen=True)
+class DataType:
+    """A MIL element type: its name, how torch holds it, its width and how the weight file calls it."""
+
+    name: str
+    torch: torch.dtype
+    bits: int
+    blob: str = ""
+    signed: bool = True
+
+
+_TYPES = {
+    "BOOL": DataType("bool", torch.bool, 8),
+    "FLOAT16": DataType("fp16", torch.float16, 16, "fp16"),
+    "FLOAT32": DataType("fp32", torch.float32, 32, "float"),
+    "INT4": DataType("int4", torch.int8, 4, "int4"),
+    "INT8": DataType("int8", torch.int8, 8, "int8"),
+    "INT16": DataType("int16", torch.int16, 16, "int16"),
+    "INT32": DataType("int32", torch.int32, 32, "int32"),
+    "INT64": DataType("int64", torch.int64, 64),
+    **{f"UINT{n}": DataType(f"uint{n}", torch.uint8, n, f"uint{n}", False) for n in (1, 2, 3, 4, 6, 8)},
+    "UINT16": DataType("uint16", torch.uint16, 16, "uint16", False),
+    "UINT32": DataType("uint32", torch.uint32, 32, "uint32", False),
+}
+DATA_TYPES: dict[int, DataType] = {MIL.DataType.Value(name): dtype for name, dtype in _TYPES.items()}
+TORCH_TYPES: dict[str, torch.dtype] = {dtype.name: dtype.torch for dtype in _TYPES.values()}
+
+
+@dataclass(frozen=True)
+class Palettized:
+    """A constant stored as codes.
+
+    codes     uint8, any shape
+    codebook  shape (g0, .., gn, entries, width): one list of entries for each block of codes, where the
+              number of blocks along each axis divides the codes' size along it
+    axis      where an entry of `width` > 1 numbers extends the codes
+    """
+
+    codes: Tensor
+    codebook: Tensor
+    axis: int = 0
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The values, in the codebook's type or in `dtype`."""
+        *groups, entries, width = self.codebook.shape
+        table = self.codebook.reshape(-1, width).to(dtype or self.codebook.dtype)
+        index = self.codes.int()
+        for axis, (count, size) in enumerate(zip(groups, self.codes.shape, strict=True)):
+            if count > 1:
+                block = torch.arange(size, dtype=torch.int32) // (size // count)
+                step = math.prod(groups[axis + 1 :]) * entries
+                index = index + (block * step).reshape(-1, *[1] * (self.codes.ndim - axis - 1))
+        if width == 1:
+            return table[:, 0].index_select(0, index.flatten()).reshape(self.codes.shape)
+        axis = self.axis % self.codes.ndim
+        values = table.index_select(0, index.flatten()).reshape(*self.codes.shape, width)
+        return values.movedim(-1, axis + 1).flatten(axis, axis + 1)
+
+    def rows(self, index: Tensor) -> Palettized:
+        """The rows `index` (int64, one axis) of axis 0, still as codes."""
+        codebook = self.codebook
+        if codebook.shape[0] > 1:
+            codebook = codebook.index_select(0, index // (self.codes.shape[0] // codebook.shape[0]))
+        return Palettized(self.codes.index_select(0, index), codebook, self.axis)
+
+
+Value = Tensor | Palettized | str
+
+
+class Weights:
+    """Decodes the constants of a model: immediate values, and values in the files beside it.
+
+    `folder` is what the model calls @model_path: the folder of the model file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._readers: dict[str, Any] = {}
+
+    def read(self, value: Any) -> Tensor | str:
+        """A MIL_pb2.Value as a tensor of its declared shape, or as a string; InputError if it is damaged."""
+        if value.type.WhichOneof("type") != "tensorType":
+            raise UnsupportedError("a constant that is neither a tensor nor a string")
+        dims = value.type.tensorType.dimensions
+        shape = tuple(dim.constant.size for dim in dims)
+        if value.type.tensorType.dataType == MIL.DataType.Value("STRING"):
+            return str(value.immediateValue.tensor.strings.values[0])
+        dtype = data_type(value.type.tensorType)
+        stored = value.WhichOneof("value")
+        flat = self._blob(value.blobFileValue, dtype) if stored == "blobFileValue" else _immediate(value, dtype)
+        if flat.size < math.prod(shape):
+            raise InputError(f"a constant of shape {shape} has {flat.size} values", where=str(self._folder))
+        return torch.from_numpy(np.array(flat[: math.prod(shape)])).view(dtype.torch).reshape(shape)
+
+    def _blob(self, blob: Any, dtype: DataType) -> np.ndarray[Any, Any]:
+        name = blob.fileName.removeprefix("@model_path/")
+        path = inside(self._folder, name)
+        try:
+            if name not in self._readers:
+                self._readers[name] = _BlobReader(str(path))
+            read = getattr(self._readers[name], f"read_{dtype.blob}_data")
+            flat: np.ndarray[Any, Any] = read(blob.offset)
+        except (AttributeError, RuntimeError) as error:
+            problem = f"cannot read a {dtype.name} constant at offset {blob.offset}"
+            raise InputError(problem, where=str(path), remedy="the package is damaged: write it again") from error
+        return flat
+
+
+def _immediate(value: Any, dtype: DataType) -> np.ndarray[Any, Any]:
+    tensor = value.immediateValue.tensor
+    field = tensor.WhichOneof("value")
+    numpy_type = torch.empty(0, dtype=dtype.torch).numpy().dtype
+    if field is None:
+        return np.empty(0, numpy_type)
+    values = getattr(tensor, field).values
+    if field != "bytes":
+        return np.array(values, numpy_type)
+    if dtype.bits >= 8:
+        return np.frombuffer(values, numpy_type)
+    bits = np.unpackbits(np.frombuffer(values, np.uint8), bitorder="little")
+    rows = bits[: bits.size // dtype.bits * dtype.bits].reshape(-1, dtype.bits)
+    codes = rows @ (1 << np.arange(dtype.bits))
+    if dtype.signed:
+        codes = codes - (codes >> (dtype.bits - 1) << dtype.bits)
+    return codes.astype(numpy_type)
+
+
+def data_type(tensor_type: Any) -> DataType:
+    """The element type of a MIL_pb2.TensorType; UnsupportedError for one that nothing here can hold."""
+    if tensor_type.dataType not in DATA_TYPES:
+        raise UnsupportedError(f"element type {MIL.DataType.Name(tensor_type.dataType)}")
+    return DATA_TYPES[tensor_type.dataType]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, refusing with InputError any name that is not a plain relative path below it."""
+    parts = PurePosixPath(name).parts
+    if not parts or "\\" in name or ":" in name or "\0" in name or name.startswith("/") or ".." in parts:
+        raise InputError(f"the path '{name}' leaves the package", where=str(folder))
+    return folder.joinpath(*parts)
+
+
+def model_file(package: Path) -> Path:
+    """The root model of an .mlpackage, as its Manifest.json says; InputError if it says nothing usable."""
+    manifest = package / "Manifest.json"
+    remedy = "point to an .mlpackage folder"
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        name = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
+    except OSError as error:
+        raise InputError("not a Core ML package", where=str(manifest), remedy=remedy) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError("the manifest does not name a root model", where=str(manifest)) from error
+    if not isinstance(name, str):
+        raise InputError("the manifest does not name a root model", where=str(manifest))
+    path = inside(package / "Data", name)
+    if not path.is_file():
+        raise InputError("the manifest's model file is missing", where=str(path))
+    return path
+
+
+def read_model(path: Path) -> Any:
+    """The Model_pb2.Model in a model file; it must be an mlProgram (UnsupportedError otherwise)."""
+    model = MODEL.Model()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception as error:
+        raise InputError("the model file is damaged", where=str(path)) from error
+    if model.WhichOneof("Type") != "mlProgram":
+        raise UnsupportedError(f"a model of type {model.WhichOneof('Type')}, not mlProgram", where=str(path))
+    return model

@@ -1,0 +1,91 @@
+"""How far a model is from another on the same tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anequant.calibration.forward import Weights, logits
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over `tokens` predictions; NLL and KL in nats.
+
+    `nll_error` is the standard error of `nll` over windows. The last four compare with the base model
+    and are None without one: extra NLL, KL(base || model), and the share of equal arg-max tokens.
+    """
+
+    tokens: int
+    windows: int
+    nll: float
+    nll_error: float
+    base_nll: float | None = None
+    extra_nll: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nll, 100.0))
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        return {
+            "windows": self.windows,
+            "tokens": self.tokens,
+            "perplexity": self.perplexity,
+            "nll": self.nll,
+            "nll_error": self.nll_error,
+            "base_perplexity": None if self.base_nll is None else math.exp(min(self.base_nll, 100.0)),
+            "extra_nll": self.extra_nll,
+            "kl": self.kl,
+            "top1": self.top1,
+        }
+
+
+def evaluate(model: Weights, tokens: Tensor, base: Weights | None = None) -> Quality:
+    """Quality on token windows [n, length]; every window's first token is given, the rest are predicted."""
+    if base is None:
+        return _summarise(tokens, logits(model, tokens), None)
+    return _summarise(tokens, logits(model, tokens), logits(base, tokens))
+
+
+def token_nll(log_probabilities: Tensor, window: Tensor) -> Tensor:
+    """-log p of each next token: [length - 1] from log probabilities [length, vocab]."""
+    return -log_probabilities[:-1].gather(-1, window[1:, None]).squeeze(-1)
+
+
+def _summarise(tokens: Tensor, ours: Iterable[Tensor], base: Iterable[Tensor] | None) -> Quality:
+    window_nll: list[float] = []
+    base_nll = divergence = agreement = 0.0
+    base_windows = iter(base) if base is not None else None
+    for window, values in zip(tokens, ours, strict=True):
+        log_q = values.log_softmax(-1)
+        window_nll.append(float(token_nll(log_q, window).double().mean()))
+        if base_windows is None:
+            continue
+        log_p = next(base_windows).log_softmax(-1)
+        base_nll += float(token_nll(log_p, window).double().mean())
+        log_p, log_q = log_p[:-1], log_q[:-1]
+        agreement += float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean())
+        divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).double().mean())
+    count = len(window_nll)
+    nll = torch.tensor(window_nll, dtype=torch.float64)
+    error = float(nll.std() / math.sqrt(count)) if count > 1 else float("nan")
+    result = Quality(count * (tokens.shape[1] - 1), count, float(nll.mean()), error)
+    if base_windows is None:
+        return result
+    return Quality(
+        result.tokens,
+        count,
+        result.nll,
+        error,
+        base_nll=base_nll / count,
+        extra_nll=result.nll - base_nll / count,
+        kl=divergence / count,
+        top1=agreement / count,
+    )

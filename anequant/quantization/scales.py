@@ -1,0 +1,61 @@
+"""The two scale vectors of W ~ diag(output_scale) . core . diag(input_scale).
+
+Balanced scales make every row and every column of the core have a root mean square of one: divide rows
+by theirs, then columns by theirs, and repeat. On the squares W**2 this is the Sinkhorn-Knopp iteration
+(1967), which converges to the one pair of scalings with unit row and column means. The gauge
+(output_scale * s, input_scale / s) is fixed by giving input_scale a geometric mean of one.
+
+Why balance: with one codebook of fixed shape, the error of column j is d_j**2 * D(sigma_j / d_j), least
+at d_j proportional to the column's own spread, whatever the input's second moment.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SINKHORN_ROUNDS = 12
+SMALLEST_PRODUCT = 2.0**-14
+SMALLEST_INPUT_SCALE = 2.0**-5
+
+
+def tensor_scale(weight: Tensor, measure: str) -> Tensor:
+    """One number for the whole tensor, repeated per row: float32 [out]. `measure` is absmax or rms."""
+    size = weight.abs().max() if measure == "absmax" else weight.square().mean().sqrt()
+    return size.expand(weight.shape[0]).clone()
+
+
+def output_scale(weight: Tensor, measure: str) -> Tensor:
+    """One number per row: float32 [out]. `measure` is absmax or rms."""
+    return weight.abs().amax(dim=1) if measure == "absmax" else weight.square().mean(dim=1).sqrt()
+
+
+def balanced_scales(weight: Tensor, rounds: int = SINKHORN_ROUNDS) -> tuple[Tensor, Tensor]:
+    """Sinkhorn scales of weight [out, in]: (output_scale [out], input_scale [in]), float32.
+
+    Dead rows and columns get a small positive scale instead of zero.
+    """
+    squares = weight.square()
+    columns = torch.ones(weight.shape[1])
+    for _ in range(rounds):
+        rows = _inverse(squares @ columns / weight.shape[1])
+        columns = _inverse(rows @ squares / weight.shape[0])
+    log_scale = -0.5 * columns.log()
+    input_scale = (log_scale - log_scale.mean()).exp().clamp_min(SMALLEST_INPUT_SCALE)
+    rows_rms = (squares @ input_scale.square().reciprocal() / weight.shape[1]).sqrt()
+    return rows_rms, input_scale
+
+
+def float16_scales(output: Tensor, input_: Tensor) -> tuple[Tensor, Tensor]:
+    """Round both vectors to numbers float16 holds exactly, keeping every product at 2**-14 or more.
+
+    The floor keeps `output_scale * input_scale` a normal float16 number, so that a reader that divides
+    in float16 recovers the codes.
+    """
+    input_ = input_.half().float()
+    floor = SMALLEST_PRODUCT / input_.min()
+    return output.clamp_min(floor).half().float(), input_
+
+
+def _inverse(mean_squares: Tensor) -> Tensor:
+    return mean_squares.clamp_min(mean_squares.max() * 2.0**-40 + 1e-30).reciprocal()

@@ -1,0 +1,139 @@
+"""A Recipe: one value for each orthogonal choice, and the strict loader of recipe files.
+
+The fields below are the single place that names the choices; the command line's options and the
+validation both read them from here. Named recipes are the files in `configs/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anequant.errors import UsageError, did_you_mean
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_RECIPE = "w4-nearest"
+RECIPE_SUFFIXES = (".toml", ".json", ".yaml", ".yml")
+
+
+def _choice(default: Any, choices: tuple[Any, ...] | None, text: str) -> Any:
+    return field(default=default, metadata={"choices": choices, "help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a checkpoint is rotated and quantized. Every combination is valid."""
+
+    r1: str = _choice(
+        "block-hadamard",
+        ("none", "hadamard", "block-hadamard", "random"),
+        "Rotation of the residual stream.",
+    )
+    r1_block: int = _choice(64, None, "Block size of the block-hadamard R1, a power of two.")
+    r2: str = _choice("hadamard", ("none", "hadamard"), "Rotation of each value head.")
+    seed: int = _choice(0, None, "Seed of the rotations' random signs.")
+    codebook: str = _choice("lut", ("uniform", "lut"), "Integers, or free entries (Lloyd-Max).")
+    scales: str = _choice(
+        "balanced",
+        ("tensor", "output", "balanced"),
+        "One scale, one per row, or one per row and column.",
+    )
+    rounding: str = _choice("nearest", ("nearest",), "How weights become codes.")
+    bits: int = _choice(4, (4, 8), "Bits per weight of the seven projections of a layer.")
+    head_bits: int = _choice(16, (16, 8, 6, 4), "Bits per weight of the head; 16 keeps fp16.")
+    embedding_bits: int = _choice(16, (16, 8, 6, 4), "Bits per weight of the embedding; 16 keeps fp16.")
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            _check_value(item, getattr(self, item.name))
+        if self.seed < 0:
+            raise UsageError(f"recipe key 'seed' is {self.seed}", remedy="use a seed of 0 or more")
+        if self.r1_block < 2 or self.r1_block & (self.r1_block - 1):
+            raise UsageError(
+                f"recipe key 'r1_block' is {self.r1_block}", remedy="use a power of two, for example 64"
+            )
+
+    def to_dict(self) -> dict[str, str | int]:
+        return dataclasses.asdict(self)
+
+
+def load_recipe(name_or_path: str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe by name (`configs/`) or from a TOML, JSON or YAML file, then apply `overrides`.
+
+    Raises UsageError for an unknown recipe, an unreadable file, an unknown key (with a suggestion),
+    a wrong type or a value outside the choices.
+    """
+    values = _read_recipe_file(_find_recipe(name_or_path or DEFAULT_RECIPE))
+    return recipe_from_dict({**values, **(overrides or {})})
+
+
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """Build a Recipe from keys and values; raises UsageError as `load_recipe` does."""
+    known = [item.name for item in dataclasses.fields(Recipe)]
+    for key in values:
+        if key not in known:
+            raise UsageError(f"unknown recipe key '{key}'", remedy=did_you_mean(str(key), known))
+    return Recipe(**values)
+
+
+def named_recipes() -> dict[str, Path]:
+    """The recipes that come with the project, by name."""
+    return {path.stem: path for path in sorted(_configs_folder().glob("*.toml"))}
+
+
+def _configs_folder() -> Path:
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def _find_recipe(name_or_path: str) -> Path:
+    path = Path(name_or_path)
+    if path.suffix in RECIPE_SUFFIXES or path.is_file():
+        if not path.is_file():
+            raise UsageError(f"recipe file '{name_or_path}' does not exist")
+        return path
+    recipes = named_recipes()
+    if name_or_path not in recipes:
+        raise UsageError(f"unknown recipe '{name_or_path}'", remedy=did_you_mean(name_or_path, recipes))
+    return recipes[name_or_path]
+
+
+def _read_recipe_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values: Any
+        if path.suffix == ".json":
+            values = json.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            values = yaml.safe_load(text)
+        else:
+            values = tomllib.loads(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"recipe file '{path}' cannot be read: {reason}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"recipe file '{path}' holds no table of keys and values")
+    return values
+
+
+def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
+    if type(value) is not type(item.default):
+        wanted = "a whole number" if isinstance(item.default, int) else "a word"
+        raise UsageError(f"recipe key '{item.name}' must be {wanted}, not {value!r}")
+    choices = item.metadata["choices"]
+    if choices is not None and value not in choices:
+        raise UsageError(
+            f"recipe key '{item.name}' cannot be {value!r}",
+            remedy="choose from " + ", ".join(str(choice) for choice in choices),
+        )
