@@ -52,11 +52,22 @@ class ReferenceModel:
             cos, sin = self._rotary(probe, torch.arange(length)[None])
         return cos, sin
 
+    def check_window(self, length: int) -> None:
+        """Raises UnsupportedError when `length` tokens would need a sliding window."""
+        window = getattr(self._config, "sliding_window", None)
+        types = getattr(self._config, "layer_types", None)
+        slides = window is not None and (types is None or "sliding_attention" in types)
+        if slides and length > window:
+            raise UnsupportedError(
+                f"{length} tokens exceed the model's sliding window of {window}",
+                remedy=f"use a length of at most {window}",
+            )
+
     @torch.no_grad()
     def run_layer(self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """Hidden states [n, length, hidden_size] after decoder layer `layer` with these weights."""
         length = hidden.shape[1]
-        check_window(self._config, length)
+        self.check_window(length)
         module = self._model.model.layers[layer]
         state = {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
         module.load_state_dict(state, strict=True, assign=True)
@@ -86,16 +97,25 @@ def transformers_config(spec: ModelSpec) -> Any:
     return AutoConfig.for_model(spec.architecture.model_type, **values)
 
 
-def check_window(config: Any, length: int) -> None:
-    """Raises UnsupportedError when `length` tokens would need the config's sliding window."""
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    slides = window is not None and (types is None or "sliding_attention" in types)
-    if slides and length > window:
+def lowered_rope_tables(spec: ModelSpec, context: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [context, head_dim] that hold for every prompt of up to `context` tokens.
+
+    Raises UnsupportedError where RoPE depends on the prompt's length (dynamic and longrope beyond the
+    original context), or covers only a part of the head, or attention slides within the context.
+    """
+    model = ReferenceModel(spec, torch.float32)
+    model.check_window(context)
+    cos, sin = model.rope_tables(context)
+    short = max(1, min(context, 8))
+    short_cos, _ = ReferenceModel(spec, torch.float32).rope_tables(short)
+    if not torch.equal(short_cos, cos[:, :short]):
         raise UnsupportedError(
-            f"{length} tokens exceed the model's sliding window of {window}",
-            remedy=f"use a length of at most {window}",
+            f"this model's RoPE changes with the prompt's length within {context} tokens",
+            remedy="choose a context of at most the model's original one",
         )
+    if cos.shape[-1] != spec.head_dim:
+        raise UnsupportedError(f"RoPE turns {cos.shape[-1]} of {spec.head_dim} coordinates, all are needed")
+    return cos[0], sin[0]
 
 
 def final_hidden_states(weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

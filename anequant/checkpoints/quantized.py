@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from anequant.errors import InputError, VerificationError
 from anequant.quantization.codebook import nearest_codes
 from anequant.quantization.linear import QuantizedLinear
 
-ROWS = 8192
+ROWS = 1024
 
 
 def quantized_tensors(
@@ -87,14 +88,19 @@ def load(name: str, read: Callable[[str], Tensor], names: Mapping[str, object]) 
 
 
 def _recover_codes(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """ANEMLL's division in float16, then the nearest codebook entry: uint8 [out, in]."""
+    """ANEMLL's division in float16, then the nearest codebook entry: uint8 [out, in].
+
+    The quotient has only 65536 possible values, so the nearest entry is looked up by its bits.
+    """
     weight = tensors[f"{name}.weight"].half()
     input_scales = tensors[f"{name}.input_scales"].half()
     output_scales = tensors[f"{name}.output_scales"].half()
     codebook = tensors[f"{name}.codebook"].half().float().reshape(-1)
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    for start in range(0, weight.shape[0], ROWS):
+    every_float16 = torch.from_numpy(np.arange(65536, dtype=np.uint16).view(np.float16))
+    code_of = nearest_codes(every_float16.float(), codebook).numpy()
+    codes = np.empty(tuple(weight.shape), dtype=np.uint8)
+    for start in range(0, codes.shape[0], ROWS):
         rows = slice(start, start + ROWS)
         core = weight[rows] / (input_scales * output_scales[rows])
-        codes[rows] = nearest_codes(core.float(), codebook)
-    return codes
+        codes[rows] = code_of[core.numpy().view(np.uint16)]
+    return torch.from_numpy(codes)

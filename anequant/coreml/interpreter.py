@@ -11,9 +11,8 @@ functions of one package, and several packages, share them by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anequant.coreml.constants import Constants, converted, storage_of
 from anequant.coreml.operators import OPERATORS
 from anequant.coreml.signatures import (
     Form,
@@ -32,8 +32,8 @@ from anequant.coreml.signatures import (
     refuse_unsupported,
     tensor_spec,
 )
-from anequant.coreml.storage import TORCH_TYPES, Palettized, Value, Weights, model_file, read_model
-from anequant.errors import InputError, did_you_mean
+from anequant.coreml.storage import TORCH_TYPES, Palettized, Weights, model_file, read_model
+from anequant.errors import InputError, UnsupportedError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,6 @@ class PalettizedWeight:
     codes: np.ndarray[Any, Any]
     codebook: np.ndarray[Any, Any]
     offset: int | None
-
-
-@dataclass(frozen=True)
-class _Constant:
-    """A value known before running. Equal keys are equal values, whichever function they appear in."""
-
-    key: bytes
-    load: Callable[[], Value]
 
 
 @dataclass(frozen=True)
@@ -88,9 +80,7 @@ class Package:
             name: function_spec(function, self._blocks[name], features.get(name, model.description.input))
             for name, function in functions.items()
         }
-        self._weights = weights
-        self._constants: dict[tuple[bytes, Form], Any] = {}
-        self._constant_storages: set[int] = set()
+        self._constants = Constants(weights)
         self._prepared: dict[str, tuple[list[_Step], dict[str, Any]]] = {}
 
     @classmethod
@@ -103,7 +93,10 @@ class Package:
     def new_state(self) -> dict[str, Tensor]:
         """Zeros for every state of every function, by name."""
         specs = [state for function in self.functions.values() for state in function.states]
-        return {spec.name: torch.zeros(spec.shape, dtype=TORCH_TYPES[spec.dtype]) for spec in specs}
+        return {
+            spec.name: torch.zeros([size or 0 for size in spec.shape], dtype=TORCH_TYPES[spec.dtype])
+            for spec in specs
+        }
 
     def run(
         self,
@@ -138,7 +131,7 @@ class Package:
     def palettized_weights(self) -> Iterator[tuple[str, str, PalettizedWeight]]:
         """Every palettized constant as (function, name of its value, content), read from disk each time."""
         for name, block in self._blocks.items():
-            constants = self._block_constants(block)
+            constants = self._constants.named(block)
             for operation in block.operations:
                 if operation.type == "constexpr_lut_to_dense":
                     value = constants[operation.outputs[0].name].load()
@@ -148,20 +141,20 @@ class Package:
                     content = PalettizedWeight(value.codes.numpy(), value.codebook.numpy(), offset)
                     yield name, operation.outputs[0].name, content
 
-    def _execute(
-        self, step: _Step, values: dict[str, Tensor], states: dict[str, Tensor], where: str
-    ) -> None:
+    def _execute(self, step: _Step, values: dict[str, Tensor], states: dict[str, Tensor], where: str) -> None:
         arguments = {name: _resolved(argument, values) for name, argument in step.arguments.items()}
         for name in step.frees:
             values.pop(name, None)
         if step.kind == "write_state":
-            states[arguments["input"]] = arguments["data"]
+            data = arguments["data"]
+            constant = storage_of(data) in self._constants.storages
+            states[arguments["input"]] = data.clone() if constant else data
             return
         if step.kind == "slice_update":
             needed = [*values.values(), arguments["update"]]
             needed += [states[name] for name in states if name not in step.replaces]
-            storage = _storage(arguments["x"])
-            if storage in self._constant_storages or storage in map(_storage, needed):
+            storage = storage_of(arguments["x"])
+            if storage in self._constants.storages or storage in map(storage_of, needed):
                 arguments["x"] = arguments["x"].clone()
         if step.kind == "read_state":
             results: tuple[Tensor, ...] = (states[arguments["input"]],)
@@ -177,71 +170,32 @@ class Package:
 
     def _prepare(self, name: str) -> tuple[list[_Step], dict[str, Any]]:
         block = self._blocks[name]
-        constants = self._block_constants(block)
+        constants = self._constants.named(block)
         states = {state.name for state in self.functions[name].states}
 
         def argument(binding: Any, form: Form) -> Any:
-            if binding.WhichOneof("binding") == "value":
-                return self._constant(self._literal(binding.value), form)
             if binding.name in states:
                 return binding.name
-            constant = constants.get(binding.name)
-            return self._constant(constant, form) if constant else _Use(binding.name, form)
+            constant = self._constants.bound(binding, constants)
+            return self._constants.get(constant, form) if constant else _Use(binding.name, form)
 
         steps = []
         for operation in block.operations:
             if operation.outputs and operation.outputs[0].name in constants:
                 continue
             arguments = {}
-            for name, bound in operation.inputs.items():
-                parameter = parameters(operation.type)[name]
+            for key, bound in operation.inputs.items():
+                parameter = parameters(operation.type)[key]
                 listed = [argument(binding, parameter.form) for binding in bound.arguments]
-                arguments[name] = listed if parameter.variadic else listed[0]
+                arguments[key] = listed if parameter.variadic else listed[0]
             outputs = tuple(tensor_spec(output.name, output.type) for output in operation.outputs)
             steps.append(_Step(operation.type, arguments, outputs))
         _set_lifetimes(steps, set(block.outputs))
         results = {}
-        for name in block.outputs:
-            constant = constants.get(name)
-            results[name] = self._constant(constant, "stored") if constant else _Use(name, "stored")
+        for output in block.outputs:
+            constant = constants.get(output)
+            results[output] = self._constants.get(constant, "stored") if constant else _Use(output, "stored")
         return steps, results
-
-    def _constant(self, constant: _Constant, form: Form) -> Any:
-        key = (constant.key, form)
-        if key not in self._constants:
-            value = _converted(constant.load(), form)
-            if isinstance(value, Tensor):
-                self._constant_storages.add(_storage(value))
-            self._constants[key] = value
-        return self._constants[key]
-
-    def _literal(self, value: Any) -> _Constant:
-        return _Constant(value.SerializeToString(deterministic=True), partial(self._weights.read, value))
-
-    def _block_constants(self, block: Any) -> dict[str, _Constant]:
-        """The results of const and constexpr operations by name, not yet read."""
-        constants: dict[str, _Constant] = {}
-        for operation in block.operations:
-            if operation.type == "const":
-                constants[operation.outputs[0].name] = self._literal(operation.attributes["val"])
-            elif operation.type.startswith("constexpr_"):
-                sources = {}
-                for name, bound in sorted(operation.inputs.items()):
-                    binding = bound.arguments[0]
-                    named = binding.WhichOneof("binding") == "name"
-                    sources[name] = constants[binding.name] if named else self._literal(binding.value)
-                key = repr((operation.type, [(name, source.key) for name, source in sources.items()]))
-                load = partial(_evaluated, operation, sources)
-                constants[operation.outputs[0].name] = _Constant(key.encode(), load)
-        return constants
-
-
-def _evaluated(operation: Any, sources: Mapping[str, _Constant]) -> Value:
-    takes = parameters(operation.type)
-    arguments = {name: _converted(source.load(), takes[name].form) for name, source in sources.items()}
-    value: Value = OPERATORS[operation.type](**arguments)
-    spec = tensor_spec(operation.outputs[0].name, operation.outputs[0].type)
-    return value.to(TORCH_TYPES[spec.dtype]) if isinstance(value, Tensor) else value
 
 
 def _set_lifetimes(steps: list[_Step], live: set[str]) -> None:
@@ -261,6 +215,8 @@ def _set_lifetimes(steps: list[_Step], live: set[str]) -> None:
 def _call(step: _Step, arguments: Mapping[str, Any], where: str) -> tuple[Tensor, ...]:
     try:
         result = OPERATORS[step.kind](**arguments)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{error.what} ('{step.outputs[0].name}')", where=where) from error
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise InputError(f"'{step.outputs[0].name}' ({step.kind}) failed: {error}", where=where) from error
     return (result,) if isinstance(result, Tensor) else tuple(result)
@@ -269,22 +225,10 @@ def _call(step: _Step, arguments: Mapping[str, Any], where: str) -> tuple[Tensor
 def _resolved(argument: Any, values: Mapping[str, Tensor]) -> Any:
     if isinstance(argument, list):
         return [_resolved(item, values) for item in argument]
-    return _converted(values[argument.name], argument.form) if isinstance(argument, _Use) else argument
+    return converted(values[argument.name], argument.form) if isinstance(argument, _Use) else argument
 
 
-def _converted(value: Value, form: Form) -> Any:
-    if isinstance(value, str) or form == "palettized":
-        return value
-    if isinstance(value, Palettized):
-        value = value.dense(torch.float32 if form == "float32" else None)
-    if form == "plain":
-        return value.tolist()
-    return value.float() if form == "float32" and value.dtype == torch.float16 else value
-
-
-def _input(
-    spec: TensorSpec, inputs: Mapping[str, Any], function: FunctionSpec, where: str
-) -> Tensor:
+def _input(spec: TensorSpec, inputs: Mapping[str, Any], function: FunctionSpec, where: str) -> Tensor:
     given = inputs.get(spec.name)
     value = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
     what = f"input '{spec.name}'"
@@ -303,7 +247,3 @@ def _check(spec: TensorSpec, value: Tensor | None, what: str, where: str) -> Ten
     if value.dtype != TORCH_TYPES[spec.dtype]:
         raise InputError(f"{what} is {value.dtype}, declared {spec.dtype}", where=where)
     return value
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

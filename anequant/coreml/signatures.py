@@ -100,10 +100,11 @@ def function_spec(function: Any, block: Any, features: Any) -> FunctionSpec:
     given = [tensor_spec(value.name, value.type) for value in function.inputs]
     types = {value.name: value.type for value in function.inputs}
     types.update({value.name: value.type for operation in block.operations for value in operation.outputs})
+    arrays = {feature.name: feature.type.multiArrayType for feature in features}
     enumerated = {
-        feature.name: tuple(tuple(shape.shape) for shape in feature.type.multiArrayType.enumeratedShapes.shapes)
-        for feature in features
-        if feature.type.multiArrayType.HasField("enumeratedShapes")
+        name: tuple(tuple(shape.shape) for shape in array.enumeratedShapes.shapes)
+        for name, array in arrays.items()
+        if array.HasField("enumeratedShapes")
     }
     return FunctionSpec(
         tuple(spec for spec, state in zip(given, is_state, strict=True) if not state),
@@ -115,7 +116,9 @@ def function_spec(function: Any, block: Any, features: Any) -> FunctionSpec:
 
 def refuse_unsupported(functions: Mapping[str, Any], weights: Weights, where: str) -> None:
     """UnsupportedError that lists every operation, input or choice of the functions that cannot be run."""
-    problems = [problem for name in sorted(functions) for problem in _problems(name, functions[name], weights)]
+    problems: list[str] = []
+    for name in sorted(functions):
+        problems += _problems(name, functions[name], weights)
     if problems:
         raise UnsupportedError(f"cannot interpret {'; '.join(problems)}", where=where)
 
@@ -128,7 +131,6 @@ def _problems(name: str, function: Any, weights: Weights) -> Iterator[str]:
         kind = operation.type
         label = operation.outputs[0].name if operation.outputs else ""
         what = f"{kind} '{label}' in function '{name}'"
-        defined.update(value.name for value in operation.outputs)
         if kind == "const":
             constants[label] = operation.attributes["val"]
         elif kind not in OPERATORS and kind not in _STATE_INPUTS:
@@ -136,12 +138,18 @@ def _problems(name: str, function: Any, weights: Weights) -> Iterator[str]:
         else:
             for problem in _input_problems(operation, constants, defined, weights):
                 yield f"{what}: {problem}"
+        for output in operation.outputs:
+            if output.name in defined:
+                yield f"{what}: a second value named '{output.name}'"
+            defined.add(output.name)
     for output in block.outputs:
         if output not in defined:
             yield f"output '{output}' of function '{name}', which nothing defines"
 
 
-def _input_problems(operation: Any, constants: Mapping[str, Any], defined: set[str], weights: Weights) -> Any:
+def _input_problems(
+    operation: Any, constants: Mapping[str, Any], defined: set[str], weights: Weights
+) -> Iterator[str]:
     known = parameters(operation.type)
     for name in sorted(set(operation.attributes) - {"name"} | set(operation.inputs) - set(known)):
         yield f"input '{name}'"
@@ -156,7 +164,7 @@ def _input_problems(operation: Any, constants: Mapping[str, Any], defined: set[s
                 yield f"input '{binding.name}', which nothing defines"
             value = binding.value if binding.WhichOneof("binding") == "value" else constants.get(binding.name)
             if known[name].choices and value is not None:
-                choice = weights.read(value)
-                choice = choice.tolist() if isinstance(choice, Tensor) else choice
+                content = weights.read(value)
+                choice = content if isinstance(content, str) else content.tolist()
                 if choice not in known[name].choices:
                     yield f"{name}={choice}"

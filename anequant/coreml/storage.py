@@ -22,12 +22,13 @@ from anequant.errors import InputError, UnsupportedError
 
 def _coremltools() -> tuple[Any, Any, Any]:
     """The protobuf modules for models and MIL, and the weight file reader, without the import's warnings."""
-    logging.disable(logging.WARNING)
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
     try:
         from coremltools.libmilstoragepython import _BlobStorageReader
         from coremltools.proto import MIL_pb2, Model_pb2
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
     return Model_pb2, MIL_pb2, _BlobStorageReader
 
 
@@ -62,6 +63,9 @@ DATA_TYPES: dict[int, DataType] = {MIL.DataType.Value(name): dtype for name, dty
 TORCH_TYPES: dict[str, torch.dtype] = {dtype.name: dtype.torch for dtype in _TYPES.values()}
 
 
+_CODES_AT_ONCE = 1 << 18
+
+
 @dataclass(frozen=True)
 class Palettized:
     """A constant stored as codes.
@@ -79,18 +83,26 @@ class Palettized:
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The values, in the codebook's type or in `dtype`."""
         *groups, entries, width = self.codebook.shape
-        table = self.codebook.reshape(-1, width).to(dtype or self.codebook.dtype)
-        index = self.codes.int()
-        for axis, (count, size) in enumerate(zip(groups, self.codes.shape, strict=True)):
+        trailing = (width,) if width > 1 else ()
+        table = self.codebook.reshape(-1, *trailing).to(dtype or self.codebook.dtype)
+        shape = self.codes.shape
+        offsets = []
+        for axis, (count, size) in enumerate(zip(groups, shape, strict=True)):
             if count > 1:
                 block = torch.arange(size, dtype=torch.int32) // (size // count)
                 step = math.prod(groups[axis + 1 :]) * entries
-                index = index + (block * step).reshape(-1, *[1] * (self.codes.ndim - axis - 1))
-        if width == 1:
-            return table[:, 0].index_select(0, index.flatten()).reshape(self.codes.shape)
-        axis = self.axis % self.codes.ndim
-        values = table.index_select(0, index.flatten()).reshape(*self.codes.shape, width)
-        return values.movedim(-1, axis + 1).flatten(axis, axis + 1)
+                offsets.append((axis, (block * step).reshape(-1, *[1] * (len(shape) - axis - 1))))
+        values = torch.empty(*shape, *trailing, dtype=table.dtype)
+        rows = max(_CODES_AT_ONCE // max(math.prod(shape[1:]), 1), 1)
+        buffer = torch.empty(min(rows, shape[0]), *shape[1:], dtype=torch.int32)
+        for start in range(0, shape[0], rows):
+            part = slice(start, start + rows)
+            index = buffer[: len(self.codes[part])].copy_(self.codes[part])
+            for axis, offset in offsets:
+                index += offset[part] if axis == 0 else offset
+            torch.index_select(table, 0, index.flatten(), out=values[part].view(-1, *trailing))
+        axis = self.axis % len(shape)
+        return values.movedim(-1, axis + 1).flatten(axis, axis + 1) if trailing else values
 
     def rows(self, index: Tensor) -> Palettized:
         """The rows `index` (int64, one axis) of axis 0, still as codes."""
@@ -122,11 +134,14 @@ class Weights:
         if value.type.tensorType.dataType == MIL.DataType.Value("STRING"):
             return str(value.immediateValue.tensor.strings.values[0])
         dtype = data_type(value.type.tensorType)
-        stored = value.WhichOneof("value")
-        flat = self._blob(value.blobFileValue, dtype) if stored == "blobFileValue" else _immediate(value, dtype)
+        if value.WhichOneof("value") == "blobFileValue":
+            flat = self._blob(value.blobFileValue, dtype)
+        else:
+            flat = _immediate(value, dtype)
         if flat.size < math.prod(shape):
             raise InputError(f"a constant of shape {shape} has {flat.size} values", where=str(self._folder))
-        return torch.from_numpy(np.array(flat[: math.prod(shape)])).view(dtype.torch).reshape(shape)
+        flat = np.require(flat[: math.prod(shape)], requirements="W")
+        return torch.from_numpy(flat).view(dtype.torch).reshape(shape)
 
     def _blob(self, blob: Any, dtype: DataType) -> np.ndarray[Any, Any]:
         name = blob.fileName.removeprefix("@model_path/")
@@ -136,9 +151,9 @@ class Weights:
                 self._readers[name] = _BlobReader(str(path))
             read = getattr(self._readers[name], f"read_{dtype.blob}_data")
             flat: np.ndarray[Any, Any] = read(blob.offset)
-        except (AttributeError, RuntimeError) as error:
+        except (AttributeError, RuntimeError, ValueError) as error:
             problem = f"cannot read a {dtype.name} constant at offset {blob.offset}"
-            raise InputError(problem, where=str(path), remedy="the package is damaged: write it again") from error
+            raise InputError(problem, where=str(path), remedy="write the package again") from error
         return flat
 
 

@@ -1,0 +1,119 @@
+"""meta.yaml and the file names that ANEMLL's runtimes derive from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from anequant.errors import InputError
+
+META = "meta.yaml"
+FORMAT_VERSION = "0.3.4"
+"""The ANEMLL release whose meta.yaml this is (its `version` key)."""
+
+
+@dataclass(frozen=True)
+class PackageSet:
+    """What meta.yaml says: sizes and widths, from which every file name follows.
+
+    A lut width of None means float16 weights.
+    """
+
+    model: str
+    architecture: str
+    prefix: str
+    context: int
+    batch: int
+    chunks: int
+    head_parts: int
+    lut_embeddings: int | None
+    lut_ffn: int | None
+    lut_head: int | None
+
+    @property
+    def embeddings(self) -> str:
+        return f"{self.prefix}_embeddings{_suffix(self.lut_embeddings)}"
+
+    @property
+    def head(self) -> str:
+        return f"{self.prefix}_lm_head{_suffix(self.lut_head)}"
+
+    @property
+    def ffn(self) -> str:
+        return f"{self.prefix}_FFN_PF{_suffix(self.lut_ffn)}"
+
+    @property
+    def chunk_names(self) -> list[str]:
+        return [f"{self.ffn}_chunk_{i + 1:02d}of{self.chunks:02d}" for i in range(self.chunks)]
+
+    @property
+    def package_names(self) -> list[str]:
+        """All packages in running order, without the .mlpackage ending."""
+        return [self.embeddings, *self.chunk_names, self.head]
+
+
+def write_meta(folder: Path, packages: PackageSet) -> None:
+    """Write meta.yaml with ANEMLL's keys and indentation (scripts there read it by column)."""
+    text = f"""model_info:
+  name: anemll-{packages.model}-ctx{packages.context}
+  version: {FORMAT_VERSION}
+  description: |
+    {packages.model} for the Apple Neural Engine
+    Context length: {packages.context}
+    Batch size: {packages.batch}
+    Chunks: {packages.chunks}
+  license: MIT
+  author: anequant
+  framework: Core ML
+  language: Python
+  architecture: {packages.architecture}
+  parameters:
+    context_length: {packages.context}
+    batch_size: {packages.batch}
+    lut_embeddings: {_word(packages.lut_embeddings)}
+    lut_ffn: {_word(packages.lut_ffn)}
+    lut_lmhead: {_word(packages.lut_head)}
+    num_chunks: {packages.chunks}
+    model_prefix: {packages.prefix}
+    embeddings: {packages.embeddings}.mlmodelc
+    lm_head: {packages.head}.mlmodelc
+    ffn: {packages.ffn}.mlmodelc
+    split_lm_head: {packages.head_parts}
+    prefill_dynamic_slice: true
+"""
+    (folder / META).write_text(text, encoding="utf-8")
+
+
+def read_meta(folder: Path) -> PackageSet:
+    """The package set that a folder's meta.yaml describes. Raises InputError naming a missing key."""
+    try:
+        text = (folder / META).read_text(encoding="utf-8")
+        info = yaml.safe_load(text)["model_info"]
+        values = info["parameters"]
+        lut = {key: None if values[key] == "none" else int(values[key]) for key in values if "lut" in key}
+        return PackageSet(
+            model=str(info["name"]).removeprefix("anemll-").rsplit("-ctx", 1)[0],
+            architecture=str(info["architecture"]),
+            prefix=str(values["model_prefix"]),
+            context=int(values["context_length"]),
+            batch=int(values["batch_size"]),
+            chunks=int(values["num_chunks"]),
+            head_parts=int(values["split_lm_head"]),
+            lut_embeddings=lut["lut_embeddings"],
+            lut_ffn=lut["lut_ffn"],
+            lut_head=lut["lut_lmhead"],
+        )
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"'{META}' cannot be read: {error}", where=str(folder)) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"'{META}' lacks or misstates {error}", where=str(folder)) from error
+
+
+def _suffix(bits: int | None) -> str:
+    return "" if bits is None else f"_lut{bits}"
+
+
+def _word(bits: int | None) -> str:
+    return "none" if bits is None else str(bits)

@@ -1,0 +1,71 @@
+"""Programs become .mlpackage folders with the same bytes for the same program."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from anequant.coreml.toolkit import TARGET, Program, ct, mil_convert
+
+MODEL_FILE = "Data/com.apple.CoreML/model.mlmodel"
+WEIGHT_FILE = "Data/com.apple.CoreML/weights/weight.bin"
+
+
+def save_package(program: Program, path: Path, metadata: Mapping[str, str]) -> None:
+    """Convert a hand-built, fully typed program without any pass and save it to the new `path`.
+
+    No pass runs because several rewrite what was meant: `fuse_conv_scale` folds scales into weights and
+    `canonicalize_quantized_lut_pattern` splits one codebook into one per channel.
+    """
+    program.skip_all_passes = True
+    with contextlib.redirect_stderr(io.StringIO()), _quiet_logging():
+        model = mil_convert(
+            program,
+            convert_from="milinternal",
+            convert_to="mlprogram",
+            compute_units=ct.ComputeUnit.CPU_AND_NE,
+            specification_version=TARGET.value,
+            main_pipeline=ct.PassPipeline.EMPTY,
+            skip_model_load=True,
+        )
+        model.save(str(path))
+    _make_deterministic(path, metadata)
+
+
+def package_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _make_deterministic(path: Path, metadata: Mapping[str, str]) -> None:
+    """Sorted protobuf maps, our own metadata only, and manifest ids derived from what they name."""
+    model = ct.proto.Model_pb2.Model()
+    model_file = path / MODEL_FILE
+    model.ParseFromString(model_file.read_bytes())
+    recorded = model.description.metadata.userDefined
+    recorded.clear()
+    recorded.update(metadata)
+    model_file.write_bytes(model.SerializeToString(deterministic=True))
+
+    manifest_file = path / "Manifest.json"
+    manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+    entries, ids = {}, {}
+    for old, entry in manifest["itemInfoEntries"].items():
+        ids[old] = str(uuid.uuid5(uuid.NAMESPACE_URL, entry["path"])).upper()
+        entries[ids[old]] = entry
+    manifest["itemInfoEntries"] = entries
+    manifest["rootModelIdentifier"] = ids[manifest["rootModelIdentifier"]]
+    manifest_file.write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _quiet_logging() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
