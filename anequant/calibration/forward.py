@@ -15,6 +15,7 @@ from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, ModelSpec
 from anequant.errors import UnsupportedError
+from anequant.progress import Progress, silent
 
 WINDOWS_AT_ONCE = 4
 HEAD_ROWS = 32768
@@ -56,8 +57,8 @@ class ReferenceModel:
         """Raises UnsupportedError when `length` tokens would need a sliding window."""
         window = getattr(self._config, "sliding_window", None)
         types = getattr(self._config, "layer_types", None)
-        slides = window is not None and (types is None or "sliding_attention" in types)
-        if slides and length > window:
+        slides = types is None or "sliding_attention" in types
+        if window is not None and slides and length > window:
             raise UnsupportedError(
                 f"{length} tokens exceed the model's sliding window of {window}",
                 remedy=f"use a length of at most {window}",
@@ -75,7 +76,7 @@ class ReferenceModel:
         positions = torch.arange(length)[None]
         parts = [
             module(part, position_embeddings=embeddings, position_ids=positions, attention_mask=None)
-            for part in hidden.split(WINDOWS_AT_ONCE)
+            for part in torch.split(hidden, WINDOWS_AT_ONCE)
         ]
         module.to("meta")
         return torch.cat(parts)
@@ -118,24 +119,29 @@ def lowered_rope_tables(spec: ModelSpec, context: int) -> tuple[Tensor, Tensor]:
     return cos[0], sin[0]
 
 
-def final_hidden_states(weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def final_hidden_states(
+    weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32, progress: Progress = silent
+) -> Tensor:
     """Normalised hidden states [n, length, hidden_size] for tokens [n, length], layer by layer."""
     model = ReferenceModel(weights.spec, dtype)
     hidden = weights.read(f"{EMBEDDING}.weight")[tokens].to(dtype)
     for layer in range(weights.spec.num_layers):
+        progress(f"layer {layer + 1}", layer / weights.spec.num_layers)
         hidden = model.run_layer(layer, weights.layer(layer), hidden)
     return model.final_norm(hidden, weights.final_gain())
 
 
 def head_logits(head: Tensor, hidden: Tensor) -> Tensor:
     """Logits [..., vocab] of hidden states [..., hidden_size]; the head is widened in row blocks."""
-    parts = [hidden @ rows.to(hidden.dtype).T for rows in head.split(HEAD_ROWS)]
+    parts = [hidden @ rows.to(hidden.dtype).T for rows in torch.split(head, HEAD_ROWS)]
     return torch.cat(parts, dim=-1)
 
 
-def logits(weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+def logits(
+    weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32, progress: Progress = silent
+) -> Iterator[Tensor]:
     """Logits [length, vocab] of one window after the other."""
-    hidden = final_hidden_states(weights, tokens, dtype)
+    hidden = final_hidden_states(weights, tokens, dtype, progress)
     head = weights.read(weights.head_name)
     for window in hidden:
         yield head_logits(head, window)

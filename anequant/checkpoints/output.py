@@ -30,6 +30,7 @@ def staged_folder(target: Path, *, force: bool) -> Iterator[Path]:
     ResourceError when the disk is full.
     """
     check_output(target, force=force)
+    created = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -39,12 +40,15 @@ def staged_folder(target: Path, *, force: bool) -> Iterator[Path]:
             if path.is_file():
                 _sync(path)
         _replace(staging, target)
+        created = []
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"no space left for '{target}'", remedy="free disk space") from error
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in created:
+            parent.rmdir()
 
 
 def file_hashes(folder: Path, names: list[str] | None = None) -> dict[str, str]:

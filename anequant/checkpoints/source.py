@@ -27,6 +27,10 @@ SAMPLE_TEXT = Path(__file__).parent.parent / "bundled" / "sample.txt"
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
 @dataclass(frozen=True)
 class Source:
     """A model folder on this machine; `revision` is the hub commit it was downloaded from, or None."""
@@ -63,7 +67,7 @@ def _download(repo: str, revision: str | None) -> Source:
     try:
         commit = HfApi().model_info(repo, revision=revision).sha
         folder = snapshot_download(repo, revision=commit, allow_patterns=list(DOWNLOADED))
-    except (hub.HTTPError, hub.HFValidationError, OSError) as error:
+    except (hub.HTTPError, hub.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"'{repo}' is no folder here and could not be had from the hub: {reason}",

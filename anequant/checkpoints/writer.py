@@ -61,7 +61,7 @@ class CheckpointWriter:
         data = tensor.detach().contiguous()
         assert name == entry.name and data.dtype == entry.dtype, f"{name} written where {entry.name} is due"
         assert self._file is not None and data.nbytes <= self._remaining
-        self._file.write(memoryview(data.view(-1).view(torch.uint8).numpy()))
+        self._file.write(data.view(-1).view(torch.uint8).numpy().data)
         self._remaining -= data.nbytes
         if self._remaining == 0:
             self._position += 1

@@ -37,8 +37,9 @@ def save_package(program: Program, path: Path, metadata: Mapping[str, str]) -> N
     _make_deterministic(path, metadata)
 
 
-def package_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+def package_bytes(path: Path) -> tuple[int, int]:
+    """Bytes of the weight file and of the graph."""
+    return (path / WEIGHT_FILE).stat().st_size, (path / MODEL_FILE).stat().st_size
 
 
 def _make_deterministic(path: Path, metadata: Mapping[str, str]) -> None:

@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec
+from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec, layer_prefix
 from anequant.coreml.program import (
     Var,
     attention,
     finite_mask,
     float16_constant,
     float_linear,
+    head_part,
+    identifier,
     linear,
     packed_codes,
     palettized,
@@ -72,7 +74,7 @@ def embeddings_program(table: QuantizedLinear | Tensor, batch: int) -> Program:
     tokens = mb.placeholder((1, length), dtype=types.int32)
     with Function({"input_ids": tokens}, opset_version=TARGET) as function:
         ids = function.inputs["input_ids"]
-        name = _identifier(EMBEDDING)
+        name = identifier(EMBEDDING)
         if isinstance(table, QuantizedLinear):
             weight = palettized(packed_codes(table), table.codebook, name, name)
             rows = mb.gather(x=weight, indices=ids, axis=0, validate_indices=False, name=f"{name}_rows")
@@ -112,11 +114,11 @@ def head_program(spec: ModelSpec, head: QuantizedLinear | Tensor, parts: int) ->
     ) as function:
         x = _to_channels(function.inputs["hidden_states"])
         outputs = []
-        name = _identifier(HEAD)
+        name = identifier(HEAD)
         codes = packed_codes(head) if isinstance(head, QuantizedLinear) else None
         for part in range(parts):
             rows_of_part = slice(part * rows, (part + 1) * rows)
-            label = f"{name}_{part + 1}"
+            label = head_part(part + 1)
             if isinstance(head, QuantizedLinear):
                 assert codes is not None
                 piece = QuantizedLinear(
@@ -183,7 +185,7 @@ class _LayerBuilder:
         self._mask = finite_mask(inputs["causal_mask"], self._group)
         self._cos, self._sin = rope_factors(geometry.cos, geometry.sin, inputs["position_ids"])
         self._start = inputs["current_pos"]
-        self._end = mb.add(x=self._start, y=np.int32([length]), name="end_pos")
+        self._end = mb.add(x=self._start, y=np.array([length], np.int32), name="end_pos")
         self._state = inputs[STATE]
         self._cache = mb.read_state(input=self._state, name="cache")
 
@@ -226,7 +228,7 @@ class _LayerBuilder:
 
     def _rotated(self, normed: Var, layer: Layer, side: str, heads: int) -> Var:
         """q or k as (1, heads, head_dim, S): projected, normalised where the model does, then RoPE."""
-        name = f"{_layer_name(layer)}_{_identifier(side)}"
+        name = f"{_layer_name(layer)}_{identifier(side)}"
         x = self._heads(self._linear(normed, layer, f"{side}_proj"), heads, name)
         gain = layer.gains.get(f"{side}_norm")
         if gain is not None:
@@ -262,12 +264,8 @@ def _to_channels(hidden: Var) -> Var:
 
 
 def _layer_name(layer: Layer) -> str:
-    return f"layers_{layer.index}"
+    return identifier(layer_prefix(layer.index).rstrip("."))
 
 
 def _linear_name(layer: Layer, name: str) -> str:
-    return f"{_layer_name(layer)}_{_identifier(name)}"
-
-
-def _identifier(name: str) -> str:
-    return name.replace(".", "_")
+    return identifier(layer_prefix(layer.index) + name)

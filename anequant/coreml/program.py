@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from anequant.architectures.spec import HEAD
 from anequant.coreml.toolkit import mb, types
 from anequant.quantization.linear import QuantizedLinear
 
@@ -33,6 +34,21 @@ CODE_DTYPES = {
 SMALLEST_MASK = -1e4
 
 
+def identifier(name: str) -> str:
+    """A tensor's name as a MIL identifier."""
+    return name.replace(".", "_")
+
+
+def weight_value(name: str) -> str:
+    """The name under which `palettized` emits the weight of the linear or table `name`."""
+    return f"{identifier(name)}_weight"
+
+
+def head_part(part: int) -> str:
+    """The name of one of the head's convolutions, counted from 1."""
+    return f"{identifier(HEAD)}_{part}"
+
+
 def float16_constant(values: Tensor, shape: tuple[int, ...], name: str) -> Var:
     return _shared(values.half().numpy().reshape(shape), name)
 
@@ -42,7 +58,7 @@ def palettized(codes: np.ndarray[Any, Any], codebook: Tensor, name: str, shared_
     ones = (1,) * codes.ndim
     entries = _shared(codebook.half().numpy().reshape(*ones, -1, 1), f"{shared_codebook}_codebook")
     indices = _shared(codes, f"{name}_codes")
-    return mb.constexpr_lut_to_dense(indices=indices, lut=entries, name=f"{name}_weight")
+    return mb.constexpr_lut_to_dense(indices=indices, lut=entries, name=weight_value(name))
 
 
 def packed_codes(quantized: QuantizedLinear) -> np.ndarray[Any, Any]:
@@ -127,9 +143,13 @@ def finite_mask(mask: Var, repeats: int) -> Var:
 def write_state(state: Var, current: Var, row: int, new: Var, start: Var, end: Var, name: str) -> Var:
     """Put new (1, kv, S, D) into rows [row] and positions [start, end) of the cache; the cache after it."""
     shape = new.shape
-    begin = mb.concat(values=[np.int32([row, 0]), start, np.int32([0])], axis=0, name=f"{name}_begin")
+    begin = mb.concat(
+        values=[np.array([row, 0], np.int32), start, np.array([0], np.int32)], axis=0, name=f"{name}_begin"
+    )
     stop = mb.concat(
-        values=[np.int32([row + 1, shape[1]]), end, np.int32([shape[3]])], axis=0, name=f"{name}_end"
+        values=[np.array([row + 1, shape[1]], np.int32), end, np.array([shape[3]], np.int32)],
+        axis=0,
+        name=f"{name}_end",
     )
     updated = mb.slice_update(x=current, update=new, begin=begin, end=stop, name=f"{name}_updated")
     return mb.coreml_update_state(state=state, value=updated, name=f"{name}_stored")

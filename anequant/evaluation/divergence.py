@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from anequant.calibration.forward import Weights, logits
+from anequant.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,20 @@ class Quality:
         }
 
 
-def evaluate(model: Weights, tokens: Tensor, base: Weights | None = None) -> Quality:
+def evaluate(
+    model: Weights, tokens: Tensor, base: Weights | None = None, *, progress: Progress = silent
+) -> Quality:
     """Quality on token windows [n, length]; every window's first token is given, the rest are predicted."""
     if base is None:
-        return _summarise(tokens, logits(model, tokens), None)
-    return _summarise(tokens, logits(model, tokens), logits(base, tokens))
+        return _summarise(tokens, logits(model, tokens, progress=progress), None)
+
+    def half(what: str, done: float) -> None:
+        progress(what, done / 2)
+
+    def other_half(what: str, done: float) -> None:
+        progress(f"base {what}", 0.5 + done / 2)
+
+    return _summarise(tokens, logits(model, tokens, progress=half), logits(base, tokens, progress=other_half))
 
 
 def token_nll(log_probabilities: Tensor, window: Tensor) -> Tensor:

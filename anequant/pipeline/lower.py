@@ -40,11 +40,12 @@ class LowerOptions:
 
 @dataclass(frozen=True)
 class PackageSize:
-    """A package's bytes on disk, and the bytes that one copy of each of its constants takes."""
+    """A package's weight file and graph on disk, and what one copy of each of its constants takes."""
 
     name: str
-    bytes: int
+    weight_bytes: int
     constant_bytes: int
+    graph_bytes: int
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def lower_into(
     def save(program: Any, package: str, constant_bytes: int, **metadata: object) -> None:
         path = folder / f"{package}.mlpackage"
         save_package(program, path, _metadata(packages, metadata))
-        sizes.append(PackageSize(package, package_bytes(path), constant_bytes))
+        weights, graph = package_bytes(path)
+        sizes.append(PackageSize(package, weights, constant_bytes, graph))
 
     progress("embeddings", 0.0)
     save(embeddings_program(table, options.batch), packages.embeddings, _bytes(table), lut_bits=_bits(table))

@@ -80,4 +80,4 @@ def rotate_axis(values: Tensor, rotation: Rotation | None) -> Tensor:
     """values @ R along the last axis, [..., k * R.size]: each of the k heads turns by the same R."""
     if rotation is None:
         return values
-    return rotation.apply(values.unflatten(-1, (-1, rotation.size))).flatten(-2)
+    return rotation.apply(values.reshape(*values.shape[:-1], -1, rotation.size)).flatten(-2)

@@ -1,0 +1,87 @@
+"""Options that several commands share, and how a command ends when something fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from anequant.console import Console
+from anequant.errors import INTERRUPTED, AnequantError, ResourceError
+from anequant.recipe import DEFAULT_RECIPE, Recipe, load_recipe, named_recipes
+
+Run = Callable[..., None]
+
+
+def command(run: Run) -> Run:
+    """Add --json, --quiet and --debug; report errors as documented instead of by traceback.
+
+    `run` gets a Console as its first argument.
+    """
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+    @click.option("--quiet", is_flag=True, help="Print errors only.")
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(run)
+    def wrapped(*args: Any, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+        console = Console(json=as_json, quiet=quiet)
+        try:
+            run(console, *args, **options)
+        except (AnequantError, MemoryError) as failure:
+            if debug:
+                raise
+            error = failure if isinstance(failure, AnequantError) else _out_of_memory(failure)
+            console.error(error)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            console.note("interrupted; no output was left behind")
+            sys.exit(INTERRUPTED)
+
+    return wrapped
+
+
+def output_options(run: Run) -> Run:
+    """-o/--output and --force."""
+    run = click.option("--force", is_flag=True, help="Replace an existing output folder.")(run)
+    path = click.Path(path_type=Path)
+    return click.option("-o", "--output", required=True, type=path, help="New folder to write.")(run)
+
+
+def recipe_options(run: Run) -> Run:
+    """--recipe, and one option for every field of Recipe; `read_recipe` reads them."""
+    for item in reversed(dataclasses.fields(Recipe)):
+        choices = item.metadata["choices"]
+        kind = int if isinstance(item.default, int) else str
+        metavar = "|".join(str(choice) for choice in choices) if choices else None
+        name = f"--{item.name.replace('_', '-')}"
+        run = click.option(name, type=kind, metavar=metavar, help=item.metadata["help"])(run)
+    names = ", ".join(named_recipes())
+    text = f"One of {names}, or a file. Default: {DEFAULT_RECIPE}. The options below override it."
+    return click.option("--recipe", metavar="NAME|FILE", help=text)(run)
+
+
+def read_recipe(options: dict[str, Any]) -> Recipe:
+    """The Recipe of `recipe_options`; raises UsageError."""
+    names = [item.name for item in dataclasses.fields(Recipe)]
+    overrides = {name: options[name] for name in names if options[name] is not None}
+    return load_recipe(options["recipe"], overrides)
+
+
+def size_options(run: Run) -> Run:
+    """--context, --batch and --chunks, the sizes fixed in Core ML packages."""
+    for name, default, text in (
+        ("--chunks", 1, "Number of decoder packages."),
+        ("--batch", 64, "Positions that prefill takes at once."),
+        ("--context", 512, "Most tokens the packages hold."),
+    ):
+        run = click.option(name, type=int, default=default, show_default=True, help=text)(run)
+    return run
+
+
+def _out_of_memory(error: MemoryError) -> ResourceError:
+    return ResourceError("not enough memory", where=str(error), remedy="close other programs")

@@ -1,0 +1,112 @@
+"""The whole job: quantize, lower, verify, measure; the output folder appears when all of it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
+from anequant.checkpoints.manifest import MANIFEST, manifest
+from anequant.checkpoints.output import file_hashes, staged_folder
+from anequant.checkpoints.reader import open_checkpoint
+from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
+from anequant.checkpoints.writer import write_json
+from anequant.errors import InputError
+from anequant.evaluation.divergence import Quality, evaluate
+from anequant.pipeline.lower import LowerOptions, LowerResult, lower_into
+from anequant.pipeline.quantize import QuantizeResult, quantize_into
+from anequant.pipeline.verify import (
+    CHECKPOINT_FOLDER,
+    PACKAGES_FOLDER,
+    CheckpointCheck,
+    PackageCheck,
+    verify_checkpoint,
+    verify_packages,
+)
+from anequant.progress import Progress, silent
+from anequant.recipe import Recipe
+
+SAMPLE_WINDOWS, SAMPLE_LENGTH = 4, 256
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What was written and measured; `quality` is None for a model that comes without a tokenizer."""
+
+    quantized: QuantizeResult
+    lowered: LowerResult
+    checkpoint: CheckpointCheck
+    packages: PackageCheck
+    quality: Quality | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quantized": self.quantized.to_dict(),
+            "lowered": self.lowered.to_dict(),
+            "verified": {"checkpoint": self.checkpoint.to_dict(), "packages": self.packages.to_dict()},
+            "quality": None if self.quality is None else self.quality.to_dict(),
+        }
+
+
+def convert(
+    source: Source,
+    output: Path,
+    recipe: Recipe,
+    options: LowerOptions,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+) -> ConvertResult:
+    """Write `output`/checkpoint and `output`/packages, verified. Raises what its steps raise."""
+    with staged_folder(output, force=force) as staging:
+        checkpoint, packages = staging / CHECKPOINT_FOLDER, staging / PACKAGES_FOLDER
+        checkpoint.mkdir()
+        packages.mkdir()
+        quantized = quantize_into(checkpoint, source, recipe, part_of(progress, "quantize", 0.0, 0.4))
+        lowered = lower_into(packages, checkpoint, source.name, options, part_of(progress, "lower", 0.4, 0.5))
+        result = ConvertResult(
+            quantized,
+            lowered,
+            verify_checkpoint(checkpoint, progress=part_of(progress, "verify", 0.5, 0.55)),
+            verify_packages(packages, checkpoint, progress=part_of(progress, "verify", 0.55, 0.8)),
+            sample_quality(source.folder, checkpoint, part_of(progress, "measure", 0.8, 1.0)),
+        )
+        contents = {"recipe": recipe.to_dict(), "measured": result.to_dict(), "files": file_hashes(staging)}
+        write_json(staging / MANIFEST, manifest("conversion", contents))
+    return result
+
+
+def sample_quality(base: Path, checkpoint: Path, progress: Progress) -> Quality | None:
+    """Quality against the float model on the bundled text; None without a tokenizer."""
+    if not has_tokenizer(base):
+        return None
+    original = open_checkpoint(base)
+    tokenizer = load_tokenizer(base)
+    tokens = text_windows(
+        read_text(SAMPLE_TEXT),
+        tokenizer,
+        start_token(tokenizer, original.spec.config),
+        count=SAMPLE_WINDOWS,
+        length=SAMPLE_LENGTH,
+    )
+    return evaluate(open_checkpoint(checkpoint), tokens, original, progress=progress)
+
+
+def packages_folder(folder: Path) -> Path:
+    """Where the packages of an output are: below it for convert's, itself for lower's.
+
+    Raises InputError when the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise InputError(f"folder '{folder}' does not exist")
+    return folder / PACKAGES_FOLDER if (folder / PACKAGES_FOLDER).is_dir() else folder
+
+
+def part_of(progress: Progress, step: str, start: float, end: float) -> Progress:
+    """A Progress for one step that takes the share from `start` to `end` of the whole."""
+
+    def report(what: str, done: float) -> None:
+        progress(f"{step}: {what}", start + (end - start) * done)
+
+    return report

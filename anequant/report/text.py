@@ -1,0 +1,84 @@
+"""Results as rows of (label, text) for a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anequant.evaluation.divergence import Quality
+from anequant.pipeline.convert import ConvertResult
+from anequant.pipeline.lower import LowerResult
+from anequant.pipeline.quantize import QuantizeResult
+from anequant.pipeline.verify import CHECKPOINT_FOLDER, PACKAGES_FOLDER, CheckpointCheck, PackageCheck
+
+Rows = list[tuple[str, str]]
+
+
+def quantized(folder: Path, result: QuantizeResult) -> Rows:
+    worst = max(result.tensors, key=lambda tensor: tensor.relative_error)
+    return [
+        ("checkpoint", str(folder)),
+        ("equivalence", f"folding and rotation moved the logits by {result.equivalence:.1e} relative"),
+        ("size", f"{result.bits_per_weight:.2f} bits per weight, {len(result.tensors)} tensors quantized"),
+        ("worst tensor", f"{worst.name}, off by {worst.relative_error:.2%}"),
+    ]
+
+
+def lowered(folder: Path, result: LowerResult) -> Rows:
+    rows = [("packages", str(folder))]
+    for size in result.packages:
+        rows.append(
+            (
+                "",
+                f"{size.name}.mlpackage  weights {_megabytes(size.weight_bytes)} for constants of "
+                f"{_megabytes(size.constant_bytes)}, graph {_megabytes(size.graph_bytes)}",
+            )
+        )
+    return rows
+
+
+def verified(checkpoint: CheckpointCheck | None, packages: PackageCheck | None) -> Rows:
+    rows = []
+    if checkpoint is not None:
+        rows.append(("verified", f"{checkpoint.tensors} stored weights are what their codes say"))
+    if packages is not None:
+        rows += [
+            ("verified", f"{packages.weights} palettized weights read back equal, bit for bit"),
+            (
+                "verified",
+                f"arg-max agrees at {packages.agreement:.1%} of {packages.positions} positions "
+                f"({packages.ties} float16 ties) after "
+                f"{packages.prefill_tokens} tokens of prefill, logits within {packages.relative_error:.2%}",
+            ),
+        ]
+    return rows
+
+
+def quality(result: Quality) -> Rows:
+    rows = [
+        (
+            "perplexity",
+            f"{result.perplexity:.3f} (NLL {result.nll:.4f} ± {result.nll_error:.4f}) on "
+            f"{result.windows} windows, {result.tokens} tokens",
+        )
+    ]
+    if result.base_nll is not None:
+        rows += [
+            (
+                "base",
+                f"extra NLL {result.extra_nll:+.4f}, KL {result.kl:.4f}, same top token {result.top1:.1%}",
+            )
+        ]
+    return rows
+
+
+def converted(folder: Path, result: ConvertResult) -> Rows:
+    rows = quantized(folder / CHECKPOINT_FOLDER, result.quantized)
+    rows += lowered(folder / PACKAGES_FOLDER, result.lowered)
+    rows += verified(result.checkpoint, result.packages)
+    if result.quality is None:
+        return [*rows, ("quality", "not measured: the model comes without a tokenizer")]
+    return rows + quality(result.quality)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

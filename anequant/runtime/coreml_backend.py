@@ -1,0 +1,88 @@
+"""A folder of Core ML packages run as ANEMLL's runtimes run it, by the interpreter on any system.
+
+The order for a prompt of n tokens: whole blocks of B go through the chunks' `prefill`, which only fills
+the state; what is left, and always the last token, goes one by one through `infer`, and the last chunk's
+output through the head. Every later token is one `infer` and one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anequant.coreml.interpreter import Package
+from anequant.coreml.meta import read_meta
+from anequant.errors import InputError, UsageError
+
+INFER, PREFILL = "infer", "prefill"
+
+
+class PackageModel:
+    """The packages that a folder's meta.yaml names, with one state; `position` tokens have been fed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.packages = read_meta(folder)
+        self._embeddings = _open(folder, self.packages.embeddings)
+        self._chunks = [_open(folder, name) for name in self.packages.chunk_names]
+        self._head = _open(folder, self.packages.head)
+        context = self.packages.context
+        self._mask = torch.full((context, context), float("-inf"), dtype=torch.float16).triu(1)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.position = 0
+        self.state = self._chunks[0].new_state()
+
+    def feed(self, tokens: Sequence[int]) -> Tensor:
+        """Append tokens to the context; logits float32 [vocab] for what follows them.
+
+        Raises UsageError when they do not fit into the context.
+        """
+        context, batch = self.packages.context, self.packages.batch
+        if not tokens or self.position + len(tokens) > context:
+            raise UsageError(
+                f"{self.position + len(tokens)} tokens, the packages hold 1 to {context}",
+                remedy="shorten the prompt, or lower the checkpoint again with a larger --context",
+            )
+        ids = torch.tensor(tokens, dtype=torch.int32)
+        blocks = len(tokens) // batch
+        for block in range(blocks):
+            self._forward(ids[block * batch : (block + 1) * batch], PREFILL)
+        rest = ids[blocks * batch :]
+        if not len(rest):
+            self.position -= 1
+            rest = ids[-1:]
+        for token in rest:
+            hidden = self._forward(token[None], INFER)
+        return self._logits(hidden)
+
+    def _forward(self, ids: Tensor, function: str) -> Tensor:
+        length, start = len(ids), self.position
+        hidden = self._embeddings.run({"input_ids": ids[None]})["hidden_states"]
+        positions = torch.arange(start, start + length, dtype=torch.int32)
+        for chunk in self._chunks:
+            inputs = {
+                "hidden_states": hidden,
+                "position_ids": positions,
+                "causal_mask": self._mask[None, None, start : start + length],
+                "current_pos": positions[:1],
+            }
+            hidden = chunk.run(inputs, self.state, function)["output_hidden_states"]
+        self.position = start + length
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        outputs = self._head.run({"hidden_states": hidden})
+        parts = [outputs[f"logits{part + 1}"] for part in range(self.packages.head_parts)]
+        return torch.cat(parts, dim=-1).reshape(-1).float()
+
+
+def _open(folder: Path, name: str) -> Package:
+    path = folder / f"{name}.mlpackage"
+    if not path.is_dir():
+        raise InputError(f"package '{path.name}' is missing", where=str(folder), remedy="lower it again")
+    return Package.open(path)
