@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from anequant.coreml.toolkit import TARGET, Program, ct, mil_convert
+from anequant.coreml.toolkit import TARGET, Model_pb2, Program, ct, mil_convert, quiet_logging
 
 MODEL_FILE = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHT_FILE = "Data/com.apple.CoreML/weights/weight.bin"
@@ -23,7 +22,7 @@ def save_package(program: Program, path: Path, metadata: Mapping[str, str]) -> N
     `canonicalize_quantized_lut_pattern` splits one codebook into one per channel.
     """
     program.skip_all_passes = True
-    with contextlib.redirect_stderr(io.StringIO()), _quiet_logging():
+    with contextlib.redirect_stderr(io.StringIO()), quiet_logging():
         model = mil_convert(
             program,
             convert_from="milinternal",
@@ -44,7 +43,7 @@ def package_bytes(path: Path) -> tuple[int, int]:
 
 def _make_deterministic(path: Path, metadata: Mapping[str, str]) -> None:
     """Sorted protobuf maps, our own metadata only, and manifest ids derived from what they name."""
-    model = ct.proto.Model_pb2.Model()
+    model = Model_pb2.Model()
     model_file = path / MODEL_FILE
     model.ParseFromString(model_file.read_bytes())
     recorded = model.description.metadata.userDefined
@@ -61,12 +60,3 @@ def _make_deterministic(path: Path, metadata: Mapping[str, str]) -> None:
     manifest["itemInfoEntries"] = entries
     manifest["rootModelIdentifier"] = ids[manifest["rootModelIdentifier"]]
     manifest_file.write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _quiet_logging() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -7,7 +7,6 @@ operators from two tensors) a `Palettized`: codes into a codebook, made dense on
 from __future__ import annotations
 
 import json
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,22 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anequant.coreml.toolkit import BlobReader, MIL_pb2, Model_pb2
 from anequant.errors import InputError, UnsupportedError
-
-
-def _coremltools() -> tuple[Any, Any, Any]:
-    """The protobuf modules for models and MIL, and the weight file reader, without the import's warnings."""
-    disabled = logging.root.manager.disable
-    logging.disable(max(disabled, logging.WARNING))
-    try:
-        from coremltools.libmilstoragepython import _BlobStorageReader
-        from coremltools.proto import MIL_pb2, Model_pb2
-    finally:
-        logging.disable(disabled)
-    return Model_pb2, MIL_pb2, _BlobStorageReader
-
-
-MODEL, MIL, _BlobReader = _coremltools()
 
 
 @dataclass(frozen=True)
@@ -59,7 +44,7 @@ _TYPES = {
     "UINT16": DataType("uint16", torch.uint16, 16, "uint16", False),
     "UINT32": DataType("uint32", torch.uint32, 32, "uint32", False),
 }
-DATA_TYPES: dict[int, DataType] = {MIL.DataType.Value(name): dtype for name, dtype in _TYPES.items()}
+DATA_TYPES: dict[int, DataType] = {MIL_pb2.DataType.Value(name): dtype for name, dtype in _TYPES.items()}
 TORCH_TYPES: dict[str, torch.dtype] = {dtype.name: dtype.torch for dtype in _TYPES.values()}
 
 
@@ -131,7 +116,7 @@ class Weights:
             raise UnsupportedError("a constant that is neither a tensor nor a string")
         dims = value.type.tensorType.dimensions
         shape = tuple(dim.constant.size for dim in dims)
-        if value.type.tensorType.dataType == MIL.DataType.Value("STRING"):
+        if value.type.tensorType.dataType == MIL_pb2.DataType.Value("STRING"):
             return str(value.immediateValue.tensor.strings.values[0])
         dtype = data_type(value.type.tensorType)
         if value.WhichOneof("value") == "blobFileValue":
@@ -148,7 +133,7 @@ class Weights:
         path = inside(self._folder, name)
         try:
             if name not in self._readers:
-                self._readers[name] = _BlobReader(str(path))
+                self._readers[name] = BlobReader(str(path))
             read = getattr(self._readers[name], f"read_{dtype.blob}_data")
             flat: np.ndarray[Any, Any] = read(blob.offset)
         except (AttributeError, RuntimeError, ValueError) as error:
@@ -179,7 +164,7 @@ def _immediate(value: Any, dtype: DataType) -> np.ndarray[Any, Any]:
 def data_type(tensor_type: Any) -> DataType:
     """The element type of a MIL_pb2.TensorType; UnsupportedError for one that nothing here can hold."""
     if tensor_type.dataType not in DATA_TYPES:
-        raise UnsupportedError(f"element type {MIL.DataType.Name(tensor_type.dataType)}")
+        raise UnsupportedError(f"element type {MIL_pb2.DataType.Name(tensor_type.dataType)}")
     return DATA_TYPES[tensor_type.dataType]
 
 
@@ -212,7 +197,7 @@ def model_file(package: Path) -> Path:
 
 def read_model(path: Path) -> Any:
     """The Model_pb2.Model in a model file; it must be an mlProgram (UnsupportedError otherwise)."""
-    model = MODEL.Model()
+    model = Model_pb2.Model()
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as error:

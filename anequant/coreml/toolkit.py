@@ -1,18 +1,44 @@
-"""coremltools' MIL builder and converter, imported without what they log about this machine."""
+"""The one place that imports coremltools, without what it logs about this machine while it loads."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-logging.disable(logging.WARNING)
-try:
+
+@contextmanager
+def quiet_logging() -> Iterator[None]:
+    """Keeps every logger silent below errors."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+with quiet_logging():
     import coremltools as ct
     from coremltools.converters.mil.converter import mil_convert
     from coremltools.converters.mil.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, get_new_symbol, types
-finally:
-    logging.disable(logging.NOTSET)
+    from coremltools.libmilstoragepython import _BlobStorageReader as BlobReader
+    from coremltools.proto import MIL_pb2, Model_pb2
 
 TARGET = ct.target.iOS18
 
-__all__ = ["TARGET", "Function", "Program", "ct", "get_new_symbol", "mb", "mil_convert", "types"]
+__all__ = [
+    "TARGET",
+    "BlobReader",
+    "Function",
+    "MIL_pb2",
+    "Model_pb2",
+    "Program",
+    "ct",
+    "get_new_symbol",
+    "mb",
+    "mil_convert",
+    "quiet_logging",
+    "types",
+]

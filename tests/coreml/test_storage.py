@@ -13,7 +13,8 @@ from coremltools.optimize._utils import lut_to_dense
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anequant.coreml.storage import MIL, Palettized, Weights, inside
+from anequant.coreml.storage import Palettized, Weights, inside
+from anequant.coreml.toolkit import MIL_pb2 as MIL
 from anequant.errors import InputError
 
 UNSIGNED = {n: getattr(types, f"np_uint{n}_dtype") for n in (1, 2, 3, 4, 6)} | {8: np.uint8, 16: np.uint16}
