@@ -1,0 +1,421 @@
+"""Time and peak memory of quantizing and lowering a Qwen2.5-0.5B, next to today's trace-and-palettize path.
+
+Each stage runs in a process of its own, on random weights of that model's shape:
+
+    quantize   anequant's whole pass over the float checkpoint, recipe w4-nearest: fold, rotate, check, fit,
+               write; embedding and head included
+    ours       the decoder stack of the quantized checkpoint to one saved package with the functions infer
+               and prefill: codes read back from disk, MIL built, package written
+    peer       the decoder stack as a torch module with 1x1 convolutions and a state: torch.jit.trace,
+               coremltools.convert, palettize_weights (k-means, 4 bits, one codebook per tensor), package
+               written; one decode function only
+
+`ours` and `peer` are what a user waits for at that step, but they are not the same work. `ours` contains no
+clustering: its codes come from disk, and finding them is part of `quantize`. `peer` clusters, emits one
+function instead of two, and has no scale vectors. Neither has embedding or head. The peer gets its best
+case: one codebook per tensor and float16 constants, for which coremltools has a fast exact k-means; no
+worker pool; its random weights appear in memory, untimed, where ours are read from disk. Both run with one
+OpenMP thread: neither gains much from two, and when other work holds the cores, threads that spin while
+they wait for each other make times meaningless. `quantize` keeps the default. CPU seconds are listed for
+the same reason. Imports come before the clock starts and are reported apart; peak memory is that of the
+process, imports and mapped files included. Nothing is asserted here. Linux only.
+
+    python tools/bench_lower.py [--layers 24] [--work DIR] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# Only the standard library up here: a child's ru_maxrss starts at the size of the process it came from.
+
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 896, 4864, 14, 2, 64, 151936
+QUERY_WIDTH, KV_WIDTH = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+EPS, THETA = 1e-6, 1_000_000.0
+CONTEXT, BATCH = 2048, 64
+LAYERS_PER_SHARD = 6
+SEED = 2025
+LINEARS = {
+    "self_attn.q_proj": (QUERY_WIDTH, HIDDEN),
+    "self_attn.k_proj": (KV_WIDTH, HIDDEN),
+    "self_attn.v_proj": (KV_WIDTH, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, QUERY_WIDTH),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+BIASED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+UNTIMED = ("imports", "random weights")
+
+Lap = Callable[[str], None]
+"""Gives the time since the last lap a name."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured stage: wall and CPU seconds of the work, wall seconds of its steps and of the imports."""
+
+    stage: str
+    seconds: float
+    cpu_seconds: float
+    steps: dict[str, float]
+    import_seconds: float
+    peak_bytes: int
+    disk_bytes: int
+
+
+def checkpoint_stage(work: Path, layers: int, lap: Lap) -> Path:
+    """A random bfloat16 checkpoint, a few layers in memory at a time."""
+    import torch
+    from safetensors.torch import save_file
+
+    lap("imports")
+    generator = torch.Generator().manual_seed(SEED)
+
+    def normal(*shape: int, spread: float = 0.02, mean: float = 0.0) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).mul_(spread).add_(mean).bfloat16()
+
+    def layer(number: int) -> dict[str, torch.Tensor]:
+        prefix = f"model.layers.{number}"
+        tensors = {f"{prefix}.{name}.weight": normal(*shape) for name, shape in LINEARS.items()}
+        tensors |= {f"{prefix}.{name}.bias": normal(LINEARS[name][0], spread=0.5) for name in BIASED}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{norm}.weight"] = normal(HIDDEN, spread=0.1, mean=1.0)
+        return tensors
+
+    folder = work / "float"
+    folder.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+    total = 0
+    starts = [None, *range(0, layers, LAYERS_PER_SHARD)]
+    for shard, start in enumerate(starts, 1):
+        if start is None:
+            tensors = {"model.embed_tokens.weight": normal(VOCAB, HIDDEN)}
+            tensors["model.norm.weight"] = normal(HIDDEN, spread=0.1, mean=1.0)
+        else:
+            numbers = range(start, min(start + LAYERS_PER_SHARD, layers))
+            tensors = {name: tensor for number in numbers for name, tensor in layer(number).items()}
+        file = f"model-{shard:05d}-of-{len(starts):05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
+    _write_json(folder / "config.json", _config(layers))
+    return folder
+
+
+def quantize_stage(work: Path, layers: int, lap: Lap) -> Path:
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401  (the equivalence check runs it)
+
+    from anequant.checkpoints.source import Source
+    from anequant.pipeline.quantize import quantize
+    from anequant.recipe import load_recipe
+
+    lap("imports")
+    output = work / "quantized"
+    quantize(Source(work / "float", f"random-qwen2-{layers}"), output, load_recipe("w4-nearest"))
+    lap("quantize")
+    return output
+
+
+def ours_stage(work: Path, layers: int, lap: Lap) -> Path:
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401  (the RoPE tables come from it)
+
+    from anequant.architectures.spec import FINAL_NORM
+    from anequant.calibration.forward import lowered_rope_tables
+    from anequant.checkpoints.reader import open_checkpoint
+    from anequant.coreml.package import save_package
+    from anequant.coreml.parts import Geometry, chunk_program
+    from anequant.pipeline.lower import load_layer
+
+    lap("imports")
+    package = work / "ours.mlpackage"
+    checkpoint = open_checkpoint(work / "quantized")
+    stack = [load_layer(checkpoint, number) for number in range(layers)]
+    gain = checkpoint.read(f"{FINAL_NORM}.weight")
+    lap("read codes")
+    tables = lowered_rope_tables(checkpoint.spec, CONTEXT)
+    program = chunk_program(Geometry(checkpoint.spec, CONTEXT, BATCH, *tables), stack, gain)
+    lap("build")
+    save_package(program, package, {})
+    lap("convert and save")
+    return package
+
+
+def peer_stage(work: Path, layers: int, lap: Lap) -> Path:
+    import coremltools as ct
+    import coremltools.optimize.coreml as cto
+    import numpy as np
+    import torch
+
+    lap("imports")
+    torch.manual_seed(SEED)
+    model = _peer_model(layers)
+    inputs = {
+        "hidden_states": torch.zeros(1, 1, HIDDEN),
+        "position_ids": torch.zeros(1, dtype=torch.int32),
+        "causal_mask": torch.zeros(1, 1, 1, CONTEXT),
+        "current_pos": torch.zeros(1, dtype=torch.int32),
+    }
+    lap("random weights")
+    trace: Any = torch.jit.trace
+    traced = trace(model, tuple(inputs.values()), check_trace=False)
+    lap("trace")
+    types = {torch.float32: np.float16, torch.int32: np.int32}
+    state = ct.TensorType(shape=tuple(model.kv_cache.shape), dtype=np.float16)
+    converted = ct.convert(
+        traced,
+        convert_to="mlprogram",
+        inputs=[
+            ct.TensorType(name, shape=tuple(example.shape), dtype=types[example.dtype])
+            for name, example in inputs.items()
+        ],
+        outputs=[ct.TensorType("output_hidden_states", dtype=np.float16)],
+        states=[ct.StateType(state, name="kv_cache")],
+        minimum_deployment_target=ct.target.iOS18,
+        compute_precision=ct.precision.FLOAT16,
+        compute_units=ct.ComputeUnit.CPU_AND_NE,
+        skip_model_load=True,
+    )
+    del traced, model
+    lap("convert")
+    palettizer = cto.OpPalettizerConfig(mode="kmeans", nbits=4, granularity="per_tensor")
+    palettized = cto.palettize_weights(converted, cto.OptimizationConfig(global_config=palettizer))
+    lap("palettize")
+    package = work / "peer.mlpackage"
+    palettized.save(str(package))
+    lap("save")
+    return package
+
+
+def _peer_model(layers: int) -> Any:
+    """The decoder stack as people trace it: (1, C, 1, S), the cache a buffer, one new position."""
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional
+
+    def conv(name: str) -> nn.Conv2d:
+        rows, columns = LINEARS[name]
+        layer = nn.Conv2d(columns, rows, 1, bias=name in BIASED)
+        layer.weight.data = torch.empty_like(layer.weight).normal_(std=0.02).half().float()
+        return layer
+
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.randn(1, HIDDEN, 1, 1).mul(0.1).add(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.permute(0, 2, 3, 1)
+            normed = functional.layer_norm(torch.cat((rows, -rows), dim=-1), (2 * HIDDEN,), eps=EPS)
+            return normed[..., :HIDDEN].permute(0, 3, 1, 2) * self.gain
+
+    class DecoderLayer(nn.Module):
+        def __init__(self, index: int) -> None:
+            super().__init__()
+            self.index = index
+            self.attention_norm, self.mlp_norm = Norm(), Norm()
+            self.q, self.k, self.v, self.o, self.gate, self.up, self.down = map(conv, LINEARS)
+
+        def attend(
+            self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, start: Tensor, cache: Tensor
+        ) -> Tensor:
+            query = rotate(self.q(x).view(1, HEADS, 1, HEAD_DIM), cos, sin) * HEAD_DIM**-0.5
+            key = rotate(self.k(x).view(1, KV_HEADS, 1, HEAD_DIM), cos, sin)
+            row, value_row = self.index, layers + self.index
+            cache[row : row + 1, :, start : start + 1, :] = key
+            cache[value_row : value_row + 1, :, start : start + 1, :] = self.v(x).view(key.shape)
+            keys, values = cache[row : row + 1], cache[value_row : value_row + 1]
+            grouped = query.view(1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
+            weights = torch.softmax(grouped @ keys.transpose(-1, -2) + mask, dim=-1)
+            attended: Tensor = self.o((weights @ values).reshape(1, QUERY_WIDTH, 1, 1))
+            return attended
+
+        def forward(self, x: Tensor, *shared: Tensor) -> Tensor:
+            x = x + self.attend(self.attention_norm(x), *shared)
+            normed = self.mlp_norm(x)
+            output: Tensor = x + self.down(functional.silu(self.gate(normed)) * self.up(normed))
+            return output
+
+    class Stack(nn.Module):
+        cos: Tensor
+        sin: Tensor
+        kv_cache: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(DecoderLayer(index) for index in range(layers))
+            self.final_norm = Norm()
+            frequencies = THETA ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+            angles = torch.arange(CONTEXT)[:, None] * frequencies.repeat(2)
+            self.register_buffer("cos", angles.cos())
+            self.register_buffer("sin", angles.sin())
+            self.register_buffer("kv_cache", torch.zeros(2 * layers, KV_HEADS, CONTEXT, HEAD_DIM))
+
+        def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor, start: Tensor) -> Tensor:
+            x = hidden.permute(0, 2, 1).unsqueeze(2)
+            cos, sin = self.cos[positions], self.sin[positions]
+            for layer in self.layers:
+                x = layer(x, cos, sin, mask, start, self.kv_cache)
+            normed: Tensor = self.final_norm(x)
+            return normed.squeeze(2).permute(0, 2, 1)
+
+    return Stack().eval().requires_grad_(False)
+
+
+STAGES: dict[str, Callable[[Path, int, Lap], Path]] = {
+    "checkpoint": checkpoint_stage,
+    "quantize": quantize_stage,
+    "ours": ours_stage,
+    "peer": peer_stage,
+}
+
+
+def run_stage(stage: str, work: Path, layers: int) -> Row:
+    """Run one stage in this process."""
+    laps: dict[str, tuple[float, float]] = {}
+    last = time.perf_counter(), time.process_time()
+
+    def lap(name: str) -> None:
+        nonlocal last
+        now = time.perf_counter(), time.process_time()
+        laps[name] = now[0] - last[0], now[1] - last[1]
+        last = now
+
+    output = STAGES[stage](work, layers, lap)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    steps = {name: wall for name, (wall, _) in laps.items() if name not in UNTIMED}
+    cpu = sum(laps[name][1] for name in steps)
+    return Row(stage, sum(steps.values()), cpu, steps, laps["imports"][0], peak, size)
+
+
+def spawn_stage(stage: str, work: Path, layers: int) -> Row:
+    """Run one stage in a process of its own; raises SystemExit with its stderr when it fails."""
+    print(f"{stage} ...", file=sys.stderr, flush=True)
+    command = [sys.executable, str(Path(__file__).resolve()), "--stage", stage]
+    command += ["--layers", str(layers), "--work", str(work)]
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if stage in ("ours", "peer") else {})
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        raise SystemExit(f"stage '{stage}' failed\n{process.stderr}")
+    return Row(**json.loads(process.stdout.splitlines()[-1]))
+
+
+def benchmark(work: Path, layers: int, json_file: Path | None) -> None:
+    """Make the checkpoint, run the three stages one after the other, print and write what they took."""
+    spawn_stage("checkpoint", work, layers)
+    rows = {stage: spawn_stage(stage, work, layers) for stage in STAGES if stage != "checkpoint"}
+    about = _machine()
+    print(_report(rows, layers, about))
+    if json_file is not None:
+        measured = {"layers": layers, "context": CONTEXT, "batch": BATCH, "machine": about}
+        measured |= {"stages": [asdict(row) for row in rows.values()], "peer_over_ours": _ratios(rows)}
+        _write_json(json_file, measured)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=24, help="decoder layers; the real model has 24")
+    parser.add_argument("--work", type=Path, help="new or empty folder to use and keep; default: temporary")
+    parser.add_argument("--json", type=Path, help="write the measurements here too")
+    parser.add_argument("--stage", choices=tuple(STAGES), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage is not None:
+        print(json.dumps(asdict(run_stage(arguments.stage, arguments.work, arguments.layers))))
+    elif arguments.layers < 1:
+        parser.error("--layers must be at least 1")
+    elif arguments.work is None:
+        with tempfile.TemporaryDirectory(prefix="bench-lower-") as folder:
+            benchmark(Path(folder), arguments.layers, arguments.json)
+    elif arguments.work.exists() and any(arguments.work.iterdir()):
+        parser.error(f"'{arguments.work}' is not empty")
+    else:
+        benchmark(arguments.work, arguments.layers, arguments.json)
+
+
+def _report(rows: Mapping[str, Row], layers: int, about: Mapping[str, str]) -> str:
+    lines = ["| stage | seconds | CPU seconds | imports, seconds | peak memory, MB | size on disk, MB |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for row in rows.values():
+        times = f"{row.seconds:.1f} | {row.cpu_seconds:.1f} | {row.import_seconds:.1f}"
+        lines.append(f"| {row.stage} | {times} | {row.peak_bytes / 1e6:.0f} | {row.disk_bytes / 1e6:.1f} |")
+    lines += [
+        "",
+        "peer / ours: " + ", ".join(f"{name} {ratio:.1f}x" for name, ratio in _ratios(rows).items()),
+    ]
+    for stage in ("ours", "peer"):
+        steps = rows[stage].steps.items()
+        lines.append(f"{stage}: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in steps))
+    lines.append(f"Qwen2.5-0.5B's shape, {layers} layers, random weights, context {CONTEXT}, prefill {BATCH}")
+    return "\n".join([*lines, ", ".join(f"{name} {value}" for name, value in about.items())])
+
+
+def _ratios(rows: Mapping[str, Row]) -> dict[str, float]:
+    peer, ours = rows["peer"], rows["ours"]
+    return {
+        "seconds": peer.seconds / ours.seconds,
+        "CPU seconds": peer.cpu_seconds / ours.cpu_seconds,
+        "peak memory": peer.peak_bytes / ours.peak_bytes,
+    }
+
+
+def _machine() -> dict[str, str]:
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    models = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": str(os.cpu_count()),
+        "memory": f"{memory / 1e9:.0f} GB",
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "coremltools", "anequant")},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _config(layers: int) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": KV_HEADS,
+        "rms_norm_eps": EPS,
+        "rope_theta": THETA,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": VOCAB,
+    }
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
