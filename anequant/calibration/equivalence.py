@@ -28,11 +28,12 @@ class EquivalenceProbe:
 
     def __init__(self, checkpoint: Checkpoint, plan: RotationPlan) -> None:
         generator = torch.Generator().manual_seed(PROBE_SEED)
-        tokens = torch.randint(checkpoint.spec.vocab_size, (1, PROBE_LENGTH), generator=generator)
-        table = checkpoint.read(f"{EMBEDDING}.weight")
+        tokens = torch.randint(checkpoint.spec.vocab_size, (PROBE_LENGTH,), generator=generator).tolist()
+        name = f"{EMBEDDING}.weight"
+        embedded = torch.cat([checkpoint.read(name, slice(token, token + 1)) for token in tokens])[None]
         self._model = ReferenceModel(checkpoint.spec, torch.float64)
-        self._original = table[tokens].double()
-        self._turned = rotate_embedding(table[tokens], plan)
+        self._original = embedded.double()
+        self._turned = rotate_embedding(embedded, plan)
         self._largest = self._difference = 0.0
 
     def layer(self, layer: int, original: Mapping[str, Tensor], turned: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ name, since a hub cache holds symlinks that point elsewhere).
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -23,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = ("F16", "BF16", "F32", "F64")
 LARGEST_HEADER = 100_000_000
+_LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,12 @@ class Checkpoint:
         try:
             with safe_open(info.shard, framework="pt") as file:
                 if rows is None:
-                    tensor: Tensor = file.get_tensor(name).clone()
+                    tensor: Tensor = file.get_tensor(name)
                 else:
-                    tensor = file.get_slice(name)[rows].clone()
+                    tensor = file.get_slice(name)[rows]
         except (SafetensorError, OSError) as error:
             raise InputError(f"'{name}' cannot be read: {error}", where=str(info.shard)) from error
-        if not torch.isfinite(tensor.sum(dtype=torch.float64)):
+        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
             count = int((~torch.isfinite(tensor)).sum())
             raise InputError(f"'{name}' holds {count} values that are not finite", where=str(info.shard))
         return tensor
@@ -201,9 +203,11 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             )
         if info.dtype not in FLOATS:
             raise InputError(f"tensor '{name}' is {info.dtype}, not a float", where=str(info.shard))
-    beyond = layer_prefix(spec.num_layers)
-    extra = next((name for name in checkpoint.tensors if name.startswith(beyond)), None)
-    if extra is not None:
+    known = {layer_prefix(layer) for layer in range(spec.num_layers)}
+    for extra in checkpoint.tensors:
+        prefix = _LAYER.match(extra)
+        if prefix is None or prefix[0] in known:
+            continue
         raise InputError(
             f"tensor '{extra}' lies beyond the {spec.num_layers} layers of config.json",
             where=str(checkpoint.tensors[extra].shard),

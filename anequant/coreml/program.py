@@ -63,7 +63,7 @@ def palettized(codes: np.ndarray[Any, Any], codebook: Tensor, name: str, shared_
 
 def packed_codes(quantized: QuantizedLinear) -> np.ndarray[Any, Any]:
     """Codes [out, in] as numpy in the sub-byte type of their width."""
-    return quantized.codes.numpy().astype(CODE_DTYPES[quantized.bits])
+    return quantized.codes.numpy().view(CODE_DTYPES[quantized.bits])
 
 
 def linear(x: Var, quantized: QuantizedLinear, codes: np.ndarray[Any, Any], name: str, codebook: str) -> Var:

@@ -148,8 +148,8 @@ class _Job:
             name=name,
         )
         tensors = store(name, quantized, bias=projection)
-        error = (tensors[f"{name}.weight"].float() - weight).norm() / weight.norm().clamp_min(1e-30)
-        self._errors.append(TensorError(name, bits, float(error)))
+        error = _norm(tensors[f"{name}.weight"].float().sub_(weight)) / max(_norm(weight), 1e-30)
+        self._errors.append(TensorError(name, bits, error))
         self._count(weight, bits)
         for tensor_name, tensor in tensors.items():
             self._writer.write(tensor_name, tensor)
@@ -183,6 +183,10 @@ class _Job:
     def _count(self, weight: Tensor, bits: int) -> None:
         self._bits += weight.numel() * bits
         self._weights += weight.numel()
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 def float16(values: Tensor, name: str) -> Tensor:

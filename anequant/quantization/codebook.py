@@ -9,11 +9,16 @@ cells the best density of entries is proportional to the cube root of the values
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+STEPS = 100
 LLOYD_ROUNDS = 300
 LLOYD_TOLERANCE = 1e-7
+MOST_MOVES = 64
+LEAST_GAIN = 1e-4
 CHUNK = 1 << 22
 RELATIVE_GAP = 2.0**-8
 ABSOLUTE_GAP = 2.0**-10
@@ -28,22 +33,26 @@ def uniform_codebook(bits: int) -> Tensor:
 def best_uniform_step(core: Tensor, bits: int) -> float:
     """The step of the integer grid with the least squared error on `core`, by a line search.
 
-    Searches 0.3 to 1.5 of the step that is best for a Gaussian of the core's root mean square, on the
-    histogram of the values.
+    Searches from rms / 2**bits, a quarter or less of what is best for a Gaussian, up to the step that
+    clips nothing, on the histogram of the values.
     """
     centres, counts = _histogram(core, bits)
     rms = float((counts @ centres.square() / counts.sum()).sqrt())
     if rms == 0.0:
         return 1.0
-    gaussian_step = rms * {2: 1.0, 3: 0.59, 4: 0.335, 6: 0.104, 8: 0.031}[bits]
     half = 2 ** (bits - 1)
+    low = rms * 2.0**-bits
+    high = max(float(centres.abs().max()) / (half - 1), low)
 
     def error(step: float) -> float:
         rounded = (centres / step).round().clamp(-half, half - 1) * step
         return float(counts @ (centres - rounded).square())
 
-    candidates = [gaussian_step * (0.3 + 0.02 * k) for k in range(61)]
-    return min(candidates, key=error)
+    for _ in range(2):
+        steps: list[float] = torch.logspace(math.log10(low), math.log10(high), STEPS).tolist()
+        best = min(range(STEPS), key=lambda k: error(steps[k]))
+        low, high = steps[max(best - 1, 0)], steps[min(best + 1, STEPS - 1)]
+    return steps[best]
 
 
 def lloyd_max(core: Tensor, bits: int) -> Tensor:
@@ -52,21 +61,86 @@ def lloyd_max(core: Tensor, bits: int) -> Tensor:
     Entries are float16 numbers, far enough apart (a 256th of their size) that a reader that divides
     the weight by its scales in float16 still finds the right one.
     """
-    centres, counts = _histogram(core, bits)
-    mass = torch.cat([torch.zeros(1, dtype=torch.float64), counts.cumsum(0)])
-    moment = torch.cat([torch.zeros(1, dtype=torch.float64), (counts * centres).cumsum(0)])
-    entries = _companding_start(centres, counts, 2**bits)
-    for _ in range(LLOYD_ROUNDS):
-        edges = torch.searchsorted(centres, (entries[1:] + entries[:-1]) / 2)
-        low = torch.cat([edges.new_zeros(1), edges])
-        high = torch.cat([edges, edges.new_full((1,), centres.numel())])
-        weight = mass[high] - mass[low]
-        moved = torch.where(weight > 0, (moment[high] - moment[low]) / weight.clamp_min(1e-300), entries)
-        shift = float((moved - entries).abs().max())
-        entries = moved
-        if shift <= LLOYD_TOLERANCE * float(centres[-1] - centres[0]):
+    cells = _Cells(*_histogram(core, bits))
+    entries, error = cells.lloyd(cells.companding_start(2**bits))
+    for _ in range(MOST_MOVES):
+        moved, lower = cells.lloyd(cells.move_one(entries))
+        if lower >= error * (1 - LEAST_GAIN):
             break
+        entries, error = moved, lower
     return _separate(entries)
+
+
+class _Cells:
+    """A histogram, float64 [bins], with the prefix sums that give any cell's mean and squared error."""
+
+    def __init__(self, centres: Tensor, counts: Tensor) -> None:
+        self._centres, self._counts = centres, counts
+        self._sums = torch.zeros(3, centres.numel() + 1, dtype=torch.float64)
+        powers = torch.stack([counts, counts * centres, counts * centres.square()])
+        torch.cumsum(powers, dim=1, out=self._sums[:, 1:])
+
+    def companding_start(self, size: int) -> Tensor:
+        """Entries spaced by the cube root of the density, smoothed over a 64th of the range."""
+        width = self._centres.numel() // 64 | 1
+        smooth = torch.nn.functional.avg_pool1d(
+            self._counts[None, None], width, stride=1, padding=width // 2, count_include_pad=False
+        )
+        distribution = smooth[0, 0].pow(1 / 3).cumsum(0)
+        targets = (torch.arange(size, dtype=torch.float64) + 0.5) / size * distribution[-1]
+        return self._centres[torch.searchsorted(distribution, targets).clamp_max(self._centres.numel() - 1)]
+
+    def lloyd(self, entries: Tensor) -> tuple[Tensor, float]:
+        """Alternate boundaries and means until they rest: the entries and their squared error."""
+        tolerance = LLOYD_TOLERANCE * float(self._centres[-1] - self._centres[0])
+        for _ in range(LLOYD_ROUNDS):
+            edges = self._edges(entries)
+            weight, moment, _ = self._between(edges[:-1], edges[1:])
+            moved = torch.where(weight > 0, moment / weight.clamp_min(1e-300), entries)
+            shift = float((moved - entries).abs().max())
+            entries = moved
+            if shift <= tolerance:
+                break
+        edges = self._edges(entries)
+        return entries, float(self._error(edges[:-1], edges[1:]).sum())
+
+    def move_one(self, entries: Tensor) -> Tensor:
+        """Take the entry that is cheapest to merge with its neighbour to the cell where it helps most.
+
+        Lloyd's rounds alone cannot do this: they stop at a local optimum (Patane and Russo 2001).
+        """
+        edges = self._edges(entries)
+        own = self._error(edges[:-1], edges[1:])
+        merge_cost = self._error(edges[:-2], edges[2:]) - own[:-1] - own[1:]
+        inside = torch.searchsorted(self._centres, entries).clamp(edges[:-1], edges[1:])
+        split_gain = own - self._error(edges[:-1], inside) - self._error(inside, edges[1:])
+        merged, split = int(merge_cost.argmin()), int(split_gain.argmax())
+        if split in (merged, merged + 1):
+            return entries
+        ends = torch.stack([edges[split], inside[split], edges[split + 1]])
+        halves = self._means(ends[:-1], ends[1:])
+        together = self._means(edges[merged : merged + 1], edges[merged + 2 : merged + 3])
+        kept = [k for k in range(entries.numel()) if k not in (merged, merged + 1, split)]
+        return torch.cat([entries[kept], halves, together]).sort().values
+
+    def _edges(self, entries: Tensor) -> Tensor:
+        """Bin numbers at which the cells of ascending entries begin and end: [K + 1]."""
+        inner = torch.searchsorted(self._centres, (entries[1:] + entries[:-1]) / 2)
+        return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), self._centres.numel())])
+
+    def _between(self, low: Tensor, high: Tensor) -> Tensor:
+        sums: Tensor = self._sums[:, high] - self._sums[:, low]
+        return sums
+
+    def _means(self, low: Tensor, high: Tensor) -> Tensor:
+        weight, moment, _ = self._between(low, high)
+        means: Tensor = torch.where(weight > 0, moment / weight.clamp_min(1e-300), self._centres[low])
+        return means
+
+    def _error(self, low: Tensor, high: Tensor) -> Tensor:
+        weight, moment, square = self._between(low, high)
+        errors: Tensor = (square - moment.square() / weight.clamp_min(1e-300)).clamp_min(0)
+        return errors
 
 
 def nearest_codes(core: Tensor, codebook: Tensor) -> Tensor:
@@ -92,15 +166,6 @@ def _histogram(core: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         counts += torch.histc(values[start : start + CHUNK], bins=bins, min=low, max=high).double()
     width = (high - low) / bins
     return low + width * (torch.arange(bins, dtype=torch.float64) + 0.5), counts
-
-
-def _companding_start(centres: Tensor, counts: Tensor, size: int) -> Tensor:
-    smooth = torch.nn.functional.avg_pool1d(
-        counts[None, None], kernel_size=65, stride=1, padding=32, count_include_pad=False
-    )[0, 0]
-    distribution = smooth.pow(1 / 3).cumsum(0)
-    targets = (torch.arange(size, dtype=torch.float64) + 0.5) / size * distribution[-1]
-    return centres[torch.searchsorted(distribution, targets).clamp_max(centres.numel() - 1)]
 
 
 def _separate(entries: Tensor) -> Tensor:

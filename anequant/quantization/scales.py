@@ -17,6 +17,7 @@ from torch import Tensor
 SINKHORN_ROUNDS = 12
 SMALLEST_PRODUCT = 2.0**-14
 SMALLEST_INPUT_SCALE = 2.0**-5
+NEGLIGIBLE = 2.0**-40
 
 
 def tensor_scale(weight: Tensor, measure: str) -> Tensor:
@@ -31,19 +32,26 @@ def output_scale(weight: Tensor, measure: str) -> Tensor:
 
 
 def balanced_scales(weight: Tensor, rounds: int = SINKHORN_ROUNDS) -> tuple[Tensor, Tensor]:
-    """Sinkhorn scales of weight [out, in]: (output_scale [out], input_scale [in]), float32.
+    """Sinkhorn scales of weight [out, in]: (output_scale [out], input_scale [in]), float32, positive.
 
-    Dead rows and columns get a small positive scale instead of zero.
+    Rows and columns of zeros (a millionth of the largest) take no part: a dead column gets an input scale of one, a dead row the
+    smallest output scale.
     """
     squares = weight.square()
-    columns = torch.ones(weight.shape[1])
+    sums = squares.sum(dim=0)
+    live = sums > float(sums.max()) * NEGLIGIBLE
+    if not bool(live.any()):
+        return torch.full((weight.shape[0],), SMALLEST_PRODUCT), torch.ones(weight.shape[1])
+    columns = live.float()
     for _ in range(rounds):
-        rows = _inverse(squares @ columns / weight.shape[1])
-        columns = _inverse(rows @ squares / weight.shape[0])
-    log_scale = -0.5 * columns.log()
-    input_scale = (log_scale - log_scale.mean()).exp().clamp_min(SMALLEST_INPUT_SCALE)
-    rows_rms = (squares @ input_scale.square().reciprocal() / weight.shape[1]).sqrt()
-    return rows_rms, input_scale
+        rows = _inverse(squares @ columns)
+        columns = _inverse(rows @ squares) * live
+    log_scale = -0.5 * columns.clamp_min(torch.finfo(torch.float32).tiny).log()
+    input_scale = (log_scale - log_scale[live].mean()).exp().clamp_min(SMALLEST_INPUT_SCALE)
+    input_scale[~live] = 1.0
+    mean_squares = squares @ input_scale.square().reciprocal() / live.sum()
+    dead = mean_squares == 0
+    return mean_squares.sqrt().masked_fill_(dead, SMALLEST_PRODUCT), input_scale
 
 
 def float16_scales(output: Tensor, input_: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +62,12 @@ def float16_scales(output: Tensor, input_: Tensor) -> tuple[Tensor, Tensor]:
     """
     input_ = input_.half().float()
     floor = SMALLEST_PRODUCT / input_.min()
+    if floor.half() < floor:
+        floor = floor * (1 + 2.0**-10)
     return output.clamp_min(floor).half().float(), input_
 
 
-def _inverse(mean_squares: Tensor) -> Tensor:
-    return mean_squares.clamp_min(mean_squares.max() * 2.0**-40 + 1e-30).reciprocal()
+def _inverse(sums: Tensor) -> Tensor:
+    """1 / sums, scaled to a largest value of one; zeros count as tiny."""
+    inverse = sums.clamp_min(float(sums.max()) * NEGLIGIBLE).reciprocal()
+    return inverse / inverse.min()

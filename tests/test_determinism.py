@@ -1,0 +1,89 @@
+"""Same input, same recipe, same version: same bytes (design.md, guarantee 3)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from anequant.cli import main
+
+SCRIPT = Path(sys.executable).with_name("anequant")
+SIZES = ("--context", "32", "--batch", "16")
+HERE = {"PYTHONHASHSEED": "1", "TZ": "Asia/Tokyo", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+THERE = {"PYTHONHASHSEED": "2", "TZ": "America/New_York", "LC_ALL": "C", "OMP_NUM_THREADS": "2"}
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file's bytes by relative path; None for a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def differing(one: dict[str, bytes | None], other: dict[str, bytes | None]) -> set[str]:
+    return {name for name in one.keys() | other.keys() if one.get(name, b"-") != other.get(name, b"-")}
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """`anequant convert` of the bundled model by two processes at once that share nothing but the code."""
+    runs, folders = [], []
+    for environment in (HERE, THERE):
+        home = tmp_path_factory.mktemp(environment["PYTHONHASHSEED"])
+        runs.append(
+            subprocess.Popen(
+                [SCRIPT, "convert", "-o", "out", "--quiet", *SIZES],
+                cwd=home,
+                env={**os.environ, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+        folders.append(home / "out")
+    for run in runs:
+        output, _ = run.communicate(timeout=300)
+        assert (run.returncode, output) == (0, "")
+    return folders[0], folders[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def quantized(folder: Path, model: Path, *options: str) -> dict[str, bytes | None]:
+    result = CliRunner().invoke(main, ["quantize", str(model), "-o", str(folder), "--quiet", *options])
+    assert result.exit_code == 0, result.output
+    return contents(folder)
+
+
+def test_two_conversions_are_byte_identical(twice: tuple[Path, Path]) -> None:
+    one, other = contents(twice[0]), contents(twice[1])
+    assert {"anequant.json", "checkpoint/model.safetensors", "packages/meta.yaml"} <= one.keys()
+    assert sum(name.endswith("weight.bin") for name in one) == 3
+    assert differing(one, other) == set()
+
+
+def test_quantize_alone_writes_the_checkpoint_that_convert_writes(
+    twice: tuple[Path, Path], tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    ours = quantized(tmp_path / "checkpoint", tiny_qwen2)
+    assert differing(ours, contents(twice[0] / "checkpoint")) == set()
+
+
+def test_another_seed_gives_other_bytes(twice: tuple[Path, Path], tiny_qwen2: Path, tmp_path: Path) -> None:
+    other = quantized(tmp_path / "checkpoint", tiny_qwen2, "--seed", "1")
+    changed = differing(other, contents(twice[0] / "checkpoint"))
+    assert changed == {"model.safetensors", "anequant.json"}
