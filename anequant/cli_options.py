@@ -32,10 +32,10 @@ def command(run: Run) -> Run:
         console = Console(json=as_json, quiet=quiet)
         try:
             run(console, *args, **options)
-        except (AnequantError, MemoryError) as failure:
+        except (AnequantError, MemoryError, OSError) as failure:
             if debug:
                 raise
-            error = failure if isinstance(failure, AnequantError) else _out_of_memory(failure)
+            error = failure if isinstance(failure, AnequantError) else _resource_error(failure)
             console.error(error)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
@@ -83,5 +83,7 @@ def size_options(run: Run) -> Run:
     return run
 
 
-def _out_of_memory(error: MemoryError) -> ResourceError:
-    return ResourceError("not enough memory", where=str(error), remedy="close other programs")
+def _resource_error(error: MemoryError | OSError) -> ResourceError:
+    if isinstance(error, MemoryError):
+        return ResourceError("not enough memory", where=str(error), remedy="close other programs")
+    return ResourceError(error.strerror or str(error), where=str(error.filename or ""))

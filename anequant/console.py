@@ -36,7 +36,7 @@ class Console:
 
     def text(self, piece: str) -> None:
         """Part of a running text, shown at once."""
-        if not self.json:
+        if not self.json and not self.quiet:
             print(piece, end="", flush=True)
 
     def note(self, text: str) -> None:

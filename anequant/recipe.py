@@ -57,8 +57,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check_value(item, getattr(self, item.name))
-        if self.seed < 0:
-            raise UsageError(f"recipe key 'seed' is {self.seed}", remedy="use a seed of 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"recipe key 'seed' is {self.seed}", remedy="use a seed from 0 to 2**63 - 1")
         if self.r1_block < 2 or self.r1_block & (self.r1_block - 1):
             raise UsageError(
                 f"recipe key 'r1_block' is {self.r1_block}", remedy="use a power of two, for example 64"

@@ -61,16 +61,16 @@ def resolve_source(model: str | None) -> Source:
 
 
 def _download(repo: str, revision: str | None) -> Source:
-    from huggingface_hub import HfApi, snapshot_download
+    """The hub's snapshot in the local cache; its folder is named after the commit, also when offline."""
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     try:
-        commit = HfApi().model_info(repo, revision=revision).sha
-        folder = snapshot_download(repo, revision=commit, allow_patterns=list(DOWNLOADED))
+        folder = snapshot_download(repo, revision=revision, allow_patterns=list(DOWNLOADED))
     except (hub.HTTPError, hub.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"'{repo}' is no folder here and could not be had from the hub: {reason}",
             remedy="check the name, the revision and the network, or download it and name the folder",
         ) from error
-    return Source(Path(folder), repo.split("/")[1], commit)
+    return Source(Path(folder), repo.split("/")[1], Path(folder).name)

@@ -14,13 +14,14 @@ Constants carry a `weight_id`: the functions of one package that use the same id
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from anequant.architectures.spec import HEAD
-from anequant.coreml.toolkit import mb, types
+from anequant.coreml.toolkit import Function, Program, mb, types
 from anequant.quantization.linear import QuantizedLinear
 
 Var = Any
@@ -161,6 +162,23 @@ def state_row(cache: Var, row: int, name: str) -> Var:
     return mb.slice_by_index(
         x=cache, begin=[row, 0, 0, 0], end=[row + 1, heads, context, head_dim], name=name
     )
+
+
+def build_program(functions: Mapping[str, Function]) -> Program:
+    """A program of these functions; the first is the default one."""
+    program = Program()
+    for name, function in functions.items():
+        program.add_function(name, function)
+    if len(functions) > 1:
+        program.default_function_name = next(iter(functions))
+        program.export_as_multifunction = True
+    return program
+
+
+def to_channels(hidden: Var) -> Var:
+    """(1, S, H) to (1, H, 1, S)."""
+    channels = mb.transpose(x=hidden, perm=[0, 2, 1], name="input_channels")
+    return mb.expand_dims(x=channels, axes=[2], name="input_image")
 
 
 def _shared(values: np.ndarray[Any, Any], name: str) -> Var:

@@ -17,14 +17,15 @@ from anequant.progress import Progress, silent
 class Quality:
     """Means over `tokens` predictions; NLL and KL in nats.
 
-    `nll_error` is the standard error of `nll` over windows. The last four compare with the base model
-    and are None without one: extra NLL, KL(base || model), and the share of equal arg-max tokens.
+    `nll_error` is the standard error of `nll` over windows, None for a single one. The last four compare
+    with the base model and are None without one: extra NLL, KL(base || model), and the share of equal
+    arg-max tokens.
     """
 
     tokens: int
     windows: int
     nll: float
-    nll_error: float
+    nll_error: float | None
     base_nll: float | None = None
     extra_nll: float | None = None
     kl: float | None = None
@@ -85,7 +86,7 @@ def _summarise(tokens: Tensor, ours: Iterable[Tensor], base: Iterable[Tensor] | 
         divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).double().mean())
     count = len(window_nll)
     nll = torch.tensor(window_nll, dtype=torch.float64)
-    error = float(nll.std() / math.sqrt(count)) if count > 1 else float("nan")
+    error = float(nll.std() / math.sqrt(count)) if count > 1 else None
     result = Quality(count * (tokens.shape[1] - 1), count, float(nll.mean()), error)
     if base_windows is None:
         return result

@@ -8,13 +8,13 @@ from typing import Any
 
 from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
 from anequant.checkpoints.manifest import MANIFEST, manifest
-from anequant.checkpoints.output import file_hashes, staged_folder
+from anequant.checkpoints.output import check_output, file_hashes, staged_folder
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
 from anequant.checkpoints.writer import write_json
 from anequant.errors import InputError
 from anequant.evaluation.divergence import Quality, evaluate
-from anequant.pipeline.lower import LowerOptions, LowerResult, lower_into
+from anequant.pipeline.lower import LowerOptions, LowerResult, check_lowering, lower_into
 from anequant.pipeline.quantize import QuantizeResult, quantize_into
 from anequant.pipeline.verify import (
     CHECKPOINT_FOLDER,
@@ -59,7 +59,9 @@ def convert(
     progress: Progress = silent,
 ) -> ConvertResult:
     """Write `output`/checkpoint and `output`/packages, verified. Raises what its steps raise."""
-    with staged_folder(output, force=force) as staging:
+    check_output(output, force=force, source=source.folder)
+    check_lowering(open_checkpoint(source.folder).spec, options)
+    with staged_folder(output, force=force, source=source.folder) as staging:
         checkpoint, packages = staging / CHECKPOINT_FOLDER, staging / PACKAGES_FOLDER
         checkpoint.mkdir()
         packages.mkdir()

@@ -7,6 +7,7 @@ from pathlib import Path
 from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import resolve_source
+from anequant.errors import InputError
 from anequant.evaluation.divergence import Quality, evaluate
 from anequant.progress import Progress, silent
 
@@ -28,6 +29,12 @@ def evaluate_text(
     source = resolve_source(model)
     checkpoint = open_checkpoint(source.folder)
     original = None if base is None else open_checkpoint(resolve_source(base).folder)
+    if original is not None and original.spec.vocab_size != checkpoint.spec.vocab_size:
+        raise InputError(
+            f"base '{base}' has a vocabulary of {original.spec.vocab_size}, "
+            f"'{model}' one of {checkpoint.spec.vocab_size}",
+            remedy="compare a checkpoint with the float model it was made from",
+        )
     tokenizer = load_tokenizer(source.folder)
     first = start_token(tokenizer, checkpoint.spec.config)
     tokens = text_windows(text, tokenizer, first, count=windows, length=length)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from anequant.calibration.text import load_tokenizer
-from anequant.errors import UsageError
 from anequant.pipeline.convert import packages_folder
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.runtime.generate import greedy_tokens
@@ -21,9 +20,8 @@ def continue_text(folder: Path, prompt: str, limit: int) -> Iterator[str]:
     packages = packages_folder(folder)
     tokenizer = load_tokenizer(packages)
     tokens = tokenizer(prompt)["input_ids"]
-    if not tokens:
-        raise UsageError("the prompt is empty")
     model = PackageModel(packages)
+    model.check_fits(len(tokens))
     limit = min(limit, model.packages.context - len(tokens))
     stop = {tokenizer.eos_token_id} - {None}
     yield prompt

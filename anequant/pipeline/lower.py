@@ -18,9 +18,10 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
 from anequant.checkpoints.source import TOKENIZER_FILES
 from anequant.checkpoints.writer import write_json
+from anequant.coreml.decoder import Geometry, Layer, chunk_program
 from anequant.coreml.meta import PackageSet, write_meta
 from anequant.coreml.package import package_bytes, save_package
-from anequant.coreml.parts import Geometry, Layer, chunk_program, embeddings_program, head_program
+from anequant.coreml.parts import embeddings_program, head_program
 from anequant.errors import InputError, UnsupportedError, UsageError
 from anequant.progress import Progress, silent
 from anequant.quantization.linear import QuantizedLinear
@@ -69,7 +70,7 @@ def lower(
     Raises UsageError when `output` exists (without `force`) or a size is impossible, InputError for a
     checkpoint that is not quantized or breaks the contract, UnsupportedError for what cannot be lowered.
     """
-    with staged_folder(output, force=force) as staging:
+    with staged_folder(output, force=force, source=checkpoint_folder) as staging:
         name = checkpoint_folder.resolve().name
         return lower_into(staging, checkpoint_folder, name, options, progress)
 
@@ -78,13 +79,9 @@ def lower_into(
     folder: Path, checkpoint_folder: Path, name: str, options: LowerOptions, progress: Progress
 ) -> LowerResult:
     """As `lower`, into an existing empty folder; `name` is the model's name in meta.yaml."""
-    checkpoint = open_checkpoint(checkpoint_folder)
+    checkpoint = open_quantized(checkpoint_folder)
     spec = checkpoint.spec
-    if not checkpoint.is_quantized:
-        raise InputError(
-            f"'{checkpoint_folder}' is not quantized", remedy="run `anequant quantize` on it first"
-        )
-    _check_options(spec, options)
+    check_lowering(spec, options)
     geometry = Geometry(spec, options.context, options.batch, *lowered_rope_tables(spec, options.context))
     first = load_layer(checkpoint, 0)
     table = read_table(checkpoint, EMBEDDING)
@@ -130,13 +127,21 @@ def lower_into(
     write_meta(folder, packages)
     _write_side_files(folder, checkpoint)
     contents = {
-        "checkpoint": file_hashes(checkpoint_folder, [MANIFEST]),
+        "checkpoint": checkpoint_hashes(checkpoint),
         "options": asdict(options),
         "packages": [asdict(size) for size in sizes],
         "files": file_hashes(folder),
     }
     write_json(folder / MANIFEST, manifest("packages", contents))
     return LowerResult(tuple(sizes))
+
+
+def open_quantized(folder: Path) -> Checkpoint:
+    """`open_checkpoint`, with an InputError for a float checkpoint."""
+    checkpoint = open_checkpoint(folder)
+    if not checkpoint.is_quantized:
+        raise InputError(f"'{folder}' is not quantized", remedy="run `anequant quantize` on it first")
+    return checkpoint
 
 
 def load_layer(checkpoint: Checkpoint, layer: int) -> Layer:
@@ -175,7 +180,13 @@ def head_parts(spec: ModelSpec) -> int:
     )
 
 
-def _check_options(spec: ModelSpec, options: LowerOptions) -> None:
+def checkpoint_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """What identifies the checkpoint that packages were made from: its config and weights."""
+    return file_hashes(checkpoint.folder, ["config.json", *(shard.name for shard in checkpoint.shards)])
+
+
+def check_lowering(spec: ModelSpec, options: LowerOptions) -> None:
+    """Raises UsageError for impossible sizes, UnsupportedError for a model that cannot be lowered to them."""
     for name, value, most in (
         ("context", options.context, 65536),
         ("batch", options.batch, options.context),
@@ -190,6 +201,8 @@ def _check_options(spec: ModelSpec, options: LowerOptions) -> None:
             f"--context {options.context} is not a multiple of --batch {options.batch}",
             remedy="ANEMLL's Swift runtime prefills whole batches only",
         )
+    head_parts(spec)
+    lowered_rope_tables(spec, options.context)
 
 
 def _bits(table: QuantizedLinear | Tensor) -> int | None:

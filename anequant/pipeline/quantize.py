@@ -60,7 +60,7 @@ def quantize(
     Raises UsageError when `output` exists (without `force`), InputError or UnsupportedError for a model
     that cannot be read or handled, VerificationError when a check fails; nothing is left behind then.
     """
-    with staged_folder(output, force=force) as staging:
+    with staged_folder(output, force=force, source=source.folder) as staging:
         return quantize_into(staging, source, recipe, progress)
 
 

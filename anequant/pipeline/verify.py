@@ -22,6 +22,7 @@ from anequant.coreml.interpreter import Package, PalettizedWeight
 from anequant.coreml.meta import read_meta
 from anequant.coreml.program import head_part, weight_value
 from anequant.errors import UsageError, VerificationError
+from anequant.pipeline.lower import checkpoint_hashes, open_quantized
 from anequant.progress import Progress, silent
 from anequant.quantization.linear import QuantizedLinear
 from anequant.runtime.coreml_backend import PackageModel
@@ -132,9 +133,9 @@ def verify_packages(folder: Path, checkpoint_folder: Path, *, progress: Progress
     """
     progress("hashes", 0.0)
     recorded = verify_files(folder)
-    if recorded.get("checkpoint") != file_hashes(checkpoint_folder, [MANIFEST]):
+    checkpoint = open_quantized(checkpoint_folder)
+    if recorded.get("checkpoint") != checkpoint_hashes(checkpoint):
         raise VerificationError(f"the packages were not made from '{checkpoint_folder}'", where=str(folder))
-    checkpoint = open_checkpoint(checkpoint_folder)
     weights = _verify_weights(folder, checkpoint, progress)
     return _compare_logits(folder, checkpoint, weights, progress)
 

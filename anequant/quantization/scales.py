@@ -34,8 +34,8 @@ def output_scale(weight: Tensor, measure: str) -> Tensor:
 def balanced_scales(weight: Tensor, rounds: int = SINKHORN_ROUNDS) -> tuple[Tensor, Tensor]:
     """Sinkhorn scales of weight [out, in]: (output_scale [out], input_scale [in]), float32, positive.
 
-    Rows and columns of zeros (a millionth of the largest) take no part: a dead column gets an input scale of one, a dead row the
-    smallest output scale.
+    Rows and columns of zeros (columns of a millionth of the largest, too) take no part: a dead column
+    gets an input scale of one, a dead row the smallest output scale.
     """
     squares = weight.square()
     sums = squares.sum(dim=0)

@@ -54,10 +54,11 @@ def verified(checkpoint: CheckpointCheck | None, packages: PackageCheck | None) 
 
 
 def quality(result: Quality) -> Rows:
+    error = "" if result.nll_error is None else f" ± {result.nll_error:.4f}"
     rows = [
         (
             "perplexity",
-            f"{result.perplexity:.3f} (NLL {result.nll:.4f} ± {result.nll_error:.4f}) on "
+            f"{result.perplexity:.3f} (NLL {result.nll:.4f}{error}) on "
             f"{result.windows} windows, {result.tokens} tokens",
         )
     ]

@@ -74,7 +74,7 @@ def block_hadamard_rotation(n: int, block: int, generator: torch.Generator) -> R
 
     Raises UsageError unless `block` is a power of two that divides n.
     """
-    fitting = power_of_two_divisors(n)
+    fitting = power_of_two_divisors(n)[1:]
     if block not in fitting:
         raise UsageError(
             f"a Hadamard block of {block} does not fit a width of {n}",

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from anequant.coreml.decoder import INFER, PREFILL
 from anequant.coreml.interpreter import Package
 from anequant.coreml.meta import read_meta
 from anequant.errors import InputError, UsageError
-
-INFER, PREFILL = "infer", "prefill"
 
 
 class PackageModel:
@@ -37,17 +36,22 @@ class PackageModel:
         self.position = 0
         self.state = self._chunks[0].new_state()
 
+    def check_fits(self, count: int) -> None:
+        """Raises UsageError when `count` more tokens are none, or too many for the context."""
+        context = self.packages.context
+        if not 0 < count <= context - self.position:
+            raise UsageError(
+                f"{self.position + count} tokens, the packages hold 1 to {context}",
+                remedy="shorten the prompt, or lower the checkpoint again with a larger --context",
+            )
+
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Append tokens to the context; logits float32 [vocab] for what follows them.
 
         Raises UsageError when they do not fit into the context.
         """
-        context, batch = self.packages.context, self.packages.batch
-        if not tokens or self.position + len(tokens) > context:
-            raise UsageError(
-                f"{self.position + len(tokens)} tokens, the packages hold 1 to {context}",
-                remedy="shorten the prompt, or lower the checkpoint again with a larger --context",
-            )
+        self.check_fits(len(tokens))
+        batch = self.packages.batch
         ids = torch.tensor(tokens, dtype=torch.int32)
         blocks = len(tokens) // batch
         for block in range(blocks):
