@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from anequant.checkpoints.source import resolve_source
 from anequant.pipeline.evaluate import evaluate_text
@@ -14,6 +17,15 @@ from anequant.recipe import load_recipe
 
 ROTATED = {"r1": "block-hadamard", "r2": "hadamard"}
 UNROTATED = {"r1": "none", "r2": "none"}
+
+
+@pytest.fixture(autouse=True)
+def all_threads() -> Iterator[None]:
+    """Large products here; the rest of the tests runs on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

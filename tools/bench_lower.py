@@ -43,22 +43,8 @@ from typing import Any
 
 # Only the standard library up here: a child's ru_maxrss starts at the size of the process it came from.
 
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 896, 4864, 14, 2, 64, 151936
-QUERY_WIDTH, KV_WIDTH = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-EPS, THETA = 1e-6, 1_000_000.0
 CONTEXT, BATCH = 2048, 64
-LAYERS_PER_SHARD = 6
 SEED = 2025
-LINEARS = {
-    "self_attn.q_proj": (QUERY_WIDTH, HIDDEN),
-    "self_attn.k_proj": (KV_WIDTH, HIDDEN),
-    "self_attn.v_proj": (KV_WIDTH, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, QUERY_WIDTH),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
-BIASED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 UNTIMED = ("imports", "random weights")
 
 Lap = Callable[[str], None]
@@ -79,44 +65,11 @@ class Row:
 
 
 def checkpoint_stage(work: Path, layers: int, lap: Lap) -> Path:
-    """A random bfloat16 checkpoint, a few layers in memory at a time."""
-    import torch
-    from safetensors.torch import save_file
+    from random_checkpoint import write_random_checkpoint
 
     lap("imports")
-    generator = torch.Generator().manual_seed(SEED)
-
-    def normal(*shape: int, spread: float = 0.02, mean: float = 0.0) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).mul_(spread).add_(mean).bfloat16()
-
-    def layer(number: int) -> dict[str, torch.Tensor]:
-        prefix = f"model.layers.{number}"
-        tensors = {f"{prefix}.{name}.weight": normal(*shape) for name, shape in LINEARS.items()}
-        tensors |= {f"{prefix}.{name}.bias": normal(LINEARS[name][0], spread=0.5) for name in BIASED}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}.{norm}.weight"] = normal(HIDDEN, spread=0.1, mean=1.0)
-        return tensors
-
-    folder = work / "float"
-    folder.mkdir(parents=True)
-    weight_map: dict[str, str] = {}
-    total = 0
-    starts = [None, *range(0, layers, LAYERS_PER_SHARD)]
-    for shard, start in enumerate(starts, 1):
-        if start is None:
-            tensors = {"model.embed_tokens.weight": normal(VOCAB, HIDDEN)}
-            tensors["model.norm.weight"] = normal(HIDDEN, spread=0.1, mean=1.0)
-        else:
-            numbers = range(start, min(start + LAYERS_PER_SHARD, layers))
-            tensors = {name: tensor for number in numbers for name, tensor in layer(number).items()}
-        file = f"model-{shard:05d}-of-{len(starts):05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
-    _write_json(folder / "config.json", _config(layers))
-    return folder
+    write_random_checkpoint(work / "float", layers)
+    return work / "float"
 
 
 def quantize_stage(work: Path, layers: int, lap: Lap) -> Path:
@@ -162,10 +115,12 @@ def peer_stage(work: Path, layers: int, lap: Lap) -> Path:
     import coremltools.optimize.coreml as cto
     import numpy as np
     import torch
+    from random_checkpoint import HIDDEN
+    from traced_peer import Stack
 
     lap("imports")
     torch.manual_seed(SEED)
-    model = _peer_model(layers)
+    model = Stack(layers, CONTEXT).eval().requires_grad_(False)
     inputs = {
         "hidden_states": torch.zeros(1, 1, HIDDEN),
         "position_ids": torch.zeros(1, dtype=torch.int32),
@@ -201,85 +156,6 @@ def peer_stage(work: Path, layers: int, lap: Lap) -> Path:
     palettized.save(str(package))
     lap("save")
     return package
-
-
-def _peer_model(layers: int) -> Any:
-    """The decoder stack as people trace it: (1, C, 1, S), the cache a buffer, one new position."""
-    import torch
-    from torch import Tensor, nn
-    from torch.nn import functional
-
-    def conv(name: str) -> nn.Conv2d:
-        rows, columns = LINEARS[name]
-        layer = nn.Conv2d(columns, rows, 1, bias=name in BIASED)
-        layer.weight.data = torch.empty_like(layer.weight).normal_(std=0.02).half().float()
-        return layer
-
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-    class Norm(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gain = nn.Parameter(torch.randn(1, HIDDEN, 1, 1).mul(0.1).add(1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            rows = x.permute(0, 2, 3, 1)
-            normed = functional.layer_norm(torch.cat((rows, -rows), dim=-1), (2 * HIDDEN,), eps=EPS)
-            return normed[..., :HIDDEN].permute(0, 3, 1, 2) * self.gain
-
-    class DecoderLayer(nn.Module):
-        def __init__(self, index: int) -> None:
-            super().__init__()
-            self.index = index
-            self.attention_norm, self.mlp_norm = Norm(), Norm()
-            self.q, self.k, self.v, self.o, self.gate, self.up, self.down = map(conv, LINEARS)
-
-        def attend(
-            self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, start: Tensor, cache: Tensor
-        ) -> Tensor:
-            query = rotate(self.q(x).view(1, HEADS, 1, HEAD_DIM), cos, sin) * HEAD_DIM**-0.5
-            key = rotate(self.k(x).view(1, KV_HEADS, 1, HEAD_DIM), cos, sin)
-            row, value_row = self.index, layers + self.index
-            cache[row : row + 1, :, start : start + 1, :] = key
-            cache[value_row : value_row + 1, :, start : start + 1, :] = self.v(x).view(key.shape)
-            keys, values = cache[row : row + 1], cache[value_row : value_row + 1]
-            grouped = query.view(1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
-            weights = torch.softmax(grouped @ keys.transpose(-1, -2) + mask, dim=-1)
-            attended: Tensor = self.o((weights @ values).reshape(1, QUERY_WIDTH, 1, 1))
-            return attended
-
-        def forward(self, x: Tensor, *shared: Tensor) -> Tensor:
-            x = x + self.attend(self.attention_norm(x), *shared)
-            normed = self.mlp_norm(x)
-            output: Tensor = x + self.down(functional.silu(self.gate(normed)) * self.up(normed))
-            return output
-
-    class Stack(nn.Module):
-        cos: Tensor
-        sin: Tensor
-        kv_cache: Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(DecoderLayer(index) for index in range(layers))
-            self.final_norm = Norm()
-            frequencies = THETA ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-            angles = torch.arange(CONTEXT)[:, None] * frequencies.repeat(2)
-            self.register_buffer("cos", angles.cos())
-            self.register_buffer("sin", angles.sin())
-            self.register_buffer("kv_cache", torch.zeros(2 * layers, KV_HEADS, CONTEXT, HEAD_DIM))
-
-        def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor, start: Tensor) -> Tensor:
-            x = hidden.permute(0, 2, 1).unsqueeze(2)
-            cos, sin = self.cos[positions], self.sin[positions]
-            for layer in self.layers:
-                x = layer(x, cos, sin, mask, start, self.kv_cache)
-            normed: Tensor = self.final_norm(x)
-            return normed.squeeze(2).permute(0, 2, 1)
-
-    return Stack().eval().requires_grad_(False)
 
 
 STAGES: dict[str, Callable[[Path, int, Lap], Path]] = {
@@ -390,26 +266,6 @@ def _machine() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "coremltools", "anequant")},
         "date": datetime.date.today().isoformat(),
-    }
-
-
-def _config(layers: int) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "max_position_embeddings": 32768,
-        "num_attention_heads": HEADS,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": KV_HEADS,
-        "rms_norm_eps": EPS,
-        "rope_theta": THETA,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "use_sliding_window": False,
-        "vocab_size": VOCAB,
     }
 
 
