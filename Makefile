@@ -13,7 +13,7 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/anequant convert --output demo-output --force
-	$(BIN)/anequant generate demo-output --prompt "The old house stood" --max-tokens 40
+	$(BIN)/anequant generate demo-output --prompt "In the morning they went down to the" --max-tokens 20
 
 test: .venv/installed
 	$(BIN)/python -m pytest

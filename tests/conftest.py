@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 import anequant.pipeline.quantize as quantize_module
@@ -21,6 +22,8 @@ from anequant.quantization.quantize import quantize_linear
 from anequant.recipe import Recipe, load_recipe
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+settings.register_profile("reproducible", derandomize=True)
+settings.load_profile("reproducible")
 
 torch.set_num_threads(1)
 """Tiny tensors gain nothing from threads, and lose much where cores are shared."""

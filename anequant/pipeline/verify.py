@@ -149,12 +149,14 @@ def _verify_weights(folder: Path, checkpoint: Checkpoint, progress: Progress) ->
         path = folder / f"{package}.mlpackage"
         opened = Package.open(path)
         offsets: dict[str, list[int | None]] = {}
+        loaded = ""
         for _, value, weight in opened.palettized_weights():
             if value not in quantized:
                 raise VerificationError(f"palettized weight '{value}' is unknown", where=str(path))
             name, part = quantized[value]
             if value not in offsets:
-                whole = load(name, checkpoint.read, checkpoint.tensors)
+                if name != loaded:
+                    whole, loaded = load(name, checkpoint.read, checkpoint.tensors), name
                 _check_weight(value, weight, whole, part, str(path))
                 count += 1
             offsets.setdefault(value, []).append(weight.offset)
@@ -201,7 +203,7 @@ def _compare_logits(folder: Path, checkpoint: Checkpoint, weights: int, progress
     """Feed whole blocks as a prompt, then one token after the other; compare from the prompt's end on."""
     model = PackageModel(folder)
     context, batch = model.packages.context, model.packages.batch
-    prefill = min(max(PREFILL_TOKENS // batch, 1) * batch, context - 1)
+    prefill = min(max(PREFILL_TOKENS // batch, 1) * batch, context)
     decode = min(DECODE_TOKENS, context - prefill)
     tokens = _probe_tokens(checkpoint, prefill + decode)
     progress("checkpoint in transformers", 0.5)
@@ -218,7 +220,9 @@ def _probe_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
     if has_tokenizer(checkpoint.folder):
         tokenizer = load_tokenizer(checkpoint.folder)
         first = start_token(tokenizer, checkpoint.spec.config)
-        return text_windows(read_text(SAMPLE_TEXT), tokenizer, first, count=1, length=length)[0]
+        text = read_text(SAMPLE_TEXT)
+        text *= length // len(text.split()) + 1
+        return text_windows(text, tokenizer, first, count=1, length=length)[0]
     generator = torch.Generator().manual_seed(PROBE_SEED)
     return torch.randint(checkpoint.spec.vocab_size, (length,), generator=generator)
 

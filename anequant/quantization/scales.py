@@ -55,13 +55,13 @@ def balanced_scales(weight: Tensor, rounds: int = SINKHORN_ROUNDS) -> tuple[Tens
 
 
 def float16_scales(output: Tensor, input_: Tensor) -> tuple[Tensor, Tensor]:
-    """Round both vectors to numbers float16 holds exactly, keeping every product at 2**-14 or more.
+    """Round both vectors to numbers float16 holds exactly; outputs and products stay at 2**-14 or more.
 
-    The floor keeps `output_scale * input_scale` a normal float16 number, so that a reader that divides
-    in float16 recovers the codes.
+    The floor keeps `output_scale` and `output_scale * input_scale` normal float16 numbers, so that a
+    reader that divides in float16 recovers the codes.
     """
     input_ = input_.half().float()
-    floor = SMALLEST_PRODUCT / input_.min()
+    floor = SMALLEST_PRODUCT / input_.min().clamp_max(1.0)
     if floor.half() < floor:
         floor = floor * (1 + 2.0**-10)
     return output.clamp_min(floor).half().float(), input_
