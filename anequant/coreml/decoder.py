@@ -60,9 +60,9 @@ def chunk_program(geometry: Geometry, layers: Sequence[Layer], final_gain: Tenso
         for name, quantized in layer.linears.items()
     }
     functions = {
-        INFER: _chunk_function(geometry, layers, codes, 1, final_gain, last_rows=False),
+        INFER: _chunk_function(geometry, layers, codes, 1, final_gain, first_row_only=False),
         PREFILL: _chunk_function(
-            geometry, layers, codes, geometry.batch, None, last_rows=final_gain is not None
+            geometry, layers, codes, geometry.batch, None, first_row_only=final_gain is not None
         ),
     }
     return build_program(functions)
@@ -75,7 +75,7 @@ def _chunk_function(
     length: int,
     final_gain: Tensor | None,
     *,
-    last_rows: bool,
+    first_row_only: bool,
 ) -> Function:
     spec = geometry.spec
     cache_shape = (2 * spec.num_layers, spec.num_key_value_heads, geometry.context, spec.head_dim)
@@ -93,7 +93,7 @@ def _chunk_function(
             x = builder.add_layer(x, layer)
         if final_gain is not None:
             x = rms_norm(x, final_gain, spec.rms_norm_eps, 1, "final_norm")
-        if last_rows:
+        if first_row_only:
             x = mb.slice_by_index(x=x, begin=[0, 0, 0, 0], end=[1, spec.hidden_size, 1, 1], name="first_row")
         x = mb.squeeze(x=x, axes=[2], name="flat_output")
         function.set_outputs([mb.transpose(x=x, perm=[0, 2, 1], name="output_hidden_states")])
