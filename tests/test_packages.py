@@ -21,10 +21,10 @@ from anequant.checkpoints.source import SAMPLE_TEXT, resolve_source
 from anequant.coreml.interpreter import Package
 from anequant.coreml.meta import read_meta
 from anequant.coreml.program import weight_value
-from anequant.errors import UnsupportedError, UsageError
+from anequant.errors import UnsupportedError, UsageError, VerificationError
 from anequant.pipeline.lower import LowerOptions, LowerResult, chunk_ranges, head_parts, lower
 from anequant.pipeline.quantize import quantize
-from anequant.pipeline.verify import verify_packages
+from anequant.pipeline.verify import compare_logits, verify_packages
 from anequant.recipe import load_recipe
 from anequant.runtime.coreml_backend import PackageModel
 
@@ -268,3 +268,20 @@ def test_verify_runs_prefill_whatever_the_sizes(
     written = write(tmp_path, tiny_qwen2, LowerOptions(context=context, batch=batch))
     result = verify_packages(written.packages, written.checkpoint)
     assert (result.prefill_tokens, result.positions) == (prefill, positions)
+
+
+def test_disagreement_counts_unless_rounding_explains_it() -> None:
+    """Position 0 agrees, 1 is decided by noise, 2 is plainly different."""
+    generator = torch.Generator().manual_seed(4)
+    expected = torch.randn(200, 1000, generator=generator)
+    expected[:, 0] = 10.0
+    ours = expected + 1e-3 * torch.randn(200, 1000, generator=generator)
+    expected[1, 1], ours[1, 1] = 9.999, 10.01
+    assert compare_logits(0, 64, ours, expected, "here").ties == 1
+    ours[2:5, 2] = 10.06
+    with pytest.raises(VerificationError, match=r"agrees at 98\.0% of 200"):
+        compare_logits(0, 64, ours, expected, "here")
+    ours[2:5, 2] = 0.0
+    ours[7, 7] += 0.2
+    with pytest.raises(VerificationError, match="relative"):
+        compare_logits(0, 64, ours, expected, "here")

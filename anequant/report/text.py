@@ -46,7 +46,7 @@ def verified(checkpoint: CheckpointCheck | None, packages: PackageCheck | None) 
             (
                 "verified",
                 f"arg-max agrees at {packages.agreement:.1%} of {packages.positions} positions "
-                f"({packages.ties} float16 ties) after "
+                f"({packages.ties} ties within rounding) after "
                 f"{packages.prefill_tokens} tokens of prefill, logits within {packages.relative_error:.2%}",
             ),
         ]
