@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -148,7 +149,7 @@ class _Job:
             name=name,
         )
         tensors = store(name, quantized, bias=projection)
-        error = _norm(tensors[f"{name}.weight"].float().sub_(weight)) / max(_norm(weight), 1e-30)
+        error = _relative_error(tensors[f"{name}.weight"], weight)
         self._errors.append(TensorError(name, bits, error))
         self._count(weight, bits)
         for tensor_name, tensor in tensors.items():
@@ -185,14 +186,21 @@ class _Job:
         self._weights += weight.numel()
 
 
-def _norm(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+def _relative_error(stored: Tensor, weight: Tensor) -> float:
+    """||stored - weight|| / ||weight||, in row blocks."""
+    difference = size = 0.0
+    for ours, original in zip(torch.split(stored, ROWS), torch.split(weight, ROWS), strict=True):
+        error = (ours.float() - original).reshape(-1)
+        difference += float(error @ error)
+        size += float(original.reshape(-1) @ original.reshape(-1))
+    return math.sqrt(difference / max(size, 1e-60))
 
 
 def float16(values: Tensor, name: str) -> Tensor:
     """Narrow to float16; raises UnsupportedError naming the tensor when a value does not fit."""
-    if float(values.abs().max()) > LARGEST_FLOAT16:
-        raise UnsupportedError(f"'{name}' holds {float(values.abs().max()):.3g}, float16 ends at 65504")
+    largest = max(abs(float(end)) for end in values.aminmax())
+    if largest > LARGEST_FLOAT16:
+        raise UnsupportedError(f"'{name}' holds {largest:.3g}, float16 ends at 65504")
     return values.half()
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -32,5 +35,9 @@ class QuantizedLinear:
 
     def dequantize(self) -> Tensor:
         """The weight it stands for, float32 [out, in]."""
-        weight = self.codebook[self.codes.int()]
+        weight = torch.empty(self.codes.shape)
+        for start in range(0, weight.shape[0], ROWS):
+            rows = slice(start, start + ROWS)
+            codes = self.codes[rows].reshape(-1).int()
+            torch.index_select(self.codebook, 0, codes, out=weight[rows].view(-1))
         return weight.mul_(self.output_scale[:, None]).mul_(self.input_scale)

@@ -79,7 +79,7 @@ def _bound_bias(quantized: QuantizedLinear, name: str) -> QuantizedLinear:
 
 
 def _check_range(values: Tensor, name: str) -> None:
-    largest = float(values.abs().max())
+    largest = max(abs(float(end)) for end in values.aminmax())
     if not largest <= LARGEST_FLOAT16:
         raise UnsupportedError(
             f"'{name}' holds {largest:.3g} after folding, more than float16 can (65504)",

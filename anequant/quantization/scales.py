@@ -28,7 +28,9 @@ def tensor_scale(weight: Tensor, measure: str) -> Tensor:
 
 def output_scale(weight: Tensor, measure: str) -> Tensor:
     """One number per row: float32 [out]. `measure` is absmax or rms."""
-    return weight.abs().amax(dim=1) if measure == "absmax" else weight.square().mean(dim=1).sqrt()
+    order, divisor = (torch.inf, 1.0) if measure == "absmax" else (2, weight.shape[1] ** 0.5)
+    size: Tensor = torch.linalg.vector_norm(weight, ord=order, dim=1) / divisor
+    return size
 
 
 def balanced_scales(weight: Tensor, rounds: int = SINKHORN_ROUNDS) -> tuple[Tensor, Tensor]:
