@@ -187,12 +187,11 @@ class _Job:
 
 
 def _relative_error(stored: Tensor, weight: Tensor) -> float:
-    """||stored - weight|| / ||weight||, in row blocks."""
+    """||stored - weight|| / ||weight||, squares summed in float64 over row blocks."""
     difference = size = 0.0
     for ours, original in zip(torch.split(stored, ROWS), torch.split(weight, ROWS), strict=True):
-        error = (ours.float() - original).reshape(-1)
-        difference += float(error @ error)
-        size += float(original.reshape(-1) @ original.reshape(-1))
+        difference += float((ours.float() - original).square_().sum(dtype=torch.float64))
+        size += float(original.square().sum(dtype=torch.float64))
     return math.sqrt(difference / max(size, 1e-60))
 
 
