@@ -41,8 +41,21 @@ def published_config(spec: ModelSpec, recipe: Recipe, layers_quantized: int) -> 
 
 
 def manifest(kind: str, contents: Mapping[str, Any]) -> dict[str, Any]:
-    """anequant.json: what `contents` says, with the format and the versions that made it."""
-    return {"format": FORMAT, "kind": kind, "versions": versions(), **contents}
+    """anequant.json: what `contents` says, with the format and the versions that made it.
+
+    Measured numbers are kept to six digits: the last ones depend on how many threads summed them.
+    """
+    return {"format": FORMAT, "kind": kind, "versions": versions(), **_six_digits(contents)}
+
+
+def _six_digits(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _six_digits(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_six_digits(item) for item in value]
+    return value
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
