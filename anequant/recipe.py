@@ -23,7 +23,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-DEFAULT_RECIPE = "w4-nearest"
+DEFAULT_RECIPE = "w4-ane"
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+WIDTHS = (2, 3, 4, 6, 8)
 RECIPE_SUFFIXES = (".toml", ".json", ".yaml", ".yml")
 
 
@@ -33,7 +35,7 @@ def _choice(default: Any, choices: tuple[Any, ...] | None, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is rotated and quantized. Every combination is valid."""
+    """How a checkpoint is rotated and quantized."""
 
     r1: str = _choice(
         "block-hadamard",
@@ -49,23 +51,80 @@ class Recipe:
         ("tensor", "output", "balanced"),
         "One scale, one per row, or one per row and column.",
     )
-    rounding: str = _choice("nearest", ("nearest",), "How weights become codes.")
-    bits: int = _choice(4, (4, 8), "Bits per weight of the seven projections of a layer.")
+    rounding: str = _choice("gptq", ("nearest", "gptq"), "How weights become codes.")
+    correction: float = _choice(0.5, None, "Share of the target correction that gptq applies, 0 to 1.")
+    descent: int = _choice(2, None, "Passes of coordinate descent over the codes after gptq.")
+    refinement: int = _choice(
+        4, None, "Rounds of least squares for codebook and scales, each with another pass."
+    )
+    fold_input_scales: bool = _choice(
+        False, None, "Move every input scale into the norm or the linear before it."
+    )
+    tune: int = _choice(0, None, "Steps of distillation from the float model, codes fixed.")
+    bits: int = _choice(4, WIDTHS, "Bits per weight of the seven projections of a layer.")
+    target_bits: float = _choice(
+        0.0, None, "Average bits per projection weight: each gets one of mixed_bits. 0: all get `bits`."
+    )
+    mixed_bits: str = _choice("4,8", None, "Widths that target_bits chooses from.")
     head_bits: int = _choice(16, (16, 8, 6, 4), "Bits per weight of the head; 16 keeps fp16.")
     embedding_bits: int = _choice(16, (16, 8, 6, 4), "Bits per weight of the embedding; 16 keeps fp16.")
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check_value(item, getattr(self, item.name))
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"recipe key 'seed' is {self.seed}", remedy="use a seed from 0 to 2**63 - 1")
+        _check_bounds("seed", self.seed, 2**63 - 1)
+        _check_bounds("correction", self.correction, 1)
+        _check_bounds("descent", self.descent, 100)
+        _check_bounds("refinement", self.refinement, 100)
+        _check_bounds("tune", self.tune, 1_000_000)
+        _check_bounds("target_bits", self.target_bits, 8)
+        if self.target_bits and not all(width in WIDTHS for width in self.widths):
+            raise UsageError(
+                f"recipe key 'mixed_bits' is {self.mixed_bits!r}",
+                remedy=f"list two or more of {', '.join(map(str, WIDTHS))}, separated by commas",
+            )
+        if self.fold_input_scales and self.scales != "balanced":
+            raise UsageError(
+                f"fold_input_scales needs input scales, and scales is '{self.scales}'",
+                remedy="use scales = 'balanced'",
+            )
         if self.r1_block < 2 or self.r1_block & (self.r1_block - 1):
             raise UsageError(
                 f"recipe key 'r1_block' is {self.r1_block}", remedy="use a power of two, for example 64"
             )
 
-    def to_dict(self) -> dict[str, str | int]:
+    @property
+    def calibrated(self) -> bool:
+        """Whether it takes calibration tokens to make."""
+        return self.rounding == "gptq" or self.target_bits > 0
+
+    @property
+    def linear_scales(self) -> str:
+        """The scales of a single linear: once input scales are folded away, only its rows' are left."""
+        return "output" if self.fold_input_scales else self.scales
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths that projections may have."""
+        if not self.target_bits:
+            return (self.bits,)
+        return tuple(int(part) if part.strip().isdigit() else 0 for part in self.mixed_bits.split(","))
+
+    def to_dict(self) -> dict[str, str | int | float]:
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which tokens a calibrated recipe sees: `samples` windows of `length` tokens.
+
+    `source` is self (sampled from the model), wikitext2, a text file or a JSON file of token ids.
+    """
+
+    source: str = "self"
+    samples: int = 48
+    length: int = 512
+    seed: int = 0
 
 
 def load_recipe(name_or_path: str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -127,9 +186,14 @@ def _read_recipe_file(path: Path) -> dict[str, Any]:
     return values
 
 
+def _check_bounds(key: str, value: float, most: int) -> None:
+    if not 0 <= value <= most:
+        raise UsageError(f"recipe key '{key}' is {value}", remedy=f"use a number from 0 to {most}")
+
+
 def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
     if type(value) is not type(item.default):
-        wanted = "a whole number" if isinstance(item.default, int) else "a word"
+        wanted = TYPE_NAMES[type(item.default)]
         raise UsageError(f"recipe key '{item.name}' must be {wanted}, not {value!r}")
     choices = item.metadata["choices"]
     if choices is not None and value not in choices:

@@ -68,7 +68,7 @@ def lloyd_max(core: Tensor, bits: int) -> Tensor:
         if lower >= error * (1 - LEAST_GAIN):
             break
         entries, error = moved, lower
-    return _separate(entries)
+    return separate(entries)
 
 
 class _Cells:
@@ -168,7 +168,7 @@ def _histogram(core: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return low + width * (torch.arange(bins, dtype=torch.float64) + 0.5), counts
 
 
-def _separate(entries: Tensor) -> Tensor:
+def separate(entries: Tensor) -> Tensor:
     """Round to float16 and push entries that are too close outward from the one nearest zero."""
     values = entries.sort().values.half().double().tolist()
     middle = min(range(len(values)), key=lambda k: abs(values[k]))

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from anequant.errors import UnsupportedError
-from anequant.quantization.codebook import best_uniform_step, lloyd_max, uniform_codebook
+from anequant.quantization.codebook import best_uniform_step, lloyd_max, nearest_codes, uniform_codebook
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.rounding import ROUNDINGS
 from anequant.quantization.scales import balanced_scales, float16_scales, output_scale, tensor_scale
 
 BIAS_BOUND = 65504.0 / 2
 LARGEST_FLOAT16 = 65504.0
+
+
+@dataclass(frozen=True)
+class FittedCore:
+    """Everything of a QuantizedLinear except its codes: codebook [K], input_scale [in], output_scale [out].
+
+    The scales are numbers float16 holds exactly.
+    """
+
+    codebook: Tensor
+    input_scale: Tensor
+    output_scale: Tensor
+
+    def core(self, weight: Tensor) -> Tensor:
+        """weight [out, in] divided by both scales."""
+        return (weight / self.output_scale[:, None]).div_(self.input_scale)
+
+    def rows(self, rows: slice) -> FittedCore:
+        return FittedCore(self.codebook, self.input_scale, self.output_scale[rows])
+
+    def linear(self, codes: Tensor, bias: Tensor | None) -> QuantizedLinear:
+        return QuantizedLinear(codes, self.codebook, self.input_scale, self.output_scale, bias)
 
 
 def quantize_linear(
@@ -22,30 +45,50 @@ def quantize_linear(
     bits: int,
     codebook: str,
     scales: str,
-    rounding: str,
     name: str,
+    input_scale: Tensor | None = None,
 ) -> QuantizedLinear:
-    """Quantize weight [out, in] (float32) with one codebook, as the recipe's words say.
-
-    The uniform codebook with one scale per tensor or row uses absmax / (2**(bits-1) - 1), the published
-    meaning of `w_int4_per_tensor`; with balanced scales its step is found by a line search. The lut
-    codebook divides by root mean squares and fits the rest.
+    """Round weight [out, in] (float32) to the nearest entries, with codebook and scales as `fit_core`.
 
     Raises UnsupportedError, naming the tensor, when a weight or bias does not fit float16.
     """
+    bias = checked_bias(bias, name)
+    fitted = fit_core(weight, bits, codebook, scales, name, input_scale)
+    codes = nearest_codes(fitted.core(weight), fitted.codebook)
+    return bound_bias(fitted.linear(codes, bias), name)
+
+
+def fit_core(
+    weight: Tensor, bits: int, codebook: str, scales: str, name: str, input_scale: Tensor | None = None
+) -> FittedCore:
+    """Codebook and scales for weight [out, in], as the recipe's words say.
+
+    The uniform codebook with one scale per tensor or row uses absmax / (2**(bits-1) - 1), the published
+    meaning of `w_int4_per_tensor`; with balanced scales its step is found by a line search. The lut
+    codebook divides by root mean squares and fits the rest. `input_scale` [in] fixes that vector; the
+    output scales are then fitted to what it leaves.
+
+    Raises UnsupportedError, naming the tensor, when a weight does not fit float16.
+    """
     _check_range(weight, name)
-    if bias is not None:
-        _check_range(bias, name)
-        bias = bias.half().float()
-    rows, columns = _fit_scales(weight, codebook, scales, bits)
+    if input_scale is None:
+        rows, columns = _fit_scales(weight, codebook, scales, bits)
+    else:
+        rows, columns = output_scale(weight / input_scale, "rms"), input_scale
     if codebook == "uniform" and scales == "balanced":
-        core = weight / rows[:, None] / columns
-        rows = rows * best_uniform_step(core, bits)
+        rows = rows * best_uniform_step((weight / rows[:, None]).div_(columns), bits)
     rows, columns = float16_scales(rows, columns)
-    core = (weight / rows[:, None]).div_(columns)
-    entries = uniform_codebook(bits) if codebook == "uniform" else lloyd_max(core, bits)
-    codes = ROUNDINGS[rounding](core, entries)
-    return _bound_bias(QuantizedLinear(codes, entries, columns, rows, bias), name)
+    if codebook == "uniform":
+        return FittedCore(uniform_codebook(bits), columns, rows)
+    return FittedCore(lloyd_max((weight / rows[:, None]).div_(columns), bits), columns, rows)
+
+
+def checked_bias(bias: Tensor | None, name: str) -> Tensor | None:
+    """The bias as float16 holds it, in float32; raises UnsupportedError when it does not fit."""
+    if bias is None:
+        return None
+    _check_range(bias, name)
+    return bias.half().float()
 
 
 def _fit_scales(weight: Tensor, codebook: str, scales: str, bits: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +101,7 @@ def _fit_scales(weight: Tensor, codebook: str, scales: str, bits: int) -> tuple[
     return fit(weight, "rms"), ones
 
 
-def _bound_bias(quantized: QuantizedLinear, name: str) -> QuantizedLinear:
+def bound_bias(quantized: QuantizedLinear, name: str) -> QuantizedLinear:
     """Keep |bias / output_scale| inside float16 by moving a power of two from codebook to scale.
 
     Powers of two are exact in float16, so the dequantized weight does not change.

@@ -31,9 +31,7 @@ def quantized(
     bits: int = 4,
     bias: Tensor | None = None,
 ) -> QuantizedLinear:
-    return quantize_linear(
-        weight, bias, bits=bits, codebook=codebook, scales=scales, rounding="nearest", name="layer.some_proj"
-    )
+    return quantize_linear(weight, bias, bits=bits, codebook=codebook, scales=scales, name="layer.some_proj")
 
 
 def by_recipe(weight: Tensor, name: str) -> QuantizedLinear:
