@@ -52,8 +52,9 @@ VOCAB = Axis(Space.VOCAB, "vocab_size")
 class Linear:
     """One linear: y = W x + b with W [output, input].
 
-    `norm` names the RMSNorm whose gain scales the input; `bias` is True, False, or the config key
-    that decides.
+    `norm` names the RMSNorm whose gain scales the input. `source` names the linear whose output reaches
+    the input multiplied or mixed over positions only, so that a factor on one of its rows is a factor on
+    the input's coordinate. `bias` is True, False, or the config key that decides.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Linear:
     input: Axis
     norm: str | None = None
     bias: bool | str = False
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,10 @@ def decoder_layer(
         Linear("self_attn.q_proj", QUERY, RESIDUAL, attention_norm, query_key_value_bias),
         Linear("self_attn.k_proj", KEY, RESIDUAL, attention_norm, query_key_value_bias),
         Linear("self_attn.v_proj", VALUE, RESIDUAL, attention_norm, query_key_value_bias),
-        Linear("self_attn.o_proj", RESIDUAL, ATTENDED, None, output_bias),
+        Linear("self_attn.o_proj", RESIDUAL, ATTENDED, None, output_bias, source="self_attn.v_proj"),
         Linear("mlp.gate_proj", FFN, RESIDUAL, mlp_norm, mlp_bias),
         Linear("mlp.up_proj", FFN, RESIDUAL, mlp_norm, mlp_bias),
-        Linear("mlp.down_proj", RESIDUAL, FFN, None, mlp_bias),
+        Linear("mlp.down_proj", RESIDUAL, FFN, None, mlp_bias, source="mlp.up_proj"),
     )
 
 
@@ -132,6 +134,14 @@ class ModelSpec:
 
     def shape(self, linear: Linear) -> tuple[int, int]:
         return self.width(linear.output), self.width(linear.input)
+
+    @property
+    def input_groups(self) -> tuple[tuple[Linear, ...], ...]:
+        """The linears of a layer by the input they share, in order of use: q/k/v, o, gate/up, down."""
+        groups: dict[str, list[Linear]] = {}
+        for linear in self.architecture.linears:
+            groups.setdefault(linear.norm or linear.name, []).append(linear)
+        return tuple(tuple(group) for group in groups.values())
 
     def has_bias(self, linear: Linear) -> bool:
         return bool(self.config.get(linear.bias, False)) if isinstance(linear.bias, str) else linear.bias

@@ -7,7 +7,8 @@ the hidden states, whatever the model's size, and every architecture is exact by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,18 @@ class Weights(Protocol):
     def read(self, name: str) -> Tensor: ...
     def layer(self, layer: int) -> dict[str, Tensor]: ...
     def final_gain(self) -> Tensor: ...
+
+
+class _InputReached(Exception):
+    """Ends a layer's run at the linear whose input is wanted."""
+
+    def __init__(self, input_: Tensor) -> None:
+        super().__init__()
+        self.input = input_
+
+
+def _stop_at_input(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    raise _InputReached(arguments[0])
 
 
 class ReferenceModel:
@@ -67,26 +80,68 @@ class ReferenceModel:
     @torch.no_grad()
     def run_layer(self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         """Hidden states [n, length, hidden_size] after decoder layer `layer` with these weights."""
-        length = hidden.shape[1]
+        with self._loaded(layer, tensors, hidden.shape[1]) as run:
+            return torch.cat([run(part) for part in torch.split(hidden, WINDOWS_AT_ONCE)])
+
+    @torch.no_grad()
+    def inputs(
+        self, layer: int, tensors: Mapping[str, Tensor], parts: Sequence[Tensor], name: str
+    ) -> Iterator[Tensor]:
+        """The input [tokens, in] of the layer's linear `name`, for one part [n, length, hidden] after the
+        other; the layer runs no further than that."""
+        with self._loaded(layer, tensors, parts[0].shape[1]) as run:
+            linear = self._model.model.layers[layer].get_submodule(name)
+            hook = linear.register_forward_pre_hook(_stop_at_input)
+            try:
+                for part in parts:
+                    try:
+                        run(part)
+                    except _InputReached as reached:
+                        yield reached.input.flatten(0, 1)
+            finally:
+                hook.remove()
+
+    def gradients(
+        self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor, output_gradient: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients of <output_gradient, layer(hidden)>: for hidden [n, length, hidden_size], n at most
+        WINDOWS_AT_ONCE, and for each of the layer's tensors."""
+        with self._loaded(layer, tensors, hidden.shape[1]) as run, torch.enable_grad():
+            parameters = dict(self._model.model.layers[layer].named_parameters())
+            leaves = [
+                hidden.detach().requires_grad_(),
+                *(value.requires_grad_() for value in parameters.values()),
+            ]
+            first, *others = torch.autograd.grad(run(leaves[0]), leaves, output_gradient)
+        return first, dict(zip(parameters, others, strict=True))
+
+    @contextmanager
+    def _loaded(
+        self, layer: int, tensors: Mapping[str, Tensor], length: int
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The layer with these weights, as a function of hidden states; on meta again afterwards."""
         self.check_window(length)
         module = self._model.model.layers[layer]
         state = {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
         module.load_state_dict(state, strict=True, assign=True)
         embeddings = self.rope_tables(length)
         positions = torch.arange(length)[None]
-        parts = [
-            module(part, position_embeddings=embeddings, position_ids=positions, attention_mask=None)
-            for part in torch.split(hidden, WINDOWS_AT_ONCE)
-        ]
-        module.to("meta")
-        return torch.cat(parts)
 
-    @torch.no_grad()
+        def run(part: Tensor) -> Tensor:
+            result: Tensor = module(
+                part, position_embeddings=embeddings, position_ids=positions, attention_mask=None
+            )
+            return result
+
+        try:
+            yield run
+        finally:
+            module.to("meta")
+
     def final_norm(self, hidden: Tensor, gain: Tensor) -> Tensor:
-        norm = self._model.model.norm
-        norm.load_state_dict({"weight": gain.to(self._dtype)}, assign=True)
-        result: Tensor = norm(hidden)
-        norm.to("meta")
+        """Normalised hidden states; differentiable in both."""
+        weights = {"weight": gain.to(self._dtype)}
+        result: Tensor = torch.func.functional_call(self._model.model.norm, weights, (hidden,))
         return result
 
 
@@ -128,7 +183,8 @@ def final_hidden_states(
     for layer in range(weights.spec.num_layers):
         progress(f"layer {layer + 1}", layer / weights.spec.num_layers)
         hidden = model.run_layer(layer, weights.layer(layer), hidden)
-    return model.final_norm(hidden, weights.final_gain())
+    with torch.no_grad():
+        return model.final_norm(hidden, weights.final_gain())
 
 
 def head_logits(head: Tensor, hidden: Tensor) -> Tensor:

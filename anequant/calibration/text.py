@@ -44,15 +44,20 @@ def read_text(path: Path) -> str:
         raise UsageError(f"text file '{path}' cannot be read: {error}") from error
 
 
-def text_windows(text: str, tokenizer: Any, first: int, *, count: int, length: int) -> Tensor:
+def text_windows(text: str, tokenizer: Any, first: int, *, count: int, length: int, seed: int = 0) -> Tensor:
     """Evenly spaced windows of a text: int64 [count, length], each starting with token `first`.
 
-    Fewer than `count` rows when the text holds fewer whole windows; raises UsageError when it holds none.
+    Every seed but 0 moves all windows by another share of their spacing. Fewer than `count` rows when the
+    text holds fewer whole windows; raises UsageError when it holds none.
     """
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
     count = min(count, tokens.numel() // (length - 1))
     if count == 0:
         raise UsageError(f"the text has {tokens.numel()} tokens, one window needs {length - 1}")
     step = min(tokens.numel() // (count + 1), tokens.numel() - (length - 1))
+    room = min(step, tokens.numel() - (length - 1) - (count - 1) * step)
+    share = float(torch.rand((), generator=torch.Generator().manual_seed(seed))) if seed else 0.0
+    offset = int(share * room)
     start = torch.tensor([first])
-    return torch.stack([torch.cat([start, tokens[i * step : i * step + length - 1]]) for i in range(count)])
+    starts = [offset + i * step for i in range(count)]
+    return torch.stack([torch.cat([start, tokens[begin : begin + length - 1]]) for begin in starts])

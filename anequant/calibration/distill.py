@@ -1,0 +1,163 @@
+"""Distillation: the quantized model learns the float model's next-token distribution, codes fixed.
+
+The loss is KL(float || quantized) over all positions of a few windows. Backpropagation goes layer by layer:
+the way forward keeps only the hidden states before each layer, the way back dequantizes one layer, runs it
+again and takes its gradients. Memory is the codes, one layer in float32 and the hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anequant.architectures.spec import ModelSpec
+from anequant.calibration.forward import ReferenceModel
+from anequant.calibration.head import head_gradients, head_loss
+from anequant.progress import Progress, silent
+from anequant.quantization.tune import TunableLinear
+
+WINDOWS_A_STEP = 2
+LEARNING_RATE = 5e-4
+WARM_UP = 10
+EVALUATE_EVERY = 25
+PATIENCE = 3
+
+
+@dataclass(frozen=True)
+class TunableLayer:
+    """A decoder layer in training: linears and norm gains by name relative to the layer."""
+
+    linears: Mapping[str, TunableLinear]
+    gains: Mapping[str, Tensor]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [leaf for linear in self.linears.values() for leaf in linear.parameters] + [
+            *self.gains.values()
+        ]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The layer's float tensors as transformers' module takes them."""
+        result = {f"{name}.weight": gain.detach() for name, gain in self.gains.items()}
+        for name, linear in self.linears.items():
+            current = linear.current()
+            result[f"{name}.weight"] = current.dequantize()
+            if current.bias is not None:
+                result[f"{name}.bias"] = current.bias
+        return result
+
+    def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        for name, gain in self.gains.items():
+            gain.grad = gradients[f"{name}.weight"]
+        for name, linear in self.linears.items():
+            linear.set_gradients(gradients[f"{name}.weight"], gradients.get(f"{name}.bias"))
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Windows to learn from: `embedded` [n, length, hidden_size] enters the quantized model's first layer,
+    `taught` [n, length, hidden_size] are the float model's normalised final states."""
+
+    embedded: Tensor
+    taught: Tensor
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The float model's head and the quantized model's, [vocab, hidden_size], and the latter's norm gain."""
+
+    taught: Tensor
+    own: Tensor
+    gain: Tensor
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """KL on the held-out windows before and after; `steps` were taken until the best state."""
+
+    steps: int
+    held_out_before: float
+    held_out_after: float
+
+
+def distill(
+    spec: ModelSpec,
+    layers: Sequence[TunableLayer],
+    heads: Heads,
+    lesson: Lesson,
+    held_out: Lesson,
+    *,
+    steps: int,
+    seed: int,
+    progress: Progress = silent,
+) -> TuneResult:
+    """Train `layers` and the final gain in place; they end in the state that was best on `held_out`."""
+    student = _Student(spec, layers, heads)
+    leaves = [leaf for layer in layers for leaf in layer.parameters] + [heads.gain]
+    optimizer = torch.optim.Adam(leaves, betas=(0.9, 0.95), eps=1e-12)
+    generator = torch.Generator().manual_seed(seed)
+    first = least = student.divergence(held_out)
+    kept, best_step = [leaf.detach().clone() for leaf in leaves], 0
+    queue: list[int] = []
+    for step in range(1, steps + 1):
+        progress(f"step {step} of {steps}, held-out KL {least:.4f}", step / steps)
+        rate = LEARNING_RATE * min(1.0, step / WARM_UP) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+        optimizer.param_groups[0]["lr"] = rate
+        if len(queue) < WINDOWS_A_STEP:
+            queue = torch.randperm(len(lesson.taught), generator=generator).tolist()
+        chosen, queue = queue[:WINDOWS_A_STEP], queue[WINDOWS_A_STEP:]
+        student.set_gradients(Lesson(lesson.embedded[chosen], lesson.taught[chosen]))
+        optimizer.step()
+        if step % EVALUATE_EVERY == 0 or step == steps:
+            loss = student.divergence(held_out)
+            if loss < least:
+                least, best_step, kept = loss, step, [leaf.detach().clone() for leaf in leaves]
+            elif step - best_step >= PATIENCE * EVALUATE_EVERY:
+                break
+    with torch.no_grad():
+        for leaf, value in zip(leaves, kept, strict=True):
+            leaf.copy_(value)
+    return TuneResult(best_step, first, least)
+
+
+class _Student:
+    """The quantized model, run and differentiated one layer at a time."""
+
+    def __init__(self, spec: ModelSpec, layers: Sequence[TunableLayer], heads: Heads) -> None:
+        self._model = ReferenceModel(spec, torch.float32)
+        self._layers = layers
+        self._heads = heads
+
+    def divergence(self, lesson: Lesson) -> float:
+        """Mean KL over all positions."""
+        hidden = lesson.embedded
+        for number, layer in enumerate(self._layers):
+            hidden = self._model.run_layer(number, layer.tensors(), hidden)
+        total = head_loss(self._model, hidden, self._heads.gain, lesson.taught, self._divergence)
+        return total / hidden[..., 0].numel()
+
+    def set_gradients(self, lesson: Lesson) -> None:
+        """Of the mean KL, into the `grad` of every leaf."""
+        hidden, inputs = lesson.embedded, []
+        for number, layer in enumerate(self._layers):
+            inputs.append(hidden)
+            hidden = self._model.run_layer(number, layer.tensors(), hidden)
+        gain = self._heads.gain
+        gradient, gain.grad = head_gradients(self._model, hidden, gain, lesson.taught, self._divergence)
+        count = hidden[..., 0].numel()
+        gradient /= count
+        gain.grad /= count
+        for number in reversed(range(len(self._layers))):
+            layer = self._layers[number]
+            gradient, gradients = self._model.gradients(number, layer.tensors(), inputs.pop(), gradient)
+            layer.set_gradients(gradients)
+
+    def _divergence(self, normed: Tensor, taught: Tensor) -> Tensor:
+        """Sum of KL(float || quantized) over positions; both are normalised states [positions, hidden]."""
+        ours = (normed @ self._heads.own.T).log_softmax(-1)
+        theirs = (taught @ self._heads.taught.T).log_softmax(-1)
+        return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")

@@ -1,0 +1,83 @@
+"""What it costs to round one tensor, in nats: the measure that mixed bits are chosen by.
+
+For small errors E of a weight, KL(float || quantized) is half the quadratic form of the Fisher information,
+
+    KL ~ 1/2 E_y [ <G, E>^2 ],   G = gradient of log p(y) for the weight,  y drawn from the float model,
+
+summed over positions, whose draws are independent (Amari, "Natural gradient works efficiently", 1998,
+section 2). One backward pass per window yields G for every tensor at once, so all tensors and all widths
+are measured together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from anequant.architectures.spec import ModelSpec, layer_prefix
+from anequant.calibration.forward import ReferenceModel
+from anequant.calibration.head import head_gradients
+from anequant.progress import Progress, silent
+from anequant.quantization.quantize import quantize_linear
+
+Losses = dict[str, dict[int, float]]
+"""KL per token by tensor name and bits."""
+
+
+def rounding_losses(
+    spec: ModelSpec,
+    layer_tensors: Callable[[int], Mapping[str, Tensor]],
+    head: Tensor,
+    embedded: Tensor,
+    *,
+    widths: Sequence[int],
+    codebook: str,
+    scales: str,
+    seed: int,
+    progress: Progress = silent,
+) -> Losses:
+    """KL per token that rounding each projection to the nearest entries would cost, at each of `widths`.
+
+    layer_tensors(i) are the float tensors of layer i, folded and rotated; head [vocab, hidden_size] is
+    folded and rotated too; embedded [n, length, hidden_size] are the windows to measure on.
+    """
+    model = ReferenceModel(spec, torch.float32)
+    inputs = [embedded]
+    for layer in range(spec.num_layers):
+        progress(f"layer {layer + 1} forward", 0.3 * layer / spec.num_layers)
+        inputs.append(model.run_layer(layer, layer_tensors(layer), inputs[-1]))
+    generator = torch.Generator().manual_seed(seed)
+
+    def surprise(states: Tensor, _: Tensor) -> Tensor:
+        log_p = (states @ head.T).log_softmax(-1)
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        return -log_p.gather(-1, drawn).sum()
+
+    final = inputs.pop()
+    gradient, _ = head_gradients(model, final, torch.ones(spec.hidden_size), final, surprise)
+    losses: Losses = {}
+    for layer in reversed(range(spec.num_layers)):
+        progress(f"layer {layer + 1} backward", 1 - 0.7 * layer / spec.num_layers)
+        tensors, hidden = layer_tensors(layer), inputs.pop()
+        errors = {
+            (linear.name, bits): _error(tensors[f"{linear.name}.weight"], bits, codebook, scales, linear.name)
+            for linear in spec.architecture.linears
+            for bits in widths
+        }
+        squares = dict.fromkeys(errors, 0.0)
+        for window in range(len(hidden)):
+            one = slice(window, window + 1)
+            gradient[one], gradients = model.gradients(layer, tensors, hidden[one], gradient[one])
+            for (name, bits), error in errors.items():
+                squares[name, bits] += float((gradients[f"{name}.weight"] * error).sum()) ** 2
+        for (name, bits), square in squares.items():
+            by_width = losses.setdefault(layer_prefix(layer) + name, {})
+            by_width[bits] = square / 2 / hidden[..., 0].numel()
+    return losses
+
+
+def _error(weight: Tensor, bits: int, codebook: str, scales: str, name: str) -> Tensor:
+    rounded = quantize_linear(weight, None, bits=bits, codebook=codebook, scales=scales, name=name)
+    return rounded.dequantize() - weight
