@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from anequant.cli_options import command, output_options, read_recipe, recipe_options, size_options
+from anequant.cli_options import (
+    calibration_options,
+    command,
+    output_options,
+    read_calibration,
+    read_recipe,
+    recipe_options,
+    size_options,
+)
 from anequant.console import Console
 
 FOLDER = click.Path(path_type=Path)
@@ -30,16 +38,17 @@ def main() -> None:
 @click.argument("model")
 @output_options
 @recipe_options
+@calibration_options
 @command
 def quantize(console: Console, model: str, output: Path, force: bool, **options: Any) -> None:
     """Fold, rotate and quantize MODEL into a new checkpoint folder."""
-    recipe = read_recipe(options)
+    recipe, calibration = read_recipe(options), read_calibration(options)
     from anequant.checkpoints.source import resolve_source
     from anequant.pipeline.quantize import quantize as run
     from anequant.report import text
 
     with console.progress("quantize") as progress:
-        result = run(resolve_source(model), output, recipe, force=force, progress=progress)
+        result = run(resolve_source(model), output, recipe, calibration, force=force, progress=progress)
     console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
 
 
@@ -63,11 +72,12 @@ def lower(console: Console, checkpoint: Path, output: Path, force: bool, **sizes
 @click.argument("model", required=False)
 @output_options
 @recipe_options
+@calibration_options
 @size_options
 @command
 def convert(console: Console, model: str | None, output: Path, force: bool, **options: Any) -> None:
     """Quantize MODEL, lower it and verify the packages; without MODEL, the bundled one."""
-    recipe = read_recipe(options)
+    recipe, calibration = read_recipe(options), read_calibration(options)
     from anequant.checkpoints.source import resolve_source
     from anequant.pipeline.convert import convert as run
     from anequant.pipeline.lower import LowerOptions
@@ -78,7 +88,7 @@ def convert(console: Console, model: str | None, output: Path, force: bool, **op
         console.note(f"no model named: converting the bundled {source.name}")
     sizes = LowerOptions(**{name: options[name] for name in ("context", "batch", "chunks")})
     with console.progress("convert") as progress:
-        result = run(source, output, recipe, sizes, force=force, progress=progress)
+        result = run(source, output, recipe, calibration, sizes, force=force, progress=progress)
     console.result(
         {"model": source.name, "output": str(output), **result.to_dict()}, text.converted(output, result)
     )

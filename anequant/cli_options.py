@@ -13,7 +13,7 @@ import click
 
 from anequant.console import Console
 from anequant.errors import INTERRUPTED, AnequantError, ResourceError
-from anequant.recipe import DEFAULT_RECIPE, Recipe, load_recipe, named_recipes
+from anequant.recipe import DEFAULT_RECIPE, Calibration, Recipe, load_recipe, named_recipes
 
 Run = Callable[..., None]
 
@@ -56,10 +56,14 @@ def recipe_options(run: Run) -> Run:
     """--recipe, and one option for every field of Recipe; `read_recipe` reads them."""
     for item in reversed(dataclasses.fields(Recipe)):
         choices = item.metadata["choices"]
-        kind = int if isinstance(item.default, int) else str
         metavar = "|".join(str(choice) for choice in choices) if choices else None
         name = f"--{item.name.replace('_', '-')}"
-        run = click.option(name, type=kind, metavar=metavar, help=item.metadata["help"])(run)
+        if isinstance(item.default, bool):
+            run = click.option(f"{name}/--no-{name[2:]}", default=None, help=item.metadata["help"])(run)
+        else:
+            run = click.option(name, type=type(item.default), metavar=metavar, help=item.metadata["help"])(
+                run
+            )
     names = ", ".join(named_recipes())
     text = f"One of {names}, or a file. Default: {DEFAULT_RECIPE}. The options below override it."
     return click.option("--recipe", metavar="NAME|FILE", help=text)(run)
@@ -70,6 +74,28 @@ def read_recipe(options: dict[str, Any]) -> Recipe:
     names = [item.name for item in dataclasses.fields(Recipe)]
     overrides = {name: options[name] for name in names if options[name] is not None}
     return load_recipe(options["recipe"], overrides)
+
+
+def calibration_options(run: Run) -> Run:
+    """--calib, --calib-samples, --calib-length and --calib-seed; `read_calibration` reads them."""
+    default = Calibration()
+    source = "Tokens to calibrate on: self (sampled from the model), wikitext2, a text file, or calib.json."
+    for name, kind, value, text in (
+        ("seed", click.IntRange(0), default.seed, "Seed of the windows' choice or sampling."),
+        ("length", click.IntRange(2), default.length, "Tokens in a window."),
+        ("samples", click.IntRange(1), default.samples, "Number of windows."),
+    ):
+        run = click.option(f"--calib-{name}", type=kind, default=value, show_default=True, help=text)(run)
+    return click.option("--calib", default=default.source, show_default=True, metavar="SOURCE", help=source)(
+        run
+    )
+
+
+def read_calibration(options: dict[str, Any]) -> Calibration:
+    """The Calibration of `calibration_options`."""
+    return Calibration(
+        options["calib"], options["calib_samples"], options["calib_length"], options["calib_seed"]
+    )
 
 
 def size_options(run: Run) -> Run:

@@ -14,12 +14,14 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-import anequant.pipeline.quantize as quantize_module
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
-from anequant.pipeline.quantize import QuantizeResult
+from anequant.pipeline import quantize_pass
+from anequant.pipeline.quantize import QuantizeResult, quantize
+from anequant.quantization.calibrated import Rounding, quantize_calibrated
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.quantize import quantize_linear
-from anequant.recipe import Recipe, load_recipe
+from anequant.quantization.statistics import InputStatistics
+from anequant.recipe import Calibration, Recipe, load_recipe
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("reproducible", derandomize=True)
@@ -27,6 +29,8 @@ settings.load_profile("reproducible")
 
 torch.set_num_threads(1)
 """Tiny tensors gain nothing from threads, and lose much where cores are shared."""
+
+FEW_TOKENS = Calibration("self", samples=6, length=64)
 
 REPOSITORY = Path(__file__).parent.parent
 SIZES: dict[str, Any] = {
@@ -94,7 +98,8 @@ class Quantized:
 
 @pytest.fixture(scope="session")
 def quantize_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Quantized]:
-    """`quantize_model(source folder, recipe name, **overrides)`: runs the pipeline once per combination."""
+    """`quantize_model(source folder, recipe name, **overrides)`: runs the pipeline once per combination,
+    calibrated on a few short windows that the model writes itself."""
 
     @cache
     def run(source: Path, recipe_name: str, **overrides: Any) -> Quantized:
@@ -108,9 +113,21 @@ def quantize_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Qu
             chosen[name] = quantize_linear(weight, bias, name=name, **options)
             return chosen[name]
 
+        def calibrated_spy(
+            weight: Tensor,
+            bias: Tensor | None,
+            statistics: InputStatistics,
+            rounding: Rounding,
+            name: str,
+        ) -> tuple[QuantizedLinear, float | None]:
+            weights[name] = weight
+            chosen[name], damping = quantize_calibrated(weight, bias, statistics, rounding, name)
+            return chosen[name], damping
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantize_module, "quantize_linear", spy)
-            result = quantize_module.quantize(Source(source, source.name), folder, recipe)
+            patch.setattr(quantize_pass, "quantize_linear", spy)
+            patch.setattr(quantize_pass, "quantize_calibrated", calibrated_spy)
+            result = quantize(Source(source, source.name), folder, recipe, FEW_TOKENS)
         return Quantized(folder, source, recipe, result, weights, chosen)
 
     return run

@@ -27,7 +27,7 @@ from anequant.cli import main
 from anequant.coreml.interpreter import Package
 from anequant.errors import InputError
 from anequant.pipeline import lower as lower_module
-from anequant.pipeline import quantize as quantize_module
+from anequant.pipeline import quantize_pass
 from anequant.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 
 SCRIPT = Path(sys.executable).with_name("anequant")
@@ -38,7 +38,7 @@ LINEARS = 4 * 7
 CONTEXT, BATCH, CHUNKS = 32, 8, 2
 SIZES = ("--context", CONTEXT, "--batch", BATCH, "--chunks", CHUNKS)
 EVAL = ("--text", SAMPLE_TEXT, "--windows", 2, "--length", 32)
-TENSOR_FIELDS = {"name", "bits", "relative_error"}
+TENSOR_FIELDS = {"name", "bits", "relative_error", "damping", "dead_inputs"}
 PACKAGE_FIELDS = {"name", "weight_bytes", "constant_bytes", "graph_bytes"}
 CHECK_FIELDS = {"weights", "prefill_tokens", "positions", "agreement", "ties", "relative_error"}
 QUALITY_FIELDS = {
@@ -74,8 +74,14 @@ def all_progress(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*args: object) -> Result:
-    """The command in this process; SystemExit becomes an exit code, any other exception fails a test."""
-    return CliRunner().invoke(main, [str(arg) for arg in args])
+    """The command in this process; SystemExit becomes an exit code, any other exception fails a test.
+
+    What calibrates sees a few short windows, unless a test says which.
+    """
+    words = [str(arg) for arg in args]
+    if words[:1] in (["quantize"], ["convert"]) and "--calib-samples" not in words:
+        words += ["--calib-samples", "3", "--calib-length", "32"]
+    return CliRunner().invoke(main, words)
 
 
 def execute(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -289,7 +295,7 @@ def test_an_error_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_quantize_reports_every_tensor(checkpoint: Made) -> None:
     values = checkpoint.report
-    assert values.keys() == {"output", "equivalence", "bits_per_weight", "tensors"}
+    assert values.keys() == {"output", "equivalence", "bits_per_weight", "tensors", "tuning"}
     assert values["output"] == str(checkpoint.folder)
     assert 0 <= values["equivalence"] < 1e-5
     assert 4 < values["bits_per_weight"] < 16
@@ -937,8 +943,8 @@ def interrupt_at(call: int, work: Callable[..., Any]) -> Callable[..., Any]:
 def test_an_interrupt_leaves_nothing(
     model: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = interrupt_at(10, quantize_module.quantize_linear)
-    monkeypatch.setattr(quantize_module, "quantize_linear", work)
+    work = interrupt_at(10, quantize_pass.quantize_calibrated)
+    monkeypatch.setattr(quantize_pass, "quantize_calibrated", work)
     before = snapshot(tmp_path)
     result = run("quantize", model, "-o", output)
     assert (result.exit_code, result.stdout) == (INTERRUPTED, "")
@@ -962,7 +968,7 @@ def test_running_out_of_memory_is_reported(
     def exhausted(*args: Any, **options: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(quantize_module, "quantize_linear", exhausted)
+    monkeypatch.setattr(quantize_pass, "quantize_calibrated", exhausted)
     assert_refused(tmp_path, ("quantize", model, "-o", output), RESOURCE, "not enough memory")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, ModelSpec, layer_prefix
@@ -10,8 +12,14 @@ from anequant.checkpoints.writer import Entry
 from anequant.recipe import Recipe
 
 
-def checkpoint_entries(spec: ModelSpec, recipe: Recipe) -> list[Entry]:
-    """Names, dtypes and shapes of everything `anequant quantize` writes."""
+def projection_names(spec: ModelSpec) -> list[str]:
+    """Full names of the linears of all layers, in file order."""
+    layers = range(spec.num_layers)
+    return [layer_prefix(layer) + linear.name for layer in layers for linear in spec.architecture.linears]
+
+
+def checkpoint_entries(spec: ModelSpec, recipe: Recipe, bits: Mapping[str, int]) -> list[Entry]:
+    """Names, dtypes and shapes of everything `anequant quantize` writes; `bits` are the projections'."""
     table = (spec.vocab_size, spec.hidden_size)
     entries = _table_entries(EMBEDDING, table, recipe.embedding_bits)
     for layer in range(spec.num_layers):
@@ -20,7 +28,8 @@ def checkpoint_entries(spec: ModelSpec, recipe: Recipe) -> list[Entry]:
             size = spec.layer_tensors()[name]
             entries.append(Entry(prefix + name, torch.float16, size))
         for linear in spec.architecture.linears:
-            entries += _quantized_entries(prefix + linear.name, spec.shape(linear), recipe.bits, bias=True)
+            name = prefix + linear.name
+            entries += _quantized_entries(name, spec.shape(linear), bits[name], bias=True)
     entries.append(Entry(f"{FINAL_NORM}.weight", torch.float16, (spec.hidden_size,)))
     return entries + _table_entries(HEAD, table, recipe.head_bits)
 

@@ -24,8 +24,8 @@ from anequant.pipeline.verify import (
     verify_checkpoint,
     verify_packages,
 )
-from anequant.progress import Progress, silent
-from anequant.recipe import Recipe
+from anequant.progress import Progress, part_of, silent
+from anequant.recipe import Calibration, Recipe
 
 SAMPLE_WINDOWS, SAMPLE_LENGTH = 4, 256
 
@@ -53,6 +53,7 @@ def convert(
     source: Source,
     output: Path,
     recipe: Recipe,
+    calibration: Calibration,
     options: LowerOptions,
     *,
     force: bool = False,
@@ -65,7 +66,8 @@ def convert(
         checkpoint, packages = staging / CHECKPOINT_FOLDER, staging / PACKAGES_FOLDER
         checkpoint.mkdir()
         packages.mkdir()
-        quantized = quantize_into(checkpoint, source, recipe, part_of(progress, "quantize", 0.0, 0.4))
+        quantizing = part_of(progress, "quantize", 0.0, 0.4)
+        quantized = quantize_into(checkpoint, source, recipe, calibration, quantizing)
         lowered = lower_into(packages, checkpoint, source.name, options, part_of(progress, "lower", 0.4, 0.5))
         result = ConvertResult(
             quantized,
@@ -103,12 +105,3 @@ def packages_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"folder '{folder}' does not exist")
     return folder / PACKAGES_FOLDER if (folder / PACKAGES_FOLDER).is_dir() else folder
-
-
-def part_of(progress: Progress, step: str, start: float, end: float) -> Progress:
-    """A Progress for one step that takes the share from `start` to `end` of the whole."""
-
-    def report(what: str, done: float) -> None:
-        progress(f"{step}: {what}", start + (end - start) * done)
-
-    return report

@@ -10,19 +10,19 @@ from typing import Any
 
 from torch import Tensor
 
-from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, ModelSpec, layer_prefix
+from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, ModelSpec
 from anequant.calibration.forward import lowered_rope_tables
+from anequant.checkpoints.layers import load_layer, load_table, open_quantized, projection_bits
 from anequant.checkpoints.manifest import MANIFEST, manifest
 from anequant.checkpoints.output import file_hashes, staged_folder
-from anequant.checkpoints.quantized import load
-from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
+from anequant.checkpoints.reader import Checkpoint, read_json
 from anequant.checkpoints.source import TOKENIZER_FILES
 from anequant.checkpoints.writer import write_json
-from anequant.coreml.decoder import Geometry, Layer, chunk_program
+from anequant.coreml.decoder import Geometry, chunk_program
 from anequant.coreml.meta import PackageSet, write_meta
 from anequant.coreml.package import package_bytes, save_package
 from anequant.coreml.parts import embeddings_program, head_program
-from anequant.errors import InputError, UnsupportedError, UsageError
+from anequant.errors import UnsupportedError, UsageError
 from anequant.progress import Progress, silent
 from anequant.quantization.linear import QuantizedLinear
 
@@ -84,8 +84,8 @@ def lower_into(
     check_lowering(spec, options)
     geometry = Geometry(spec, options.context, options.batch, *lowered_rope_tables(spec, options.context))
     first = load_layer(checkpoint, 0)
-    table = read_table(checkpoint, EMBEDDING)
-    head = read_table(checkpoint, HEAD)
+    table = load_table(checkpoint, EMBEDDING)
+    head = load_table(checkpoint, HEAD)
     packages = PackageSet(
         model=name,
         architecture=spec.architecture.model_type,
@@ -95,7 +95,7 @@ def lower_into(
         chunks=options.chunks,
         head_parts=head_parts(spec),
         lut_embeddings=_bits(table),
-        lut_ffn=next(iter(first.linears.values())).bits,
+        lut_ffn=min(projection_bits(checkpoint).values()),
         lut_head=_bits(head),
     )
     sizes: list[PackageSize] = []
@@ -134,32 +134,6 @@ def lower_into(
     }
     write_json(folder / MANIFEST, manifest("packages", contents))
     return LowerResult(tuple(sizes))
-
-
-def open_quantized(folder: Path) -> Checkpoint:
-    """`open_checkpoint`, with an InputError for a float checkpoint."""
-    checkpoint = open_checkpoint(folder)
-    if not checkpoint.is_quantized:
-        raise InputError(f"'{folder}' is not quantized", remedy="run `anequant quantize` on it first")
-    return checkpoint
-
-
-def load_layer(checkpoint: Checkpoint, layer: int) -> Layer:
-    """One layer's codes, codebooks, scales and norm gains, read from a quantized checkpoint."""
-    spec, prefix = checkpoint.spec, layer_prefix(layer)
-    linears = {
-        linear.name: load(prefix + linear.name, checkpoint.read, checkpoint.tensors)
-        for linear in spec.architecture.linears
-    }
-    norms = (*spec.norms, *spec.architecture.head_norms)
-    return Layer(layer, linears, {name: checkpoint.read(f"{prefix}{name}.weight") for name in norms})
-
-
-def read_table(checkpoint: Checkpoint, name: str) -> QuantizedLinear | Tensor:
-    """The embedding or the head: quantized where it has a codebook, else float16 [vocab, hidden]."""
-    if f"{name}.codebook" in checkpoint.tensors:
-        return load(name, checkpoint.read, checkpoint.tensors)
-    return checkpoint.read(f"{name}.weight").half()
 
 
 def chunk_ranges(layers: int, chunks: int) -> list[range]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from anequant.architectures.spec import EMBEDDING, HEAD, layer_prefix
 from anequant.calibration.forward import logits
 from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
+from anequant.checkpoints.layers import open_quantized
 from anequant.checkpoints.manifest import MANIFEST, read_manifest
 from anequant.checkpoints.output import file_hashes
 from anequant.checkpoints.quantized import load
@@ -22,7 +23,7 @@ from anequant.coreml.interpreter import Package, PalettizedWeight
 from anequant.coreml.meta import read_meta
 from anequant.coreml.program import head_part, weight_value
 from anequant.errors import UsageError, VerificationError
-from anequant.pipeline.lower import checkpoint_hashes, open_quantized
+from anequant.pipeline.lower import checkpoint_hashes
 from anequant.progress import Progress, silent
 from anequant.quantization.linear import QuantizedLinear
 from anequant.runtime.coreml_backend import PackageModel

@@ -14,11 +14,18 @@ Rows = list[tuple[str, str]]
 
 
 def quantized(folder: Path, result: QuantizeResult) -> Rows:
-    worst = max(result.tensors, key=lambda tensor: tensor.relative_error)
+    errors = result.rounding.tensors
+    worst = max(errors, key=lambda tensor: tensor.relative_error)
     return [
         ("checkpoint", str(folder)),
-        ("equivalence", f"folding and rotation moved the logits by {result.equivalence:.1e} relative"),
-        ("size", f"{result.bits_per_weight:.2f} bits per weight, {len(result.tensors)} tensors quantized"),
+        (
+            "equivalence",
+            f"folding and rotation moved the logits by {result.rounding.equivalence:.1e} relative",
+        ),
+        (
+            "size",
+            f"{result.rounding.bits_per_weight:.2f} bits per weight, {len(errors)} tensors quantized",
+        ),
         ("worst tensor", f"{worst.name}, off by {worst.relative_error:.2%}"),
     ]
 

@@ -146,8 +146,8 @@ def test_the_files_beside_the_weights(written: Any) -> None:
         assert (written.folder / name).read_bytes() == (written.source / name).read_bytes()
     manifest = json.loads((written.folder / "anequant.json").read_text())
     assert manifest["recipe"] == written.recipe.to_dict()
-    assert manifest["measured"]["equivalence"] == pytest.approx(written.result.equivalence, rel=1e-5)
-    assert written.result.equivalence <= 1e-6
+    assert manifest["measured"]["equivalence"] == pytest.approx(written.result.rounding.equivalence, rel=1e-5)
+    assert written.result.rounding.equivalence <= 1e-6
     for name, digest in manifest["files"].items():
         assert hashlib.sha256((written.folder / name).read_bytes()).hexdigest() == digest, name
     source_weights = (written.source / "model.safetensors").read_bytes()
@@ -212,8 +212,8 @@ def test_eight_bits_of_any_architecture_are_close_to_its_float_model(
 
 def test_reported_errors_are_those_of_the_stored_weights(written: Any) -> None:
     tensors = load_file(written.folder / "model.safetensors")
-    assert {error.name for error in written.result.tensors} == set(written.chosen)
-    for error in written.result.tensors:
+    assert {error.name for error in written.result.rounding.tensors} == set(written.chosen)
+    for error in written.result.rounding.tensors:
         weight, chosen = written.weights[error.name].double(), written.chosen[error.name]
         difference = (tensors[f"{error.name}.weight"].double() - weight).norm() / weight.norm()
         assert error.relative_error == pytest.approx(float(difference), rel=1e-5), error.name
@@ -221,7 +221,7 @@ def test_reported_errors_are_those_of_the_stored_weights(written: Any) -> None:
     sizes = [(chosen.codes.numel(), chosen.bits) for chosen in written.chosen.values()]
     sizes += [(8192 * 192, 16) for name in ("lm_head", "model.embed_tokens") if name not in written.chosen]
     total, count = sum(size * bits for size, bits in sizes), sum(size for size, _ in sizes)
-    assert written.result.bits_per_weight == pytest.approx(total / count)
+    assert written.result.rounding.bits_per_weight == pytest.approx(total / count)
 
 
 # --- runs ---------------------------------------------------------------------------------------------
@@ -258,9 +258,7 @@ def test_an_existing_output_is_kept(tiny_qwen2: Path, tmp_path: Path) -> None:
 
 def some_linear() -> QuantizedLinear:
     weight = torch.randn(12, 20, generator=torch.Generator().manual_seed(0)) * 0.1
-    return quantize_linear(
-        weight, torch.ones(12), bits=4, codebook="lut", scales="balanced", rounding="nearest", name="P"
-    )
+    return quantize_linear(weight, torch.ones(12), bits=4, codebook="lut", scales="balanced", name="P")
 
 
 def test_codes_that_float16_loses_are_refused() -> None:

@@ -1,0 +1,60 @@
+"""The parts of a quantized checkpoint, read back one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from anequant.architectures.spec import layer_prefix
+from anequant.checkpoints.layout import projection_names
+from anequant.checkpoints.quantized import load
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint
+from anequant.errors import InputError
+from anequant.quantization.linear import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A decoder layer: linears and norm gains by name relative to the layer."""
+
+    index: int
+    linears: Mapping[str, QuantizedLinear]
+    gains: Mapping[str, Tensor]
+
+
+def open_quantized(folder: Path) -> Checkpoint:
+    """`open_checkpoint`, with an InputError for a float checkpoint."""
+    checkpoint = open_checkpoint(folder)
+    if not checkpoint.is_quantized:
+        raise InputError(f"'{folder}' is not quantized", remedy="run `anequant quantize` on it first")
+    return checkpoint
+
+
+def load_layer(checkpoint: Checkpoint, layer: int) -> QuantizedLayer:
+    """One layer's codes, codebooks, scales and norm gains."""
+    spec, prefix = checkpoint.spec, layer_prefix(layer)
+    linears = {
+        linear.name: load(prefix + linear.name, checkpoint.read, checkpoint.tensors)
+        for linear in spec.architecture.linears
+    }
+    norms = (*spec.norms, *spec.architecture.head_norms)
+    return QuantizedLayer(layer, linears, {name: checkpoint.read(f"{prefix}{name}.weight") for name in norms})
+
+
+def load_table(checkpoint: Checkpoint, name: str) -> QuantizedLinear | Tensor:
+    """The embedding or the head: quantized where it has a codebook, else float16 [vocab, hidden]."""
+    if f"{name}.codebook" in checkpoint.tensors:
+        return load(name, checkpoint.read, checkpoint.tensors)
+    return checkpoint.read(f"{name}.weight").half()
+
+
+def projection_bits(checkpoint: Checkpoint) -> dict[str, int]:
+    """Width of every projection by full name, from the shape of its codebook."""
+    shapes = {
+        name: checkpoint.tensors[f"{name}.codebook"].shape for name in projection_names(checkpoint.spec)
+    }
+    return {name: (math.prod(shape) - 1).bit_length() for name, shape in shapes.items()}

@@ -1,0 +1,62 @@
+"""The float model after folding and rotation, read piece by piece: what rounding starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anequant.architectures.spec import EMBEDDING, HEAD_LINEAR, ModelSpec
+from anequant.checkpoints.reader import Checkpoint
+from anequant.quantization.fold_scales import fold_input_scales
+from anequant.rotation.fold import fold_and_rotate_layer, fold_and_rotate_linear, rotate_embedding
+from anequant.rotation.plan import RotationPlan
+
+ROWS = 16384
+
+
+@dataclass(frozen=True)
+class TurnedModel:
+    """A float checkpoint seen through a rotation plan; with `fold_scales`, input scales are moved too."""
+
+    checkpoint: Checkpoint
+    plan: RotationPlan
+    fold_scales: bool
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.checkpoint.spec
+
+    def layer(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A layer's tensors as stored and, in float64, as turned; both by name relative to the layer."""
+        original = self.checkpoint.layer(layer)
+        turned = fold_and_rotate_layer(self.spec, original, self.plan, layer)
+        return original, fold_input_scales(self.spec, turned) if self.fold_scales else turned
+
+    def float_layer(self, layer: int) -> dict[str, Tensor]:
+        """A turned layer in float32."""
+        _, turned = self.layer(layer)
+        return {name: tensor.float() for name, tensor in turned.items()}
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embedded tokens [...] in float32 [..., hidden_size]; reads only the rows that are used."""
+        used, places = torch.unique(tokens, return_inverse=True)
+        name = f"{EMBEDDING}.weight"
+        rows = torch.cat([self.checkpoint.read(name, slice(token, token + 1)) for token in used.tolist()])
+        return rotate_embedding(rows, self.plan).float()[places]
+
+    def embedding(self) -> Iterator[Tensor]:
+        """Blocks of at most ROWS embedding rows, float64 [rows, hidden_size]."""
+        for start in range(0, self.spec.vocab_size, ROWS):
+            rows = self.checkpoint.read(f"{EMBEDDING}.weight", slice(start, start + ROWS))
+            yield rotate_embedding(rows, self.plan)
+
+    def head(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of at most ROWS head rows: as stored, and in float64 with the final gain folded in."""
+        gain = self.checkpoint.final_gain()
+        for start in range(0, self.spec.vocab_size, ROWS):
+            rows = self.checkpoint.read(self.checkpoint.head_name, slice(start, start + ROWS))
+            turned, _ = fold_and_rotate_linear(HEAD_LINEAR, rows, None, gain, self.plan, None)
+            yield rows, turned
