@@ -91,10 +91,10 @@ def ours_stage(work: Path, layers: int, lap: Lap) -> Path:
 
     from anequant.architectures.spec import FINAL_NORM
     from anequant.calibration.forward import lowered_rope_tables
+    from anequant.checkpoints.layers import load_layer
     from anequant.checkpoints.reader import open_checkpoint
     from anequant.coreml.decoder import Geometry, chunk_program
     from anequant.coreml.package import save_package
-    from anequant.pipeline.lower import load_layer
 
     lap("imports")
     package = work / "ours.mlpackage"

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from anequant.architectures.spec import ModelSpec, layer_prefix
+from anequant.checkpoints.layers import QuantizedLayer
 from anequant.coreml.program import (
     Var,
     attention,
@@ -26,19 +27,9 @@ from anequant.coreml.program import (
     write_state,
 )
 from anequant.coreml.toolkit import TARGET, Function, Program, mb, types
-from anequant.quantization.linear import QuantizedLinear
 
 STATE = "model_model_kv_cache_0"
 INFER, PREFILL = "infer", "prefill"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A decoder layer as the lowering needs it: linears and norm gains by name relative to the layer."""
-
-    index: int
-    linears: Mapping[str, QuantizedLinear]
-    gains: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ class Geometry:
     sin: Tensor
 
 
-def chunk_program(geometry: Geometry, layers: Sequence[Layer], final_gain: Tensor | None) -> Program:
+def chunk_program(geometry: Geometry, layers: Sequence[QuantizedLayer], final_gain: Tensor | None) -> Program:
     """Some consecutive layers with `infer` and `prefill`; `final_gain` marks the last chunk."""
     codes = {
         _linear_name(layer, name): packed_codes(quantized)
@@ -70,7 +61,7 @@ def chunk_program(geometry: Geometry, layers: Sequence[Layer], final_gain: Tenso
 
 def _chunk_function(
     geometry: Geometry,
-    layers: Sequence[Layer],
+    layers: Sequence[QuantizedLayer],
     codes: Mapping[str, np.ndarray[Any, Any]],
     length: int,
     final_gain: Tensor | None,
@@ -122,7 +113,7 @@ class _LayerBuilder:
         self._state = inputs[STATE]
         self._cache = mb.read_state(input=self._state, name="cache")
 
-    def add_layer(self, x: Var, layer: Layer) -> Var:
+    def add_layer(self, x: Var, layer: QuantizedLayer) -> Var:
         """(1, hidden, 1, S) after one pre-norm decoder layer."""
         prefix = _layer_name(layer)
         attention_norm, mlp_norm = self._spec.norms
@@ -133,7 +124,7 @@ class _LayerBuilder:
         gated = mb.mul(x=gate, y=self._linear(normed, layer, "mlp.up_proj"), name=f"{prefix}_gated")
         return mb.add(x=x, y=self._linear(gated, layer, "mlp.down_proj"), name=f"{prefix}_output")
 
-    def _attend(self, normed: Var, layer: Layer) -> Var:
+    def _attend(self, normed: Var, layer: QuantizedLayer) -> Var:
         spec, prefix, length = self._spec, _layer_name(layer), self._length
         heads, kv_heads, head_dim = spec.num_heads, spec.num_key_value_heads, spec.head_dim
         query = self._rotated(normed, layer, "self_attn.q", heads)
@@ -159,7 +150,7 @@ class _LayerBuilder:
         flat = mb.reshape(x=attended, shape=[1, heads * head_dim, 1, length], name=f"{prefix}_attended_flat")
         return self._linear(flat, layer, "self_attn.o_proj")
 
-    def _rotated(self, normed: Var, layer: Layer, side: str, heads: int) -> Var:
+    def _rotated(self, normed: Var, layer: QuantizedLayer, side: str, heads: int) -> Var:
         """q or k as (1, heads, head_dim, S): projected, normalised where the model does, then RoPE."""
         name = f"{_layer_name(layer)}_{identifier(side)}"
         x = self._heads(self._linear(normed, layer, f"{side}_proj"), heads, name)
@@ -171,18 +162,18 @@ class _LayerBuilder:
     def _heads(self, x: Var, heads: int, name: str) -> Var:
         return mb.reshape(x=x, shape=[1, heads, self._spec.head_dim, self._length], name=f"{name}_heads")
 
-    def _norm(self, x: Var, layer: Layer, norm: str) -> Var:
+    def _norm(self, x: Var, layer: QuantizedLayer, norm: str) -> Var:
         name = f"{_layer_name(layer)}_{norm}"
         return rms_norm(x, layer.gains[norm], self._spec.rms_norm_eps, 1, name)
 
-    def _linear(self, x: Var, layer: Layer, name: str) -> Var:
+    def _linear(self, x: Var, layer: QuantizedLayer, name: str) -> Var:
         label = _linear_name(layer, name)
         return linear(x, layer.linears[name], self._codes[label], label, label)
 
 
-def _layer_name(layer: Layer) -> str:
+def _layer_name(layer: QuantizedLayer) -> str:
     return identifier(layer_prefix(layer.index).rstrip("."))
 
 
-def _linear_name(layer: Layer, name: str) -> str:
+def _linear_name(layer: QuantizedLayer, name: str) -> str:
     return identifier(layer_prefix(layer.index) + name)

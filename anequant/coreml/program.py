@@ -7,7 +7,8 @@ folded into the weight, where they would break the codebook up. Its bias is an a
 that it does not eat into the convolution's accumulator.
 
 RMSNorm has no operation of its own. The mean of concat(x, -x) is zero and its variance is the mean square
-of x, so layer_norm of it is RMSNorm of x and of -x; the first half is the answer.
+of x, so layer_norm of it is RMSNorm of x and of -x; the first half is the answer. The gain costs no
+operation: it is layer_norm's own.
 
 Constants carry a `weight_id`: the functions of one package that use the same id share one copy on disk.
 """
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from anequant.architectures.spec import HEAD
@@ -91,17 +93,18 @@ def float_linear(x: Var, weight: Tensor, name: str) -> Var:
     )
 
 
-def rms_norm(x: Var, gain: Tensor | None, eps: float, axis: int, name: str) -> Var:
-    """RMSNorm over `axis` of a rank 4 tensor; a gain of ones is left out."""
+def rms_norm(x: Var, gain: Tensor, eps: float, axis: int, name: str) -> Var:
+    """RMSNorm over `axis`; the gain is layer_norm's gamma, once for x and once for -x, unless all ones."""
     negative = mb.mul(x=x, y=np.float16(-1), name=f"{name}_negative")
     doubled = mb.concat(values=[x, negative], axis=axis, name=f"{name}_doubled")
-    normed = mb.layer_norm(x=doubled, axes=[axis], epsilon=np.float16(eps), name=f"{name}_normed")
+    gamma = None
+    if not bool((gain == 1).all()):
+        gamma = float16_constant(torch.cat([gain, gain]), (2 * gain.numel(),), f"{name}_gain")
+    normed = mb.layer_norm(
+        x=doubled, axes=[axis], gamma=gamma, epsilon=np.float16(eps), name=f"{name}_normed"
+    )
     y, _ = mb.split(x=normed, num_splits=2, axis=axis, name=f"{name}_half")
-    if gain is None or bool((gain == 1).all()):
-        return y
-    shape = [1, 1, 1, 1]
-    shape[axis] = gain.numel()
-    return mb.mul(x=y, y=float16_constant(gain, tuple(shape), f"{name}_gain"), name=f"{name}_gained")
+    return y
 
 
 def rope_factors(cos: Tensor, sin: Tensor, positions: Var) -> tuple[Var, Var]:
