@@ -28,12 +28,13 @@ from anequant.recipe import Recipe
 class TensorError:
     """How far one quantized weight is from its float original: ||W - W'|| / ||W||.
 
-    `damping` is the one that gptq chose, None for nearest rounding; `dead_inputs` counts inputs that no
-    calibration token used, None without calibration.
+    `weights` counts its entries; `damping` is the one that gptq chose, None for nearest rounding;
+    `dead_inputs` counts inputs that no calibration token used, None without calibration.
     """
 
     name: str
     bits: int
+    weights: int
     relative_error: float
     damping: float | None
     dead_inputs: int | None
@@ -128,7 +129,9 @@ class QuantizePass:
         tensors = store(name, quantized, bias=projection)
         stored = tensors[f"{name}.weight"]
         dead = None if statistics is None else statistics.dead_inputs
-        self._errors.append(TensorError(name, bits, _relative_error(stored, weight), damping, dead))
+        self._errors.append(
+            TensorError(name, bits, weight.numel(), _relative_error(stored, weight), damping, dead)
+        )
         self._count(weight, bits)
         for tensor_name, tensor in tensors.items():
             self._writer.write(tensor_name, tensor)
