@@ -27,7 +27,37 @@ def quantized(folder: Path, result: QuantizeResult) -> Rows:
             f"{result.rounding.bits_per_weight:.2f} bits per weight, {len(errors)} tensors quantized",
         ),
         ("worst tensor", f"{worst.name}, off by {worst.relative_error:.2%}"),
+        *_calibrated(result),
     ]
+
+
+def _calibrated(result: QuantizeResult) -> Rows:
+    """What calibration chose, and what it could not use."""
+    seen = [tensor for tensor in result.rounding.tensors if tensor.dead_inputs is not None]
+    rows = []
+    if seen:
+        nearest = [tensor.name for tensor in seen if tensor.damping is None]
+        rows.append(("rounding", f"gptq for {len(seen) - len(nearest)} tensors"))
+        if nearest:
+            text = f"nearest for {len(nearest)}, better on held-out tokens: {_listed(nearest)}"
+            rows.append(("", text))
+    dead = [tensor.name for tensor in seen if tensor.dead_inputs]
+    if dead:
+        rows.append(("", f"{len(dead)} have inputs that no token used, rounded to nearest: {_listed(dead)}"))
+    if result.tuning is not None:
+        tuning = result.tuning
+        rows.append(
+            (
+                "tuning",
+                f"KL on held-out samples {tuning.held_out_before:.4f} to {tuning.held_out_after:.4f}, "
+                f"the best after {tuning.steps} steps",
+            )
+        )
+    return rows
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def lowered(folder: Path, result: LowerResult) -> Rows:
