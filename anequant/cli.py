@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from anequant.cli_options import (
+    LOWERING,
     calibration_options,
     command,
+    lowering_options,
     output_options,
     read_calibration,
     read_recipe,
     recipe_options,
-    size_options,
 )
 from anequant.console import Console
 
@@ -55,9 +56,9 @@ def quantize(console: Console, model: str, output: Path, force: bool, **options:
 @main.command()
 @click.argument("checkpoint", type=FOLDER)
 @output_options
-@size_options
+@lowering_options
 @command
-def lower(console: Console, checkpoint: Path, output: Path, force: bool, **sizes: int) -> None:
+def lower(console: Console, checkpoint: Path, output: Path, force: bool, **sizes: Any) -> None:
     """Lower a quantized CHECKPOINT to Core ML packages in a new folder."""
     from anequant.pipeline.lower import LowerOptions
     from anequant.pipeline.lower import lower as run
@@ -73,7 +74,7 @@ def lower(console: Console, checkpoint: Path, output: Path, force: bool, **sizes
 @output_options
 @recipe_options
 @calibration_options
-@size_options
+@lowering_options
 @command
 def convert(console: Console, model: str | None, output: Path, force: bool, **options: Any) -> None:
     """Quantize MODEL, lower it and verify the packages; without MODEL, the bundled one."""
@@ -86,7 +87,7 @@ def convert(console: Console, model: str | None, output: Path, force: bool, **op
     source = resolve_source(model)
     if model is None:
         console.note(f"no model named: converting the bundled {source.name}")
-    sizes = LowerOptions(**{name: options[name] for name in ("context", "batch", "chunks")})
+    sizes = LowerOptions(**{name: options[name] for name in LOWERING})
     with console.progress("convert") as progress:
         result = run(source, output, recipe, calibration, sizes, force=force, progress=progress)
     console.result(

@@ -98,15 +98,33 @@ def read_calibration(options: dict[str, Any]) -> Calibration:
     )
 
 
-def size_options(run: Run) -> Run:
-    """--context, --batch and --chunks, the sizes fixed in Core ML packages."""
+def _chunk_count(context: click.Context, option: click.Parameter, value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not value.isdigit():
+        raise click.BadParameter(f"'{value}' is neither auto nor a whole number")
+    return int(value)
+
+
+def lowering_options(run: Run) -> Run:
+    """One option for every field of LowerOptions; named in LOWERING."""
+    prefix = "Beginning of the file names, instead of the architecture's."
+    run = click.option("--prefix", metavar="NAME", help=prefix)(run)
+    argmax = "End the head in the best token of each part instead of logits."
+    run = click.option("--argmax", is_flag=True, help=argmax)(run)
+    number = "Number of decoder packages; auto takes as few as --max-chunk-mb allows."
+    run = click.option("--chunks", default="auto", show_default=True, callback=_chunk_count, help=number)(run)
     for name, default, text in (
-        ("--chunks", 1, "Number of decoder packages."),
+        ("--max-chunk-mb", 950, "Most megabytes of a package with --chunks auto."),
         ("--batch", 64, "Positions that prefill takes at once."),
         ("--context", 512, "Most tokens the packages hold."),
     ):
         run = click.option(name, type=int, default=default, show_default=True, help=text)(run)
     return run
+
+
+LOWERING = ("context", "batch", "chunks", "max_chunk_mb", "argmax", "prefix")
+"""The fields of LowerOptions, which this module must not import: it would take torch along."""
 
 
 def _resource_error(error: MemoryError | OSError) -> ResourceError:

@@ -41,7 +41,7 @@ class Written:
 
 
 def write(folder: Path, model: Path, options: LowerOptions, **recipe: Any) -> Written:
-    quantize(resolve_source(str(model)), folder / "checkpoint", load_recipe(None, recipe))
+    quantize(resolve_source(str(model)), folder / "checkpoint", load_recipe("w4-nearest", recipe))
     result = lower(folder / "checkpoint", folder / "packages", options)
     return Written(folder / "checkpoint", folder / "packages", result)
 

@@ -18,7 +18,7 @@ FORMAT_VERSION = "0.3.4"
 class PackageSet:
     """What meta.yaml says: sizes and widths, from which every file name follows.
 
-    A lut width of None means float16 weights.
+    A lut width of None means float16 weights; with `argmax` the head ends in the best token of each part.
     """
 
     model: str
@@ -31,6 +31,8 @@ class PackageSet:
     lut_embeddings: int | None
     lut_ffn: int | None
     lut_head: int | None
+    vocab_size: int | None = None
+    argmax: bool = False
 
     @property
     def embeddings(self) -> str:
@@ -43,6 +45,11 @@ class PackageSet:
     @property
     def ffn(self) -> str:
         return f"{self.prefix}_FFN_PF{_suffix(self.lut_ffn)}"
+
+    @property
+    def head_sizes(self) -> list[int]:
+        """Rows of the vocabulary in each part of the head; empty when meta.yaml does not say."""
+        return [(self.vocab_size or 0) // self.head_parts] * self.head_parts if self.vocab_size else []
 
     @property
     def chunk_names(self) -> list[str]:
@@ -83,6 +90,9 @@ def write_meta(folder: Path, packages: PackageSet) -> None:
     split_lm_head: {packages.head_parts}
     prefill_dynamic_slice: true
 """
+    if packages.argmax:
+        text += f"    argmax_in_model: true\n    vocab_size: {packages.vocab_size}\n"
+        text += f"    lm_head_chunk_sizes: {packages.head_sizes}\n"
     (folder / META).write_text(text, encoding="utf-8")
 
 
@@ -104,6 +114,8 @@ def read_meta(folder: Path) -> PackageSet:
             lut_embeddings=lut["lut_embeddings"],
             lut_ffn=lut["lut_ffn"],
             lut_head=lut["lut_lmhead"],
+            vocab_size=int(values["vocab_size"]) if "vocab_size" in values else None,
+            argmax=bool(values.get("argmax_in_model", False)),
         )
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"'{META}' cannot be read: {error}", where=str(folder)) from error

@@ -7,7 +7,9 @@ Inputs, outputs, functions and the state are ANEMLL's, so its runtimes run the p
     chunk       hidden_states [1, S, H], position_ids int32 [S],      output_hidden_states [1, S, H]
                 causal_mask [1, 1, S, C], current_pos int32 [1],
                 state (2 * layers, kv heads, C, head_dim)
-    head        hidden_states [1, 1, H]                               logits1 ... N [1, 1, V / N]
+    head        hidden_states [1, 1, H]                               logits1 ... N [1, 1, V / N],
+                                                                      or argmax_idx int32 [N] within each
+                                                                      part and argmax_val [N]
 
 A chunk has two functions over one state and one copy of the weights: `infer` (S = 1) and `prefill`
 (S = B). Only the last chunk's `infer` ends in the final norm, and its `prefill` returns one position,
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec
 from anequant.coreml.program import (
+    Var,
     build_program,
     float16_constant,
     float_linear,
@@ -57,14 +60,14 @@ def embeddings_program(table: QuantizedLinear | Tensor, batch: int) -> Program:
     return build_program({"main": function})
 
 
-def head_program(spec: ModelSpec, head: QuantizedLinear | Tensor, parts: int) -> Program:
-    """Final hidden state to logits, in `parts` equal convolutions."""
+def head_program(spec: ModelSpec, head: QuantizedLinear | Tensor, parts: int, *, argmax: bool) -> Program:
+    """Final hidden state to logits, in `parts` equal convolutions, or to the best token of each part."""
     rows = spec.vocab_size // parts
     with Function(
         {"hidden_states": mb.placeholder((1, 1, spec.hidden_size), dtype=types.fp16)}, opset_version=TARGET
     ) as function:
         x = to_channels(function.inputs["hidden_states"])
-        outputs = []
+        logits = []
         name = identifier(HEAD)
         codes = packed_codes(head) if isinstance(head, QuantizedLinear) else None
         for part in range(parts):
@@ -81,6 +84,20 @@ def head_program(spec: ModelSpec, head: QuantizedLinear | Tensor, parts: int) ->
                 y = linear(x, piece, codes[rows_of_part], label, name)
             else:
                 y = float_linear(x, head[rows_of_part], label)
-            outputs.append(mb.reshape(x=y, shape=[1, 1, rows], name=f"logits{part + 1}"))
-        function.set_outputs(outputs)
+            logits.append(mb.reshape(x=y, shape=[1, 1, rows], name=f"logits{part + 1}"))
+        function.set_outputs(_best_of_parts(logits) if argmax else logits)
     return build_program({"main": function})
+
+
+def _best_of_parts(logits: list[Var]) -> list[Var]:
+    """argmax_idx int32 [N] and argmax_val float16 [N] of N parts (1, 1, rows)."""
+    choices, values = [], []
+    for part in logits:
+        choice = mb.reduce_argmax(x=part, axis=2, keep_dims=False, name=f"{part.name}_choice")
+        choices.append(mb.squeeze(x=choice, axes=[0], name=f"{part.name}_index"))
+        value = mb.reduce_max(x=part, axes=[2], keep_dims=False, name=f"{part.name}_best")
+        values.append(mb.squeeze(x=value, axes=[0], name=f"{part.name}_value"))
+    return [
+        mb.concat(values=choices, axis=0, name="argmax_idx"),
+        mb.concat(values=values, axis=0, name="argmax_val"),
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,20 +23,33 @@ from anequant.coreml.meta import PackageSet, write_meta
 from anequant.coreml.package import package_bytes, save_package
 from anequant.coreml.parts import embeddings_program, head_program
 from anequant.errors import UnsupportedError, UsageError
+from anequant.pipeline.chunks import chunk_ranges, constant_bytes, least_chunks
 from anequant.progress import Progress, silent
 from anequant.quantization.linear import QuantizedLinear
 
 LARGEST_AXIS = 16384
 MOST_HEAD_PARTS = 64
+MOST_MEGABYTES = 950
 
 
 @dataclass(frozen=True)
 class LowerOptions:
-    """Sizes fixed in the packages: context length, prefill batch, number of chunks."""
+    """What is fixed in the packages.
+
+    context        positions the state holds
+    batch          positions that prefill takes at once
+    chunks         decoder packages; None: as few as keep every package within `max_chunk_mb`
+    max_chunk_mb   millions of bytes
+    argmax         the head ends in the best token of each part instead of logits
+    prefix         of the file names; None: ANEMLL's for the architecture
+    """
 
     context: int = 512
     batch: int = 64
-    chunks: int = 1
+    chunks: int | None = None
+    max_chunk_mb: int = MOST_MEGABYTES
+    argmax: bool = False
+    prefix: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,61 +99,70 @@ def lower_into(
     first = load_layer(checkpoint, 0)
     table = load_table(checkpoint, EMBEDDING)
     head = load_table(checkpoint, HEAD)
+    chunks = options.chunks or least_chunks(checkpoint, options.context, options.max_chunk_mb)
     packages = PackageSet(
         model=name,
         architecture=spec.architecture.model_type,
-        prefix=spec.architecture.package_prefix,
+        prefix=options.prefix or spec.architecture.package_prefix,
         context=options.context,
         batch=options.batch,
-        chunks=options.chunks,
+        chunks=chunks,
         head_parts=head_parts(spec),
         lut_embeddings=_bits(table),
         lut_ffn=min(projection_bits(checkpoint).values()),
         lut_head=_bits(head),
+        vocab_size=spec.vocab_size,
+        argmax=options.argmax,
     )
     sizes: list[PackageSize] = []
 
-    def save(program: Any, package: str, constant_bytes: int, **metadata: object) -> None:
+    def save(program: Any, package: str, constants: int, **metadata: object) -> None:
         path = folder / f"{package}.mlpackage"
         save_package(program, path, _metadata(packages, metadata))
         weights, graph = package_bytes(path)
-        sizes.append(PackageSize(package, weights, constant_bytes, graph))
+        sizes.append(PackageSize(package, weights, constants, graph))
 
     progress("embeddings", 0.0)
-    save(embeddings_program(table, options.batch), packages.embeddings, _bytes(table), lut_bits=_bits(table))
+    save(
+        embeddings_program(table, options.batch),
+        packages.embeddings,
+        constant_bytes(table),
+        lut_bits=_bits(table),
+    )
     del table
-    for number, layers in enumerate(chunk_ranges(spec.num_layers, options.chunks)):
-        progress(f"chunk {number + 1} of {options.chunks}", (number + 1) / (options.chunks + 2))
+    for number, layers in enumerate(chunk_ranges(spec.num_layers, chunks)):
+        progress(f"chunk {number + 1} of {chunks}", (number + 1) / (chunks + 2))
         chunk = [first if layer == 0 else load_layer(checkpoint, layer) for layer in layers]
         gain = checkpoint.read(f"{FINAL_NORM}.weight") if layers[-1] == spec.num_layers - 1 else None
-        constants = sum(_bytes(weight) for layer in chunk for weight in layer.linears.values())
+        constants = sum(constant_bytes(weight) for layer in chunk for weight in layer.linears.values())
         save(
             chunk_program(geometry, chunk, gain),
             packages.chunk_names[number],
-            constants + _bytes(geometry.cos) + _bytes(geometry.sin),
+            constants + constant_bytes(geometry.cos) + constant_bytes(geometry.sin),
             lut_bits=packages.lut_ffn,
             chunk_no=number + 1,
             functions="infer,prefill",
         )
-    progress("head", (options.chunks + 1) / (options.chunks + 2))
-    save(head_program(spec, head, packages.head_parts), packages.head, _bytes(head), lut_bits=_bits(head))
+    progress("head", (chunks + 1) / (chunks + 2))
+    save(
+        head_program(spec, head, packages.head_parts, argmax=options.argmax),
+        packages.head,
+        constant_bytes(head),
+        lut_bits=_bits(head),
+        argmax_in_model=options.argmax or None,
+        vocab_size=spec.vocab_size if options.argmax else None,
+        lm_head_chunk_sizes=packages.head_sizes if options.argmax else None,
+    )
     write_meta(folder, packages)
     _write_side_files(folder, checkpoint)
     contents = {
         "checkpoint": checkpoint_hashes(checkpoint),
-        "options": asdict(options),
+        "options": {**asdict(options), "chunks": chunks},
         "packages": [asdict(size) for size in sizes],
         "files": file_hashes(folder),
     }
     write_json(folder / MANIFEST, manifest("packages", contents))
     return LowerResult(tuple(sizes))
-
-
-def chunk_ranges(layers: int, chunks: int) -> list[range]:
-    """Consecutive layers of each chunk; sizes differ by at most one."""
-    small, larger = divmod(layers, chunks)
-    starts = [i * small + min(i, larger) for i in range(chunks + 1)]
-    return [range(start, end) for start, end in itertools.pairwise(starts)]
 
 
 def head_parts(spec: ModelSpec) -> int:
@@ -164,10 +186,16 @@ def check_lowering(spec: ModelSpec, options: LowerOptions) -> None:
     for name, value, most in (
         ("context", options.context, 65536),
         ("batch", options.batch, options.context),
-        ("chunks", options.chunks, spec.num_layers),
+        ("chunks", 1 if options.chunks is None else options.chunks, spec.num_layers),
+        ("max-chunk-mb", options.max_chunk_mb, 1_000_000),
     ):
         if not 1 <= value <= most:
             raise UsageError(f"--{name} is {value}, it must be between 1 and {most}")
+    if options.prefix is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", options.prefix):
+        raise UsageError(
+            f"--prefix '{options.prefix}' cannot begin file names",
+            remedy="use letters, digits, - and _, a letter or digit first",
+        )
     if options.batch < 2:
         raise UsageError("--batch is 1, prefill needs at least 2 positions at once")
     if options.context % options.batch:
@@ -181,15 +209,6 @@ def check_lowering(spec: ModelSpec, options: LowerOptions) -> None:
 
 def _bits(table: QuantizedLinear | Tensor) -> int | None:
     return table.bits if isinstance(table, QuantizedLinear) else None
-
-
-def _bytes(value: QuantizedLinear | Tensor) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * 2
-    vectors = [value.codebook, value.output_scale]
-    vectors += [value.input_scale] if bool((value.input_scale != 1).any()) else []
-    vectors += [value.bias] if value.bias is not None else []
-    return value.codes.numel() * value.bits // 8 + sum(2 * vector.numel() for vector in vectors)
 
 
 def _metadata(packages: PackageSet, more: dict[str, object]) -> dict[str, str]:

@@ -24,6 +24,8 @@ class PackageModel:
 
     def __init__(self, folder: Path) -> None:
         self.packages = read_meta(folder)
+        if self.packages.argmax and not self.packages.head_sizes:
+            raise InputError("arg-max heads need 'vocab_size' in meta.yaml", where=str(folder))
         self._embeddings = _open(folder, self.packages.embeddings)
         self._chunks = [_open(folder, name) for name in self.packages.chunk_names]
         self._head = _open(folder, self.packages.head)
@@ -48,6 +50,7 @@ class PackageModel:
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Append tokens to the context; logits float32 [vocab] for what follows them.
 
+        Heads that choose the best token of each part themselves tell only those logits, the rest is -inf.
         Raises UsageError when they do not fit into the context.
         """
         self.check_fits(len(tokens))
@@ -81,8 +84,16 @@ class PackageModel:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         outputs = self._head.run({"hidden_states": hidden})
+        if self.packages.argmax:
+            return self._best_logits(outputs["argmax_idx"].long(), outputs["argmax_val"].float())
         parts = [outputs[f"logits{part + 1}"] for part in range(self.packages.head_parts)]
         return torch.cat(parts, dim=-1).reshape(-1).float()
+
+    def _best_logits(self, choices: Tensor, values: Tensor) -> Tensor:
+        sizes = torch.tensor(self.packages.head_sizes)
+        logits = torch.full((int(sizes.sum()),), float("-inf"))
+        logits[choices + sizes.cumsum(0) - sizes] = values
+        return logits
 
 
 def _open(folder: Path, name: str) -> Package:
