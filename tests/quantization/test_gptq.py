@@ -1,0 +1,168 @@
+"""gptq_codes and descend against literal, column-by-column float64 versions."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from anequant.quantization.codebook import nearest_codes
+from anequant.quantization.gptq import BLOCK, damped, descend, gptq_codes
+
+
+def problem(rows: int, columns: int, entries: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A core [rows, columns], an ascending codebook [entries] and a Hessian of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    core = torch.randn(rows, columns, generator=generator)
+    codebook = torch.randn(entries, generator=generator).sort().values
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + 0.5 * torch.eye(columns)
+    inputs = torch.randn(4 * columns, columns, generator=generator) @ mix
+    inputs *= torch.rand(columns, generator=generator) * 3 + 0.1
+    hessian, _ = damped(inputs.T @ inputs / len(inputs), 0.01)
+    return core, codebook, hessian
+
+
+def objective(core: Tensor, codebook: Tensor, hessian: Tensor, codes: Tensor) -> float:
+    error = core.double() - codebook.double()[codes.long()]
+    return float((error @ hessian.double() * error).sum())
+
+
+def classic_gptq(core: Tensor, codebook: Tensor, hessian: Tensor) -> Tensor:
+    """Frantar et al. 2022, equations 2 and 3: the inverse of what is left is taken anew at every step."""
+    values, entries = core.double().clone(), codebook.double()
+    order = hessian.diagonal().argsort(stable=True).flip(0).tolist()
+    codes = torch.empty(core.shape, dtype=torch.uint8)
+    for done, column in enumerate(order):
+        left = order[done:]
+        inverse = torch.linalg.inv(hessian.double()[left][:, left])
+        chosen = (values[:, column, None] - entries).abs().argmin(1)
+        codes[:, column] = chosen
+        step = (values[:, column] - entries[chosen]) / inverse[0, 0]
+        for place, other in enumerate(left[1:], start=1):
+            values[:, other] -= step * inverse[0, place]
+    return codes
+
+
+@pytest.mark.parametrize("columns", [1, 2, 17, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+@pytest.mark.parametrize("entries", [2, 16])
+def test_codes_are_those_of_classic_gptq(columns: int, entries: int) -> None:
+    core, codebook, hessian = problem(6, columns, entries, seed=columns)
+    assert torch.equal(gptq_codes(core, codebook, hessian), classic_gptq(core, codebook, hessian))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_last_column_is_the_best_for_all_before(seed: int) -> None:
+    core, codebook, hessian = problem(5, 3, 4, seed)
+    codes = gptq_codes(core, codebook, hessian)
+    least = hessian.diagonal().argmin()
+    for row in range(len(core)):
+        for choice in range(len(codebook)):
+            other = codes[row : row + 1].clone()
+            other[0, least] = choice
+            ours = objective(core[row : row + 1], codebook, hessian, codes[row : row + 1])
+            assert ours <= objective(core[row : row + 1], codebook, hessian, other) + 1e-9
+
+
+def test_independent_inputs_are_rounded_to_nearest() -> None:
+    core, codebook, _ = problem(9, 150, 16)
+    hessian = torch.diag(torch.rand(150, generator=torch.Generator().manual_seed(1)) + 0.1)
+    assert torch.equal(gptq_codes(core, codebook, hessian), nearest_codes(core, codebook))
+    assert torch.equal(
+        descend(core, codebook, hessian, torch.zeros(9, 150, dtype=torch.uint8)),
+        nearest_codes(core, codebook),
+    )
+
+
+def test_the_order_of_inputs_does_not_matter() -> None:
+    core, codebook, hessian = problem(8, 100, 16)
+    shuffle = torch.randperm(100, generator=torch.Generator().manual_seed(3))
+    shuffled = gptq_codes(core[:, shuffle], codebook, hessian[shuffle][:, shuffle])
+    assert torch.equal(shuffled, gptq_codes(core, codebook, hessian)[:, shuffle])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_error_feedback_beats_nearest_rounding(seed: int) -> None:
+    core, codebook, hessian = problem(16, 96, 16, seed)
+    nearest = objective(core, codebook, hessian, nearest_codes(core, codebook))
+    fed = gptq_codes(core, codebook, hessian)
+    assert objective(core, codebook, hessian, fed) < 0.9 * nearest
+    assert objective(core, codebook, hessian, descend(core, codebook, hessian, fed)) < objective(
+        core, codebook, hessian, fed
+    )
+
+
+def literal_descent(core: Tensor, codebook: Tensor, hessian: Tensor, codes: Tensor) -> Tensor:
+    """Every code in turn becomes the best of all entries while the others stay."""
+    codes = codes.clone()
+    for row, column in itertools.product(range(core.shape[0]), range(core.shape[1])):
+        losses = []
+        for entry in range(len(codebook)):
+            codes[row, column] = entry
+            losses.append(objective(core[row : row + 1], codebook, hessian, codes[row : row + 1]))
+        codes[row, column] = min(range(len(codebook)), key=losses.__getitem__)
+    return codes
+
+
+@pytest.mark.parametrize("columns", [1, 5, BLOCK + 3])
+def test_descent_is_the_literal_one(columns: int) -> None:
+    core, codebook, hessian = problem(2, columns, 4, seed=columns)
+    start = nearest_codes(core, codebook)
+    expected = literal_descent(core, codebook, hessian, start)
+    assert torch.equal(descend(core, codebook, hessian, start), expected)
+
+
+@given(st.integers(1, 6), st.integers(1, 2 * BLOCK + 2), st.sampled_from([2, 4, 16]), st.integers(0, 10**6))
+def test_descent_never_raises_the_error(rows: int, columns: int, entries: int, seed: int) -> None:
+    core, codebook, hessian = problem(rows, columns, entries, seed)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(entries, (rows, columns), generator=generator, dtype=torch.uint8)
+    before = objective(core, codebook, hessian, codes)
+    for _ in range(3):
+        codes = descend(core, codebook, hessian, codes)
+        after = objective(core, codebook, hessian, codes)
+        assert after <= before * (1 + 1e-5)
+        before = after
+
+
+def test_the_best_codes_are_left_alone() -> None:
+    core, codebook, hessian = problem(4, 3, 4)
+    every = torch.tensor(list(itertools.product(range(4), repeat=3)), dtype=torch.uint8)
+    best = torch.stack(
+        [min(every, key=lambda codes: objective(row[None], codebook, hessian, codes[None])) for row in core]
+    )
+    assert torch.equal(descend(core, codebook, hessian, best), best)
+
+
+# --- damping ------------------------------------------------------------------------------------------
+
+
+def test_damping_is_a_share_of_the_mean() -> None:
+    _, _, hessian = problem(1, 40, 4)
+    result, used = damped(hessian, 0.1)
+    assert used == 0.1
+    expected = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(40)
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_singular_hessians_are_made_definite(rank: int) -> None:
+    inputs = torch.randn(rank, 30, generator=torch.Generator().manual_seed(rank)) * 10
+    result, used = damped(inputs.T @ inputs, 1e-12)
+    assert bool(torch.linalg.eigvalsh(result.double()).min() > 0)
+    assert used >= 1e-12
+    assert damped(inputs.T @ inputs, 0.05)[1] == 0.05
+
+
+def test_dead_inputs_are_rounded_to_nearest() -> None:
+    core, codebook, hessian = problem(7, 90, 16)
+    dead = [0, 13, BLOCK, 89]
+    hessian[dead, :] = 0
+    hessian[:, dead] = 0
+    used, _ = damped(hessian, 0.05)
+    codes = gptq_codes(core, codebook, used)
+    assert torch.equal(codes[:, dead], nearest_codes(core[:, dead].contiguous(), codebook))
+    assert torch.equal(descend(core, codebook, used, codes)[:, dead], codes[:, dead])
