@@ -1,0 +1,183 @@
+"""quantize_calibrated on layers whose inputs are known, token by token."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from anequant.quantization import calibrated
+from anequant.quantization.calibrated import (
+    DAMPINGS,
+    TARGET_DAMPING,
+    Rounding,
+    corrected_target,
+    quantize_calibrated,
+)
+from anequant.quantization.linear import QuantizedLinear
+from anequant.quantization.quantize import quantize_linear
+from anequant.quantization.statistics import InputStatistics, Moments, output_loss
+
+PLAIN = Rounding(4, "lut", "balanced", correction=0.0, descent=0, refinement=0)
+FULL = Rounding(4, "lut", "balanced", correction=0.5, descent=2, refinement=4)
+ROWS, COLUMNS = 48, 64
+
+
+def weight(seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(ROWS, COLUMNS, generator=generator) * (
+        torch.rand(COLUMNS, generator=generator) * 2 + 0.2
+    )
+
+
+def tokens(count: int, seed: int, drift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Inputs x [count, in] of the quantized model and x_float of the float model, `drift` apart."""
+    mix = torch.randn(COLUMNS, COLUMNS, generator=torch.Generator().manual_seed(99)) / 8 + torch.eye(COLUMNS)
+    generator = torch.Generator().manual_seed(seed)
+    x_float = torch.randn(count, COLUMNS, generator=generator) @ mix
+    return x_float + drift * torch.randn(count, COLUMNS, generator=generator) @ mix, x_float
+
+
+def moments(x: Tensor, x_float: Tensor) -> Moments:
+    return Moments(x.T @ x / len(x), x_float.T @ x / len(x), len(x))
+
+
+def statistics(count: int, drift: float = 0.0) -> InputStatistics:
+    held_out = max(1, count // 6)
+    return InputStatistics(moments(*tokens(count, 1, drift)), moments(*tokens(held_out, 2, drift)))
+
+
+def run(seen: InputStatistics, rounding: Rounding, value: Tensor | None = None) -> QuantizedLinear:
+    return quantize_calibrated(weight() if value is None else value, None, seen, rounding, "layer.p")[0]
+
+
+def fresh_error(quantized: QuantizedLinear, drift: float = 0.0) -> float:
+    """E||W x_float - Q x||^2 over tokens that nothing was fitted to."""
+    x, x_float = tokens(4000, 3, drift)
+    return float((x_float @ weight().T - x @ quantized.dequantize().T).square().sum(1).mean())
+
+
+def test_each_ingredient_pays_on_fresh_tokens() -> None:
+    nearest = quantize_linear(weight(), None, bits=4, codebook="lut", scales="balanced", name="p")
+    errors = [
+        fresh_error(nearest, 0.1),
+        fresh_error(run(statistics(3000, 0.1), PLAIN), 0.1),
+        fresh_error(run(statistics(3000, 0.1), FULL), 0.1),
+    ]
+    assert errors[1] < 0.85 * errors[0]
+    assert errors[2] < 0.97 * errors[1]
+
+
+@pytest.mark.parametrize("codebook", ["uniform", "lut"])
+@pytest.mark.parametrize("scales", ["tensor", "output", "balanced"])
+def test_more_bits_are_closer(codebook: str, scales: str) -> None:
+    seen = statistics(1000)
+    errors = [fresh_error(run(seen, Rounding(bits, codebook, scales, 0.5, 1, 2))) for bits in (2, 3, 4, 6, 8)]
+    assert all(2 * after < before for before, after in itertools.pairwise(errors))
+
+
+def test_few_tokens_do_no_harm_on_held_out_ones() -> None:
+    """Fewer tokens than inputs: whatever damping is chosen, nearest rounding was a candidate."""
+    seen = statistics(24)
+    result, damping = quantize_calibrated(weight(), None, seen, PLAIN, "p")
+    assert damping in (None, *DAMPINGS)
+    trial = InputStatistics(seen.fit, seen.held_out)
+    nearest = quantize_linear(weight(), None, bits=4, codebook="lut", scales="balanced", name="p")
+    allowed = fresh_error(nearest) * 1.1
+    assert fresh_error(run(trial, PLAIN)) <= allowed
+    assert result.codes.shape == (ROWS, COLUMNS)
+
+
+def test_nearest_is_chosen_where_feedback_would_hurt() -> None:
+    """Held-out tokens whose inputs are independent, when the fit saw one direction only."""
+    x = torch.ones(8, COLUMNS) + 0.01 * torch.randn(8, COLUMNS, generator=torch.Generator().manual_seed(5))
+    alone = torch.eye(COLUMNS)
+    seen = InputStatistics(moments(x, x), Moments(alone, alone, 10_000))
+    result, damping = quantize_calibrated(weight(), None, seen, PLAIN, "p")
+    nearest = quantize_linear(weight(), None, bits=4, codebook="lut", scales="balanced", name="p")
+    assert damping is None
+    assert torch.equal(result.codes, nearest.codes)
+
+
+def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[float] = []
+    measure = calibrated.weighted_loss
+
+    def spy(*args: Any) -> float:
+        losses.append(measure(*args))
+        return losses[-1]
+
+    monkeypatch.setattr(calibrated, "weighted_loss", spy)
+    result = run(statistics(3000), FULL)
+    assert 2 <= len(losses) <= 1 + FULL.refinement
+    accepted = losses if losses[-1] < losses[-2] else losses[:-1]
+    assert accepted == sorted(accepted, reverse=True) and accepted[-1] < accepted[0]
+    without = run(statistics(3000), Rounding(4, "lut", "balanced", 0.5, 2, 0))
+    assert fresh_error(result) < fresh_error(without)
+
+
+def test_the_correction_solves_its_normal_equations() -> None:
+    x, x_float = (value.double() for value in tokens(2000, 1, 0.3))
+    seen = moments(x, x_float)
+    target = corrected_target(weight(), Moments(seen.hessian.float(), seen.cross.float(), 2000), 1.0)
+    ridge = TARGET_DAMPING * float(seen.hessian.diagonal().mean())
+    wanted = (x_float @ weight().double().T).requires_grad_(False)
+    free = target.double().requires_grad_()
+    loss = (x @ free.T - wanted).square().sum() / len(x) + ridge * (free - weight().double()).square().sum()
+    (gradient,) = torch.autograd.grad(loss, free)
+    assert float(gradient.abs().max()) < 1e-4
+    half = corrected_target(weight(), Moments(seen.hessian.float(), seen.cross.float(), 2000), 0.5)
+    torch.testing.assert_close(half, (weight() + target) / 2, rtol=1e-4, atol=1e-5)
+    assert torch.equal(
+        corrected_target(weight(), Moments(seen.hessian.float(), seen.cross.float(), 1), 0), weight()
+    )
+
+
+def test_everything_is_all_tokens_together() -> None:
+    first, second = tokens(300, 1, 0.2), tokens(90, 2, 0.2)
+    pooled = InputStatistics(moments(*first), moments(*second)).everything
+    whole = moments(torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]))
+    assert pooled.tokens == whole.tokens == 390
+    torch.testing.assert_close(pooled.hessian, whole.hessian)
+    torch.testing.assert_close(pooled.cross, whole.cross)
+
+
+def test_output_loss_is_the_squared_error_up_to_a_constant() -> None:
+    x, x_float = tokens(500, 4, 0.2)
+    generator = torch.Generator().manual_seed(7)
+    candidates = [weight() + 0.1 * torch.randn(ROWS, COLUMNS, generator=generator) for _ in range(3)]
+    literal = [float((x_float @ weight().T - x @ q.T).square().sum(1).mean()) for q in candidates]
+    ours = [output_loss(weight(), q, moments(x, x_float)) for q in candidates]
+    constant = float((x_float @ weight().T).square().sum(1).mean())
+    assert ours == pytest.approx([value - constant for value in literal], rel=1e-4)
+
+
+def test_dead_inputs_are_counted_and_survive() -> None:
+    x, x_float = tokens(600, 1)
+    for dead in (0, 7, 63):
+        x[:, dead] = 0
+    seen = InputStatistics(moments(x[:500], x_float[:500]), moments(x[500:], x_float[500:]))
+    assert seen.dead_inputs == 3
+    assert statistics(600).dead_inputs == 0
+    result = run(seen, FULL)
+    assert bool(result.dequantize().isfinite().all())
+
+
+@pytest.mark.parametrize("damaged", ["zero", "rank one"])
+def test_singular_statistics_are_no_obstacle(damaged: str) -> None:
+    one = torch.outer(torch.arange(1.0, COLUMNS + 1), torch.arange(1.0, COLUMNS + 1))
+    hessian = torch.zeros(COLUMNS, COLUMNS) if damaged == "zero" else one
+    seen = Moments(hessian, hessian.clone(), 100)
+    result = run(InputStatistics(seen, seen), FULL)
+    error = float((result.dequantize() - weight()).norm() / weight().norm())
+    assert error < 0.2
+
+
+def test_the_same_statistics_give_the_same_linear() -> None:
+    first, second = run(statistics(500, 0.1), FULL), run(statistics(500, 0.1), FULL)
+    assert torch.equal(first.codes, second.codes) and torch.equal(first.codebook, second.codebook)
+    assert torch.equal(first.output_scale, second.output_scale)
+    assert torch.equal(first.input_scale, second.input_scale)
