@@ -6,7 +6,7 @@ For small errors E of a weight, KL(float || quantized) is half the quadratic for
 
 summed over positions, whose draws are independent (Amari, "Natural gradient works efficiently", 1998,
 section 2). One backward pass per window yields G for every tensor at once, so all tensors and all widths
-are measured together.
+are measured together. A window is one draw of a square, so many short windows tell more than few long.
 """
 
 from __future__ import annotations

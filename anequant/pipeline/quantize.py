@@ -32,7 +32,7 @@ from anequant.recipe import Calibration, Recipe
 from anequant.rotation.plan import plan_rotations
 
 DEFAULT_CALIBRATION = Calibration()
-SENSITIVITY_WINDOWS = 8
+SENSITIVITY_TOKENS = 128
 UNTUNED = "untuned"
 
 
@@ -106,7 +106,7 @@ def quantize_into(
 def _projection_bits(
     model: TurnedModel, recipe: Recipe, tokens: Tensor | None, progress: Progress
 ) -> dict[str, int]:
-    """The width of every projection by full name: the recipe's, or by sensitivity on some windows."""
+    """The width of every projection by full name: the recipe's, or chosen by sensitivity."""
     spec = model.spec
     if not recipe.target_bits or tokens is None:
         return dict.fromkeys(projection_names(spec), recipe.bits)
@@ -114,7 +114,7 @@ def _projection_bits(
         spec,
         model.float_layer,
         torch.cat([turned.float() for _, turned in model.head()]),
-        model.embed(tokens[:SENSITIVITY_WINDOWS]),
+        model.embed(tokens[:, :SENSITIVITY_TOKENS]),
         widths=recipe.widths,
         codebook=recipe.codebook,
         scales=recipe.linear_scales,

@@ -1,0 +1,177 @@
+"""Layer-by-layer gradients against autograd through whole models, and what distillation achieves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from anequant.architectures.spec import layer_prefix
+from anequant.calibration.distill import Heads, Lesson, TunableLayer, TuneResult, distill
+from anequant.calibration.forward import ReferenceModel, final_hidden_states
+from anequant.calibration.head import head_gradients, head_loss
+from anequant.calibration.text import load_tokenizer, read_text, text_windows
+from anequant.checkpoints.layers import load_layer, open_quantized
+from anequant.checkpoints.quantized import load
+from anequant.checkpoints.reader import open_checkpoint
+from anequant.checkpoints.source import SAMPLE_TEXT
+from anequant.quantization.tune import tunable
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+def test_gradients_through_layers_and_head_are_autograds(
+    make_model: Callable[..., Path], tmp_path: Path, model_type: str
+) -> None:
+    folder = make_model(tmp_path / "model", model_type, False)
+    checkpoint = open_checkpoint(folder)
+    spec = checkpoint.spec
+    tokens = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(1))
+
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    logits = whole(tokens, use_cache=False).logits
+    (-logits.log_softmax(-1)[..., 0].sum()).backward()
+
+    model = ReferenceModel(spec, torch.float32)
+    layers = [
+        {name: value.float() for name, value in checkpoint.layer(layer).items()}
+        for layer in range(spec.num_layers)
+    ]
+    head = checkpoint.read(checkpoint.head_name).float()
+    hidden = [checkpoint.read("model.embed_tokens.weight").float()[tokens]]
+    for layer, tensors in enumerate(layers):
+        hidden.append(model.run_layer(layer, tensors, hidden[-1]))
+
+    def loss(states: Tensor, _: Tensor) -> Tensor:
+        return -(states @ head.T).log_softmax(-1)[..., 0].sum()
+
+    gain = checkpoint.final_gain().float()
+    last = hidden.pop()
+    value = head_loss(model, last, gain, last, loss)
+    assert value == pytest.approx(float(-logits.detach().log_softmax(-1)[..., 0].sum()), rel=1e-5)
+    gradient, gain_gradient = head_gradients(model, last, gain, last, loss)
+    expected = whole.get_parameter("model.norm.weight").grad
+    assert float((gain_gradient - expected).norm()) <= 1e-4 * float(expected.norm())
+    for layer in reversed(range(spec.num_layers)):
+        gradient, gradients = model.gradients(layer, layers[layer], hidden.pop(), gradient)
+        assert gradients.keys() == layers[layer].keys()
+        for name, ours in gradients.items():
+            expected = whole.get_parameter(layer_prefix(layer) + name).grad
+            assert float((ours - expected).norm()) <= 1e-3 * float(expected.norm()) + 1e-6, name
+
+
+# --- distillation -------------------------------------------------------------------------------------
+
+STEPS = 25
+
+
+@pytest.fixture(scope="module")
+def lessons(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> dict[str, Any]:
+    """The bundled model at 3 bits, and windows of the bundled text."""
+    original = open_checkpoint(tiny_qwen2)
+    folder = quantize_model(tiny_qwen2, "w4-nearest", bits=3).folder
+    quantized = open_quantized(folder)
+    tokenizer = load_tokenizer(tiny_qwen2)
+    tokens = text_windows(read_text(SAMPLE_TEXT), tokenizer, 8189, count=10, length=64)
+    taught = final_hidden_states(original, tokens)
+    embedded = quantized.read("model.embed_tokens.weight").float()[tokens]
+    return {
+        "spec": quantized.spec,
+        "quantized": quantized,
+        "lesson": Lesson(embedded[3:], taught[3:]),
+        "held_out": Lesson(embedded[:3], taught[:3]),
+        "taught_head": original.read(original.head_name).float(),
+    }
+
+
+def train(lessons: dict[str, Any], steps: int) -> tuple[TuneResult, list[TunableLayer], Heads]:
+    quantized = lessons["quantized"]
+    layers = []
+    for number in range(quantized.spec.num_layers):
+        loaded = load_layer(quantized, number)
+        layers.append(
+            TunableLayer(
+                {name: tunable(linear) for name, linear in loaded.linears.items()},
+                {name: gain.float().requires_grad_() for name, gain in loaded.gains.items()},
+            )
+        )
+    heads = Heads(
+        lessons["taught_head"],
+        quantized.read("lm_head.weight").float(),
+        quantized.read("model.norm.weight").float().requires_grad_(),
+    )
+    result = distill(
+        lessons["spec"], layers, heads, lessons["lesson"], lessons["held_out"], steps=steps, seed=0
+    )
+    return result, layers, heads
+
+
+def leaves_of(layers: list[TunableLayer], heads: Heads) -> list[Tensor]:
+    return [leaf.detach() for layer in layers for leaf in layer.parameters] + [heads.gain.detach()]
+
+
+def divergence(lessons: dict[str, Any], layers: list[TunableLayer], heads: Heads) -> float:
+    """KL on the held-out windows from literal logits in float64."""
+    model = ReferenceModel(lessons["spec"], torch.float32)
+    hidden = lessons["held_out"].embedded
+    for number, layer in enumerate(layers):
+        hidden = model.run_layer(number, layer.tensors(), hidden)
+    ours = (model.final_norm(hidden, heads.gain.detach()) @ heads.own.T).double().log_softmax(-1)
+    theirs = (lessons["held_out"].taught @ heads.taught.T).double().log_softmax(-1)
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+def test_distillation_lowers_the_divergence_on_held_out_windows(lessons: dict[str, Any]) -> None:
+    result, layers, heads = train(lessons, STEPS)
+    assert 0 < result.steps <= STEPS
+    assert result.held_out_after < 0.97 * result.held_out_before
+    assert divergence(lessons, layers, heads) == pytest.approx(result.held_out_after, rel=1e-3)
+    untouched, fresh_layers, fresh_heads = train(lessons, 0)
+    assert untouched == TuneResult(0, result.held_out_before, result.held_out_before)
+    assert divergence(lessons, fresh_layers, fresh_heads) == pytest.approx(result.held_out_before, rel=1e-3)
+
+
+def test_distillation_is_deterministic(lessons: dict[str, Any]) -> None:
+    first, second = (train(lessons, 3) for _ in range(2))
+    assert first[0] == second[0]
+    for one, other in zip(leaves_of(*first[1:]), leaves_of(*second[1:]), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_training_that_only_hurts_ends_where_it_began(
+    lessons: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anequant.calibration.distill.LEARNING_RATE", 30.0)
+    monkeypatch.setattr("anequant.calibration.distill.EVALUATE_EVERY", 1)
+    result, layers, heads = train(lessons, 8)
+    assert result.steps == 0 and result.held_out_after == result.held_out_before
+    assert divergence(lessons, layers, heads) == pytest.approx(result.held_out_before, rel=1e-3)
+
+
+def test_a_tuned_checkpoint_keeps_its_codes(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> None:
+    plain = quantize_model(tiny_qwen2, "w4-nearest")
+    tuned = quantize_model(tiny_qwen2, "w4-nearest", tune=16)
+    assert plain.result.tuning is None
+    assert tuned.result.tuning.held_out_after <= tuned.result.tuning.held_out_before
+    before, after = (load_file(made.folder / "model.safetensors") for made in (plain, tuned))
+    assert before.keys() == after.keys()
+    assert {path.name for path in plain.folder.iterdir()} == {path.name for path in tuned.folder.iterdir()}
+    moved = set()
+    for name in plain.chosen:
+        assert torch.equal(
+            load(name, before.__getitem__, before).codes, load(name, after.__getitem__, after).codes
+        )
+        moved |= {
+            suffix
+            for suffix in ("codebook", "output_scales", "input_scales", "bias")
+            if not torch.equal(before[f"{name}.{suffix}"], after[f"{name}.{suffix}"])
+        }
+    if tuned.result.tuning.steps:
+        assert moved == {"codebook", "output_scales", "input_scales", "bias"}
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])

@@ -1,0 +1,101 @@
+"""Walkers against hooks in two whole transformers models: the float one, and one quantized so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from anequant.architectures.spec import layer_prefix
+from anequant.calibration.statistics import HELD_OUT, Walkers
+from anequant.checkpoints.reader import open_checkpoint
+from anequant.quantization.statistics import Moments
+
+WINDOWS, LENGTH = 9, 16
+
+
+def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A stand-in for quantized weights that nobody could mistake for the originals."""
+    return {
+        name: (value * 4).round() / 4 if name.endswith("_proj.weight") else value
+        for name, value in tensors.items()
+    }
+
+
+@torch.no_grad()
+def hooked_inputs(model: Any, embedded: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Inputs [windows, length, in] of linears by name, and of the head."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.__setitem__(name, inputs[0])
+        )
+        for name in names
+    ]
+    model(inputs_embeds=embedded, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def assert_moments(actual: Moments, x: Tensor, x_float: Tensor) -> None:
+    x, x_float = x.double().flatten(0, 1), x_float.double().flatten(0, 1)
+    assert actual.tokens == len(x)
+    for ours, expected in ((actual.hessian, x.T @ x), (actual.cross, x_float.T @ x)):
+        expected = expected / len(x)
+        assert float((ours - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_moments_are_those_of_the_models_own_inputs(
+    make_model: Callable[..., Path], tmp_path: Path, model_type: str
+) -> None:
+    folder = make_model(tmp_path / "model", model_type, False)
+    checkpoint = open_checkpoint(folder)
+    spec = checkpoint.spec
+    generator = torch.Generator().manual_seed(3)
+    embedded = torch.randn(WINDOWS, LENGTH, spec.hidden_size, generator=generator)
+    float_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    current_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    walkers = Walkers(spec, embedded, embedded.half())
+    cut = WINDOWS - WINDOWS // HELD_OUT
+
+    for layer in range(spec.num_layers):
+        original = {name: value.float() for name, value in checkpoint.layer(layer).items()}
+        quantized, current = rounded(original), dict(original)
+        for group in spec.input_groups:
+            name = layer_prefix(layer) + group[0].name
+            x_float = hooked_inputs(float_model, embedded, [name])[name]
+            x = hooked_inputs(current_model, embedded.half().float(), [name])[name]
+            seen = walkers.input_statistics(layer, original, current, group[0].name)
+            assert_moments(seen.fit, x[:cut], x_float[:cut])
+            assert_moments(seen.held_out, x[cut:], x_float[cut:])
+            for linear in group:
+                weight = f"{linear.name}.weight"
+                current[weight] = quantized[weight]
+                current_model.get_parameter(layer_prefix(layer) + weight).data = quantized[weight]
+        walkers.advance(layer, original, current)
+
+    gain = checkpoint.final_gain().float()
+    x_float = hooked_inputs(float_model, embedded, ["lm_head"])["lm_head"]
+    x = hooked_inputs(current_model, embedded.half().float(), ["lm_head"])["lm_head"]
+    seen = walkers.head_statistics(gain)
+    everything = seen.everything
+    assert_moments(Moments(everything.hessian, everything.cross, everything.tokens), x, x_float)
+    assert seen.held_out.tokens == WINDOWS * LENGTH // HELD_OUT
+
+
+def test_a_single_window_serves_both_ends(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_model(tmp_path / "model", "llama", False))
+    embedded = torch.randn(1, LENGTH, 128, generator=torch.Generator().manual_seed(1))
+    original = {name: value.float() for name, value in checkpoint.layer(0).items()}
+    seen = Walkers(checkpoint.spec, embedded, embedded).input_statistics(
+        0, original, original, "self_attn.q_proj"
+    )
+    assert torch.equal(seen.fit.hessian, seen.held_out.hessian)
+    assert torch.equal(seen.fit.hessian, seen.fit.cross)
