@@ -79,6 +79,11 @@ def eval_text(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def calibration_text(shared: Path) -> Path:
+    return present(shared / "text" / "calibration-books.txt")
+
+
+@pytest.fixture(scope="session")
 def make_model() -> Callable[..., Path]:
     """`make_model(folder, model_type, tied, **config)`: see `write_model`."""
     return write_model

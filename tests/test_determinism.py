@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from anequant.cli import main
 
 SCRIPT = Path(sys.executable).with_name("anequant")
 SIZES = ("--context", "32", "--batch", "16")
+FEW_TOKENS = ("--calib-samples", "4", "--calib-length", "64")
 HERE = {"PYTHONHASHSEED": "1", "TZ": "Asia/Tokyo", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
-THERE = {"PYTHONHASHSEED": "2", "TZ": "America/New_York", "LC_ALL": "C", "OMP_NUM_THREADS": "2"}
+THERE = {"PYTHONHASHSEED": "2", "TZ": "America/New_York", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
+"""Sums of calibration depend on how many threads share them, so both have one."""
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -40,7 +43,7 @@ def twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         home = tmp_path_factory.mktemp(environment["PYTHONHASHSEED"])
         runs.append(
             subprocess.Popen(
-                [SCRIPT, "convert", "-o", "out", "--quiet", *SIZES],
+                [SCRIPT, "convert", "-o", "out", "--quiet", *SIZES, *FEW_TOKENS],
                 cwd=home,
                 env={**os.environ, **environment},
                 stdout=subprocess.PIPE,
@@ -64,7 +67,9 @@ def one_thread() -> Iterator[None]:
 
 
 def quantized(folder: Path, model: Path, *options: str) -> dict[str, bytes | None]:
-    result = CliRunner().invoke(main, ["quantize", str(model), "-o", str(folder), "--quiet", *options])
+    result = CliRunner().invoke(
+        main, ["quantize", str(model), "-o", str(folder), "--quiet", *FEW_TOKENS, *options]
+    )
     assert result.exit_code == 0, result.output
     return contents(folder)
 
@@ -87,3 +92,18 @@ def test_another_seed_gives_other_bytes(twice: tuple[Path, Path], tiny_qwen2: Pa
     other = quantized(tmp_path / "checkpoint", tiny_qwen2, "--seed", "1")
     changed = differing(other, contents(twice[0] / "checkpoint"))
     assert changed == {"model.safetensors", "anequant.json"}
+
+
+def test_without_calibration_the_number_of_threads_does_not_matter(tiny_qwen2: Path, tmp_path: Path) -> None:
+    one = quantized(tmp_path / "one", tiny_qwen2, "--recipe", "w4-nearest")
+    torch.set_num_threads(2)
+    try:
+        two = quantized(tmp_path / "two", tiny_qwen2, "--recipe", "w4-nearest")
+    finally:
+        torch.set_num_threads(1)
+    assert differing(one, two) == set()
+
+
+def test_calibration_records_the_number_of_threads(twice: tuple[Path, Path]) -> None:
+    manifest = json.loads((twice[0] / "checkpoint" / "anequant.json").read_text())
+    assert manifest["calibration"]["threads"] == 1

@@ -161,9 +161,18 @@ def _write_side_files(
 
 
 def _calibration_record(calibration: Calibration, tokens: Tensor | None) -> dict[str, Any] | None:
-    """What the manifest says of the tokens, None for a recipe that needs none; no folder is named."""
+    """What the manifest says of the tokens, None for a recipe that needs none; no folder is named.
+
+    The threads belong to it: sums over tokens round differently when more of them share the work.
+    """
     if tokens is None:
         return None
     name = Path(calibration.source).name
     digest = hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
-    return {**asdict(calibration), "source": name, "windows": len(tokens), "tokens_sha256": digest}
+    return {
+        **asdict(calibration),
+        "source": name,
+        "windows": len(tokens),
+        "tokens_sha256": digest,
+        "threads": torch.get_num_threads(),
+    }
