@@ -9,8 +9,10 @@ import click
 
 from anequant.cli_options import (
     LOWERING,
+    backend_option,
     calibration_options,
     command,
+    generation_options,
     lowering_options,
     output_options,
     read_calibration,
@@ -18,6 +20,7 @@ from anequant.cli_options import (
     recipe_options,
 )
 from anequant.console import Console
+from anequant.errors import UsageError
 
 FOLDER = click.Path(path_type=Path)
 EPILOG = (
@@ -115,35 +118,88 @@ def verify(console: Console, folder: Path, checkpoint: Path | None) -> None:
 
 @main.command(name="eval")
 @click.argument("checkpoint")
-@click.option("--text", "text_file", required=True, type=FOLDER, help="Text to evaluate on.")
-@click.option("--base", metavar="MODEL", help="Float model to compare with: extra NLL, KL, top-1.")
+@click.option("--text", metavar="FILE|wikitext2", help="Text to evaluate on.")
+@click.option("--base", metavar="MODEL", help="Float model to compare with: extra NLL, KL, top-1, layers.")
 @click.option("--windows", type=click.IntRange(1), default=32, show_default=True, help="Most windows.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
+@click.option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, separated by commas.")
+@backend_option("transformers", help="What runs the tasks of --lm-eval.")
 @command
 def evaluate(
-    console: Console, checkpoint: str, text_file: Path, base: str | None, windows: int, length: int
+    console: Console,
+    checkpoint: str,
+    text: str | None,
+    base: str | None,
+    windows: int,
+    length: int,
+    lm_eval: str | None,
+    backend: str,
 ) -> None:
-    """Perplexity of CHECKPOINT on a text, and its divergence from a base model."""
-    from anequant.pipeline.evaluate import evaluate_text
-    from anequant.report import text
+    """Perplexity of CHECKPOINT on a text, its divergence from a base model, and its score in tasks."""
+    if text is None and lm_eval is None:
+        raise UsageError("nothing to evaluate on", remedy="name a text with --text or tasks with --lm-eval")
+    from anequant.pipeline.evaluate import evaluate_checkpoint, evaluate_tasks
+    from anequant.report import text as rows
 
-    with console.progress("eval") as progress:
-        result = evaluate_text(checkpoint, text_file, base, windows=windows, length=length, progress=progress)
-    console.result({"checkpoint": checkpoint, **result.to_dict()}, text.quality(result))
+    values: dict[str, Any] = {"checkpoint": checkpoint}
+    printed: list[tuple[str, str]] = []
+    if text is not None:
+        with console.progress("eval") as progress:
+            result = evaluate_checkpoint(
+                checkpoint, text, base, windows=windows, length=length, progress=progress
+            )
+        values |= result.to_dict()
+        printed += rows.evaluated(result)
+    if lm_eval is not None:
+        tasks = evaluate_tasks(Path(checkpoint), lm_eval, backend)
+        values["tasks"] = tasks
+        printed += rows.tasks(tasks)
+    console.result(values, printed)
 
 
 @main.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--prompt", required=True, help="Text to continue.")
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@generation_options
 @command
-def generate(console: Console, folder: Path, prompt: str, max_tokens: int) -> None:
-    """Continue a text greedily with the packages in FOLDER, run by the interpreter."""
-    from anequant.pipeline.generate import continue_text
+def generate(
+    console: Console, folder: Path, prompt: str, max_tokens: int, backend: str, **sampling: Any
+) -> None:
+    """Continue a text with the packages or the checkpoint in FOLDER."""
+    from anequant.pipeline.generate import continue_text, open_text_model
+    from anequant.runtime.sampling import Sampling
 
+    options = Sampling(**sampling)
+    model = open_text_model(folder, backend)
     pieces = []
-    for piece in continue_text(folder, prompt, max_tokens):
+    for piece in continue_text(model, prompt, max_tokens, options):
         pieces.append(piece)
         console.text(piece)
     console.text("\n")
+    if model.full:
+        console.note(f"the context of {model.decoder.context} tokens is full")
     console.result({"text": "".join(pieces)}, [])
+
+
+@main.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--system", metavar="TEXT", help="A first message that says how to answer.")
+@generation_options
+@command
+def chat(
+    console: Console, folder: Path, system: str | None, max_tokens: int, backend: str, **sampling: Any
+) -> None:
+    """Talk with the model in FOLDER: one turn a line, until the input ends."""
+    from anequant.pipeline.generate import Chat, open_text_model
+    from anequant.runtime.sampling import Sampling
+
+    options = Sampling(**sampling)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    talk = Chat(open_text_model(folder, backend), options, messages)
+    for turn in console.turns():
+        for piece in talk.reply(turn, max_tokens):
+            console.text(piece)
+        console.text("\n")
+        if talk.model.full:
+            console.note(f"the context of {talk.model.decoder.context} tokens is full")
+    console.result({"messages": talk.messages}, [])

@@ -127,6 +127,27 @@ LOWERING = ("context", "batch", "chunks", "max_chunk_mb", "argmax", "prefix")
 """The fields of LowerOptions, which this module must not import: it would take torch along."""
 
 
+def generation_options(run: Run) -> Run:
+    """--backend, --max-tokens, and one option for every field of Sampling."""
+    kinds = (
+        ("--seed", click.IntRange(0), 0, "Seed of sampling."),
+        ("--top-p", click.FloatRange(0, 1), 1.0, "Sample from the best tokens that make up this share."),
+        ("--top-k", click.IntRange(0), 0, "Sample from this many best tokens; 0 means all."),
+        ("--temperature", click.FloatRange(0), 0.0, "0 takes the best token, 1 the model's distribution."),
+        ("--max-tokens", click.IntRange(1), 64, "Most tokens to add."),
+    )
+    for name, kind, default, text in kinds:
+        run = click.option(name, type=kind, default=default, show_default=True, help=text)(run)
+    text = "What runs the model; coreml needs a Mac, transformers a checkpoint."
+    return backend_option("interpreter", help=text)(run)
+
+
+def backend_option(default: str, *, help: str) -> Callable[[Run], Run]:
+    """--backend."""
+    backends = click.Choice(["interpreter", "coreml", "transformers"])
+    return click.option("--backend", type=backends, default=default, show_default=True, help=help)
+
+
 def _resource_error(error: MemoryError | OSError) -> ResourceError:
     if isinstance(error, MemoryError):
         return ResourceError("not enough memory", where=str(error), remedy="close other programs")

@@ -39,6 +39,18 @@ class Console:
         if not self.json and not self.quiet:
             print(piece, end="", flush=True)
 
+    def turns(self) -> Iterator[str]:
+        """Lines of stdin that are not blank, until it ends; a terminal is prompted."""
+        asks = sys.stdin.isatty() and not (self.json or self.quiet)
+        while True:
+            if asks:
+                print("> ", end="", flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                return
+            if line.strip():
+                yield line.rstrip("\n")
+
     def note(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr)

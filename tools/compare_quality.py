@@ -6,8 +6,8 @@
 Extra NLL and KL (nats) and the share of equal top tokens are against the float model, on evenly spaced
 windows that start with the model's start token. Calibration takes 24 windows of the same length of another
 text unless a row says otherwise. The rows that decide something run for three rotation seeds: the table
-shows the means and half the range of the extra NLL. Each run has a process of its own with one thread; seconds are
-wall time of quantizing, peak memory is the process's (imports included), both the mean over seeds.
+shows the means and half the range of the extra NLL. Each run has a process of its own with one thread;
+seconds are wall time of quantizing, peak memory is the process's (imports included), means over seeds.
 
 Finished runs are kept in --json FILE and not repeated; the table is printed from it.
 """

@@ -1,35 +1,129 @@
-"""Text from a folder of packages."""
+"""Text from a folder of packages or a checkpoint, by the backend that is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from anequant.calibration.text import load_tokenizer
+from anequant.checkpoints.reader import read_json
+from anequant.coreml.device import DevicePackage
+from anequant.coreml.interpreter import Package
+from anequant.errors import UsageError
 from anequant.pipeline.convert import packages_folder
+from anequant.pipeline.verify import CHECKPOINT_FOLDER
 from anequant.runtime.coreml_backend import PackageModel
-from anequant.runtime.generate import greedy_tokens
+from anequant.runtime.generate import Decoder, decoded, new_tokens
+from anequant.runtime.sampling import Sampling, chooser
+from anequant.runtime.transformers_backend import TransformersModel
 
 
-def continue_text(folder: Path, prompt: str, limit: int) -> Iterator[str]:
-    """`prompt`, then its greedy continuation piece by piece; `folder` is an output of convert or lower.
+@dataclass(frozen=True)
+class TextModel:
+    """A decoder with its tokenizer, both from `folder`, and the tokens that end a text."""
 
-    Stops at the end token, after `limit` tokens, or when the packages' context is full.
-    Raises InputError for a damaged folder, UsageError for a prompt that does not fit.
+    folder: Path
+    decoder: Decoder
+    tokenizer: Any
+    stop: frozenset[int]
+
+    @property
+    def full(self) -> bool:
+        """Whether the context holds no more tokens."""
+        return self.decoder.position == self.decoder.context
+
+
+def open_text_model(folder: Path, backend: str) -> TextModel:
+    """`folder` is an output of convert, or packages (interpreter, coreml), or a checkpoint (transformers).
+
+    Raises InputError for a folder that is not what the backend runs, UnsupportedError for coreml
+    anywhere but on macOS.
     """
-    packages = packages_folder(folder)
-    tokenizer = load_tokenizer(packages)
-    tokens = tokenizer(prompt)["input_ids"]
-    model = PackageModel(packages)
-    model.check_fits(len(tokens))
-    limit = min(limit, model.packages.context - len(tokens))
-    stop = {tokenizer.eos_token_id} - {None}
+    decoder: Decoder
+    if backend == "transformers":
+        part = folder / CHECKPOINT_FOLDER if (folder / CHECKPOINT_FOLDER).is_dir() else folder
+        decoder = TransformersModel(part)
+    else:
+        part = packages_folder(folder)
+        decoder = PackageModel(part, DevicePackage.open if backend == "coreml" else Package.open)
+    tokenizer = load_tokenizer(part)
+    return TextModel(part, decoder, tokenizer, stop_tokens(part, tokenizer))
+
+
+def stop_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """The tokenizer's end token and those of generation_config.json."""
+    ends = [tokenizer.eos_token_id]
+    if (folder / "generation_config.json").is_file():
+        listed = read_json(folder / "generation_config.json").get("eos_token_id")
+        ends += listed if isinstance(listed, list) else [listed]
+    return frozenset(token for token in ends if isinstance(token, int))
+
+
+def continue_text(model: TextModel, prompt: str, limit: int, sampling: Sampling) -> Iterator[str]:
+    """`prompt`, then its continuation piece by piece.
+
+    Stops at an end token, after `limit` tokens, or when the context is full.
+    Raises UsageError for a prompt that does not fit.
+    """
+    tokens = model.tokenizer(prompt)["input_ids"]
+    _check_sampling(model, sampling)
+    produced = new_tokens(model.decoder, tokens, chooser(sampling), limit=limit, stop=model.stop)
+    pieces = decoded(model.tokenizer, produced)
+    first = next(pieces, "")
     yield prompt
-    produced: list[int] = []
-    shown = ""
-    for token in greedy_tokens(model, tokens, limit=limit, stop=stop):
-        produced.append(token)
-        text = tokenizer.decode(produced)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(shown) :]
-            shown = text
+    yield first
+    yield from pieces
+
+
+@dataclass
+class Chat:
+    """A conversation: `messages` as chat templates take them, and the tokens the decoder holds."""
+
+    model: TextModel
+    sampling: Sampling
+    messages: list[dict[str, str]] = field(default_factory=list)
+    _held: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _check_sampling(self.model, self.sampling)
+        if self.model.tokenizer.chat_template is None:
+            raise UsageError("the tokenizer has no chat template", remedy="use `anequant generate`")
+        self._choose = chooser(self.sampling)
+
+    def reply(self, text: str, limit: int) -> Iterator[str]:
+        """The answer to the next turn, piece by piece; it becomes part of the conversation.
+
+        Raises UsageError when the conversation no longer fits the context.
+        """
+        decoder, tokenizer = self.model.decoder, self.model.tokenizer
+        self.messages.append({"role": "user", "content": text})
+        rendered = tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)
+        tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        if tokens[: len(self._held)] != self._held or len(tokens) == len(self._held):
+            decoder.reset()
+            self._held = []
+        produced: list[int] = []
+
+        def kept(source: Iterator[int]) -> Iterator[int]:
+            for token in source:
+                produced.append(token)
+                yield token
+
+        fresh = tokens[len(self._held) :]
+        source = new_tokens(decoder, fresh, self._choose, limit=limit, stop=self.model.stop)
+        answer = []
+        for piece in decoded(tokenizer, kept(source)):
+            answer.append(piece)
+            yield piece
+        self._held = (tokens + produced)[: decoder.position]
+        self.messages.append({"role": "assistant", "content": "".join(answer)})
+
+
+def _check_sampling(model: TextModel, sampling: Sampling) -> None:
+    if sampling.temperature and not model.decoder.tells_all_logits:
+        raise UsageError(
+            "these packages tell their best tokens only, there is nothing to sample from",
+            remedy="use temperature 0, or lower the checkpoint without --argmax",
+        )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from anequant.evaluation.divergence import Quality
+from anequant.evaluation.harness import Results
 from anequant.pipeline.convert import ConvertResult
+from anequant.pipeline.evaluate import Evaluation
 from anequant.pipeline.lower import LowerResult
 from anequant.pipeline.quantize import QuantizeResult
 from anequant.pipeline.verify import CHECKPOINT_FOLDER, PACKAGES_FOLDER, CheckpointCheck, PackageCheck
@@ -107,6 +109,24 @@ def quality(result: Quality) -> Rows:
             )
         ]
     return rows
+
+
+def evaluated(result: Evaluation) -> Rows:
+    rows = quality(result.quality)
+    if result.layers_missing is not None:
+        rows.append(("layers", f"not compared: {result.layers_missing}"))
+    if result.layers:
+        worst = sorted(result.layers, key=lambda error: -error.relative_error)[:3]
+        listed = ", ".join(f"{error.layer} ({error.relative_error:.2%})" for error in worst)
+        rows.append(("layers", f"residual stream off most after layer {listed}"))
+    return rows
+
+
+def tasks(results: Results) -> Rows:
+    return [
+        (task, ", ".join(f"{name.removesuffix(',none')} {value:.4f}" for name, value in values.items()))
+        for task, values in results.items()
+    ]
 
 
 def converted(folder: Path, result: ConvertResult) -> Rows:

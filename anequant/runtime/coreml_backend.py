@@ -1,4 +1,4 @@
-"""A folder of Core ML packages run as ANEMLL's runtimes run it, by the interpreter on any system.
+"""A folder of Core ML packages run as ANEMLL's runtimes run it: by the interpreter, or by Core ML on a Mac.
 
 The order for a prompt of n tokens: whole blocks of B go through the chunks' `prefill`, which only fills
 the state; what is left, and always the last token, goes one by one through `infer`, and the last chunk's
@@ -7,28 +7,32 @@ output through the head. Every later token is one `infer` and one head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from anequant.coreml.decoder import INFER, PREFILL
+from anequant.coreml.device import DevicePackage
 from anequant.coreml.interpreter import Package
 from anequant.coreml.meta import read_meta
-from anequant.errors import InputError, UsageError
+from anequant.errors import InputError
+from anequant.runtime.generate import check_fits
+
+OpenPackage = Callable[[Path], Package | DevicePackage]
 
 
 class PackageModel:
     """The packages that a folder's meta.yaml names, with one state; `position` tokens have been fed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, open_package: OpenPackage = Package.open) -> None:
         self.packages = read_meta(folder)
         if self.packages.argmax and not self.packages.head_sizes:
             raise InputError("arg-max heads need 'vocab_size' in meta.yaml", where=str(folder))
-        self._embeddings = _open(folder, self.packages.embeddings)
-        self._chunks = [_open(folder, name) for name in self.packages.chunk_names]
-        self._head = _open(folder, self.packages.head)
+        self._embeddings = _open(folder, self.packages.embeddings, open_package)
+        self._chunks = [_open(folder, name, open_package) for name in self.packages.chunk_names]
+        self._head = _open(folder, self.packages.head, open_package)
         context = self.packages.context
         self._mask = torch.full((context, context), float("-inf"), dtype=torch.float16).triu(1)
         self.reset()
@@ -38,14 +42,13 @@ class PackageModel:
         self.position = 0
         self.state = self._chunks[0].new_state()
 
-    def check_fits(self, count: int) -> None:
-        """Raises UsageError when `count` more tokens are none, or too many for the context."""
-        context = self.packages.context
-        if not 0 < count <= context - self.position:
-            raise UsageError(
-                f"{self.position + count} tokens, the packages hold 1 to {context}",
-                remedy="shorten the prompt, or lower the checkpoint again with a larger --context",
-            )
+    @property
+    def context(self) -> int:
+        return self.packages.context
+
+    @property
+    def tells_all_logits(self) -> bool:
+        return not self.packages.argmax
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Append tokens to the context; logits float32 [vocab] for what follows them.
@@ -53,7 +56,7 @@ class PackageModel:
         Heads that choose the best token of each part themselves tell only those logits, the rest is -inf.
         Raises UsageError when they do not fit into the context.
         """
-        self.check_fits(len(tokens))
+        check_fits(self, len(tokens))
         batch = self.packages.batch
         ids = torch.tensor(tokens, dtype=torch.int32)
         blocks = len(tokens) // batch
@@ -96,8 +99,8 @@ class PackageModel:
         return logits
 
 
-def _open(folder: Path, name: str) -> Package:
+def _open(folder: Path, name: str, open_package: OpenPackage) -> Package | DevicePackage:
     path = folder / f"{name}.mlpackage"
     if not path.is_dir():
         raise InputError(f"package '{path.name}' is missing", where=str(folder), remedy="lower it again")
-    return Package.open(path)
+    return open_package(path)

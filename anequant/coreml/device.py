@@ -1,0 +1,51 @@
+"""A package run by Core ML itself, on a Mac: the counterpart of the interpreter's Package."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anequant.coreml.toolkit import ct
+from anequant.errors import UnsupportedError
+
+
+class DevicePackage:
+    """Loads each function when it is first run; the compute units are CPU and Neural Engine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._functions: dict[str | None, Any] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> DevicePackage:
+        """Raises UnsupportedError anywhere but on macOS."""
+        if platform.system() != "Darwin":
+            raise UnsupportedError(
+                "Core ML runs on macOS only",
+                remedy="use the interpreter or the transformers backend here",
+            )
+        return cls(path)
+
+    def new_state(self) -> Any:
+        """A state that all packages of a set share."""
+        return self._function("prefill").make_state()
+
+    def run(
+        self, inputs: Mapping[str, Tensor], state: Any = None, function: str | None = None
+    ) -> dict[str, Tensor]:
+        """Outputs by name; the state changes in place."""
+        arrays = {name: value.numpy() for name, value in inputs.items()}
+        outputs = self._function(function).predict(arrays, state=state)
+        return {name: torch.from_numpy(np.asarray(value)) for name, value in outputs.items()}
+
+    def _function(self, name: str | None) -> Any:
+        if name not in self._functions:
+            units = ct.ComputeUnit.CPU_AND_NE
+            self._functions[name] = ct.models.MLModel(str(self.path), compute_units=units, function_name=name)
+        return self._functions[name]

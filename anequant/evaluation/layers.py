@@ -1,0 +1,35 @@
+"""Where a quantized model drifts from its float model: the residual stream after every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anequant.architectures.spec import EMBEDDING
+from anequant.calibration.forward import ReferenceModel, Weights
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """||h' - h R1|| / ||h|| over all positions, h and h' the residual stream after the layer."""
+
+    layer: int
+    relative_error: float
+
+
+def layer_errors(
+    model: Weights, base: Weights, tokens: Tensor, rotate: Callable[[Tensor], Tensor]
+) -> tuple[LayerError, ...]:
+    """Both models on tokens [n, length]; `rotate` turns the base's hidden states into the model's basis."""
+    runner = ReferenceModel(base.spec, torch.float32)
+    theirs = base.read(f"{EMBEDDING}.weight")[tokens].float()
+    ours = model.read(f"{EMBEDDING}.weight")[tokens].float()
+    errors = []
+    for layer in range(base.spec.num_layers):
+        theirs = runner.run_layer(layer, base.layer(layer), theirs)
+        ours = runner.run_layer(layer, model.layer(layer), ours)
+        errors.append(LayerError(layer, float((ours - rotate(theirs)).norm() / theirs.norm())))
+    return tuple(errors)

@@ -1,0 +1,45 @@
+"""A checkpoint run by stock transformers, with a KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anequant.checkpoints.reader import open_checkpoint
+
+
+class TransformersModel:
+    """A Decoder over the folder of a float or quantized checkpoint; the whole model in float32."""
+
+    tells_all_logits = True
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        spec = open_checkpoint(folder).spec
+        self._model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        ).eval()
+        self.context = int(spec.config["max_position_embeddings"])
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.position = 0
+        self._cache = None
+
+    @torch.no_grad()
+    def feed(self, tokens: Sequence[int]) -> Tensor:
+        """Append tokens to the context; logits float32 [vocab] for what follows them."""
+        output = self._model(
+            torch.tensor([list(tokens)]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
+        self._cache = output.past_key_values
+        self.position += len(tokens)
+        logits: Tensor = output.logits[0, -1].float()
+        return logits

@@ -1,0 +1,201 @@
+"""Text from every backend that runs here, against transformers' own generate."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from anequant.cli import main
+from anequant.errors import UnsupportedError, UsageError
+from anequant.pipeline.generate import Chat, continue_text, open_text_model, stop_tokens
+from anequant.pipeline.lower import LowerOptions, lower
+from anequant.runtime.generate import decoded, new_tokens, score
+from anequant.runtime.sampling import Sampling
+
+PROMPT = "In the morning they went down to the"
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+GREEDY = Sampling()
+
+
+def best(logits: torch.Tensor) -> int:
+    return int(logits.argmax())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> Path:
+    folder: Path = quantize_model(tiny_qwen2, "w4-nearest").folder
+    return folder
+
+
+@pytest.fixture(scope="module", params=[(1, False), (3, False), (1, True), (3, True)], ids=str)
+def packages(
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """One and three chunks, with logits and with arg-max heads; the context is no power of two."""
+    chunks, argmax = request.param
+    folder = tmp_path_factory.mktemp("packages") / "out"
+    lower(checkpoint, folder, LowerOptions(context=48, batch=8, chunks=chunks, argmax=argmax))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> str:
+    """What transformers' generate says."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    output = model.generate(ids, do_sample=False, max_new_tokens=16)
+    text: str = tokenizer.decode(output[0], skip_special_tokens=True)
+    return text
+
+
+def test_the_interpreter_says_what_transformers_says(packages: Path, expected: str) -> None:
+    model = open_text_model(packages, "interpreter")
+    assert "".join(continue_text(model, PROMPT, 16, GREEDY)) == expected
+
+
+def test_the_transformers_backend_says_so_too(checkpoint: Path, expected: str) -> None:
+    model = open_text_model(checkpoint, "transformers")
+    pieces = list(continue_text(model, PROMPT, 16, GREEDY))
+    assert pieces[0] == PROMPT and len(pieces) > 8
+    assert "".join(pieces) == expected
+
+
+def test_a_full_context_ends_the_text(packages: Path) -> None:
+    model = open_text_model(packages, "interpreter")
+    prompt = model.tokenizer(PROMPT)["input_ids"]
+    produced = list(new_tokens(model.decoder, prompt, best, limit=500, stop=()))
+    assert model.full and len(prompt) + len(produced) == 48 + 1
+    with pytest.raises(UsageError, match="49 tokens, the model holds 1 to 48"):
+        next(new_tokens(model.decoder, [1], lambda values: 0, limit=1, stop=()))
+
+
+def test_arg_max_heads_refuse_to_sample(packages: Path) -> None:
+    model = open_text_model(packages, "interpreter")
+    if model.decoder.tells_all_logits:
+        sampled = ["".join(continue_text(model, PROMPT, 6, Sampling(1.0, seed=seed))) for seed in (1,)]
+        model.decoder.reset()
+        assert sampled[0] == "".join(continue_text(model, PROMPT, 6, Sampling(1.0, seed=1)))
+        return
+    with pytest.raises(UsageError, match="best tokens only"):
+        next(continue_text(model, PROMPT, 6, Sampling(1.0)))
+
+
+def test_core_ml_is_refused_elsewhere(packages: Path) -> None:
+    with pytest.raises(UnsupportedError, match="macOS only"):
+        open_text_model(packages, "coreml")
+    result = CliRunner().invoke(main, ["generate", str(packages), "--prompt", "a", "--backend", "coreml"])
+    assert result.exit_code == 4 and "macOS" in result.stderr
+
+
+def test_scores_are_the_models_own(checkpoint: Path) -> None:
+    model = open_text_model(checkpoint, "transformers")
+    tokens = model.tokenizer(PROMPT)["input_ids"]
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = whole(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(score(model.decoder, tokens, 3), logits[2:-1], rtol=1e-4, atol=1e-3)
+
+
+# --- streaming and stopping ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["It cost 5 € – “naïve” 日本語 🙂 and more.", " leading space", "\n\n"])
+def test_pieces_make_up_the_text(tiny_qwen2: Path, text: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
+    tokens = tokenizer(text)["input_ids"]
+    pieces = list(decoded(tokenizer, iter(tokens)))
+    assert "".join(pieces) == tokenizer.decode(tokens)
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+
+
+class Counter:
+    """A decoder whose next token is always one more than the last."""
+
+    context, tells_all_logits = 10, True
+
+    def __init__(self) -> None:
+        self.fed: list[int] = []
+
+    @property
+    def position(self) -> int:
+        return len(self.fed)
+
+    def reset(self) -> None:
+        self.fed.clear()
+
+    def feed(self, tokens: Any) -> torch.Tensor:
+        self.fed += tokens
+        return torch.nn.functional.one_hot(torch.tensor(self.fed[-1] + 1), 100).float()
+
+
+@pytest.mark.parametrize(
+    ("limit", "stop", "produced"),
+    [(3, (), [6, 7, 8]), (50, (9,), [6, 7, 8]), (50, (), list(range(6, 15))), (1, (6,), [])],
+)
+def test_where_a_text_ends(limit: int, stop: tuple[int, ...], produced: list[int]) -> None:
+    counter: Any = Counter()
+    assert list(new_tokens(counter, [4, 5], best, limit=limit, stop=stop)) == produced
+    assert counter.fed == [4, 5, *produced[:8]][: 2 + min(len(produced), limit - 1, 8)]
+
+
+def test_end_tokens_come_from_both_files(tiny_qwen2: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
+    assert stop_tokens(tmp_path, tokenizer) == {tokenizer.eos_token_id}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert stop_tokens(tmp_path, tokenizer) == {tokenizer.eos_token_id, 5, 6}
+
+
+# --- chat ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chatty(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def test_a_conversation_is_what_the_template_makes_of_it(chatty: Path) -> None:
+    talk = Chat(open_text_model(chatty, "transformers"), GREEDY, [{"role": "system", "content": "Be brief."}])
+    first = "".join(talk.reply("Who are you?", 8))
+    second = "".join(talk.reply("And then?", 8))
+
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    model = AutoModelForCausalLM.from_pretrained(chatty, dtype=torch.float32)
+    messages = [{"role": "system", "content": "Be brief."}]
+    for question, answer in (("Who are you?", first), ("And then?", second)):
+        messages.append({"role": "user", "content": question})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert text.startswith("[system] Be brief.\n[user] Who are you?\n")
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        output = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
+        assert answer == tokenizer.decode(output, skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+    assert talk.messages == messages
+
+
+def test_chat_needs_a_template(checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="no chat template"):
+        Chat(open_text_model(checkpoint, "transformers"), GREEDY)
+
+
+def test_chat_reads_turns_until_the_input_ends(chatty: Path) -> None:
+    arguments = ["chat", str(chatty), "--backend", "transformers", "--max-tokens", "4"]
+    result = CliRunner().invoke(main, arguments, input="Hello there.\n\nAnd you?\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") >= 2 and result.stderr == ""
+    talk = Chat(open_text_model(chatty, "transformers"), GREEDY)
+    answers = ["".join(talk.reply(turn, 4)) for turn in ("Hello there.", "And you?")]
+    assert result.stdout == "".join(f"{answer}\n" for answer in answers)
