@@ -15,6 +15,7 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import InputError
 from anequant.quantization.linear import QuantizedLinear
+from anequant.recipe import WIDTHS
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,11 @@ def load_table(checkpoint: Checkpoint, name: str) -> QuantizedLinear | Tensor:
 
 
 def projection_bits(checkpoint: Checkpoint) -> dict[str, int]:
-    """Width of every projection by full name, from the shape of its codebook."""
-    shapes = {
-        name: checkpoint.tensors[f"{name}.codebook"].shape for name in projection_names(checkpoint.spec)
-    }
-    return {name: (math.prod(shape) - 1).bit_length() for name, shape in shapes.items()}
+    """Width of every projection by full name: from the shape of its codebook, else from its weight."""
+    bits = {}
+    for name in projection_names(checkpoint.spec):
+        codebook = checkpoint.tensors.get(f"{name}.codebook")
+        entries = 0 if codebook is None else math.prod(codebook.shape)
+        wider = [width for width in WIDTHS if 2**width >= entries > 1]
+        bits[name] = wider[0] if wider else load(name, checkpoint.read, checkpoint.tensors).bits
+    return bits

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anequant.checkpoints.foreign import found_codebook, whole_codebook
 from anequant.errors import InputError, VerificationError
 from anequant.quantization.codebook import nearest_codes
 from anequant.quantization.linear import QuantizedLinear
@@ -59,9 +60,11 @@ def store(name: str, quantized: QuantizedLinear, *, bias: bool) -> dict[str, Ten
 def load(name: str, read: Callable[[str], Tensor], names: Mapping[str, object]) -> QuantizedLinear:
     """Read a QuantizedLinear back through `read(tensor name)`; `names` are those that exist.
 
-    Raises InputError naming the tensor for a missing part, a wrong shape or a zero scale.
+    A checkpoint made elsewhere may lack the codebook (it is then found in the weight), hold it in any
+    order, and have negative output scales or no biases. Raises InputError naming the tensor for a missing
+    part, a wrong shape or a zero scale.
     """
-    for suffix in ("weight", "input_scales", "output_scales", "codebook"):
+    for suffix in ("weight", "input_scales", "output_scales"):
         if f"{name}.{suffix}" not in names:
             raise InputError(f"tensor '{name}.{suffix}' is missing", remedy="quantize the model again")
     tensors = {
@@ -74,13 +77,17 @@ def load(name: str, read: Callable[[str], Tensor], names: Mapping[str, object]) 
         scale = tensors[f"{name}.{suffix}"]
         if tuple(scale.shape) != shape or bool((scale == 0).any()):
             raise InputError(f"'{name}.{suffix}' must be {list(shape)} without zeros")
-    codebook = tensors[f"{name}.codebook"].reshape(-1)
-    if codebook.numel() < 2 or codebook.numel() > 256 or bool((codebook.diff() <= 0).any()):
-        raise InputError(f"'{name}.codebook' must hold 2 to 256 ascending entries")
+    if f"{name}.codebook" in tensors:
+        codebook = whole_codebook(name, tensors[f"{name}.codebook"])
+    else:
+        codebook = found_codebook(
+            name, *(tensors[f"{name}.{suffix}"] for suffix in ("weight", "input_scales", "output_scales"))
+        )
+    tensors[f"{name}.codebook"] = codebook
     bias = tensors.get(f"{name}.bias")
     return QuantizedLinear(
         codes=_recover_codes(name, tensors),
-        codebook=codebook.float(),
+        codebook=codebook,
         input_scale=tensors[f"{name}.input_scales"].float().reshape(-1),
         output_scale=tensors[f"{name}.output_scales"].float().reshape(-1),
         bias=None if bias is None or not bool(bias.any()) else bias.float(),
