@@ -7,17 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from coremltools.proto import Model_pb2
+from coremltools.converters.mil.frontend.milproto.load import load as load_program
+from coremltools.models import MLModel
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from anequant.architectures.spec import layer_prefix
 from anequant.calibration.forward import logits
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import open_checkpoint
-from anequant.coreml.package import MODEL_FILE
 from anequant.pipeline.lower import LowerOptions, lower
 from anequant.pipeline.verify import verify_checkpoint, verify_packages
 
@@ -26,10 +28,9 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "2 bits": ("w2-ane", {}),
     "3 bits": ("w3-ane", {}),
     "6 bits": ("w6-ane", {}),
-    "8 bits": ("w8-ane", {}),
+    "8 bits, tables": ("w8-ane", {"head_bits": 6, "embedding_bits": 8}),
     "mixed": ("w4-ane", {"target_bits": 5.0, "mixed_bits": "4,6,8"}),
     "folded": ("w4-ane", {"fold_input_scales": True}),
-    "tables": ("w4-ane", {"head_bits": 6, "embedding_bits": 8}),
     "uniform": ("w4-ane", {"codebook": "uniform", "scales": "output", "r1": "none", "r2": "none"}),
 }
 
@@ -40,6 +41,14 @@ def made(request: pytest.FixtureRequest, tiny_qwen2: Path, quantize_model: Calla
     return quantize_model(tiny_qwen2, name, **overrides)
 
 
+def divided_and_snapped(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """Codes as ANEMLL recovers them: division in float16, then the midpoints between entries."""
+    weight, rows, columns, codebook = (
+        tensors[f"{name}.{part}"].half() for part in ("weight", "output_scales", "input_scales", "codebook")
+    )
+    return torch.bucketize(weight / (columns * rows), (codebook[1:] + codebook[:-1]) / 2)
+
+
 def test_the_checkpoint_is_what_was_chosen(made: Any) -> None:
     tensors = load_file(made.folder / "model.safetensors")
     errors = {error.name: error for error in made.result.rounding.tensors}
@@ -47,6 +56,7 @@ def test_the_checkpoint_is_what_was_chosen(made: Any) -> None:
     for name, chosen in made.chosen.items():
         read = load(name, tensors.__getitem__, tensors)
         assert torch.equal(read.codes, chosen.codes), name
+        assert torch.equal(divided_and_snapped(tensors, name), chosen.codes.long()), name
         assert torch.equal(read.codebook, chosen.codebook)
         assert len(read.codebook) == 2 ** errors[name].bits
     assert verify_checkpoint(made.folder).tensors == len(made.chosen)
@@ -84,12 +94,11 @@ def test_mixed_bits_meet_their_target(tiny_qwen2: Path, quantize_model: Callable
     assert 4.7 <= average <= 5.0
 
 
-def multiplications(package: Path) -> int:
-    model = Model_pb2.Model()
-    model.ParseFromString((package / MODEL_FILE).read_bytes())
-    function = model.mlProgram.functions["infer"]
-    block = function.block_specializations[function.opset]
-    return sum(operation.type == "mul" for operation in block.operations)
+def infer_operations(package: Path) -> list[Any]:
+    """The operations of `infer`, by coremltools' reader."""
+    model = MLModel(str(package), skip_model_load=True)
+    program = load_program(model.get_spec(), model.get_spec().specificationVersion, model.weights_dir)
+    return list(program.functions["infer"].operations)
 
 
 def test_folded_scales_cost_no_multiplication(
@@ -98,17 +107,22 @@ def test_folded_scales_cost_no_multiplication(
     """Seven input scales a layer, and not one more multiplication than there is otherwise."""
     folded = quantize_model(tiny_qwen2, "w4-ane", fold_input_scales=True)
     tensors = load_file(folded.folder / "model.safetensors")
-    plain = quantize_model(tiny_qwen2, "w4-ane")
-    gains = 0
-    for layer in range(4):
-        for name, value in tensors.items():
-            if name.startswith(layer_prefix(layer)):
-                if name.endswith("input_scales"):
-                    assert bool((value == 1).all()), name
-                gains += name.endswith("layernorm.weight") and float(value.float().std()) > 0.01
-    assert gains == 8
-    counts = {}
+    plain = quantize_model(tiny_qwen2, "w4-nearest")
+    for name, value in tensors.items():
+        if name.endswith("input_scales"):
+            assert bool((value == 1).all()), name
+    counts, gains = {}, {}
     for label, made in (("folded", folded), ("plain", plain)):
         lower(made.folder, tmp_path / label, SIZES)
-        counts[label] = multiplications(tmp_path / label / "qwen25_FFN_PF_lut4_chunk_01of01.mlpackage")
+        operations = infer_operations(tmp_path / label / "qwen25_FFN_PF_lut4_chunk_01of01.mlpackage")
+        counts[label] = sum(operation.op_type == "mul" for operation in operations)
+        norms = [operation for operation in operations if operation.op_type == "layer_norm"]
+        gains[label] = [norm.gamma.val for norm in norms if norm.gamma is not None]
+        assert len(norms) == 9
     assert counts["plain"] - counts["folded"] == 7 * 4
+    assert gains["plain"] == []
+    names = ("input_layernorm", "post_attention_layernorm")
+    expected = [tensors[f"{layer_prefix(layer)}{name}.weight"] for layer in range(4) for name in names]
+    for gamma, gain in zip(gains["folded"], expected, strict=True):
+        assert np.array_equal(gamma, torch.cat([gain, gain]).numpy())
+        assert float(gain.float().std()) > 0.01

@@ -7,7 +7,6 @@ windows at a time, so that nothing but the hidden states and one pair of moments
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -23,23 +22,25 @@ HELD_OUT = 6
 class Walkers:
     """Hidden states [n, length, hidden_size] of the same windows in the float and the quantized model.
 
-    Every sixth window, at least one of two or more, is held out.
+    The last sixth of the windows, at least one of two or more, is held out.
     """
 
     def __init__(self, spec: ModelSpec, embedded: Tensor, quantized: Tensor) -> None:
         self._models = ReferenceModel(spec, torch.float32), ReferenceModel(spec, torch.float32)
         self._hidden = [embedded.float(), quantized.float()]
         count = len(embedded)
-        self._held_out = max(1, count // HELD_OUT)
+        cut = count - max(1, count // HELD_OUT)
+        self._fit, self._held_out = slice(0, max(1, cut)), slice(cut, count)
 
     def input_statistics(
         self, layer: int, original: Mapping[str, Tensor], quantized: Mapping[str, Tensor], name: str
     ) -> InputStatistics:
         """Moments of the input of the linear `name`; both mappings hold all tensors of the layer."""
-        count = len(self._hidden[0])
-        cut = count - self._held_out if count > 1 else 0
-        fit = self._moments(layer, original, quantized, name, slice(0, max(cut, 1)))
-        return InputStatistics(fit, self._moments(layer, original, quantized, name, slice(cut, count)))
+        fit, held_out = (
+            self._moments(layer, original, quantized, name, windows)
+            for windows in (self._fit, self._held_out)
+        )
+        return InputStatistics(fit, held_out)
 
     def advance(self, layer: int, original: Mapping[str, Tensor], quantized: Mapping[str, Tensor]) -> None:
         """Both walkers through the whole layer."""
@@ -49,14 +50,13 @@ class Walkers:
     def head_statistics(self, gain: Tensor) -> InputStatistics:
         """Moments of the head's input, after the last layer; `gain` [hidden_size] is the final norm's."""
         float_input, quantized_input = (
-            model.final_norm(hidden, gain).flatten(0, 1)
-            for model, hidden in zip(self._models, self._hidden, strict=True)
+            model.final_norm(hidden, gain) for model, hidden in zip(self._models, self._hidden, strict=True)
         )
-        cut = math.ceil(len(float_input) * (1 - 1 / HELD_OUT))
-        return InputStatistics(
-            _moments(float_input[:cut], quantized_input[:cut]),
-            _moments(float_input[cut:], quantized_input[cut:]),
+        fit, held_out = (
+            _moments(float_input[windows].flatten(0, 1), quantized_input[windows].flatten(0, 1))
+            for windows in (self._fit, self._held_out)
         )
+        return InputStatistics(fit, held_out)
 
     def _moments(
         self,

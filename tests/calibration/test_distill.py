@@ -153,11 +153,17 @@ def test_training_that_only_hurts_ends_where_it_began(
     assert divergence(lessons, layers, heads) == pytest.approx(result.held_out_before, rel=1e-3)
 
 
-def test_a_tuned_checkpoint_keeps_its_codes(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> None:
-    plain = quantize_model(tiny_qwen2, "w4-nearest")
-    tuned = quantize_model(tiny_qwen2, "w4-nearest", tune=16)
+# --- the whole pipeline -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain_and_tuned(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> tuple[Any, Any]:
+    return quantize_model(tiny_qwen2, "w4-nearest"), quantize_model(tiny_qwen2, "w4-nearest", tune=16)
+
+
+def test_a_tuned_checkpoint_keeps_its_codes(plain_and_tuned: tuple[Any, Any]) -> None:
+    plain, tuned = plain_and_tuned
     assert plain.result.tuning is None
-    assert tuned.result.tuning.held_out_after <= tuned.result.tuning.held_out_before
     before, after = (load_file(made.folder / "model.safetensors") for made in (plain, tuned))
     assert before.keys() == after.keys()
     assert {path.name for path in plain.folder.iterdir()} == {path.name for path in tuned.folder.iterdir()}
@@ -171,7 +177,29 @@ def test_a_tuned_checkpoint_keeps_its_codes(tiny_qwen2: Path, quantize_model: Ca
             for suffix in ("codebook", "output_scales", "input_scales", "bias")
             if not torch.equal(before[f"{name}.{suffix}"], after[f"{name}.{suffix}"])
         }
-    if tuned.result.tuning.steps:
-        assert moved == {"codebook", "output_scales", "input_scales", "bias"}
-    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
-    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert moved == {"codebook", "output_scales", "input_scales", "bias"}
+    gains = [name for name in before if name.endswith("norm.weight")]
+    assert len(gains) == 9 and not any(torch.equal(before[name], after[name]) for name in gains)
+    for table in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(before[table], after[table])
+
+
+@torch.no_grad()
+def test_a_tuned_checkpoint_is_closer_to_the_float_model(
+    tiny_qwen2: Path, plain_and_tuned: tuple[Any, Any]
+) -> None:
+    """As stock transformers reads it from disk, on a text that it was not trained on."""
+    tokens = text_windows(read_text(SAMPLE_TEXT), load_tokenizer(tiny_qwen2), 8189, count=12, length=64)
+
+    def log_probabilities(folder: Path) -> Tensor:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return model(tokens, use_cache=False).logits.double().log_softmax(-1)
+
+    log_p = log_probabilities(tiny_qwen2)
+    plain, tuned = (
+        float((log_p.exp() * (log_p - log_probabilities(made.folder))).sum(-1).mean())
+        for made in plain_and_tuned
+    )
+    assert tuned < 0.97 * plain
+    tuning = plain_and_tuned[1].result.tuning
+    assert tuning.steps == 16 and tuning.held_out_after < 0.95 * tuning.held_out_before

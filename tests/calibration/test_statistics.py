@@ -85,17 +85,19 @@ def test_moments_are_those_of_the_models_own_inputs(
     x_float = hooked_inputs(float_model, embedded, ["lm_head"])["lm_head"]
     x = hooked_inputs(current_model, embedded.half().float(), ["lm_head"])["lm_head"]
     seen = walkers.head_statistics(gain)
-    everything = seen.everything
-    assert_moments(Moments(everything.hessian, everything.cross, everything.tokens), x, x_float)
-    assert seen.held_out.tokens == WINDOWS * LENGTH // HELD_OUT
+    assert_moments(seen.fit, x[:cut], x_float[:cut])
+    assert_moments(seen.held_out, x[cut:], x_float[cut:])
+    assert_moments(seen.everything, x, x_float)
 
 
 def test_a_single_window_serves_both_ends(make_model: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path / "model", "llama", False))
     embedded = torch.randn(1, LENGTH, 128, generator=torch.Generator().manual_seed(1))
     original = {name: value.float() for name, value in checkpoint.layer(0).items()}
-    seen = Walkers(checkpoint.spec, embedded, embedded).input_statistics(
-        0, original, original, "self_attn.q_proj"
-    )
-    assert torch.equal(seen.fit.hessian, seen.held_out.hessian)
-    assert torch.equal(seen.fit.hessian, seen.fit.cross)
+    walkers = Walkers(checkpoint.spec, embedded, embedded)
+    for seen in (
+        walkers.input_statistics(0, original, original, "self_attn.q_proj"),
+        walkers.head_statistics(torch.ones(128)),
+    ):
+        assert torch.equal(seen.fit.hessian, seen.held_out.hessian)
+        assert torch.equal(seen.fit.hessian, seen.fit.cross)

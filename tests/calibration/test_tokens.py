@@ -40,20 +40,25 @@ def windows(checkpoint: Checkpoint, source: object, samples: int, length: int, s
 # --- a text -------------------------------------------------------------------------------------------
 
 
+def assert_pieces(tokens: Tensor, checkpoint: Checkpoint, text: str) -> None:
+    """Each window is the start token, then consecutive tokens of the text."""
+    ids = AutoTokenizer.from_pretrained(checkpoint.folder)(text, add_special_tokens=False)["input_ids"]
+    for first, *rest in tokens.tolist():
+        assert first == START
+        assert any(ids[i : i + len(rest)] == rest for i in range(len(ids)))
+
+
 def test_a_text_file(tiny: Checkpoint) -> None:
     tokens = windows(tiny, SAMPLE_TEXT, 4, 64)
-    ids = AutoTokenizer.from_pretrained(tiny.folder)(SAMPLE_TEXT.read_text(), add_special_tokens=False)
-    ids = ids["input_ids"]
     assert tokens.shape == (4, 64) and tokens.dtype == torch.int64
-    assert tokens[:, 0].tolist() == [START] * 4
-    for window in tokens[:, 1:].tolist():
-        assert any(ids[i : i + 63] == window for i in range(len(ids)))
+    assert_pieces(tokens, tiny, SAMPLE_TEXT.read_text())
 
 
 def test_the_seed_chooses_other_windows(tiny: Checkpoint) -> None:
     first, again, other = (windows(tiny, SAMPLE_TEXT, 4, 64, seed) for seed in (0, 0, 1))
     assert torch.equal(first, again)
-    assert not torch.equal(first, other) and other.shape == first.shape
+    assert other.shape == first.shape and (other != first)[:, 1:].any(1).all()
+    assert_pieces(other, tiny, SAMPLE_TEXT.read_text())
 
 
 def test_a_short_text_yields_what_it_holds(tiny: Checkpoint, tmp_path: Path) -> None:
@@ -67,16 +72,17 @@ def test_a_short_text_yields_what_it_holds(tiny: Checkpoint, tmp_path: Path) -> 
 
 def test_wikitext2(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
+    rows = ["", " = Title = \n", *(f"Line {i} of the train split. " for i in range(300))]
 
     def load_dataset(*args: str, **options: str) -> dict[str, list[str]]:
         asked.append((args, options))
-        return {"text": ["", " = Title = \n", *[f"Line {i} of the train split. " for i in range(300)]]}
+        return {"text": rows}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     tokens = windows(tiny, "wikitext2", 3, 32)
     assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "train"})]
     assert tokens.shape == (3, 32)
-    assert "of the train split" in AutoTokenizer.from_pretrained(tiny.folder).decode(tokens[1])
+    assert_pieces(tokens, tiny, "\n".join(rows))
 
 
 def test_wikitext2_without_a_network(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
