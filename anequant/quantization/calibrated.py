@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anequant.errors import UnsupportedError
 from anequant.quantization.codebook import nearest_codes
 from anequant.quantization.gptq import damped, descend, gptq_codes
 from anequant.quantization.linear import QuantizedLinear
@@ -53,10 +54,15 @@ def quantize_calibrated(
 ) -> tuple[QuantizedLinear, float | None]:
     """GPTQ on weight [out, in]: the linear, and the damping chosen (None: plain nearest was better).
 
-    Raises UnsupportedError as `quantize_linear` does.
+    Raises UnsupportedError as `quantize_linear` does, and for moments that are not finite.
     """
     bias = checked_bias(bias, name)
     moments = statistics.everything
+    if not bool(moments.hessian.isfinite().all() and moments.cross.isfinite().all()):
+        raise UnsupportedError(
+            f"the inputs of '{name}' during calibration are not all finite",
+            remedy="check the checkpoint for a damaged tensor",
+        )
     target = corrected_target(weight, moments, rounding.correction)
     fitted = fit_core(target, rounding.bits, rounding.codebook, rounding.scales, name)
     damping = _choose_damping(weight, fitted, statistics, rounding)

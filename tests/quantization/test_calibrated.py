@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from anequant.errors import UnsupportedError
 from anequant.quantization import calibrated
 from anequant.quantization.calibrated import (
     DAMPINGS,
@@ -17,8 +18,10 @@ from anequant.quantization.calibrated import (
     corrected_target,
     quantize_calibrated,
 )
+from anequant.quantization.codebook import nearest_codes
+from anequant.quantization.gptq import damped, descend, gptq_codes
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.quantize import quantize_linear
+from anequant.quantization.quantize import FittedCore, fit_core, quantize_linear
 from anequant.quantization.statistics import InputStatistics, Moments, output_loss
 
 PLAIN = Rounding(4, "lut", "balanced", correction=0.0, descent=0, refinement=0)
@@ -79,16 +82,42 @@ def test_more_bits_are_closer(codebook: str, scales: str) -> None:
     assert all(2 * after < before for before, after in itertools.pairwise(errors))
 
 
-def test_few_tokens_do_no_harm_on_held_out_ones() -> None:
-    """Fewer tokens than inputs: whatever damping is chosen, nearest rounding was a candidate."""
-    seen = statistics(24)
-    result, damping = quantize_calibrated(weight(), None, seen, PLAIN, "p")
-    assert damping in (None, *DAMPINGS)
-    trial = InputStatistics(seen.fit, seen.held_out)
+@pytest.mark.parametrize("descent", [0, 2])
+@pytest.mark.parametrize(("count", "trial_rows"), [(24, 256), (100, 256), (100, 8), (3000, 256)])
+def test_the_damping_is_the_best_on_held_out_tokens(
+    monkeypatch: pytest.MonkeyPatch, count: int, trial_rows: int, descent: int
+) -> None:
+    """Nearest rounding is a candidate, so that no choice is worse than it, however few the tokens. What is
+    chosen with the fit's tokens alone is then done with all."""
+    monkeypatch.setattr(calibrated, "TRIAL_ROWS", trial_rows)
+    rows = slice(0, None, max(1, ROWS // trial_rows))
+    seen = statistics(count)
+    x, x_float = (value.double() for value in tokens(seen.held_out.tokens, 2))
+    fitted = fit_core(weight(), 4, "lut", "balanced", "p")
+    core, scale = fitted.core(weight()), fitted.input_scale
+
+    def codes(damping: float | None, of: Moments) -> Tensor:
+        if damping is None:
+            return nearest_codes(core, fitted.codebook)
+        hessian, _ = damped(scale[:, None] * of.hessian * scale, damping)
+        result = gptq_codes(core, fitted.codebook, hessian)
+        for _ in range(descent):
+            result = descend(core, fitted.codebook, hessian, result)
+        return result
+
+    def error(damping: float | None) -> float:
+        rounded = fitted.linear(codes(damping, seen.fit), None).dequantize().double()
+        return float((x_float @ weight().double().T - x @ rounded.T)[:, rows].square().sum())
+
+    result, chosen = quantize_calibrated(weight(), None, seen, replace(PLAIN, descent=descent), "p")
+    assert chosen == min((None, *DAMPINGS), key=error)
+    assert torch.equal(result.codes, codes(chosen, seen.everything))
+
+
+def test_few_tokens_do_no_harm_on_fresh_ones() -> None:
+    """Fewer tokens than inputs, and everything fitted to them."""
     nearest = quantize_linear(weight(), None, bits=4, codebook="lut", scales="balanced", name="p")
-    allowed = fresh_error(nearest) * 1.1
-    assert fresh_error(run(trial, PLAIN)) <= allowed
-    assert result.codes.shape == (ROWS, COLUMNS)
+    assert fresh_error(run(statistics(24), PLAIN)) < fresh_error(nearest)
 
 
 def test_nearest_is_chosen_where_feedback_would_hurt() -> None:
@@ -102,19 +131,29 @@ def test_nearest_is_chosen_where_feedback_would_hurt() -> None:
     assert torch.equal(result.codes, nearest.codes)
 
 
-def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rounds", [1, 4, 40])
+def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
+    """Forty rounds are more than it takes until one no longer helps."""
     losses: list[float] = []
+    candidates: list[Tensor] = []
     measure = calibrated.weighted_loss
 
-    def spy(*args: Any) -> float:
-        losses.append(measure(*args))
+    def spy(target: Tensor, fitted: FittedCore, codes: Tensor, hessian: Tensor) -> float:
+        losses.append(measure(target, fitted, codes, hessian))
+        candidates.append(fitted.linear(codes, None).dequantize())
+        error = (target - candidates[-1]).double()
+        assert losses[-1] == pytest.approx(float((error @ hessian.double() * error).sum()), rel=1e-4)
         return losses[-1]
 
     monkeypatch.setattr(calibrated, "weighted_loss", spy)
-    result = run(statistics(3000), FULL)
-    assert 2 <= len(losses) <= 1 + FULL.refinement
+    result = run(statistics(3000), replace(FULL, refinement=rounds))
+    if rounds == 40:
+        assert len(losses) < 1 + rounds and losses[-1] >= losses[-2]
+    else:
+        assert len(losses) == 1 + rounds
     accepted = losses if losses[-1] < losses[-2] else losses[:-1]
     assert accepted == sorted(accepted, reverse=True) and accepted[-1] < accepted[0]
+    assert torch.equal(result.dequantize(), candidates[len(accepted) - 1])
     without = run(statistics(3000), Rounding(4, "lut", "balanced", 0.5, 2, 0))
     assert fresh_error(result) < fresh_error(without)
 
@@ -124,7 +163,7 @@ def test_the_correction_solves_its_normal_equations() -> None:
     seen = moments(x, x_float)
     target = corrected_target(weight(), Moments(seen.hessian.float(), seen.cross.float(), 2000), 1.0)
     ridge = TARGET_DAMPING * float(seen.hessian.diagonal().mean())
-    wanted = (x_float @ weight().double().T).requires_grad_(False)
+    wanted = x_float @ weight().double().T
     free = target.double().requires_grad_()
     loss = (x @ free.T - wanted).square().sum() / len(x) + ridge * (free - weight().double()).square().sum()
     (gradient,) = torch.autograd.grad(loss, free)
@@ -174,6 +213,25 @@ def test_singular_statistics_are_no_obstacle(damaged: str) -> None:
     result = run(InputStatistics(seen, seen), FULL)
     error = float((result.dequantize() - weight()).norm() / weight().norm())
     assert error < 0.2
+
+
+@pytest.mark.parametrize("part", ["hessian", "cross"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_refused(part: str, value: float) -> None:
+    seen = statistics(100)
+    getattr(seen.fit, part)[5, 5] = value
+    with pytest.raises(UnsupportedError, match=r"inputs of 'layer\.p'.*not all finite"):
+        run(seen, FULL)
+
+
+def test_the_bias_is_kept_as_float16_holds_it() -> None:
+    bias = torch.linspace(-3, 3, ROWS)
+    seen = statistics(500)
+    result, _ = quantize_calibrated(weight(), bias, seen, FULL, "p")
+    assert result.bias is not None and torch.equal(result.bias, bias.half().float())
+    assert torch.equal(result.dequantize(), run(seen, FULL).dequantize())
+    with pytest.raises(UnsupportedError, match="'p'"):
+        quantize_calibrated(weight(), bias * 1e5, seen, FULL, "p")
 
 
 def test_the_same_statistics_give_the_same_linear() -> None:

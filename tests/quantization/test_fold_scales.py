@@ -50,15 +50,30 @@ def column_spread(*weights: Tensor) -> float:
     return float(sizes.log().std())
 
 
-@pytest.mark.parametrize("group", [("q", "k", "v"), ("gate", "up"), ("down",)], ids=lambda group: group[0])
+GROUPS = {
+    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "mlp": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+@pytest.mark.parametrize("group", GROUPS.values(), ids=list(GROUPS))
 def test_columns_become_equal(
     layer: tuple[ReferenceModel, dict[str, Tensor], dict[str, Tensor]], group: tuple[str, ...]
 ) -> None:
+    """The two query heads of a value head share its scale, so o's columns are equal two by two together."""
+
+    def columns(tensors: dict[str, Tensor]) -> list[Tensor]:
+        weights = [tensors[f"{name}.weight"] for name in group]
+        if group == GROUPS["o"]:
+            heads = weights[0].unflatten(1, (2, 2, -1))
+            return [heads[:, :, reader].flatten(1) for reader in range(2)]
+        return weights
+
     _, before, after = layer
-    parent = "self_attn" if "q" in group else "mlp"
-    names = [f"{parent}.{name}_proj.weight" for name in group]
-    assert column_spread(*(before[name] for name in names)) > 0.3
-    assert column_spread(*(after[name] for name in names)) < 0.05
+    assert column_spread(*columns(before)) > 0.3
+    assert column_spread(*columns(after)) < 0.05
 
 
 def test_the_scale_moved_to_where_it_is_free(
@@ -80,6 +95,7 @@ def test_the_scale_moved_to_where_it_is_free(
         ratio = after[f"{source}.weight"] * gains[norm] / before[f"{source}.weight"]
         scale = ratio.mean(1)
         torch.testing.assert_close(ratio, scale[:, None].expand_as(ratio))
+        assert float((scale.half() - scale).abs().max()) < 1e-12
         if f"{source}.bias" in before:
             torch.testing.assert_close(after[f"{source}.bias"], before[f"{source}.bias"] * scale)
         heads = 1 if repeats == 1 else 2

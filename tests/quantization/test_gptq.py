@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anequant.quantization.codebook import nearest_codes
-from anequant.quantization.gptq import BLOCK, damped, descend, gptq_codes
+from anequant.quantization.gptq import BLOCK, DAMPING_GROWTH, damped, descend, gptq_codes
 
 
 def problem(rows: int, columns: int, entries: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,16 +55,24 @@ def test_codes_are_those_of_classic_gptq(columns: int, entries: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_last_column_is_the_best_for_all_before(seed: int) -> None:
-    core, codebook, hessian = problem(5, 3, 4, seed)
+@pytest.mark.parametrize("columns", [2, 3])
+def test_every_step_is_the_best_given_those_before(columns: int, seed: int) -> None:
+    """Of all entries, with the columns still to come free to take any real value; the last has none."""
+    core, codebook, hessian = problem(5, columns, 4, seed)
     codes = gptq_codes(core, codebook, hessian)
-    least = hessian.diagonal().argmin()
-    for row in range(len(core)):
-        for choice in range(len(codebook)):
-            other = codes[row : row + 1].clone()
-            other[0, least] = choice
-            ours = objective(core[row : row + 1], codebook, hessian, codes[row : row + 1])
-            assert ours <= objective(core[row : row + 1], codebook, hessian, other) + 1e-9
+    full = hessian.double()
+    order = full.diagonal().argsort(descending=True).tolist()
+    for done in range(1, columns + 1):
+        fixed, free = order[:done], order[done:]
+        cross = full[fixed][:, free]
+        left = full[fixed][:, fixed] - cross @ torch.linalg.solve(full[free][:, free], cross.T)
+        losses = []
+        for entry in range(len(codebook)):
+            codes_here = codes.clone()
+            codes_here[:, order[done - 1]] = entry
+            error = (core.double() - codebook.double()[codes_here.long()])[:, fixed]
+            losses.append((error @ left * error).sum(1))
+        assert torch.equal(torch.stack(losses).argmin(0), codes[:, order[done - 1]].long())
 
 
 def test_independent_inputs_are_rounded_to_nearest() -> None:
@@ -107,10 +115,11 @@ def literal_descent(core: Tensor, codebook: Tensor, hessian: Tensor, codes: Tens
     return codes
 
 
-@pytest.mark.parametrize("columns", [1, 5, BLOCK + 3])
+@pytest.mark.parametrize("columns", [1, 5, BLOCK, 2 * BLOCK + 5])
 def test_descent_is_the_literal_one(columns: int) -> None:
-    core, codebook, hessian = problem(2, columns, 4, seed=columns)
-    start = nearest_codes(core, codebook)
+    core, codebook, hessian = problem(3, columns, 4, seed=columns)
+    generator = torch.Generator().manual_seed(columns)
+    start = torch.randint(4, core.shape, generator=generator, dtype=torch.uint8)
     expected = literal_descent(core, codebook, hessian, start)
     assert torch.equal(descend(core, codebook, hessian, start), expected)
 
@@ -148,13 +157,25 @@ def test_damping_is_a_share_of_the_mean() -> None:
     torch.testing.assert_close(result, expected)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 5])
-def test_singular_hessians_are_made_definite(rank: int) -> None:
+@pytest.mark.parametrize("rank", [1, 5])
+def test_damping_grows_only_until_the_hessian_is_definite(rank: int) -> None:
     inputs = torch.randn(rank, 30, generator=torch.Generator().manual_seed(rank)) * 10
-    result, used = damped(inputs.T @ inputs, 1e-12)
+    singular = inputs.T @ inputs
+    result, used = damped(singular, 1e-13)
     assert bool(torch.linalg.eigvalsh(result.double()).min() > 0)
-    assert used >= 1e-12
-    assert damped(inputs.T @ inputs, 0.05)[1] == 0.05
+    assert used > 1e-13
+    less = singular + used / DAMPING_GROWTH * singular.diagonal().mean() * torch.eye(30)
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(less)
+    assert damped(singular, 0.05)[1] == 0.05
+
+
+def test_a_hessian_of_zeros_becomes_a_multiple_of_the_identity() -> None:
+    core, codebook, _ = problem(3, 30, 4)
+    result, used = damped(torch.zeros(30, 30), 0.05)
+    assert used == 0.05
+    assert torch.equal(result, 0.05 * torch.eye(30))
+    assert torch.equal(gptq_codes(core, codebook, result), nearest_codes(core, codebook))
 
 
 def test_dead_inputs_are_rounded_to_nearest() -> None:

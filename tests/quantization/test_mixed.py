@@ -47,6 +47,14 @@ def test_convex_losses_get_the_best_assignment(values: list[tuple[int, int]], st
     assert total(losses, chosen) == pytest.approx(best_total(losses, average), rel=1e-6)
 
 
+@given(sizes_of_losses, st.lists(st.floats(4, 8), min_size=2, max_size=4))
+def test_a_larger_average_never_loses_more(values: list[tuple[int, int]], averages: list[float]) -> None:
+    losses = convex_losses(values)
+    sizes = dict.fromkeys(losses, 100)
+    totals = [total(losses, allocate_bits(losses, sizes, average)) for average in sorted(averages)]
+    assert totals == sorted(totals, reverse=True)
+
+
 @given(
     st.lists(st.lists(st.floats(0, 1, width=32), min_size=3, max_size=3), min_size=1, max_size=6),
     st.lists(st.integers(1, 1000), min_size=6, max_size=6),
@@ -68,6 +76,16 @@ def test_the_most_sensitive_tensor_comes_first() -> None:
     losses = {"calm": {4: 1.0, 8: 0.0}, "tender": {4: 9.0, 8: 0.0}, "big": {4: 12.0, 8: 0.0}}
     sizes = {"calm": 100, "tender": 100, "big": 1000}
     assert allocate_bits(losses, sizes, 4.4) == {"calm": 4, "tender": 8, "big": 4}
+
+
+def test_what_counts_is_the_loss_saved_per_bit() -> None:
+    losses = {name: {4: 5.0, 8: 0.0} for name in "abc"} | {"big": {4: 12.0, 8: 0.0}}
+    sizes = {"a": 100, "b": 100, "c": 100, "big": 300}
+    assert allocate_bits(losses, sizes, 6.0) == {"a": 8, "b": 8, "c": 8, "big": 4}
+
+
+def test_no_step_is_taken_whose_first_part_did_not_fit() -> None:
+    assert allocate_bits({"a": {2: 9.0, 6: 1.0, 8: 0.0}}, {"a": 1}, 5.0) == {"a": 2}
 
 
 def test_a_middle_width_that_helps_little_is_passed_over() -> None:
