@@ -85,8 +85,8 @@ def refit_codebook(
     input_scale: Tensor,
     hessian: Tensor,
 ) -> Tensor:
-    """T [K], the best for at most CODEBOOK_ROWS evenly spaced rows. Entries that no code uses stay, and all
-    of them where their order would change."""
+    """T [K], the best for evenly spaced rows, fewer than 2 CODEBOOK_ROWS. Entries that no code uses stay,
+    and all of them where their order would change."""
     rows = slice(0, None, max(1, weight.shape[0] // CODEBOOK_ROWS))
     codes, scale = codes[rows], output_scale[rows, None] * input_scale
     members = torch.stack([(codes == k) * scale for k in range(len(codebook))])
