@@ -29,18 +29,28 @@ from anequant.coreml.program import (
 from anequant.coreml.toolkit import TARGET, Function, Program, mb, types
 
 STATE = "model_model_kv_cache_0"
+SMALLEST_FLOAT16 = 2.0**-24
 INFER, PREFILL = "infer", "prefill"
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes that are fixed in the packages; cos and sin are float tables [context, head_dim]."""
+    """Sizes that are fixed in the packages; cos and sin are float tables [context, head_dim].
+
+    The residual stream carries `residual_scale` times the model's values.
+    """
 
     spec: ModelSpec
     context: int
     batch: int
     cos: Tensor
     sin: Tensor
+    residual_scale: float = 1.0
+
+    @property
+    def residual_eps(self) -> float:
+        """The epsilon of a norm that reads the scaled stream, at least float16's smallest number."""
+        return max(self.spec.rms_norm_eps * self.residual_scale**2, SMALLEST_FLOAT16)
 
 
 def chunk_program(geometry: Geometry, layers: Sequence[QuantizedLayer], final_gain: Tensor | None) -> Program:
@@ -83,7 +93,7 @@ def _chunk_function(
         for layer in layers:
             x = builder.add_layer(x, layer)
         if final_gain is not None:
-            x = rms_norm(x, final_gain, spec.rms_norm_eps, 1, "final_norm")
+            x = rms_norm(x, final_gain, geometry.residual_eps, 1, "final_norm")
         if first_row_only:
             x = mb.slice_by_index(x=x, begin=[0, 0, 0, 0], end=[1, spec.hidden_size, 1, 1], name="first_row")
         x = mb.squeeze(x=x, axes=[2], name="flat_output")
@@ -103,6 +113,7 @@ class _LayerBuilder:
     ) -> None:
         spec = geometry.spec
         self._spec = spec
+        self._residual_eps = geometry.residual_eps
         self._codes = codes
         self._length = length
         self._group = spec.num_heads // spec.num_key_value_heads
@@ -164,7 +175,7 @@ class _LayerBuilder:
 
     def _norm(self, x: Var, layer: QuantizedLayer, norm: str) -> Var:
         name = f"{_layer_name(layer)}_{norm}"
-        return rms_norm(x, layer.gains[norm], self._spec.rms_norm_eps, 1, name)
+        return rms_norm(x, layer.gains[norm], self._residual_eps, 1, name)
 
     def _linear(self, x: Var, layer: QuantizedLayer, name: str) -> Var:
         label = _linear_name(layer, name)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, ModelSpec
 from anequant.calibration.forward import lowered_rope_tables
+from anequant.calibration.ranges import layer_ranges
 from anequant.checkpoints.layers import load_layer, load_table, open_quantized, projection_bits
 from anequant.checkpoints.manifest import MANIFEST, manifest
 from anequant.checkpoints.output import file_hashes, staged_folder
@@ -19,16 +20,19 @@ from anequant.checkpoints.reader import Checkpoint, read_json
 from anequant.checkpoints.source import TOKENIZER_FILES
 from anequant.checkpoints.writer import write_json
 from anequant.coreml.decoder import Geometry, chunk_program
+from anequant.coreml.headroom import Headroom, fitted_layer, fitted_table, plan_headroom
 from anequant.coreml.meta import PackageSet, write_meta
 from anequant.coreml.package import package_bytes, save_package
 from anequant.coreml.parts import embeddings_program, head_program
 from anequant.errors import UnsupportedError, UsageError
 from anequant.pipeline.chunks import chunk_ranges, constant_bytes, least_chunks
+from anequant.pipeline.probe import probe_tokens
 from anequant.progress import Progress, silent
 from anequant.quantization.linear import QuantizedLinear
 
 LARGEST_AXIS = 16384
 MOST_HEAD_PARTS = 64
+RANGE_TOKENS = 128
 MOST_MEGABYTES = 950
 
 
@@ -65,6 +69,7 @@ class PackageSize:
 @dataclass(frozen=True)
 class LowerResult:
     packages: tuple[PackageSize, ...]
+    headroom: Headroom
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,9 +100,11 @@ def lower_into(
     checkpoint = open_quantized(checkpoint_folder)
     spec = checkpoint.spec
     check_lowering(spec, options)
-    geometry = Geometry(spec, options.context, options.batch, *lowered_rope_tables(spec, options.context))
-    first = load_layer(checkpoint, 0)
-    table = load_table(checkpoint, EMBEDDING)
+    progress("ranges", 0.0)
+    headroom = plan_headroom(layer_ranges(checkpoint, probe_tokens(checkpoint, RANGE_TOKENS)[None]))
+    tables = lowered_rope_tables(spec, options.context)
+    geometry = Geometry(spec, options.context, options.batch, *tables, headroom.residual_scale)
+    table = fitted_table(load_table(checkpoint, EMBEDDING), headroom)
     head = load_table(checkpoint, HEAD)
     chunks = options.chunks or least_chunks(checkpoint, options.context, options.max_chunk_mb)
     packages = PackageSet(
@@ -132,7 +139,7 @@ def lower_into(
     del table
     for number, layers in enumerate(chunk_ranges(spec.num_layers, chunks)):
         progress(f"chunk {number + 1} of {chunks}", (number + 1) / (chunks + 2))
-        chunk = [first if layer == 0 else load_layer(checkpoint, layer) for layer in layers]
+        chunk = [fitted_layer(spec, load_layer(checkpoint, layer), headroom) for layer in layers]
         gain = checkpoint.read(f"{FINAL_NORM}.weight") if layers[-1] == spec.num_layers - 1 else None
         constants = sum(constant_bytes(weight) for layer in chunk for weight in layer.linears.values())
         save(
@@ -159,10 +166,11 @@ def lower_into(
         "checkpoint": checkpoint_hashes(checkpoint),
         "options": {**asdict(options), "chunks": chunks},
         "packages": [asdict(size) for size in sizes],
+        "headroom": asdict(headroom),
         "files": file_hashes(folder),
     }
     write_json(folder / MANIFEST, manifest("packages", contents))
-    return LowerResult(tuple(sizes))
+    return LowerResult(tuple(sizes), headroom)
 
 
 def head_parts(spec: ModelSpec) -> int:

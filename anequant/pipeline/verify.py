@@ -12,18 +12,17 @@ from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, HEAD, layer_prefix
 from anequant.calibration.forward import logits
-from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
 from anequant.checkpoints.layers import open_quantized
 from anequant.checkpoints.manifest import MANIFEST, read_manifest
 from anequant.checkpoints.output import file_hashes
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
-from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 from anequant.coreml.interpreter import Package, PalettizedWeight
 from anequant.coreml.meta import read_meta
 from anequant.coreml.program import head_part, weight_value
 from anequant.errors import UsageError, VerificationError
 from anequant.pipeline.lower import checkpoint_hashes
+from anequant.pipeline.probe import probe_tokens
 from anequant.progress import Progress, silent
 from anequant.quantization.linear import QuantizedLinear
 from anequant.runtime.coreml_backend import PackageModel
@@ -35,7 +34,6 @@ LEAST_AGREEMENT = 0.99
 LARGEST_ERROR = 1e-2
 FLOAT16_STEP = 2.0**-10
 NOISE_FACTOR = 4.0
-PROBE_SEED = 7
 
 
 @dataclass(frozen=True)
@@ -193,11 +191,14 @@ def _quantized_names(checkpoint: Checkpoint, head_parts: int) -> dict[str, tuple
 def _check_weight(
     value: str, weight: PalettizedWeight, whole: QuantizedLinear, part: slice, where: str
 ) -> None:
+    """Equal codes, and a codebook equal but for the power of two that headroom may have moved."""
     codes = whole.codes[part].numpy()
     if not np.array_equal(weight.codes.reshape(codes.shape), codes):
         raise VerificationError(f"the codes of '{value}' are not the checkpoint's", where=where)
     codebook = whole.codebook.half().numpy()
-    if not np.array_equal(weight.codebook.reshape(-1).view(np.uint16), codebook.view(np.uint16)):
+    stored = weight.codebook.reshape(-1)
+    power = np.frexp(codebook[-1])[1] - np.frexp(stored[-1])[1]
+    if not np.array_equal(np.ldexp(stored, power), codebook):
         raise VerificationError(f"'{value}' has not the checkpoint's one codebook", where=where)
 
 
@@ -207,7 +208,7 @@ def _run_both(folder: Path, checkpoint: Checkpoint, weights: int, progress: Prog
     context, batch = model.packages.context, model.packages.batch
     prefill = min(max(PREFILL_TOKENS // batch, 1) * batch, context)
     decode = min(DECODE_TOKENS, context - prefill)
-    tokens = _probe_tokens(checkpoint, prefill + decode)
+    tokens = probe_tokens(checkpoint, prefill + decode)
     progress("checkpoint in transformers", 0.5)
     expected = next(logits(checkpoint, tokens[None]))[prefill - 1 :]
     ours = [model.feed(tokens[:prefill].tolist())]
@@ -216,18 +217,6 @@ def _run_both(folder: Path, checkpoint: Checkpoint, weights: int, progress: Prog
         ours.append(model.feed([int(tokens[prefill + step])]))
     partial = model.packages.argmax
     return compare_logits(weights, prefill, torch.stack(ours), expected, str(folder), partial=partial)
-
-
-def _probe_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
-    """The start of the bundled text, or random tokens for a checkpoint without a tokenizer: [length]."""
-    if has_tokenizer(checkpoint.folder):
-        tokenizer = load_tokenizer(checkpoint.folder)
-        first = start_token(tokenizer, checkpoint.spec.config)
-        text = read_text(SAMPLE_TEXT)
-        text *= length // len(text.split()) + 1
-        return text_windows(text, tokenizer, first, count=1, length=length)[0]
-    generator = torch.Generator().manual_seed(PROBE_SEED)
-    return torch.randint(checkpoint.spec.vocab_size, (length,), generator=generator)
 
 
 def compare_logits(

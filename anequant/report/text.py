@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from anequant.coreml.headroom import Headroom
 from anequant.evaluation.divergence import Quality
 from anequant.evaluation.harness import Results
 from anequant.pipeline.convert import ConvertResult
 from anequant.pipeline.evaluate import Evaluation
 from anequant.pipeline.lower import LowerResult
+from anequant.pipeline.profile import DeviceProfile
 from anequant.pipeline.quantize import QuantizeResult
 from anequant.pipeline.verify import CHECKPOINT_FOLDER, PACKAGES_FOLDER, CheckpointCheck, PackageCheck
 
@@ -72,6 +74,25 @@ def lowered(folder: Path, result: LowerResult) -> Rows:
                 f"{_megabytes(size.constant_bytes)}, graph {_megabytes(size.graph_bytes)}",
             )
         )
+    return rows + headroom(result.headroom)
+
+
+def headroom(found: Headroom) -> Rows:
+    """The loudest layers against what float16 (65504) and the accumulator (32768) hold."""
+    loudest = max(found.ranges, key=lambda layer: layer.residual)
+    scores = max(layer.scores for layer in found.ranges)
+    sums = max(value for layer in found.ranges for value in layer.sums.values())
+    rows = [
+        (
+            "headroom",
+            f"residual stream up to {loudest.residual:.0f} (layer {loudest.layer}), q.k up to {scores:.0f} "
+            f"of 65504; convolution sums up to {sums:.0f} of 32768",
+        )
+    ]
+    if found.residual_scale != 1:
+        rows.append(("", f"residual stream scaled by {found.residual_scale:g} to stay inside float16"))
+    if found.sum_scales:
+        rows.append(("", f"{len(found.sum_scales)} codebooks scaled down to stay inside the accumulator"))
     return rows
 
 
@@ -126,6 +147,30 @@ def tasks(results: Results) -> Rows:
     return [
         (task, ", ".join(f"{name.removesuffix(',none')} {value:.4f}" for name, value in values.items()))
         for task, values in results.items()
+    ]
+
+
+def profiled(result: DeviceProfile) -> Rows:
+    rows = []
+    for package in result.packages:
+        counts = ", ".join(f"{count} on {device}" for device, count in package.operations.items())
+        rows.append(("operations", f"{package.name}: {counts}"))
+        operators = sorted({item.operator for item in package.elsewhere})
+        if operators:
+            rows.append(("", f"not on the Neural Engine: {', '.join(operators)}"))
+    seconds, agreement = result.seconds, result.agreement
+    return [
+        *rows,
+        (
+            "time",
+            f"first logits after {seconds.load:.2f} s, a batch in {seconds.prefill * 1e3:.1f} ms, "
+            f"a token in {seconds.token * 1e3:.1f} ms",
+        ),
+        (
+            "agreement",
+            f"same top token as the interpreter at {agreement.top_token:.1%} of {agreement.positions} "
+            f"positions, logits within {agreement.relative_error:.2%}",
+        ),
     ]
 
 

@@ -1,0 +1,116 @@
+"""How large the numbers inside a quantized model get, against what float16 and the Neural Engine hold.
+
+The engine computes in float16 (65504 at most) and adds up a convolution's products in a fixed-point
+accumulator of 32768, in whatever order (Q15.16, measured on M4 and M6 by third parties). What can
+overflow, in the graph that `coreml` emits, is
+
+    residual   the stream between layers, and what o and down add to it
+    scores     q . k after RoPE, with 1 / sqrt(head_dim) on q
+    sums       a convolution's partial sums; |codebook[codes]| |input_scale x| bounds every order of adding
+    products   what the other linears and the SwiGLU product return
+
+A factor c on everything that writes to the stream scales the stream by c and leaves every norm's output, and
+so the model, as it was once each norm's epsilon is scaled by c^2. A power of two moves between a codebook
+and its output scales without changing their product.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anequant.architectures.spec import EMBEDDING, Space
+from anequant.calibration.forward import ReferenceModel
+from anequant.checkpoints.layers import QuantizedLayer, load_layer
+from anequant.checkpoints.reader import Checkpoint
+
+LOUDEST_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class LayerRange:
+    """The largest magnitudes inside one layer, in the order of the graph; `sums` by linear."""
+
+    layer: int
+    residual: float
+    scores: float
+    products: float
+    sums: dict[str, float]
+
+
+def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
+    """Ranges of every layer of a quantized checkpoint for tokens [n, length], in float32.
+
+    `sums` look at the 32 tokens with the largest inputs only.
+    """
+    spec = checkpoint.spec
+    model = ReferenceModel(spec, torch.float32)
+    hidden = checkpoint.read(f"{EMBEDDING}.weight")[tokens].float()
+    ranges = []
+    for number in range(spec.num_layers):
+        layer = load_layer(checkpoint, number)
+        tensors = {name: value.float() for name, value in checkpoint.layer(number).items()}
+        sums: dict[str, float] = {}
+        residual, products, scores = float(hidden.abs().max()), 0.0, 0.0
+        for group in spec.input_groups:
+            (inputs,) = model.inputs(number, tensors, [hidden], group[0].name)
+            products = max(products, float(inputs.abs().max()))
+            for linear in group:
+                sums[linear.name] = _largest_sum(layer, linear.name, inputs)
+                output = float(_output(tensors, linear.name, inputs).abs().max())
+                if linear.output.space is Space.RESIDUAL:
+                    residual = max(residual, output)
+                else:
+                    products = max(products, output)
+            if group[0].name == "self_attn.q_proj":
+                scores = _largest_score(model, tensors, inputs.view(*hidden.shape), checkpoint)
+        hidden = model.run_layer(number, tensors, hidden)
+        residual = max(residual, float(hidden.abs().max()))
+        ranges.append(LayerRange(number, residual, scores, products, sums))
+    return ranges
+
+
+def power_of_two_below(value: float, most: float) -> float:
+    """1, or the largest power of two that brings `value` to at most `most`."""
+    return 1.0 if value <= most else 2.0 ** -math.ceil(math.log2(value / most))
+
+
+def _output(tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
+    output = inputs @ tensors[f"{name}.weight"].T
+    bias = tensors.get(f"{name}.bias")
+    return output if bias is None else output + bias
+
+
+def _largest_sum(layer: QuantizedLayer, name: str, inputs: Tensor) -> float:
+    linear = layer.linears[name]
+    scaled = (inputs * linear.input_scale).abs()
+    loudest = scaled[scaled.sum(1).topk(min(LOUDEST_TOKENS, len(scaled))).indices]
+    core = torch.index_select(linear.codebook.abs(), 0, linear.codes.reshape(-1).int())
+    return float((loudest @ core.view(linear.codes.shape).T).max())
+
+
+def _largest_score(
+    model: ReferenceModel, tensors: dict[str, Tensor], inputs: Tensor, checkpoint: Checkpoint
+) -> float:
+    """max |q . k| / sqrt(head_dim) over causal pairs, for inputs [n, length, hidden_size]."""
+    spec = checkpoint.spec
+    length = inputs.shape[1]
+    cos, sin = model.rope_tables(length)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+
+    def heads(side: str) -> Tensor:
+        x = _output(tensors, f"self_attn.{side}_proj", inputs)
+        x = x.view(*inputs.shape[:2], -1, spec.head_dim).transpose(1, 2)
+        gain = tensors.get(f"self_attn.{side}_norm.weight")
+        if gain is not None:
+            x = torch.nn.functional.rms_norm(x, (spec.head_dim,), gain, spec.rms_norm_eps)
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    query, key = heads("q"), heads("k")
+    key = key.repeat_interleave(spec.num_heads // spec.num_key_value_heads, 1)
+    products = (query @ key.transpose(-1, -2)).abs() * spec.head_dim**-0.5
+    return float(products[..., causal].max())

@@ -1,0 +1,84 @@
+"""Making a quantized model fit float16 and the Neural Engine's accumulator, exactly, before it is lowered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from anequant.architectures.spec import ModelSpec, Space, layer_prefix
+from anequant.calibration.ranges import LayerRange, power_of_two_below
+from anequant.checkpoints.layers import QuantizedLayer
+from anequant.errors import UnsupportedError
+from anequant.quantization.linear import QuantizedLinear
+
+LARGEST_FLOAT16 = 65504.0
+LARGEST_SUM = 32768.0
+MARGIN = 4.0
+"""Other tokens than the measured ones may be this much louder before anything overflows."""
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """What lowering does about the measured ranges.
+
+    residual_scale  the power of two on everything that writes to the residual stream
+    sum_scales      by full name, the power of two that moves from a codebook to its output scales
+    """
+
+    ranges: tuple[LayerRange, ...]
+    residual_scale: float
+    sum_scales: Mapping[str, float]
+
+
+def plan_headroom(ranges: Sequence[LayerRange]) -> Headroom:
+    """Raises UnsupportedError naming the layer where float16 must overflow whatever is scaled."""
+    for layer in ranges:
+        for what, value in (("q . k", layer.scores), ("a product", layer.products)):
+            if value > LARGEST_FLOAT16:
+                raise UnsupportedError(
+                    f"{what} in layer {layer.layer} reaches {value:.3g}, float16 ends at 65504",
+                    remedy="this model cannot run in float16",
+                )
+    residual = power_of_two_below(max(layer.residual for layer in ranges), LARGEST_FLOAT16 / MARGIN)
+    sums = {
+        layer_prefix(layer.layer) + name: power_of_two_below(value, LARGEST_SUM / MARGIN)
+        for layer in ranges
+        for name, value in layer.sums.items()
+    }
+    return Headroom(tuple(ranges), residual, {name: scale for name, scale in sums.items() if scale != 1})
+
+
+def fitted_layer(spec: ModelSpec, layer: QuantizedLayer, headroom: Headroom) -> QuantizedLayer:
+    """The layer with its share of both scales; the identity where everything fits already."""
+    linears = dict(layer.linears)
+    for linear in spec.architecture.linears:
+        name = layer_prefix(layer.index) + linear.name
+        moved = headroom.sum_scales.get(name, 1.0)
+        written = headroom.residual_scale if linear.output.space is Space.RESIDUAL else 1.0
+        if moved != 1 or written != 1:
+            linears[linear.name] = _scaled(linears[linear.name], moved, written, name)
+    return replace(layer, linears=linears)
+
+
+def fitted_table(table: QuantizedLinear | Tensor, headroom: Headroom) -> QuantizedLinear | Tensor:
+    """The embedding with the residual scale."""
+    if headroom.residual_scale == 1:
+        return table
+    if isinstance(table, QuantizedLinear):
+        return _scaled(table, 1.0, headroom.residual_scale, "embedding")
+    return table * headroom.residual_scale
+
+
+def _scaled(linear: QuantizedLinear, moved: float, written: float, name: str) -> QuantizedLinear:
+    codebook = linear.codebook * moved
+    output_scale = linear.output_scale / moved * written
+    bias = None if linear.bias is None else linear.bias * written
+    exact = all(bool((value.half().float() == value).all()) for value in (codebook, output_scale))
+    if not exact:
+        raise UnsupportedError(
+            f"'{name}' cannot be scaled by {moved:g} and {written:g} within float16",
+            remedy="quantize it again with scales = 'output'",
+        )
+    return replace(linear, codebook=codebook, output_scale=output_scale, bias=bias)
