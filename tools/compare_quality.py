@@ -96,18 +96,15 @@ ROWS = [
         own_text=True,
         seeds=SEEDS,
     ),
-    Row(
-        "`w4-ane`, R1 over the whole width", "against blocks of 64", overrides={"r1": "hadamard"}, seeds=SEEDS
-    ),
+    Row("`w4-ane`, R1 over the whole width", "against blocks of 64", overrides={"r1": "hadamard"}),
     Row("`w4-ane`, random orthogonal R1", "a Hadamard is no worse", overrides={"r1": "random"}),
     Row("`w4-ane`, no rotation", "what rotation brings", overrides=UNROTATED),
     Row(
         "`w4-ane --fold-input-scales`",
         "seven multiplications a layer fewer",
         overrides={"fold_input_scales": True},
-        seeds=SEEDS,
     ),
-    Row("`w4-ane --tune 100`", "distilled, codes fixed", overrides={"tune": 100}, seeds=SEEDS),
+    Row("`w4-ane --tune 100`", "distilled, codes fixed", overrides={"tune": 100}),
     Row(
         "both",
         "tuning wins back what folding costs",
