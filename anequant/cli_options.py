@@ -52,18 +52,32 @@ def output_options(run: Run) -> Run:
     return click.option("-o", "--output", required=True, type=path, help="New folder to write.")(run)
 
 
+LUT_OPTIONS = {"embedding_bits": "--lut-embeddings", "bits": "--lut-ffn", "head_bits": "--lut-head"}
+"""ANEMLL's words for three of the recipe's keys; there, none means float16."""
+
+
+def _width(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    if value is None or value == "none":
+        return None if value is None else 16
+    if not value.isdigit():
+        raise click.BadParameter(f"'{value}' is neither none nor a number of bits")
+    return int(value)
+
+
 def recipe_options(run: Run) -> Run:
     """--recipe, and one option for every field of Recipe; `read_recipe` reads them."""
     for item in reversed(dataclasses.fields(Recipe)):
         choices = item.metadata["choices"]
         metavar = "|".join(str(choice) for choice in choices) if choices else None
         name = f"--{item.name.replace('_', '-')}"
+        text = item.metadata["help"]
         if isinstance(item.default, bool):
-            run = click.option(f"{name}/--no-{name[2:]}", default=None, help=item.metadata["help"])(run)
+            run = click.option(f"{name}/--no-{name[2:]}", default=None, help=text)(run)
+        elif item.name in LUT_OPTIONS:
+            flags = (name, LUT_OPTIONS[item.name], item.name)
+            run = click.option(*flags, callback=_width, metavar=metavar, help=text)(run)
         else:
-            run = click.option(name, type=type(item.default), metavar=metavar, help=item.metadata["help"])(
-                run
-            )
+            run = click.option(name, type=type(item.default), metavar=metavar, help=text)(run)
     names = ", ".join(named_recipes())
     text = f"One of {names}, or a file. Default: {DEFAULT_RECIPE}. The options below override it."
     return click.option("--recipe", metavar="NAME|FILE", help=text)(run)

@@ -411,6 +411,21 @@ def test_quiet_generate_says_nothing(packages: Made) -> None:
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "head", "embedding", "projections"),
+    [
+        (("--lut-head", "6", "--lut-ffn", "8", "--lut-embeddings", "none"), 6, 16, 8),
+        (("--head-bits", "none", "--bits", "4", "--embedding-bits", "8"), 16, 8, 4),
+    ],
+)
+def test_widths_by_anemlls_words(
+    random_model: Path, output: Path, words: tuple[str, ...], head: int, embedding: int, projections: int
+) -> None:
+    succeed("quantize", random_model, "-o", output, "--recipe", "w4-nearest", *words)
+    recipe = recipe_of(output)
+    assert (recipe["head_bits"], recipe["embedding_bits"], recipe["bits"]) == (head, embedding, projections)
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_progress_goes_to_stderr(random_model: Path, output: Path, all_progress: None, as_json: bool) -> None:
     result = run("quantize", random_model, "-o", output, *(["--json"] if as_json else []))
