@@ -12,7 +12,7 @@ import pytest
 import torch
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
 from coremltools.models import MLModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -84,6 +84,20 @@ def test_manifest_says_what_calibration_did(made: Any) -> None:
             assert tensor["damping"] is None and tensor["dead_inputs"] is None
         else:
             assert tensor["dead_inputs"] == 0 and tensor["damping"] in (None, 0.05, 0.2, 1.0)
+
+
+def test_inputs_that_nothing_uses_are_counted(
+    make_model: Callable[..., Path], quantize_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Rows of zeros in up, which a uniform codebook keeps, leave inputs of down that are always zero."""
+    folder = make_model(tmp_path / "model", "qwen2", False)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][[3, 70]] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    made = quantize_model(folder, "w4-ane", codebook="uniform")
+    measured = json.loads((made.folder / "anequant.json").read_text())["measured"]
+    dead = {tensor["name"]: tensor["dead_inputs"] for tensor in measured["tensors"] if tensor["dead_inputs"]}
+    assert dead == {"model.layers.1.mlp.down_proj": 2}
 
 
 def test_mixed_bits_meet_their_target(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> None:

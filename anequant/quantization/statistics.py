@@ -43,8 +43,10 @@ class InputStatistics:
 
     @property
     def dead_inputs(self) -> int:
-        """Inputs that were zero at every token."""
-        return int((self.everything.hessian.diagonal() <= UNIT_FLOOR).sum())
+        """Inputs that were zero at every token, in the float model or the quantized one."""
+        seen = self.everything
+        energy = torch.minimum(seen.hessian.diagonal(), seen.cross.diagonal().abs())
+        return int((energy <= UNIT_FLOOR).sum())
 
 
 def output_loss(weight: Tensor, rounded: Tensor, moments: Moments) -> float:

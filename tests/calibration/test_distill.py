@@ -13,15 +13,24 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.distill import Heads, Lesson, TunableLayer, TuneResult, distill
+from anequant.calibration.distill import PATIENCE, Heads, Lesson, TunableLayer, TuneResult, distill
 from anequant.calibration.forward import ReferenceModel, final_hidden_states
 from anequant.calibration.head import head_gradients, head_loss
 from anequant.calibration.text import load_tokenizer, read_text, text_windows
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.quantized import load
-from anequant.checkpoints.reader import open_checkpoint
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
+from anequant.progress import Progress, silent
 from anequant.quantization.tune import tunable
+
+
+def tunable_layer(checkpoint: Checkpoint, number: int) -> TunableLayer:
+    loaded = load_layer(checkpoint, number)
+    return TunableLayer(
+        {name: tunable(linear) for name, linear in loaded.linears.items()},
+        {name: gain.float().requires_grad_() for name, gain in loaded.gains.items()},
+    )
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
@@ -65,6 +74,61 @@ def test_gradients_through_layers_and_head_are_autograds(
             assert float((ours - expected).norm()) <= 1e-3 * float(expected.norm()) + 1e-6, name
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+def test_a_step_descends_the_divergence_of_whole_models(
+    make_model: Callable[..., Path], quantize_model: Callable[..., Any], tmp_path: Path, model_type: str
+) -> None:
+    """Gradients of every codebook, scale, bias and gain, by autograd through transformers' whole model. One
+    step on all windows leaves them in the leaves."""
+    folder = make_model(tmp_path / "model", model_type, False, num_hidden_layers=2)
+    quantized = open_quantized(quantize_model(folder, "w4-nearest").folder)
+    tokens = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(1))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    with torch.no_grad():
+        taught = model.model(tokens, use_cache=False).last_hidden_state
+        log_p = model(tokens, use_cache=False).logits.log_softmax(-1)
+    embedding = quantized.read("model.embed_tokens.weight")
+    head = quantized.read("lm_head.weight")
+    heads = Heads(
+        model.lm_head.weight.detach().float(),
+        head.float(),
+        quantized.read("model.norm.weight").float().requires_grad_(),
+    )
+    layers = [tunable_layer(quantized, number) for number in range(2)]
+
+    weights = {"model.embed_tokens.weight": embedding.double(), "lm_head.weight": head.double()}
+    leaves: list[Tensor] = []
+    for number, layer in enumerate(layers):
+        prefix = layer_prefix(number)
+        for name, linear in layer.linears.items():
+            own = [leaf.detach().double().requires_grad_() for leaf in linear.parameters]
+            codebook, log_rows, log_columns = own[:3]
+            weights[f"{prefix}{name}.weight"] = (
+                log_rows.exp()[:, None] * codebook[linear.codes.long()] * log_columns.exp()
+            )
+            if f"{prefix}{name}.bias" in dict(model.named_parameters()):
+                weights[f"{prefix}{name}.bias"] = own[3]
+            leaves += own
+        for name, gain in layer.gains.items():
+            weights[f"{prefix}{name}.weight"] = gain.detach().double().requires_grad_()
+            leaves.append(weights[f"{prefix}{name}.weight"])
+    weights["model.norm.weight"] = heads.gain.detach().double().requires_grad_()
+    leaves.append(weights["model.norm.weight"])
+    logits = torch.func.functional_call(model, weights, (tokens,), {"use_cache": False}).logits
+    kl = (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1).mean()
+    kl.backward()
+
+    lesson = Lesson(embedding.float()[tokens], taught.float())
+    result = distill(quantized.spec, layers, heads, lesson, lesson, steps=1, seed=0)
+    assert result.held_out_before == pytest.approx(kl.item(), rel=1e-5)
+    ours = [leaf for layer in layers for leaf in layer.parameters] + [heads.gain]
+    for leaf, expected in zip(ours, leaves, strict=True):
+        if expected.grad is None:
+            assert leaf.grad is None
+        else:
+            assert float((leaf.grad - expected.grad).norm()) <= 1e-4 * float(expected.grad.norm()) + 1e-7
+
+
 # --- distillation -------------------------------------------------------------------------------------
 
 STEPS = 25
@@ -83,31 +147,25 @@ def lessons(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> dict[str, A
     return {
         "spec": quantized.spec,
         "quantized": quantized,
+        "tokens": tokens,
         "lesson": Lesson(embedded[3:], taught[3:]),
         "held_out": Lesson(embedded[:3], taught[:3]),
         "taught_head": original.read(original.head_name).float(),
     }
 
 
-def train(lessons: dict[str, Any], steps: int) -> tuple[TuneResult, list[TunableLayer], Heads]:
+def train(
+    lessons: dict[str, Any], steps: int, progress: Progress = silent
+) -> tuple[TuneResult, list[TunableLayer], Heads]:
     quantized = lessons["quantized"]
-    layers = []
-    for number in range(quantized.spec.num_layers):
-        loaded = load_layer(quantized, number)
-        layers.append(
-            TunableLayer(
-                {name: tunable(linear) for name, linear in loaded.linears.items()},
-                {name: gain.float().requires_grad_() for name, gain in loaded.gains.items()},
-            )
-        )
+    layers = [tunable_layer(quantized, number) for number in range(quantized.spec.num_layers)]
     heads = Heads(
         lessons["taught_head"],
         quantized.read("lm_head.weight").float(),
         quantized.read("model.norm.weight").float().requires_grad_(),
     )
-    result = distill(
-        lessons["spec"], layers, heads, lessons["lesson"], lessons["held_out"], steps=steps, seed=0
-    )
+    lesson, held_out = lessons["lesson"], lessons["held_out"]
+    result = distill(lessons["spec"], layers, heads, lesson, held_out, steps=steps, seed=0, progress=progress)
     return result, layers, heads
 
 
@@ -139,18 +197,40 @@ def test_distillation_lowers_the_divergence_on_held_out_windows(lessons: dict[st
 def test_distillation_is_deterministic(lessons: dict[str, Any]) -> None:
     first, second = (train(lessons, 3) for _ in range(2))
     assert first[0] == second[0]
+    assert_same_leaves(first, second)
+
+
+def assert_same_leaves(first: tuple[Any, ...], second: tuple[Any, ...]) -> None:
     for one, other in zip(leaves_of(*first[1:]), leaves_of(*second[1:]), strict=True):
         assert torch.equal(one, other)
 
 
-def test_training_that_only_hurts_ends_where_it_began(
+def test_training_that_only_hurts_ends_early_where_it_began(
     lessons: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("anequant.calibration.distill.LEARNING_RATE", 30.0)
     monkeypatch.setattr("anequant.calibration.distill.EVALUATE_EVERY", 1)
-    result, layers, heads = train(lessons, 8)
-    assert result.steps == 0 and result.held_out_after == result.held_out_before
-    assert divergence(lessons, layers, heads) == pytest.approx(result.held_out_before, rel=1e-3)
+    taken: list[str] = []
+    trained = train(lessons, 8, lambda message, _: taken.append(message))
+    assert trained[0].steps == 0 and trained[0].held_out_after == trained[0].held_out_before
+    assert len(taken) == PATIENCE
+    assert_same_leaves(trained, train(lessons, 0))
+
+
+def test_an_exact_model_is_left_alone(lessons: dict[str, Any]) -> None:
+    """It is taught by itself: nothing is to be gained, whatever the optimizer makes of rounding noise."""
+    quantized = lessons["quantized"]
+    embedded = quantized.read("model.embed_tokens.weight").float()[lessons["tokens"]]
+    taught = final_hidden_states(quantized, lessons["tokens"])
+    own = {
+        **lessons,
+        "lesson": Lesson(embedded[3:], taught[3:]),
+        "held_out": Lesson(embedded[:3], taught[:3]),
+        "taught_head": quantized.read("lm_head.weight").float(),
+    }
+    trained = train(own, 2)
+    assert trained[0].steps == 0 and abs(trained[0].held_out_after) < 1e-6
+    assert_same_leaves(trained, train(own, 0))
 
 
 # --- the whole pipeline -------------------------------------------------------------------------------

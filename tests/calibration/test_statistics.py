@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,12 @@ from transformers import AutoModelForCausalLM
 from anequant.architectures.spec import layer_prefix
 from anequant.calibration.statistics import HELD_OUT, Walkers
 from anequant.checkpoints.reader import open_checkpoint
-from anequant.quantization.statistics import Moments
+from anequant.checkpoints.source import Source
+from anequant.pipeline import quantize_pass
+from anequant.pipeline.quantize import quantize
+from anequant.quantization.calibrated import quantize_calibrated
+from anequant.quantization.statistics import InputStatistics, Moments
+from anequant.recipe import Calibration, load_recipe
 
 WINDOWS, LENGTH = 9, 16
 
@@ -101,3 +107,45 @@ def test_a_single_window_serves_both_ends(make_model: Callable[..., Path], tmp_p
     ):
         assert torch.equal(seen.fit.hessian, seen.held_out.hessian)
         assert torch.equal(seen.fit.hessian, seen.fit.cross)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_the_pass_sees_the_inputs_of_the_model_that_it_writes(
+    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """Inputs depend on what comes before alone, so the finished model shows them all. Folding takes the
+    gain out of what a norm feeds."""
+    folder = make_model(tmp_path / "model", model_type, False, num_hidden_layers=2)
+    tokens = torch.randint(97, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(3))
+    (tmp_path / "calib.json").write_text(json.dumps(tokens.tolist()))
+    seen: dict[str, InputStatistics] = {}
+
+    def spy(weight: Tensor, bias: Tensor | None, statistics: InputStatistics, *rest: Any) -> Any:
+        seen[rest[-1]] = statistics
+        return quantize_calibrated(weight, bias, statistics, *rest)
+
+    monkeypatch.setattr(quantize_pass, "quantize_calibrated", spy)
+    recipe = load_recipe(None, {"r1": "none", "r2": "none", "embedding_bits": 4, "head_bits": 4})
+    calibration = Calibration(str(tmp_path / "calib.json"), WINDOWS, LENGTH)
+    quantize(Source(folder, "model"), tmp_path / "written", recipe, calibration)
+
+    checkpoint = open_checkpoint(folder)
+    gains = {"lm_head": checkpoint.final_gain()}
+    for layer in range(2):
+        for linear in checkpoint.spec.architecture.linears:
+            prefix = layer_prefix(layer)
+            if linear.norm:
+                gains[prefix + linear.name] = checkpoint.read(f"{prefix}{linear.norm}.weight")
+    assert len(seen) == 15 and len(gains) == 11
+    original, written = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (folder, tmp_path / "written")
+    )
+    names = list(seen)
+    x_float, x = (
+        hooked_inputs(model, model.get_input_embeddings()(tokens), names) for model in (original, written)
+    )
+    for name, statistics in seen.items():
+        reference = x_float[name] / gains.get(name, 1.0)
+        assert_moments(statistics.fit, x[name][:-1], reference[:-1])
+        assert_moments(statistics.held_out, x[name][-1:], reference[-1:])

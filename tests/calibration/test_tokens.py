@@ -149,6 +149,12 @@ def test_bad_token_ids_are_refused(bare: Checkpoint, tmp_path: Path, content: st
     assert caught.value.exit_code == 2 and "calib.json" in str(caught.value)
 
 
+def test_token_ids_that_do_not_exist(bare: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.json' cannot be read") as caught:
+        windows(bare, tmp_path / "none.json", 9, 2)
+    assert caught.value.exit_code == 2
+
+
 # --- the model's own text -----------------------------------------------------------------------------
 
 
