@@ -116,6 +116,20 @@ def verify(console: Console, folder: Path, checkpoint: Path | None) -> None:
     console.result({"folder": str(folder), **values}, text.verified(written, packages))
 
 
+@main.command()
+@click.argument("packages", type=FOLDER)
+@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to decode.")
+@command
+def profile(console: Console, packages: Path, tokens: int) -> None:
+    """Where and how fast PACKAGES run, and whether they compute what the interpreter does; on a Mac."""
+    from anequant.pipeline.profile import profile as run
+    from anequant.report import text
+
+    with console.progress("profile") as progress:
+        result = run(packages, tokens, progress=progress)
+    console.result({"folder": str(packages), **result.to_dict()}, text.profiled(result))
+
+
 @main.command(name="eval")
 @click.argument("checkpoint")
 @click.option("--text", metavar="FILE|wikitext2", help="Text to evaluate on.")
@@ -138,6 +152,8 @@ def evaluate(
     """Perplexity of CHECKPOINT on a text, its divergence from a base model, and its score in tasks."""
     if text is None and lm_eval is None:
         raise UsageError("nothing to evaluate on", remedy="name a text with --text or tasks with --lm-eval")
+    if text is None and base is not None:
+        raise UsageError("--base compares on a text", remedy="name one with --text")
     from anequant.pipeline.evaluate import evaluate_checkpoint, evaluate_tasks
     from anequant.report import text as rows
 
@@ -151,7 +167,7 @@ def evaluate(
         values |= result.to_dict()
         printed += rows.evaluated(result)
     if lm_eval is not None:
-        tasks = evaluate_tasks(Path(checkpoint), lm_eval, backend)
+        tasks = evaluate_tasks(checkpoint, lm_eval, backend)
         values["tasks"] = tasks
         printed += rows.tasks(tasks)
     console.result(values, printed)

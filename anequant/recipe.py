@@ -60,6 +60,9 @@ class Recipe:
     fold_input_scales: bool = _choice(
         False, None, "Move every input scale into the norm or the linear before it."
     )
+    premultiply_scales: bool = _choice(
+        False, None, "Write scales of one: each tensor's single scale goes into its codebook."
+    )
     tune: int = _choice(0, None, "Steps of distillation from the float model, codes fixed.")
     bits: int = _choice(4, WIDTHS, "Bits per weight of the seven projections of a layer.")
     target_bits: float = _choice(
@@ -87,6 +90,12 @@ class Recipe:
             raise UsageError(
                 f"fold_input_scales needs input scales, and scales is '{self.scales}'",
                 remedy="use scales = 'balanced'",
+            )
+        if self.premultiply_scales and (self.scales != "tensor" or self.tune):
+            raise UsageError(
+                f"premultiply_scales needs one scale per tensor that stays, and scales is '{self.scales}', "
+                f"tune {self.tune}",
+                remedy="use scales = 'tensor' and tune = 0",
             )
         if self.r1_block < 2 or self.r1_block & (self.r1_block - 1):
             raise UsageError(

@@ -91,7 +91,7 @@ def test_quantize_alone_writes_the_checkpoint_that_convert_writes(
 def test_another_seed_gives_other_bytes(twice: tuple[Path, Path], tiny_qwen2: Path, tmp_path: Path) -> None:
     other = quantized(tmp_path / "checkpoint", tiny_qwen2, "--seed", "1")
     changed = differing(other, contents(twice[0] / "checkpoint"))
-    assert changed == {"model.safetensors", "anequant.json"}
+    assert changed == {"model.safetensors", "anequant.json", "quantization_config.json"}
 
 
 def test_without_calibration_the_number_of_threads_does_not_matter(tiny_qwen2: Path, tmp_path: Path) -> None:

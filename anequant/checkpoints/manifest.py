@@ -24,11 +24,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def published_config(spec: ModelSpec, recipe: Recipe, layers_quantized: int) -> dict[str, Any]:
-    """quantization_config.json: ANEMLL's published keys with true values."""
+def published_config(
+    spec: ModelSpec, recipe: Recipe, layers_quantized: int, quality: Mapping[str, float]
+) -> dict[str, Any]:
+    """quantization_config.json: ANEMLL's published keys with true values.
+
+    `layers_quantized` counts what has a codebook; `quality` are measured numbers.
+    """
     return {
         "quantization_method": "quarot" if recipe.r1 != "none" else "none",
-        "weight_bits": recipe.bits,
+        "weight_bits": recipe.target_bits or recipe.bits,
         "per_tensor": True,
         "rotated": recipe.r1 != "none" or recipe.r2 != "none",
         "symmetric": recipe.codebook == "uniform",
@@ -36,7 +41,14 @@ def published_config(spec: ModelSpec, recipe: Recipe, layers_quantized: int) -> 
         "layers_quantized": layers_quantized,
         "block_size": recipe.r1_block if recipe.r1 == "block-hadamard" else None,
         "fusion_applied": True,
-        "premultiplied_scales": False,
+        "premultiplied_scales": recipe.premultiply_scales,
+        "fusion_metadata": {
+            "layernorm_fusions": len(spec.norms) * spec.num_layers + 1,
+            "r1": recipe.r1,
+            "r2": recipe.r2,
+            "seed": recipe.seed,
+        },
+        "quality_metrics": _six_digits(quality),
     }
 
 

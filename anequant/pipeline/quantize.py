@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,7 @@ def quantize_into(
             tuning = tune_checkpoint(written, checkpoint, writer, recipe.tune, calibration, step)
         shutil.rmtree(written)
     result = QuantizeResult(errors, tuning)
-    _write_side_files(folder, checkpoint, source, recipe, bits, result, calibration, tokens)
+    _write_side_files(folder, checkpoint, source, recipe, result, calibration, tokens)
     progress("hash", 1.0)
     return result
 
@@ -134,13 +133,14 @@ def _write_side_files(
     checkpoint: Checkpoint,
     source: Source,
     recipe: Recipe,
-    bits: Mapping[str, int],
     result: QuantizeResult,
     calibration: Calibration,
     tokens: Tensor | None,
 ) -> None:
     write_json(folder / "config.json", plain_config(checkpoint.spec.config))
-    write_json(folder / "quantization_config.json", published_config(checkpoint.spec, recipe, len(bits)))
+    errors = result.rounding
+    published = published_config(checkpoint.spec, recipe, len(errors.tensors), errors.summary())
+    write_json(folder / "quantization_config.json", published)
     for name in TOKENIZER_FILES:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)

@@ -19,6 +19,7 @@ from anequant.errors import UnsupportedError
 from anequant.pipeline.turned import ROWS, TurnedModel
 from anequant.progress import Progress
 from anequant.quantization.calibrated import Rounding, quantize_calibrated
+from anequant.quantization.premultiply import premultiply_scales
 from anequant.quantization.quantize import LARGEST_FLOAT16, quantize_linear
 from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Recipe
@@ -47,6 +48,15 @@ class PassResult:
     equivalence: float
     bits_per_weight: float
     tensors: tuple[TensorError, ...]
+
+    def summary(self) -> dict[str, float]:
+        errors = [tensor.relative_error for tensor in self.tensors]
+        return {
+            "relative_logit_error_of_rotation": self.equivalence,
+            "bits_per_weight": self.bits_per_weight,
+            "mean_relative_weight_error": sum(errors) / len(errors),
+            "largest_relative_weight_error": max(errors),
+        }
 
 
 class QuantizePass:
@@ -102,7 +112,7 @@ class QuantizePass:
             self._writer.write(prefix + name, float16(turned[name], prefix + name))
         floats = {name: tensor.float() for name, tensor in turned.items()}
         del original, turned
-        current = dict(floats)
+        current = {name: tensor.half() for name, tensor in floats.items()}
         for group in self._spec.input_groups:
             statistics = None
             if self._walkers is not None:
@@ -126,6 +136,8 @@ class QuantizePass:
         else:
             rounding = Rounding(bits, codebook, scales, recipe.correction, recipe.descent, recipe.refinement)
             quantized, damping = quantize_calibrated(weight, bias, statistics, rounding, name)
+        if recipe.premultiply_scales and projection:
+            quantized = premultiply_scales(quantized, name)
         tensors = store(name, quantized, bias=projection)
         stored = tensors[f"{name}.weight"]
         dead = None if statistics is None else statistics.dead_inputs

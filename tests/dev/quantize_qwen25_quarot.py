@@ -1,0 +1,38 @@
+"""Rotate and quantize a Qwen2.5 checkpoint: ANEMLL's flags and closing lines over anequant."""
+
+from pathlib import Path
+
+import click
+
+from anequant.cli_options import command
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--model_dir", "model", required=True, help="Folder or hub id of the float model.")
+@click.option("--calib_data", "calib", default="self", help="calib.json, a text, wikitext2 or self.")
+@click.option("--quant_scheme", "scheme", default="w_int4_per_tensor", help="Or w_int8_per_tensor, a recipe.")
+@click.option("--pre_quantization_optimization", "optimization", default="quarot", help="Or none.")
+@click.option("--quarot_config", "config", type=PATH, help="JSON file, see qwen25_quarot.json.")
+@click.option("--output_dir", "output", required=True, type=PATH, help="New folder to write.")
+@click.option("--premultiply_scales", "premultiply", is_flag=True, help="Write unit scales.")
+@command
+def main(console, model, calib, scheme, optimization, config, output, premultiply) -> None:
+    from anequant.calibration.saved import whole_calibration
+    from anequant.checkpoints.source import resolve_source
+    from anequant.pipeline.published import closing_lines, published_recipe
+    from anequant.pipeline.quantize import quantize
+
+    chosen = published_recipe(scheme, optimization, config, premultiply=premultiply)
+    calibration = whole_calibration(calib)
+    for note in chosen.notes:
+        console.note(note)
+    with console.progress("quantize") as progress:
+        result = quantize(resolve_source(model), output, chosen.recipe, calibration, progress=progress)
+    console.text("\n".join(closing_lines(output, result)) + "\n")
+    console.result({"output": str(output), **result.to_dict()}, [])
+
+
+if __name__ == "__main__":
+    main()
