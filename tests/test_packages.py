@@ -259,12 +259,12 @@ def test_a_prompt_longer_than_the_context_is_refused(trained: Written) -> None:
 
 
 @pytest.mark.parametrize(
-    ("context", "batch", "prefill", "positions"), [(32, 32, 32, 1), (1536, 1536, 1536, 1)]
+    ("context", "batch", "prefill", "positions"), [(32, 32, 32, 1), (1536, 1536, 1536, 1), (64, 16, 32, 33)]
 )
 def test_verify_runs_prefill_whatever_the_sizes(
     tmp_path: Path, tiny_qwen2: Path, context: int, batch: int, prefill: int, positions: int
 ) -> None:
-    """A context of one batch, and a batch longer than the bundled text."""
+    """A context of one batch, a batch longer than the bundled text, a context that prefill could fill."""
     written = write(tmp_path, tiny_qwen2, LowerOptions(context=context, batch=batch))
     result = verify_packages(written.packages, written.checkpoint)
     assert (result.prefill_tokens, result.positions) == (prefill, positions)

@@ -206,7 +206,7 @@ def _run_both(folder: Path, checkpoint: Checkpoint, weights: int, progress: Prog
     """Feed whole blocks as a prompt, then one token after the other; compare from the prompt's end on."""
     model = PackageModel(folder)
     context, batch = model.packages.context, model.packages.batch
-    prefill = min(max(PREFILL_TOKENS // batch, 1) * batch, context)
+    prefill = max(min(PREFILL_TOKENS, context // 2) // batch, 1) * batch
     decode = min(DECODE_TOKENS, context - prefill)
     tokens = probe_tokens(checkpoint, prefill + decode)
     progress("checkpoint in transformers", 0.5)
