@@ -339,7 +339,7 @@ def test_verify_reports_a_checkpoint(checkpoint: Made) -> None:
 
 def test_eval_reports_the_quality(checkpoint: Made, tiny_qwen2: Path) -> None:
     values = report("eval", checkpoint.folder, *EVAL, "--base", tiny_qwen2)
-    assert values.keys() == {"checkpoint", *QUALITY_FIELDS}
+    assert values.keys() == {"checkpoint", "text", "layers", "layers_missing", *QUALITY_FIELDS}
     assert values["checkpoint"] == str(checkpoint.folder)
     assert (values["windows"], values["tokens"]) == (2, 2 * 31)
     assert 10 < values["base_perplexity"] < 200 and 0 < values["kl"] < 1 and 0.5 < values["top1"] <= 1
@@ -347,7 +347,7 @@ def test_eval_reports_the_quality(checkpoint: Made, tiny_qwen2: Path) -> None:
 
 def test_eval_without_a_base_leaves_the_comparison_out(tiny_qwen2: Path) -> None:
     values = report("eval", tiny_qwen2, *EVAL)
-    assert values.keys() == {"checkpoint", *QUALITY_FIELDS}
+    assert values.keys() == {"checkpoint", "text", "layers", "layers_missing", *QUALITY_FIELDS}
     assert all(values[key] is None for key in ("base_perplexity", "extra_nll", "kl", "top1"))
     assert values["perplexity"] > 1
 

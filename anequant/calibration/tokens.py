@@ -60,7 +60,7 @@ def wikitext2(split: str) -> str:
     except (OSError, ValueError, RuntimeError) as error:
         raise ResourceError(
             "WikiText-2 is neither in the cache of `datasets` nor to be had from the hub",
-            remedy="name a text file, or calibrate on 'self'",
+            remedy="name a text file; calibration can do with 'self'",
         ) from error
     return "\n".join(rows["text"])
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from anequant.errors import UsageError
+from anequant.errors import UnsupportedError, UsageError
 from anequant.runtime.generate import Decoder, decoded, new_tokens, score
 from anequant.runtime.sampling import Sampling, chooser
 
@@ -27,7 +27,8 @@ def run_tasks(decoder: Decoder, tokenizer: Any, first: int, stop: frozenset[int]
     """Run a comma-separated list of the harness's tasks, or of .yaml files that describe one.
 
     `first` is the token before a text without context. Raises UsageError when lm-eval is not installed, a
-    task is unknown, or the decoder tells only its best tokens.
+    task is unknown or needs a longer context, or the decoder tells only its best tokens;
+    UnsupportedError for a task that samples.
     """
     try:
         from lm_eval import simple_evaluate
@@ -41,13 +42,13 @@ def run_tasks(decoder: Decoder, tokenizer: Any, first: int, stop: frozenset[int]
             "packages with arg-max heads tell no likelihoods", remedy="lower the checkpoint without --argmax"
         )
     names, folders = [], []
-    for task in tasks.split(","):
+    for task in map(str.strip, tasks.split(",")):
         if task.endswith((".yaml", ".yml")):
             names.append(_task_name(Path(task)))
             folders.append(str(Path(task).parent))
         else:
             names.append(task)
-    manager = TaskManager(include_path=folders or None)
+    manager = TaskManager(include_path=list(dict.fromkeys(folders)) or None)
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown:
         raise UsageError(f"lm-evaluation-harness knows no task '{unknown[0]}'")
@@ -73,6 +74,7 @@ def _task_name(path: Path) -> str:
 
 def _harness_model(decoder: Decoder, tokenizer: Any, first: int, stop: frozenset[int]) -> Any:
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class HarnessModel(TemplateLM):  # type: ignore[misc]
@@ -105,11 +107,17 @@ def _harness_model(decoder: Decoder, tokenizer: Any, first: int, stop: frozenset
             return [complete(request.args[0], request.args[1]) for request in requests]
 
     def complete(context: str, options: dict[str, Any]) -> str:
-        limit = int(options.get("max_gen_toks", MOST_NEW_TOKENS))
-        ends = options.get("until") or []
-        ends = [ends] if isinstance(ends, str) else ends
+        asked = normalize_gen_kwargs(options, MOST_NEW_TOKENS)
+        limit, ends = asked["max_gen_toks"], asked["until"]
+        if asked["do_sample"]:
+            raise UnsupportedError("the task samples its answers, here they are greedy")
+        if limit >= decoder.context:
+            raise UsageError(
+                f"the task wants {limit} new tokens, the model holds {decoder.context} with the prompt",
+                remedy="packages can be lowered again with a larger --context",
+            )
         tokens = tokenizer(context, add_special_tokens=False)["input_ids"] or [first]
-        tokens = tokens[-max(1, decoder.context - limit) :]
+        tokens = tokens[limit - decoder.context :]
         decoder.reset()
         text = ""
         for piece in decoded(
@@ -125,9 +133,17 @@ def _harness_model(decoder: Decoder, tokenizer: Any, first: int, stop: frozenset
 
 
 def likelihood(decoder: Decoder, context: list[int], wanted: list[int]) -> tuple[float, bool]:
-    """log p of `wanted` after a context of at least one token, and whether greedy decoding would say it."""
+    """log p of `wanted` after a context of at least one token, and whether greedy decoding would say it.
+
+    Raises UsageError when `wanted` alone is longer than the decoder's context.
+    """
+    if len(wanted) > decoder.context:
+        raise UsageError(
+            f"a continuation has {len(wanted)} tokens, the model holds {decoder.context}",
+            remedy="packages can be lowered again with a larger --context",
+        )
     tokens = (context + wanted)[-(decoder.context + 1) :]
-    start = max(1, len(tokens) - len(wanted))
+    start = len(tokens) - len(wanted)
     logits = score(decoder, tokens, start)
     targets = torch.tensor(tokens[start:])
     chosen = logits.log_softmax(-1).gather(-1, targets[:, None])

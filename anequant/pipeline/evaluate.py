@@ -14,13 +14,14 @@ from anequant.calibration.tokens import WIKITEXT2, wikitext2
 from anequant.checkpoints.manifest import MANIFEST, read_manifest
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
 from anequant.checkpoints.source import resolve_source
-from anequant.errors import InputError
+from anequant.coreml.meta import META
+from anequant.errors import InputError, UsageError
 from anequant.evaluation.divergence import Quality, evaluate
 from anequant.evaluation.harness import Results, run_tasks
 from anequant.evaluation.layers import LayerError, layer_errors
 from anequant.pipeline.generate import open_text_model
 from anequant.progress import Progress, part_of, silent
-from anequant.recipe import recipe_from_dict
+from anequant.recipe import Recipe, recipe_from_dict
 from anequant.rotation.plan import plan_rotations
 
 LAYER_WINDOWS = 8
@@ -80,28 +81,61 @@ def evaluate_checkpoint(
     name = Path(text).name
     if original is None:
         return Evaluation(name, quality, None, None)
-    if checkpoint.is_quantized and not (checkpoint.folder / MANIFEST).is_file():
-        return Evaluation(name, quality, None, f"the checkpoint has no {MANIFEST} that tells its rotation")
+    missing = _why_layers_differ(checkpoint, original)
+    if missing is not None:
+        return Evaluation(name, quality, None, missing)
     progress("layers", 0.8)
     layers = layer_errors(checkpoint, original, tokens[:LAYER_WINDOWS], _rotation(checkpoint))
     return Evaluation(name, quality, layers, None)
 
 
+def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | None:
+    """Why the residual streams of two models cannot be compared; None when they can."""
+    ours, theirs = checkpoint.spec, original.spec
+    if (ours.num_layers, ours.hidden_size) != (theirs.num_layers, theirs.hidden_size):
+        return (
+            f"the base has {theirs.num_layers} layers of width {theirs.hidden_size}, "
+            f"the checkpoint {ours.num_layers} of {ours.hidden_size}"
+        )
+    if original.is_quantized:
+        return "the base is quantized itself"
+    if checkpoint.is_quantized and _recipe(checkpoint) is None:
+        return f"the checkpoint has no {MANIFEST} that tells its rotation"
+    return None
+
+
+def _recipe(checkpoint: Checkpoint) -> Recipe | None:
+    """What a checkpoint that anequant wrote was made by; None for one made elsewhere."""
+    if not (checkpoint.folder / MANIFEST).is_file():
+        return None
+    values = read_manifest(checkpoint.folder).get("recipe")
+    return recipe_from_dict(values) if isinstance(values, dict) else None
+
+
 def _rotation(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
-    """R1 of a checkpoint that anequant wrote, drawn again from its recipe; nothing for a float model."""
-    if checkpoint.is_quantized:
-        recipe = recipe_from_dict(read_manifest(checkpoint.folder)["recipe"])
+    """R1 of a quantized checkpoint, drawn again from its recipe; nothing for a float model."""
+    recipe = _recipe(checkpoint) if checkpoint.is_quantized else None
+    if recipe is not None:
         r1 = plan_rotations(checkpoint.spec, recipe).r1
         if r1 is not None:
             return r1.apply
     return lambda hidden: hidden
 
 
-def evaluate_tasks(folder: Path, tasks: str, backend: str) -> Results:
-    """Run tasks of lm-evaluation-harness on what `folder` holds; raises as `run_tasks` does."""
-    model = open_text_model(folder, backend)
-    first = start_token(model.tokenizer, read_json(model.folder / "config.json"))
-    return run_tasks(model.decoder, model.tokenizer, first, model.stop, tasks)
+def evaluate_tasks(model: str, tasks: str, backend: str) -> Results:
+    """Run tasks of lm-evaluation-harness on a folder or hub id.
+
+    Raises UsageError for packages with the backend transformers, and what `resolve_source`,
+    `open_text_model` and `run_tasks` do.
+    """
+    folder = resolve_source(model).folder
+    if backend == "transformers" and (folder / META).is_file():
+        raise UsageError(
+            f"'{model}' holds packages, which transformers does not run", remedy="add --backend interpreter"
+        )
+    opened = open_text_model(folder, backend)
+    first = start_token(opened.tokenizer, read_json(opened.folder / "config.json"))
+    return run_tasks(opened.decoder, opened.tokenizer, first, opened.stop, tasks)
 
 
 def _open(model: str, base: str | None) -> tuple[Checkpoint, Checkpoint | None]:

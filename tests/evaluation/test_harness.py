@@ -11,16 +11,20 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from anequant.cli import main
+from anequant.errors import UnsupportedError, UsageError
 from anequant.evaluation.harness import _harness_model, likelihood
 from anequant.pipeline.generate import TextModel, open_text_model
 from anequant.pipeline.lower import LowerOptions, lower
+from anequant.runtime.transformers_backend import TransformersModel
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'anequant[eval]'")
 
 CONTEXT = 48
+STORY = "the old man walked slowly down the road to the sea and looked at the boats. " * 7
 PAIRS = [
     ("The man went to the", " door"),
     ("She was", " not at all surprised by it"),
@@ -52,23 +56,36 @@ def checkpoint(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> Path:
 def model(
     request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> TextModel:
+    """Both hold CONTEXT tokens; the bundled model itself would hold 2048."""
     if request.param == "transformers":
-        return open_text_model(checkpoint, "transformers")
+        opened = open_text_model(checkpoint, "transformers")
+        opened.decoder.context = CONTEXT
+        return opened
     folder = tmp_path_factory.mktemp("packages") / "out"
     lower(checkpoint, folder, LowerOptions(context=CONTEXT, batch=8))
     return open_text_model(folder, "interpreter")
 
 
+@pytest.fixture(scope="module")
+def stock(checkpoint: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
 @torch.no_grad()
-def literal(checkpoint: Path, context: str, continuation: str) -> tuple[float, bool]:
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    before = tokenizer(context)["input_ids"] if context else [8189]
-    whole = tokenizer(context + continuation)["input_ids"]
-    wanted = whole[len(before) :] if context else whole
-    stock = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+def log_probabilities(stock: Any, before: list[int], wanted: list[int]) -> tuple[Tensor, bool]:
+    """log p of each wanted token, and whether all are the best: one pass of stock transformers."""
     log_p = stock(torch.tensor([before + wanted])).logits[0, len(before) - 1 : -1].log_softmax(-1)
     chosen = log_p[torch.arange(len(wanted)), wanted]
-    return float(chosen.sum()), bool((log_p.argmax(-1) == torch.tensor(wanted)).all())
+    return chosen, bool((log_p.argmax(-1) == torch.tensor(wanted)).all())
+
+
+def tolerance(model: TextModel) -> float:
+    """Packages compute in float16."""
+    return 1e-5 if isinstance(model.decoder, TransformersModel) else 5e-3
+
+
+def adapter_of(model: TextModel) -> Any:
+    return _harness_model(model.decoder, model.tokenizer, 8189, model.stop)
 
 
 class Request:
@@ -76,14 +93,28 @@ class Request:
         self.args = args
 
 
-def test_likelihoods_are_transformers(model: TextModel, checkpoint: Path) -> None:
-    adapter = _harness_model(model.decoder, model.tokenizer, 8189, model.stop)
-    ours = adapter.loglikelihood([Request(*pair) for pair in PAIRS])
-    stripped = [(context.rstrip(), continuation) for context, continuation in PAIRS]
-    for (total, greedy), pair in zip(ours, stripped, strict=True):
-        expected, expected_greedy = literal(checkpoint, *pair)
-        assert total == pytest.approx(expected, rel=5e-3)
+def test_likelihoods_are_transformers(model: TextModel, stock: Any) -> None:
+    ours = adapter_of(model).loglikelihood([Request(*pair) for pair in PAIRS])
+    for (total, greedy), (context, continuation) in zip(ours, PAIRS, strict=True):
+        before = model.tokenizer(context.rstrip())["input_ids"] if context else [8189]
+        whole = model.tokenizer(context + continuation)["input_ids"]
+        expected, expected_greedy = log_probabilities(
+            stock, before, whole[len(before) :] if context else whole
+        )
+        assert total == pytest.approx(float(expected.sum()), rel=tolerance(model))
         assert greedy == expected_greedy
+
+
+def test_a_context_too_long_loses_its_beginning(model: TextModel, stock: Any) -> None:
+    tokens = model.tokenizer(STORY)["input_ids"][: CONTEXT + 20]
+    expected, _ = log_probabilities(stock, tokens[-CONTEXT - 1 : -5], tokens[-5:])
+    total, _ = likelihood(model.decoder, tokens[:-5], tokens[-5:])
+    assert total == pytest.approx(float(expected.sum()), rel=tolerance(model))
+
+
+def test_a_continuation_longer_than_the_context_is_refused(model: TextModel) -> None:
+    with pytest.raises(UsageError, match=f"{CONTEXT + 1} tokens, the model holds {CONTEXT}"):
+        likelihood(model.decoder, [8189], list(range(CONTEXT + 1)))
 
 
 def test_greedy_continuations_are_recognised(model: TextModel) -> None:
@@ -94,42 +125,73 @@ def test_greedy_continuations_are_recognised(model: TextModel) -> None:
     assert likelihood(model.decoder, context, [best + 1])[1] is False
 
 
-def test_a_long_text_rolls_through_the_context(model: TextModel) -> None:
-    text = "the old man walked slowly down the road to the sea and looked at the boats. " * 6
-    adapter = _harness_model(model.decoder, model.tokenizer, 8189, model.stop)
-    tokens = model.tokenizer(text)["input_ids"]
-    (total,) = adapter.loglikelihood_rolling([Request(text)])
-    if len(tokens) <= model.decoder.context:
-        assert total == pytest.approx(likelihood(model.decoder, [8189], tokens)[0], rel=1e-6)
-        return
-    pieces, start = 0.0, 0
-    while start < len(tokens):
-        part = tokens[start : start + CONTEXT]
-        before = [8189] if start == 0 else tokens[start - 1 : start]
-        if len(part) < CONTEXT:
-            window = tokens[-CONTEXT - 1 :]
-            before, part = window[: -len(part)], part
-        pieces += likelihood(model.decoder, before, part)[0]
-        start += CONTEXT
-    assert total == pytest.approx(pieces, rel=1e-5)
+def test_a_long_text_rolls_through_the_context(model: TextModel, stock: Any) -> None:
+    """Every token is predicted once; the last window reaches back to fill the context."""
+    tokens = model.tokenizer(STORY)["input_ids"]
+    whole, rest = divmod(len(tokens), CONTEXT)
+    assert whole >= 2 and rest > 0
+    expected = 0.0
+    for start in range(0, whole * CONTEXT, CONTEXT):
+        before = tokens[start - 1] if start else 8189
+        expected += float(log_probabilities(stock, [before], tokens[start : start + CONTEXT])[0].sum())
+    window = tokens[-CONTEXT - 1 :]
+    expected += float(log_probabilities(stock, window[:-rest], window[-rest:])[0].sum())
+    (total,) = adapter_of(model).loglikelihood_rolling([Request(STORY)])
+    assert total == pytest.approx(expected, rel=tolerance(model))
 
 
-def test_generation_stops_at_the_asked_for_text(model: TextModel) -> None:
-    adapter = _harness_model(model.decoder, model.tokenizer, 8189, model.stop)
-    (whole,) = adapter.generate_until([Request("In the morning", {"max_gen_toks": 10, "until": []})])
-    end = whole.split()[2]
-    (cut,) = adapter.generate_until([Request("In the morning", {"max_gen_toks": 10, "until": [end]})])
-    assert cut == whole[: whole.find(end)] and len(cut) < len(whole)
+def completion(model: TextModel, prompt: str, **options: Any) -> str:
+    (text,) = adapter_of(model).generate_until([Request(prompt, options)])
+    return str(text)
 
 
-def test_a_task_from_a_file(checkpoint: Path, tmp_path: Path) -> None:
+def test_generation_is_greedy_and_stops_at_the_asked_for_text(model: TextModel, stock: Any) -> None:
+    prompt = model.tokenizer("In the morning", return_tensors="pt")
+    tokens = stock.generate(**prompt, max_new_tokens=10, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    whole = completion(model, "In the morning", max_gen_toks=10, until=[])
+    assert whole == model.tokenizer.decode(tokens)
+    first, second = whole.split()[2:4]
+    cut = completion(model, "In the morning", max_gen_toks=10, until=[second, first])
+    assert cut == whole[: whole.find(first)] and len(cut) < len(whole)
+    assert completion(model, "In the morning", max_gen_toks=10, until=first) == cut
+
+
+def test_generation_is_as_long_as_asked(model: TextModel) -> None:
+    three = completion(model, "In the morning", until=[], max_tokens=3)
+    assert three == completion(model, "In the morning", until=[], max_gen_toks=3)
+    assert 0 < len(three) < len(completion(model, "In the morning", until=[], max_gen_toks=6))
+
+
+def test_a_prompt_too_long_loses_its_beginning(model: TextModel) -> None:
+    tokens = model.tokenizer(STORY)["input_ids"]
+    kept = model.tokenizer.decode(tokens[8 - CONTEXT :])
+    assert model.tokenizer(kept)["input_ids"] == tokens[8 - CONTEXT :]
+    options = {"max_gen_toks": 8, "until": []}
+    assert completion(model, STORY, **options) == completion(model, kept, **options)
+
+
+def test_generation_that_cannot_be_had_is_refused(model: TextModel) -> None:
+    with pytest.raises(UsageError, match=f"wants {CONTEXT} new tokens, the model holds {CONTEXT}"):
+        completion(model, "In the morning", until=[], max_gen_toks=CONTEXT)
+    with pytest.raises(UnsupportedError, match="samples"):
+        completion(model, "In the morning", until=[], max_gen_toks=4, do_sample=True, temperature=0.7)
+
+
+@pytest.fixture
+def task_file(tmp_path: Path) -> Path:
     rows = [
         {"question": "The sky is", "choices": [" blue", " qq zz xx"], "answer": 0},
         {"question": "They went down to the", "choices": [" vv jj kk", " sea"], "answer": 1},
     ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "colours.yaml").write_text(TASK.format(data=tmp_path / "data.jsonl"))
-    arguments = ["eval", str(checkpoint), "--lm-eval", str(tmp_path / "colours.yaml"), "--json"]
+    path = tmp_path / "colours.yaml"
+    path.write_text(TASK.format(data=tmp_path / "data.jsonl"))
+    return path
+
+
+def test_a_task_from_a_file(model: TextModel, task_file: Path) -> None:
+    backend = "transformers" if isinstance(model.decoder, TransformersModel) else "interpreter"
+    arguments = ["eval", str(model.folder), "--lm-eval", str(task_file), "--backend", backend, "--json"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["tasks"]["colours"]["acc,none"] == 1.0
@@ -141,6 +203,12 @@ def test_a_task_from_a_file(checkpoint: Path, tmp_path: Path) -> None:
 def test_an_unknown_task(checkpoint: Path, tasks: str, message: str) -> None:
     result = CliRunner().invoke(main, ["eval", str(checkpoint), "--lm-eval", tasks])
     assert result.exit_code == 2 and message in result.stderr
+
+
+def test_packages_are_not_for_transformers(tmp_path: Path) -> None:
+    (tmp_path / "meta.yaml").touch()
+    result = CliRunner().invoke(main, ["eval", str(tmp_path), "--lm-eval", "piqa"])
+    assert result.exit_code == 2 and "--backend interpreter" in result.stderr
 
 
 def test_without_the_harness(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from anequant.calibration.text import load_tokenizer, read_text, text_windows
 from anequant.checkpoints.reader import open_checkpoint
@@ -36,11 +36,20 @@ def residuals(folder: Path, tokens: Tensor) -> list[Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("r1", ["none", "hadamard", "random"])
+@pytest.mark.parametrize(
+    ("recipe", "r1", "limit"),
+    [
+        ("w4-nearest", "none", 0.3),
+        ("w4-nearest", "hadamard", 0.3),
+        ("w4-nearest", "random", 0.3),
+        ("w8-nearest", "hadamard", 0.02),
+        ("w8-nearest", "block-hadamard", 0.02),
+    ],
+)
 def test_errors_are_those_of_rotated_hidden_states(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], r1: str
+    tiny_qwen2: Path, quantize_model: Callable[..., Any], recipe: str, r1: str, limit: float
 ) -> None:
-    made = quantize_model(tiny_qwen2, "w4-nearest", r1=r1, seed=3)
+    made = quantize_model(tiny_qwen2, recipe, r1=r1, seed=3)
     result = evaluate_checkpoint(
         str(made.folder), SAMPLE_TEXT, str(tiny_qwen2), windows=WINDOWS, length=LENGTH
     )
@@ -55,7 +64,7 @@ def test_errors_are_those_of_rotated_hidden_states(
     assert result.layers is not None
     assert [error.layer for error in result.layers] == list(range(4))
     assert [error.relative_error for error in result.layers] == pytest.approx(expected, rel=1e-3)
-    assert max(expected) < 0.3
+    assert 0 < max(expected) < limit
 
 
 def test_a_float_model_against_itself(tiny_qwen2: Path) -> None:
@@ -65,15 +74,50 @@ def test_a_float_model_against_itself(tiny_qwen2: Path) -> None:
     assert result.layers is not None and all(error.relative_error == 0 for error in result.layers)
 
 
+def compared(model: Path, base: Path, *more: str) -> Result:
+    arguments = ["eval", str(model), "--text", str(SAMPLE_TEXT), "--base", str(base)]
+    return CliRunner().invoke(main, [*arguments, "--windows", "1", "--length", "16", *more])
+
+
+def test_the_worst_three_layers_are_printed(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> None:
+    folder = quantize_model(tiny_qwen2, "w4-nearest").folder
+    values = json.loads(compared(folder, tiny_qwen2, "--json").stdout)
+    assert values["layers_missing"] is None
+    assert [set(entry) for entry in values["layers"]] == [{"layer", "relative_error"}] * 4
+    ordered = sorted(values["layers"], key=lambda entry: -entry["relative_error"])
+    worst = ", ".join(f"{entry['layer']} ({entry['relative_error']:.2%})" for entry in ordered[:3])
+    assert f"off most after layer {worst}\n" in compared(folder, tiny_qwen2).stdout
+
+
+@pytest.mark.parametrize("manifest", [None, {"format": 1, "kind": "packages"}])
 def test_an_unknown_rotation_is_said(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], tmp_path: Path
+    tiny_qwen2: Path, quantize_model: Callable[..., Any], tmp_path: Path, manifest: dict[str, Any] | None
 ) -> None:
     shutil.copytree(quantize_model(tiny_qwen2, "w4-nearest").folder, tmp_path / "foreign")
     (tmp_path / "foreign" / "anequant.json").unlink()
-    arguments = ["eval", str(tmp_path / "foreign"), "--text", str(SAMPLE_TEXT), "--base", str(tiny_qwen2)]
-    result = CliRunner().invoke(main, [*arguments, "--windows", "1", "--length", "16"])
+    if manifest is not None:
+        (tmp_path / "foreign" / "anequant.json").write_text(json.dumps(manifest))
+    result = compared(tmp_path / "foreign", tiny_qwen2)
     assert result.exit_code == 0
     assert "not compared: the checkpoint has no anequant.json" in result.stdout
+    values = json.loads(compared(tmp_path / "foreign", tiny_qwen2, "--json").stdout)
+    assert values["layers"] is None and "has no anequant.json" in values["layers_missing"]
+
+
+def test_a_base_of_another_shape_compares_only_what_is_said(tiny_qwen2: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_qwen2, num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    result = compared(tiny_qwen2, tmp_path)
+    assert result.exit_code == 0 and "extra NLL" in result.stdout
+    assert "not compared: the base has 2 layers of width 192, the checkpoint 4 of 192" in result.stdout
+
+
+def test_a_quantized_base_is_in_a_basis_of_its_own(
+    tiny_qwen2: Path, quantize_model: Callable[..., Any]
+) -> None:
+    base = quantize_model(tiny_qwen2, "w8-nearest").folder
+    result = compared(quantize_model(tiny_qwen2, "w4-nearest").folder, base)
+    assert result.exit_code == 0 and "not compared: the base is quantized itself" in result.stdout
 
 
 def test_wikitext2_is_a_text(tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,3 +145,8 @@ def test_wikitext2_without_a_network(tiny_qwen2: Path, monkeypatch: pytest.Monke
 def test_something_to_evaluate_on_is_needed(tiny_qwen2: Path) -> None:
     result = CliRunner().invoke(main, ["eval", str(tiny_qwen2)])
     assert result.exit_code == 2 and "--lm-eval" in result.stderr
+
+
+def test_a_base_needs_a_text(tiny_qwen2: Path) -> None:
+    result = CliRunner().invoke(main, ["eval", str(tiny_qwen2), "--lm-eval", "x", "--base", str(tiny_qwen2)])
+    assert result.exit_code == 2 and "--text" in result.stderr
