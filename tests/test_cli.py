@@ -306,7 +306,7 @@ def test_quantize_reports_every_tensor(checkpoint: Made) -> None:
 
 
 def test_lower_reports_every_package(packages: Made) -> None:
-    assert packages.report.keys() == {"output", "packages"}
+    assert packages.report.keys() == {"output", "packages", "headroom"}
     assert packages.report["output"] == str(packages.folder)
     sizes = packages.report["packages"]
     written = {path.stem: path for path in packages.folder.glob("*.mlpackage")}
