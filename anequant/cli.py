@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from anequant.cli_options import (
     recipe_options,
 )
 from anequant.console import Console
-from anequant.errors import UsageError
+from anequant.errors import UsageError, VerificationError
 
 FOLDER = click.Path(path_type=Path)
 EPILOG = (
@@ -114,6 +115,24 @@ def verify(console: Console, folder: Path, checkpoint: Path | None) -> None:
         "packages": None if packages is None else packages.to_dict(),
     }
     console.result({"folder": str(folder), **values}, text.verified(written, packages))
+
+
+@main.command()
+@click.argument("path", type=FOLDER)
+@click.option("--chip", default="any", show_default=True, help="For one generation: a14 to a19, m1 to m6.")
+@command
+def lint(console: Console, path: Path, chip: str) -> None:
+    """What the packages in PATH do that the Neural Engine cannot run, or runs slowly."""
+    from dataclasses import asdict
+
+    from anequant.coreml.lint import errors_of
+    from anequant.pipeline.lint import lint as run
+    from anequant.report import text
+
+    findings = run(path, chip)
+    console.result({"findings": [asdict(finding) for finding in findings]}, text.linted(findings))
+    if errors_of(findings):
+        sys.exit(VerificationError.exit_code)
 
 
 @main.command()

@@ -242,7 +242,7 @@ def test_convert_without_a_model_converts_the_bundled_one(
     note, *progress = ran.stderr.splitlines()
     assert note == "no model named: converting the bundled tiny-qwen2"
     assert [line for line in progress if not line.startswith("convert: ")] == []
-    for word in ("checkpoint", "packages", "verified", "perplexity", "base"):
+    for word in ("checkpoint", "packages", "verified", "note", "perplexity", "base"):
         assert any(line.startswith(word) for line in ran.stdout.splitlines()), word
     assert "convert: " not in ran.stdout and "bundled" not in ran.stdout
     assert {path.name for path in folder.parent.iterdir()} == {"out"}
@@ -260,13 +260,13 @@ def test_what_convert_wrote_verifies(converted: tuple[Path, subprocess.Completed
 
 def test_convert_reports_all_steps_as_json(tiny_qwen2: Path, output: Path) -> None:
     values = report("convert", tiny_qwen2, "-o", output, "--context", 32, "--batch", 16)
-    assert values.keys() == {"model", "output", "quantized", "lowered", "verified", "quality"}
+    assert values.keys() == {"model", "output", "quantized", "lowered", "verified", "lint", "quality"}
     assert (values["model"], values["output"]) == ("tiny-qwen2", str(output))
     assert values["verified"].keys() == {"checkpoint", "packages"}
     assert values["quality"].keys() == QUALITY_FIELDS
     assert 0 < values["quality"]["kl"] < 0.2
     measured = read(output / "anequant.json")["measured"]
-    assert len(measured) == 4
+    assert len(measured) == 5
     assert_close(measured, {key: values[key] for key in measured})
 
 

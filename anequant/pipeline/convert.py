@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from anequant.checkpoints.output import check_output, file_hashes, staged_folder
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
 from anequant.checkpoints.writer import write_json
-from anequant.errors import InputError
+from anequant.coreml.lint import Finding
 from anequant.evaluation.divergence import Quality, evaluate
+from anequant.pipeline.folders import CHECKPOINT_FOLDER, PACKAGES_FOLDER
+from anequant.pipeline.lint import lint, require_clean
 from anequant.pipeline.lower import LowerOptions, LowerResult, check_lowering, lower_into
 from anequant.pipeline.quantize import QuantizeResult, quantize_into
 from anequant.pipeline.verify import (
-    CHECKPOINT_FOLDER,
-    PACKAGES_FOLDER,
     CheckpointCheck,
     PackageCheck,
     verify_checkpoint,
@@ -38,6 +38,7 @@ class ConvertResult:
     lowered: LowerResult
     checkpoint: CheckpointCheck
     packages: PackageCheck
+    lint: list[Finding]
     quality: Quality | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,6 +46,7 @@ class ConvertResult:
             "quantized": self.quantized.to_dict(),
             "lowered": self.lowered.to_dict(),
             "verified": {"checkpoint": self.checkpoint.to_dict(), "packages": self.packages.to_dict()},
+            "lint": [asdict(finding) for finding in self.lint],
             "quality": None if self.quality is None else self.quality.to_dict(),
         }
 
@@ -74,6 +76,7 @@ def convert(
             lowered,
             verify_checkpoint(checkpoint, progress=part_of(progress, "verify", 0.5, 0.55)),
             verify_packages(packages, checkpoint, progress=part_of(progress, "verify", 0.55, 0.8)),
+            require_clean(lint(packages)),
             sample_quality(source.folder, checkpoint, part_of(progress, "measure", 0.8, 1.0)),
         )
         contents = {"recipe": recipe.to_dict(), "measured": result.to_dict(), "files": file_hashes(staging)}
@@ -95,13 +98,3 @@ def sample_quality(base: Path, checkpoint: Path, progress: Progress) -> Quality 
         length=SAMPLE_LENGTH,
     )
     return evaluate(open_checkpoint(checkpoint), tokens, original, progress=progress)
-
-
-def packages_folder(folder: Path) -> Path:
-    """Where the packages of an output are: below it for convert's, itself for lower's.
-
-    Raises InputError when the folder does not exist.
-    """
-    if not folder.is_dir():
-        raise InputError(f"folder '{folder}' does not exist")
-    return folder / PACKAGES_FOLDER if (folder / PACKAGES_FOLDER).is_dir() else folder

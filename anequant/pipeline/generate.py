@@ -12,8 +12,7 @@ from anequant.checkpoints.reader import read_json
 from anequant.coreml.device import DevicePackage
 from anequant.coreml.interpreter import Package
 from anequant.errors import UsageError
-from anequant.pipeline.convert import packages_folder
-from anequant.pipeline.verify import CHECKPOINT_FOLDER
+from anequant.pipeline.folders import CHECKPOINT_FOLDER, packages_folder
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.runtime.generate import Decoder, decoded, new_tokens
 from anequant.runtime.sampling import Sampling, chooser

@@ -20,7 +20,7 @@ from anequant.coreml.device import DevicePackage
 from anequant.coreml.meta import PackageSet, read_meta
 from anequant.coreml.profile import NEURAL_ENGINE, Placement, operations_by_device, package_placements
 from anequant.errors import UsageError
-from anequant.pipeline.convert import packages_folder
+from anequant.pipeline.folders import packages_folder
 from anequant.progress import Progress, silent
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.runtime.generate import Decoder

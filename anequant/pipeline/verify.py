@@ -21,13 +21,13 @@ from anequant.coreml.interpreter import Package, PalettizedWeight
 from anequant.coreml.meta import read_meta
 from anequant.coreml.program import head_part, weight_value
 from anequant.errors import UsageError, VerificationError
+from anequant.pipeline.folders import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.pipeline.lower import checkpoint_hashes
 from anequant.pipeline.probe import probe_tokens
 from anequant.progress import Progress, silent
 from anequant.quantization.linear import QuantizedLinear
 from anequant.runtime.coreml_backend import PackageModel
 
-CHECKPOINT_FOLDER, PACKAGES_FOLDER = "checkpoint", "packages"
 PREFILL_TOKENS = 64
 DECODE_TOKENS = 64
 LEAST_AGREEMENT = 0.99

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from anequant.coreml.headroom import Headroom
+from anequant.coreml.lint import Finding
 from anequant.evaluation.divergence import Quality
 from anequant.evaluation.harness import Results
 from anequant.pipeline.convert import ConvertResult
 from anequant.pipeline.evaluate import Evaluation
+from anequant.pipeline.folders import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.pipeline.lower import LowerResult
 from anequant.pipeline.profile import DeviceProfile
 from anequant.pipeline.quantize import QuantizeResult
-from anequant.pipeline.verify import CHECKPOINT_FOLDER, PACKAGES_FOLDER, CheckpointCheck, PackageCheck
+from anequant.pipeline.verify import CheckpointCheck, PackageCheck
 
 Rows = list[tuple[str, str]]
 
@@ -174,10 +177,25 @@ def profiled(result: DeviceProfile) -> Rows:
     ]
 
 
+def linted(findings: Sequence[Finding]) -> Rows:
+    """One row for each rule that is broken, with the first place; the number of places after it."""
+    grouped: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        grouped.setdefault((finding.severity, finding.rule), []).append(finding)
+    rows = []
+    for (severity, rule), places in grouped.items():
+        first = places[0]
+        more = f", and {len(places) - 1} more" if len(places) > 1 else ""
+        rows.append((severity, f"{rule} {first.package} {first.op}: {first.detail}{more}"))
+        rows.append(("", f"{first.why}; {first.remedy}"))
+    return rows or [("lint", "nothing found")]
+
+
 def converted(folder: Path, result: ConvertResult) -> Rows:
     rows = quantized(folder / CHECKPOINT_FOLDER, result.quantized)
     rows += lowered(folder / PACKAGES_FOLDER, result.lowered)
     rows += verified(result.checkpoint, result.packages)
+    rows += linted(result.lint)
     if result.quality is None:
         return [*rows, ("quality", "not measured: the model comes without a tokenizer")]
     return rows + quality(result.quality)
