@@ -1,6 +1,6 @@
 """What a package does that the Neural Engine cannot run, or runs slowly: rules that a program can be held to.
 
-The rules and their sources are in `lint_rules.py` (operations) and `lint_weights.py` (constants and states).
+The rules and their sources are in `lint_shapes.py`, `lint_rules.py`, `lint_weights.py` and `lint_files.py`.
 Not decidable from a program, and so not here: where Core ML really places an operation (`anequant profile`
 asks it on a Mac), how large activations get (`lower` measures them, see `headroom.py`), what padding of a
 last axis of one costs (decoding has no other shape), and what loading takes.
@@ -75,8 +75,9 @@ def lint_package(package: Path, chip: str = "any") -> list[Finding]:
 
     Raises UsageError for an unknown chip, InputError for a damaged package.
     """
+    from anequant.coreml.lint_files import PACKAGE_RULES
     from anequant.coreml.lint_rules import GRAPH_RULES
-    from anequant.coreml.lint_weights import PACKAGE_RULES, WEIGHT_RULES
+    from anequant.coreml.lint_weights import WEIGHT_RULES
 
     if chip not in CHIPS:
         raise UsageError(f"unknown chip '{chip}'", remedy=did_you_mean(chip, CHIPS))

@@ -1,4 +1,4 @@
-"""Rules about operations, shapes and types."""
+"""Rules about types, norms, attention and names; those about shapes come first."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from anequant.coreml.graph import Graph
 from anequant.coreml.lint import ERROR, NOTE, WARNING, Chip, Hit, Rule
+from anequant.coreml.lint_shapes import SHAPE_RULES
 
 INT32_OPERATIONS = {
     *("add", "sub", "concat", "gather", "reduce_argmax", "squeeze", "expand_dims", "reshape", "cast"),
@@ -17,79 +18,11 @@ INT32_OPERATIONS = {
 }
 """What positions and token ids go through, on the CPU in any case."""
 
-UNSUITED = {
-    *("gather_nd", "gather_along_axis", "tile", "non_zero", "while_loop", "cond", "scatter", "scatter_nd"),
-    *("one_hot", "cumsum", "sliding_windows", "shape", "fill", "range_1d"),
-}
 AFTER_CHOICE = {"squeeze", "concat", "reshape", "expand_dims", "cast", "identity"}
 SQUARING = {"rsqrt", "reduce_sum_square", "reduce_l2_norm", "reduce_log_sum"}
 CHOOSING = {"topk", "reduce_argmax", "argsort"}
 LONGEST_GATHER = 65535
-NOTCH, MEGABYTE = 16 * 1024, 1 << 20
 IDENTIFIER = re.compile(r"[A-Za-z_@][A-Za-z0-9_@]*")
-
-
-def _rank(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    for node in graph.computing():
-        rank = max((len(output.shape) for output in node.outputs), default=0)
-        if rank > 4:
-            yield Hit(node.name, f"{node.kind} of rank {rank}", ERROR if rank > 5 else None)
-
-
-def _linears(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    for node in graph.of_kind("linear", "matmul"):
-        names = ("weight",) if node.kind == "linear" else ("x", "y")
-        if any((source := graph.source(node, name)) is not None and source.constant for name in names):
-            yield Hit(node.name, f"{node.kind} with a constant weight")
-
-
-def _axes(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    for node in graph.nodes:
-        users = graph.consumers(node)
-        if node.kind == "const" or (users and all(user.kind == "gather" for user in users)):
-            continue
-        for output in node.outputs:
-            longest = max((size or 0 for size in output.shape), default=0)
-            if longest > chip.axis:
-                yield Hit(node.name, f"an axis of {longest}, {chip.name} holds {chip.axis}")
-
-
-def _static(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    enumerated = set(graph.spec.enumerated)
-    for spec in graph.spec.inputs:
-        if None in spec.shape and spec.name not in enumerated:
-            yield Hit(spec.name, "an input of any length")
-    for node in graph.of_kind(*UNSUITED):
-        yield Hit(node.name, f"{node.kind} runs on the CPU", WARNING)
-
-
-def _elementwise(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    heavy = {"conv", "matmul", "linear", "gather", "scaled_dot_product_attention", "conv_transpose"}
-    kinds = {node.kind for node in graph.computing()}
-    if kinds and not kinds & heavy:
-        yield Hit(graph.function, "only elementwise operations")
-
-
-def _repeated_outputs(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    sources: dict[str | None, str] = {}
-    for name in graph.outputs:
-        node = graph.producer.get(name)
-        source = node.inputs["x"][0] if node is not None and node.kind == "identity" else name
-        if source in sources:
-            yield Hit(name, f"the same tensor as output '{sources[source]}'")
-        sources[source] = name
-
-
-def _notch(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    for node in graph.of_kind("matmul"):
-        shape = graph.shape(node, "y")
-        if len(shape) < 2 or None in shape:
-            continue
-        length, depth = sorted((shape[-1] or 0, shape[-2] or 0), reverse=True)
-        payload = -(-length // 16) * depth * 2
-        away = min(payload % MEGABYTE, MEGABYTE - payload % MEGABYTE)
-        if payload > MEGABYTE // 2 and away < NOTCH:
-            yield Hit(node.name, f"an operand of {payload} bytes a core, {away} from a multiple of 1 MiB")
 
 
 def _types(graph: Graph, chip: Chip) -> Iterator[Hit]:
@@ -158,55 +91,7 @@ def _identifiers(graph: Graph, chip: Chip) -> Iterator[Hit]:
 
 
 GRAPH_RULES = (
-    Rule(
-        "S1",
-        WARNING,
-        "the engine's tensors have four axes (Apple, ml-ane-transformers)",
-        "reshape to rank 4",
-        _rank,
-    ),
-    Rule(
-        "S2",
-        WARNING,
-        "linears run best as 1x1 convolutions on (1, C, 1, S) (Apple, ml-ane-transformers)",
-        "emit conv",
-        _linears,
-    ),
-    Rule(
-        "S4",
-        ERROR,
-        "axes are limited by generation (hal_analysis of the H13 to H16 engines)",
-        "split the axis",
-        _axes,
-    ),
-    Rule(
-        "S6",
-        ERROR,
-        "shapes must be static; dynamic operations fall to the CPU",
-        "fix or enumerate shapes",
-        _static,
-    ),
-    Rule(
-        "S7",
-        WARNING,
-        "graphs of elementwise operations alone go to the CPU",
-        "join it with a neighbour",
-        _elementwise,
-    ),
-    Rule(
-        "S7b",
-        WARNING,
-        "one tensor under two output names fails to compile",
-        "return it once",
-        _repeated_outputs,
-    ),
-    Rule(
-        "S8",
-        WARNING,
-        "operands near a multiple of 1 MiB a core load at a third of the rate (stablehlo-coreml, pull 110)",
-        "choose another context length",
-        _notch,
-    ),
+    *SHAPE_RULES,
     Rule(
         "D1",
         ERROR,

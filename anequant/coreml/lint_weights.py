@@ -1,16 +1,14 @@
-"""Rules about constants, scales, states and the files of a package."""
+"""Rules about constants, scales and states."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from anequant.coreml.graph import Graph, Node, blob_offset
+from anequant.coreml.graph import Graph, Node
 from anequant.coreml.lint import ERROR, NOTE, WARNING, Chip, Hit, Rule
-from anequant.coreml.package import WEIGHT_FILE
 
 LUT = "constexpr_lut_to_dense"
 BLOCKS = "constexpr_blockwise_shift_scale"
@@ -19,7 +17,6 @@ CHANNELS_A_LUT = 8
 MOST_STATES = 2
 STATE_ALIGNMENT = 32
 LARGEST_SUM = 32768.0
-PHONE_BYTES, MAC_BYTES = 950_000_000, 2_000_000_000
 UPDATES = {"write_state", "coreml_update_state"}
 
 
@@ -215,52 +212,5 @@ WEIGHT_RULES = (
         "shifting a state by concat fails to compile",
         "write a slice at the position",
         _state_updates,
-    ),
-)
-
-
-def _size(graphs: Sequence[Graph], package: Path) -> Iterator[Hit]:
-    file = package / WEIGHT_FILE
-    size = file.stat().st_size if file.is_file() else 0
-    if size > PHONE_BYTES:
-        yield Hit(package.name, f"{size / 1e6:.0f} MB of weights", ERROR if size > MAC_BYTES else None)
-
-
-def _sharing(graphs: Sequence[Graph], package: Path) -> Iterator[Hit]:
-    places: dict[str, set[int]] = {}
-    for graph in graphs:
-        for node in graph.of_kind("const"):
-            offset = blob_offset(node)
-            if offset is not None:
-                places.setdefault(node.name, set()).add(offset)
-    for name, offsets in places.items():
-        if len(offsets) > 1:
-            yield Hit(name, f"{len(offsets)} copies of one constant")
-
-
-def _no_check(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    return iter(())
-
-
-PACKAGE_RULES: tuple[tuple[Rule, Callable[[Sequence[Graph], Path], Iterator[Hit]]], ...] = (
-    (
-        Rule(
-            "P1",
-            WARNING,
-            "iOS loads about 1 GB a package, macOS 2 GB",
-            "use more chunks",
-            _no_check,
-        ),
-        _size,
-    ),
-    (
-        Rule(
-            "P2",
-            WARNING,
-            "functions share weights by weight_id only",
-            "give equal constants one id",
-            _no_check,
-        ),
-        _sharing,
     ),
 )
