@@ -200,21 +200,21 @@ def _run_peer(row: Row, settings: Settings, output: Path) -> float:
 def table(results: list[dict[str, Any]]) -> str:
     """The rows that have results, in the order of ROWS, as Markdown."""
     lines = [
-        "| way | bits | extra NLL | KL | same top token | seconds | peak MB | what it shows |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
+        "| way | bits | seeds | extra NLL | KL | same top token | seconds | peak MB | what it shows |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in ROWS:
         runs = [run for run in results if run["row"] == row.label]
         if not runs:
             reason = f"not run: `{row.needs}` is not installed" if not _available(row) else "not run"
-            lines.append(f"| {row.label} | | | | | | | {reason} |")
+            lines.append(f"| {row.label} | | | | | | | | {reason} |")
             continue
         mean = {key: fmean(run[key] for run in runs) for key in runs[0] if key not in ("row", "seed")}
         losses = [run["extra_nll"] for run in runs]
         spread = f" ± {(max(losses) - min(losses)) / 2:.4f}" if len(runs) > 1 else ""
         lines.append(
-            f"| {row.label} | {mean['bits']:.2f} | {mean['extra_nll']:+.4f}{spread} | {mean['kl']:.4f} "
-            f"| {mean['top1']:.1%} | {mean['seconds']:.0f} | {mean['peak_mb']:.0f} | {row.shows} |"
+            f"| {row.label} | {mean['bits']:.2f} | {len(runs)} | {mean['extra_nll']:+.4f}{spread} "
+            f"| {mean['kl']:.4f} | {mean['top1']:.1%} | {mean['seconds']:.0f} | {mean['peak_mb']:.0f} | {row.shows} |"
         )
     return "\n".join(lines)
 
