@@ -214,7 +214,8 @@ def table(results: list[dict[str, Any]]) -> str:
         spread = f" ± {(max(losses) - min(losses)) / 2:.4f}" if len(runs) > 1 else ""
         lines.append(
             f"| {row.label} | {mean['bits']:.2f} | {len(runs)} | {mean['extra_nll']:+.4f}{spread} "
-            f"| {mean['kl']:.4f} | {mean['top1']:.1%} | {mean['seconds']:.0f} | {mean['peak_mb']:.0f} | {row.shows} |"
+            f"| {mean['kl']:.4f} | {mean['top1']:.1%} | {mean['seconds']:.0f} | {mean['peak_mb']:.0f} "
+            f"| {row.shows} |"
         )
     return "\n".join(lines)
 
