@@ -231,7 +231,10 @@ def test_help_and_version(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     home = tmp_path_factory.mktemp("converted")
-    return home / "out", execute("convert", "-o", "out", "--context", 32, "--batch", 16, cwd=home)
+    return home / "out", execute(
+        *("convert", "-o", "out", "--context", 32, "--batch", 16, "--calib-samples", 6, "--calib-length", 64),
+        cwd=home,
+    )
 
 
 def test_convert_without_a_model_converts_the_bundled_one(
@@ -683,7 +686,7 @@ def test_eval_needs_a_text(tiny_qwen2: Path, tmp_path: Path, text: str | None) -
 def test_a_prompt_longer_than_the_context(packages: Made) -> None:
     before = snapshot(packages.folder)
     result = run("generate", packages.folder, "--prompt", "hello " * CONTEXT)
-    lines = refused(result, USAGE, f"the packages hold 1 to {CONTEXT}")
+    lines = refused(result, USAGE, f"the model holds 1 to {CONTEXT}")
     assert "--context" in lines[-1]
     assert snapshot(packages.folder) == before
     assert result.stdout == ""

@@ -22,9 +22,9 @@ UNROTATED = {"r1": "none", "r2": "none"}
 
 @pytest.fixture(autouse=True)
 def all_threads() -> Iterator[None]:
-    """Large products here; the rest of the tests runs on one thread."""
+    """Large products here: all cores, unless other tests have them."""
     before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1)
     yield
     torch.set_num_threads(before)
 

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 
 from anequant.errors import UsageError
 
+ROUNDING = 1e-12
+"""A target such as 20 / 3 is a little off in float64."""
+
 
 def allocate_bits(
     losses: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], target: float
@@ -27,7 +30,7 @@ def allocate_bits(
             remedy=f"use a target from {widths[0]} to {widths[-1]}, or other widths",
         )
     chosen = dict.fromkeys(losses, widths[0])
-    budget = target * sum(sizes.values()) - widths[0] * sum(sizes.values())
+    budget = (target - widths[0]) * sum(sizes.values()) * (1 + ROUNDING)
     steps = [
         (saved / (sizes[name] * (end - start)), name, start, end)
         for name, by_width in losses.items()

@@ -142,7 +142,7 @@ def evaluated(result: Evaluation) -> Rows:
     if result.layers:
         worst = sorted(result.layers, key=lambda error: -error.relative_error)[:3]
         listed = ", ".join(f"{error.layer} ({error.relative_error:.2%})" for error in worst)
-        rows.append(("layers", f"residual stream off most after layer {listed}, on the first windows"))
+        rows.append(("layers", f"residual stream off most after layer {listed}"))
     return rows
 
 
