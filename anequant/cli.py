@@ -155,7 +155,7 @@ def profile(console: Console, packages: Path, tokens: int) -> None:
 @click.option("--base", metavar="MODEL", help="Float model to compare with: extra NLL, KL, top-1, layers.")
 @click.option("--windows", type=click.IntRange(1), default=32, show_default=True, help="Most windows.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
-@click.option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, separated by commas.")
+@click.option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, .yaml files or folders.")
 @backend_option("transformers", help="What runs the tasks of --lm-eval.")
 @command
 def evaluate(
@@ -186,9 +186,10 @@ def evaluate(
         values |= result.to_dict()
         printed += rows.evaluated(result)
     if lm_eval is not None:
-        tasks = evaluate_tasks(checkpoint, lm_eval, backend)
-        values["tasks"] = tasks
-        printed += rows.tasks(tasks)
+        with console.progress("lm-eval") as progress:
+            scores = evaluate_tasks(checkpoint, lm_eval, backend, progress)
+        values |= scores.to_dict()
+        printed += rows.tasks(scores)
     console.result(values, printed)
 
 

@@ -103,12 +103,6 @@ def package_graphs(package: Path) -> list[Graph]:
     return graphs
 
 
-def blob_offset(node: Node) -> int | None:
-    """Where a const lies in the weight file; None for an immediate value."""
-    value = node.proto.attributes["val"]
-    return int(value.blobFileValue.offset) if value.HasField("blobFileValue") else None
-
-
 def _node(operation: Any) -> Node:
     inputs = {
         name: tuple(

@@ -1,9 +1,15 @@
 """What a package does that the Neural Engine cannot run, or runs slowly: rules that a program can be held to.
 
-The rules and their sources are in `lint_shapes.py`, `lint_rules.py`, `lint_weights.py` and `lint_files.py`.
-Not decidable from a program, and so not here: where Core ML really places an operation (`anequant profile`
-asks it on a Mac), how large activations get (`lower` measures them, see `headroom.py`), what padding of a
-last axis of one costs (decoding has no other shape), and what loading takes.
+The rules and their sources are in the modules `lint_*.py`. Not among them:
+
+    placement, load time   Core ML decides on the device (`anequant profile` asks it on a Mac), and copies
+                           of weights that loaded functions hold (coremltools 2351) are not in the file
+    size of activations    known only from data (`lower` measures them, see `headroom.py`); with it how far
+                           softmax, silu and tiny products are off, of which the program shows the form only
+    last axis of one       padded 32-fold, but decoding has no other shape; so S3 looks at longer ones
+    history + new tokens   of at most 65536 is a consequence of S4: together they are an axis of the scores
+    query of one or two    fails under Core AI, which does not read these packages
+    cost of a long state   grows with it; no length is a mistake
 """
 
 from __future__ import annotations
@@ -20,22 +26,26 @@ ERROR, WARNING, NOTE = "error", "warning", "note"
 
 @dataclass(frozen=True)
 class Chip:
-    """`axis` is the longest axis of a tensor; `w8a8` whether 8-bit activations are faster than float16."""
+    """`axis` is the longest axis of a tensor, `w8a8` whether 8-bit activations are faster than float16, and
+    `integers` whether direct integer weights were measured to be."""
 
     name: str
     axis: int
-    w8a8: bool
+    w8a8: bool = False
+    integers: bool = False
 
 
 CHIPS = {
     chip.name: chip
     for chip in (
-        *(Chip(name, 16384, False) for name in ("any", "a14", "a15", "a16", "m1", "m2", "m3")),
-        Chip("a17", 16384, True),
-        *(Chip(name, 65536, True) for name in ("a18", "a19", "m4", "m5", "m6")),
+        *(Chip(name, 16384) for name in ("any", "a14", "a15", "a16", "m1", "m2", "m3")),
+        Chip("a17", 16384, w8a8=True),
+        *(Chip(name, 65536, w8a8=True) for name in ("a18", "a19", "m4", "m6")),
+        Chip("m5", 65536, w8a8=True, integers=True),
     )
 }
-"""By generation of the engine (H13 to H15: 16384; H16 on: 65536). `any` is the strictest."""
+"""By generation of the engine (H13 to H15: 16384; H16 on: 65536). `any` is the strictest. The a17 is not
+placed by the source for axes and so counts as the older one; 8-bit activations pay off from it on (Apple)."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +87,19 @@ def lint_package(package: Path, chip: str = "any") -> list[Finding]:
     """
     from anequant.coreml.lint_files import PACKAGE_RULES
     from anequant.coreml.lint_rules import GRAPH_RULES
+    from anequant.coreml.lint_shapes import SHAPE_RULES
+    from anequant.coreml.lint_states import STATE_RULES
+    from anequant.coreml.lint_sums import SUM_RULES
     from anequant.coreml.lint_weights import WEIGHT_RULES
 
     if chip not in CHIPS:
         raise UsageError(f"unknown chip '{chip}'", remedy=did_you_mean(chip, CHIPS))
+    rules = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *SUM_RULES, *STATE_RULES)
     graphs = package_graphs(package)
     findings = [
         _finding(rule, package, graph.function, hit)
         for graph in graphs
-        for rule in (*GRAPH_RULES, *WEIGHT_RULES)
+        for rule in rules
         for hit in rule.check(graph, CHIPS[chip])
     ]
     for rule, check in PACKAGE_RULES:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from anequant.coreml.graph import Graph, blob_offset
+from torch import Tensor
+
+from anequant.coreml.graph import Graph
 from anequant.coreml.lint import ERROR, WARNING, Chip, Hit, Rule
 from anequant.coreml.package import WEIGHT_FILE
+from anequant.coreml.storage import Weights, model_file
 
 PHONE_BYTES, MAC_BYTES = 950_000_000, 2_000_000_000
 
@@ -20,15 +25,47 @@ def _size(graphs: Sequence[Graph], package: Path) -> Iterator[Hit]:
 
 
 def _sharing(graphs: Sequence[Graph], package: Path) -> Iterator[Hit]:
-    places: dict[str, set[int]] = {}
-    for graph in graphs:
-        for node in graph.of_kind("const"):
-            offset = blob_offset(node)
-            if offset is not None:
-                places.setdefault(node.name, set()).add(offset)
-    for name, offsets in places.items():
-        if len(offsets) > 1:
-            yield Hit(name, f"{len(offsets)} copies of one constant")
+    """Equal constants that lie at one place for one function and elsewhere for another."""
+    if len(graphs) < 2:
+        return
+    weights = Weights(model_file(package).parent)
+    blobs = {graph.function: dict(_blobs(graph)) for graph in graphs}
+    shared = set.intersection(*(set(held) for held in blobs.values()))
+    places: dict[str, dict[str, set[int]]] = {}
+    names: dict[str, str] = {}
+    for function, held in blobs.items():
+        for offset in held.keys() - shared:
+            name, value = held[offset]
+            content = weights.read(value)
+            if isinstance(content, Tensor):
+                key = _digest(content)
+                names.setdefault(key, name)
+                places.setdefault(key, {}).setdefault(function, set()).add(offset)
+    for key, found in places.items():
+        copies = set(map(frozenset, found.values()))
+        if len(copies) > 1:
+            yield Hit(
+                names[key],
+                f"{len(frozenset().union(*copies))} copies of one constant in {len(found)} functions",
+            )
+
+
+def _blobs(graph: Graph) -> Iterator[tuple[int, tuple[str, Any]]]:
+    """Place in the weight file, operation and MIL_pb2.Value of every constant that a function holds there.
+
+    Operands of a constexpr operation are bound by value; before iOS 18 they are attributes.
+    """
+    for node in graph.nodes:
+        bindings = [binding for argument in node.proto.inputs.values() for binding in argument.arguments]
+        values = [binding.value for binding in bindings if binding.WhichOneof("binding") == "value"]
+        for value in (*node.proto.attributes.values(), *values):
+            if value.WhichOneof("value") == "blobFileValue":
+                yield value.blobFileValue.offset, (node.name, value)
+
+
+def _digest(content: Tensor) -> str:
+    form = f"{content.dtype} {tuple(content.shape)} "
+    return form + hashlib.sha256(content.numpy().tobytes()).hexdigest()
 
 
 def _no_check(graph: Graph, chip: Chip) -> Iterator[Hit]:

@@ -1,8 +1,9 @@
-"""Rules about types, norms, attention and names; those about shapes come first."""
+"""Rules about types, norms, attention and names."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from anequant.coreml.graph import Graph
 from anequant.coreml.lint import ERROR, NOTE, WARNING, Chip, Hit, Rule
-from anequant.coreml.lint_shapes import SHAPE_RULES
 
 INT32_OPERATIONS = {
     *("add", "sub", "concat", "gather", "reduce_argmax", "squeeze", "expand_dims", "reshape", "cast"),
@@ -19,15 +19,18 @@ INT32_OPERATIONS = {
 """What positions and token ids go through, on the CPU in any case."""
 
 AFTER_CHOICE = {"squeeze", "concat", "reshape", "expand_dims", "cast", "identity"}
-SQUARING = {"rsqrt", "reduce_sum_square", "reduce_l2_norm", "reduce_log_sum"}
+SQUARING = {"rsqrt", "reduce_sum_square", "reduce_l2_norm", "l2_norm"}
 CHOOSING = {"topk", "reduce_argmax", "argsort"}
 LONGEST_GATHER = 65535
+SMALLEST_FLOAT16 = -65504.0
 IDENTIFIER = re.compile(r"[A-Za-z_@][A-Za-z0-9_@]*")
 
 
 def _types(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.computing():
         types = {output.dtype for output in node.outputs}
+        if node.kind == "cast" and node.name in graph.outputs:
+            continue
         if types & {"fp32", "int64", "fp64"}:
             yield Hit(node.name, f"{node.kind} in {', '.join(sorted(types))}")
         elif "int32" in types and node.kind not in INT32_OPERATIONS:
@@ -37,7 +40,8 @@ def _types(graph: Graph, chip: Chip) -> Iterator[Hit]:
 def _long_gather(graph: Graph, chip: Chip) -> Iterator[Hit]:
     alone = not any(node.kind in ("conv", "matmul") for node in graph.nodes)
     for node in graph.of_kind("gather"):
-        rows = (graph.shape(node, "x") or (0,))[0] or 0
+        shape, axis = graph.shape(node, "x") or (0,), graph.value(node, "axis")
+        rows = shape[int(axis) if isinstance(axis, Tensor) else 0] or 0
         if rows > LONGEST_GATHER:
             yield Hit(node.name, f"gather from {rows} rows", NOTE if alone else None)
 
@@ -46,8 +50,12 @@ def _infinities(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind("const"):
         if node.outputs and node.outputs[0].dtype in ("fp16", "fp32"):
             value = graph.literal(node)
-            if isinstance(value, Tensor) and value.numel() and bool(torch.isinf(value).any()):
+            if not isinstance(value, Tensor) or not value.numel():
+                continue
+            if bool(torch.isinf(value).any()):
                 yield Hit(node.name, "a constant with infinities")
+            elif float(value.min()) <= SMALLEST_FLOAT16:
+                yield Hit(node.name, "a constant at float16's end, infinite with any score below it", WARNING)
 
 
 def _silu(graph: Graph, chip: Chip) -> Iterator[Hit]:
@@ -62,6 +70,22 @@ def _norms(graph: Graph, chip: Chip) -> Iterator[Hit]:
         source = graph.source(node, "x")
         if source is None or source.kind != "concat":
             yield Hit(node.name, "layer_norm of something else than concat(x, -x)", NOTE)
+
+
+def _tiny_weights(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.of_kind("matmul"):
+        source = graph.source(node, "x")
+        if source is not None and source.kind == "softmax":
+            yield Hit(node.name, "softmax straight into matmul")
+
+
+def _activations(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.of_kind("quantize"):
+        scales = graph.shape(node, "scale")
+        if any((size or 0) > 1 for size in scales):
+            yield Hit(node.name, f"activations with scales of shape {list(scales)}, the engine takes one")
+        elif not chip.w8a8:
+            yield Hit(node.name, f"8-bit activations, slower than float16 on {chip.name}")
 
 
 def _attention(graph: Graph, chip: Chip) -> Iterator[Hit]:
@@ -83,15 +107,17 @@ def _choices(graph: Graph, chip: Chip) -> Iterator[Hit]:
 
 
 def _identifiers(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    names = [output.name for node in graph.nodes for output in node.outputs]
+    names = [graph.function, *(output.name for node in graph.nodes for output in node.outputs)]
     names += [spec.name for spec in (*graph.spec.inputs, *graph.spec.states)]
     for name in names:
         if not IDENTIFIER.fullmatch(name):
             yield Hit(name, f"'{name}' is no identifier")
+    for name, count in Counter(names).items():
+        if count > 1:
+            yield Hit(name, f"{count} values are called '{name}'")
 
 
 GRAPH_RULES = (
-    *SHAPE_RULES,
     Rule(
         "D1",
         ERROR,
@@ -109,7 +135,7 @@ GRAPH_RULES = (
     Rule(
         "D3",
         ERROR,
-        "-inf in a mask becomes NaN in float16",
+        "an infinite mask value becomes NaN in softmax",
         "use -1e4",
         _infinities,
     ),
@@ -128,6 +154,20 @@ GRAPH_RULES = (
         _norms,
     ),
     Rule(
+        "N3",
+        NOTE,
+        "attention weights near zero lose 4 to 5 % in the product (cadamcat, attention-product-precision)",
+        "multiply the weights by 64 and divide the product",
+        _tiny_weights,
+    ),
+    Rule(
+        "Q1",
+        WARNING,
+        "one scale a tensor, and a gain from a17 and m4 on only (Apple, opt-quantization-perf)",
+        "keep activations in float16",
+        _activations,
+    ),
+    Rule(
         "A1",
         WARNING,
         "the fused attention operation is wrong on iOS 26 (executorch 15833)",
@@ -144,7 +184,7 @@ GRAPH_RULES = (
     Rule(
         "I1",
         ERROR,
-        "Core ML's parser takes identifiers only",
+        "Core ML's parser takes identifiers only, each once in a function",
         "use letters, digits and _",
         _identifiers,
     ),

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anequant.coreml.graph import Graph
-from anequant.coreml.lint import ERROR, WARNING, Chip, Hit, Rule
+from anequant.coreml.lint import ERROR, NOTE, WARNING, Chip, Hit, Rule
 
 UNSUITED = {
     *("gather_nd", "gather_along_axis", "tile", "non_zero", "while_loop", "cond", "scatter", "scatter_nd"),
     *("one_hot", "cumsum", "sliding_windows", "shape", "fill", "range_1d"),
 }
+POSITIONS = {"slice_by_index": ("begin", "end"), "slice_by_size": ("begin", "size"), "reshape": ("shape",)}
+"""Inputs that make an operation dynamic when they are computed."""
+
+WIDEST_KERNEL = 15
+ROW = 32
+"""Float16 values in the 64 bytes that a last axis is padded to."""
+
 NOTCH, MEGABYTE = 16 * 1024, 1 << 20
 
 
@@ -26,6 +33,17 @@ def _linears(graph: Graph, chip: Chip) -> Iterator[Hit]:
         names = ("weight",) if node.kind == "linear" else ("x", "y")
         if any((source := graph.source(node, name)) is not None and source.constant for name in names):
             yield Hit(node.name, f"{node.kind} with a constant weight")
+
+
+def _alignment(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.of_kind("conv", "matmul"):
+        for name in ("x", "y"):
+            source, shape = graph.source(node, name), graph.shape(node, name)
+            length = (shape[-1] or 0) if shape else 0
+            if not (source is not None and source.constant) and length > 1 and length % ROW:
+                yield Hit(
+                    node.name, f"{node.kind} of a last axis of {length}, held as {-(-length // ROW) * ROW}"
+                )
 
 
 def _axes(graph: Graph, chip: Chip) -> Iterator[Hit]:
@@ -46,6 +64,14 @@ def _static(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(spec.name, "an input of any length")
     for node in graph.of_kind(*UNSUITED):
         yield Hit(node.name, f"{node.kind} runs on the CPU", WARNING)
+    for node in graph.of_kind(*POSITIONS):
+        sources = [graph.source(node, name) for name in POSITIONS[node.kind]]
+        if any(source is not None and not source.constant for source in sources):
+            yield Hit(node.name, f"{node.kind} at computed positions", WARNING)
+    for node in graph.of_kind("conv"):
+        width = (graph.shape(node, "weight") or (0,))[-1] or 0
+        if width > WIDEST_KERNEL:
+            yield Hit(node.name, f"a kernel of width {width}, the engine takes {WIDEST_KERNEL}", WARNING)
 
 
 def _elementwise(graph: Graph, chip: Chip) -> Iterator[Hit]:
@@ -91,6 +117,13 @@ SHAPE_RULES = (
         "linears run best as 1x1 convolutions on (1, C, 1, S) (Apple, ml-ane-transformers)",
         "emit conv",
         _linears,
+    ),
+    Rule(
+        "S3",
+        NOTE,
+        'last axes are padded to 64 bytes (Apple, "Deploying Transformers on the Apple Neural Engine")',
+        "choose a multiple of 32",
+        _alignment,
     ),
     Rule(
         "S4",

@@ -1,4 +1,4 @@
-"""Rules about constants, scales and states."""
+"""Rules about how constants are compressed and scaled."""
 
 from __future__ import annotations
 
@@ -9,79 +9,141 @@ from torch import Tensor
 
 from anequant.coreml.graph import Graph, Node
 from anequant.coreml.lint import ERROR, NOTE, WARNING, Chip, Hit, Rule
+from anequant.coreml.signatures import tensor_spec
 
 LUT = "constexpr_lut_to_dense"
 BLOCKS = "constexpr_blockwise_shift_scale"
-SPARSE = {"constexpr_sparse_to_dense", "constexpr_lut_to_sparse", "constexpr_sparse_blockwise_shift_scale"}
+AFFINE = "constexpr_affine_dequantize"
+SPARSE_TABLES = {"constexpr_lut_to_sparse", "constexpr_sparse_blockwise_shift_scale"}
+KNOWN = {LUT, BLOCKS, AFFINE, "constexpr_sparse_to_dense", *SPARSE_TABLES}
 CHANNELS_A_LUT = 8
-MOST_STATES = 2
-STATE_ALIGNMENT = 32
-LARGEST_SUM = 32768.0
-UPDATES = {"write_state", "coreml_update_state"}
+LONGEST_VECTOR = 16
+VALUES_OF_A_ROW, VALUES_OF_A_TENSOR = 16, 256
+"""What 4-bit and 8-bit codes hold: rows within the one in a tensor beyond the other share scaled codes."""
 
 
-def _lut_shape(graph: Graph, node: Node) -> tuple[int, ...]:
-    return tuple(size or 0 for size in graph.shape(node, "lut"))
+def _lut_shape(graph: Graph, node: Node) -> tuple[list[int], int, int]:
+    """Groups along each axis, entries and length of an entry; ([], 1, 1) for the form of iOS 16."""
+    sizes = [size or 0 for size in graph.shape(node, "lut")] or [1, 1]
+    return sizes[:-2], sizes[-2], sizes[-1]
 
 
 def _lut_groups(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind(LUT):
-        *groups, _, width = _lut_shape(graph, node) or (1, 1)
-        shape = node.outputs[0].shape
-        others = math.prod(groups[1:])
-        if others > 1:
-            what = "blocks" if groups[0] > 1 else "input channels"
-            yield Hit(node.name, f"{math.prod(groups)} lookup tables over {what}", ERROR)
+        groups, _, _ = _lut_shape(graph, node)
+        rows = node.outputs[0].shape[0] or 0
+        if math.prod(groups[1:]) > 1:
+            if groups[0] == 1:
+                yield Hit(node.name, f"{math.prod(groups)} lookup tables over input channels", ERROR)
         elif groups and groups[0] > 1:
-            few = groups[0] <= (shape[0] or 0) // CHANNELS_A_LUT
+            few = groups[0] <= rows // CHANNELS_A_LUT
             yield Hit(
-                node.name, f"{groups[0]} lookup tables for {shape[0]} output channels", None if few else ERROR
+                node.name, f"{groups[0]} lookup tables for {rows} output channels", None if few else ERROR
             )
-        if width > 1 and math.prod(groups) > 1:
-            yield Hit(node.name, "a vector table in groups", ERROR)
+
+
+def _lut_blocks(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.of_kind(LUT):
+        groups, _, _ = _lut_shape(graph, node)
+        if groups and groups[0] > 1 and math.prod(groups[1:]) > 1:
+            yield Hit(node.name, f"{math.prod(groups)} lookup tables over blocks")
+
+
+def _lut_vectors(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.of_kind(LUT):
+        groups, _, length = _lut_shape(graph, node)
+        axis = graph.value(node, "vector_axis")
+        if length > 1 and (math.prod(groups) > 1 or (isinstance(axis, Tensor) and int(axis) != 0)):
+            yield Hit(node.name, "a table of vectors in groups or along the input")
+        elif length > LONGEST_VECTOR:
+            yield Hit(node.name, f"a table of vectors of {length}, at most {LONGEST_VECTOR} run")
 
 
 def _widths(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind(LUT):
-        entries = (_lut_shape(graph, node) or (0, 1))[-2]
+        _, entries, _ = _lut_shape(graph, node)
         if entries in (8, 64):
             bits = entries.bit_length() - 1
             yield Hit(node.name, f"{bits} bits are read as {4 if bits == 3 else 8}")
 
 
+def _one_scale_a_row(rows: int | None, scale: tuple[int | None, ...]) -> bool:
+    return all(size == 1 for size in scale[1:]) and (not scale or scale[0] in (1, rows))
+
+
 def _scale_axes(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind(BLOCKS):
-        shape = graph.shape(node, "scale")
-        if any((size or 0) > 1 for size in shape[1:]):
-            yield Hit(node.name, f"scales of shape {list(shape)} along the input: it leaves the engine")
+        scale = graph.shape(node, "scale")
+        if not _one_scale_a_row(node.outputs[0].shape[0], scale):
+            yield Hit(node.name, f"scales of shape {list(scale)}, neither one nor one an output channel")
+    for node in graph.of_kind(AFFINE):
+        attributes = node.proto.attributes
+        axis = attributes["axis"].immediateValue.tensor.ints.values[0]
+        if tensor_spec("scale", attributes["scale"].type).shape and axis != 0:
+            yield Hit(node.name, f"scales along axis {axis} of a weight")
 
 
-def _sparse(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    for node in graph.of_kind(*SPARSE):
+def _integers(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    if chip.integers:
+        return
+    for node in graph.of_kind("conv", "linear"):
+        weight = graph.source(node, "weight")
+        if weight is None or weight.kind != BLOCKS or graph.source(weight, "data") is not None:
+            continue
+        if _one_scale_a_row(weight.outputs[0].shape[0], graph.shape(weight, "scale")):
+            yield Hit(node.name, "an integer weight without a lookup table")
+
+
+def _sparse_tables(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.of_kind(*SPARSE_TABLES):
         yield Hit(node.name, node.kind)
 
 
+def _unusual_constants(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.nodes:
+        if node.kind.startswith("constexpr_") and node.kind not in KNOWN:
+            yield Hit(node.name, node.kind)
+        elif node.kind == LUT and (source := graph.source(node, "lut")) is not None and source.constant:
+            yield Hit(node.name, "a lookup table that is itself quantized")
+
+
 def _folded_scales(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    """A convolution with one codebook whose result no vector multiplies."""
+    """A convolution with one codebook whose result no vector multiplies, or float rows of few values each.
+
+    Of the first, the program cannot say whether a scale was folded in before clustering or never existed.
+    """
     for node in graph.of_kind("conv"):
         weight = graph.source(node, "weight")
-        if weight is None or weight.kind != LUT:
-            continue
-        scaled = any(
-            user.kind == "mul" and _vector(graph, user, node.outputs[0].shape[1])
-            for user in graph.consumers(node)
-        )
-        if not scaled:
+        if weight is not None and weight.kind == LUT and not _is_scaled(graph, node):
             yield Hit(node.name, "a palettized convolution without an output scale")
+        elif weight is not None and weight.kind == "const" and _rows_of_few_values(graph.literal(weight)):
+            yield Hit(node.name, "a float convolution of scaled codes: few values a row, many in all")
 
 
-def _vector(graph: Graph, node: Node, channels: int | None) -> bool:
-    return any(
-        (source := graph.source(node, side)) is not None
-        and source.constant
-        and source.outputs[0].shape == (1, channels, 1, 1)
+def _is_scaled(graph: Graph, conv: Node) -> bool:
+    shape = (1, conv.outputs[0].shape[1], 1, 1)
+    sources = [
+        graph.source(user, side)
+        for user in graph.consumers(conv)
+        if user.kind == "mul"
         for side in ("x", "y")
+    ]
+    return any(
+        source is not None and source.constant and source.outputs[0].shape == shape for source in sources
     )
+
+
+def _rows_of_few_values(weight: Tensor | str) -> bool:
+    """Weight [out, in, ...], too short a row telling nothing. One row of many values ends the search."""
+    if isinstance(weight, str) or weight.ndim < 2 or weight[0].numel() < 4 * VALUES_OF_A_ROW:
+        return False
+    seen: set[float] = set()
+    for row in weight.flatten(1):
+        values = set(row.tolist())
+        if len(values) > VALUES_OF_A_ROW:
+            return False
+        seen |= values
+    return len(seen) > VALUES_OF_A_TENSOR
 
 
 def _palettized_scales(graph: Graph, chip: Chip) -> Iterator[Hit]:
@@ -104,46 +166,11 @@ def _dense_among_palettized(graph: Graph, chip: Chip) -> Iterator[Hit]:
                 yield Hit(name, "a float16 convolution among palettized ones")
 
 
-def _accumulators(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    for node in graph.of_kind("conv"):
-        weight = graph.source(node, "weight")
-        if weight is None or weight.kind != LUT:
-            continue
-        table = graph.value(weight, "lut")
-        shape = weight.outputs[0].shape
-        if isinstance(table, Tensor):
-            bound = float(table.abs().max()) * math.prod(size or 1 for size in shape[1:])
-            if bound > LARGEST_SUM:
-                yield Hit(node.name, f"inputs of one may add up to {bound:.0f} of {LARGEST_SUM:.0f}")
-
-
-def _states(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    for state in graph.spec.states:
-        if state.dtype != "fp16" or None in state.shape:
-            yield Hit(state.name, f"a state in {state.dtype} of shape {list(state.shape)}")
-    if len(graph.spec.states) > MOST_STATES:
-        yield Hit(graph.function, f"{len(graph.spec.states)} states")
-
-
-def _state_alignment(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    for state in graph.spec.states:
-        if (state.shape[-1] or 0) % STATE_ALIGNMENT:
-            yield Hit(state.name, f"a last axis of {state.shape[-1]}")
-
-
-def _state_updates(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    for node in graph.nodes:
-        if node.kind in UPDATES:
-            source = graph.source(node, "data") or graph.source(node, "value")
-            if source is not None and source.kind == "concat":
-                yield Hit(node.name, "a state shifted by concat")
-
-
 WEIGHT_RULES = (
     Rule(
         "W1",
         ERROR,
-        "scales inside a constant may vary over output channels only",
+        "scales inside a constant may vary over output channels only (Apple, opt-quantization-perf)",
         "multiply explicitly",
         _scale_axes,
     ),
@@ -158,59 +185,60 @@ WEIGHT_RULES = (
         "W3", NOTE, "the hardware reads 3 bits as 4 and 6 as 8", "the file is smaller all the same", _widths
     ),
     Rule(
+        "W4",
+        ERROR,
+        "tables over blocks of both axes fail to compile (CoreML-LLM, ANEC -14)",
+        "use one codebook for the tensor",
+        _lut_blocks,
+    ),
+    Rule(
+        "W5",
+        ERROR,
+        "tables of vectors run along output channels, up to 16 of them, and one a tensor",
+        "use one table along axis 0",
+        _lut_vectors,
+    ),
+    Rule(
         "W6",
         WARNING,
         "sparse tables are larger and slower on the engine",
         "leave weights dense",
-        _sparse,
+        _sparse_tables,
+    ),
+    Rule(
+        "W7",
+        NOTE,
+        "the engine is known to expand float tables, integers with scales and sparse constants only",
+        "check the placement on a Mac (anequant profile)",
+        _unusual_constants,
     ),
     Rule(
         "W8",
-        WARNING,
-        "fuse_conv_scale folds an output scale into the weight, which then needs another codebook",
-        "keep the scale as a mul after the convolution",
-        _folded_scales,
+        NOTE,
+        "direct integers beat float16 on M5 (cadamcat) and ran on the CPU on M4 (kasper0406)",
+        "measure there, or use a lookup table",
+        _integers,
     ),
     Rule(
         "W9",
+        WARNING,
+        "one codebook fits rows of all sizes badly (Apple, OPT-1.3B: perplexity 21.6, scaled 18.7), "
+        "and coremltools' fuse_conv_scale folds scales away",
+        "keep a scale as a mul after the convolution",
+        _folded_scales,
+    ),
+    Rule(
+        "W10",
         ERROR,
         "palettize_weights' global_config also rounds scale vectors",
         "palettize convolutions only (op_type_configs)",
         _palettized_scales,
     ),
     Rule(
-        "W10",
+        "W11",
         WARNING,
         "this weight is four times as large as its neighbours",
         "quantize it",
         _dense_among_palettized,
-    ),
-    Rule(
-        "N1",
-        WARNING,
-        "the accumulator is fixed point and overflows at 32768, in any partial sum (M4, M6)",
-        "move a power of two from codebook to scales",
-        _accumulators,
-    ),
-    Rule(
-        "T1",
-        ERROR,
-        "states are float16, static, and at most two a function",
-        "use one state for all layers",
-        _states,
-    ),
-    Rule(
-        "T2",
-        WARNING,
-        "a state's last axis must divide by 32 (coremltools 2631)",
-        "pad the head size",
-        _state_alignment,
-    ),
-    Rule(
-        "T3",
-        ERROR,
-        "shifting a state by concat fails to compile",
-        "write a slice at the position",
-        _state_updates,
     ),
 )

@@ -1,138 +1,132 @@
-"""A Decoder as a model of lm-evaluation-harness (Gao et al., EleutherAI), and its tasks run on it.
+"""A Decoder as a model of lm-evaluation-harness (Gao et al., EleutherAI).
 
-Likelihoods are sums of log-softmax in float32 over the continuation; a context that is too long loses its
-beginning, as in the harness's own models.
+Texts become tokens as the tokenizer makes them, its BOS included, as in the harness's own `hf` model;
+likelihoods are sums of log-softmax in float32 over the continuation. A prompt that is too long loses its
+beginning, which `shortened` counts. Importing this module takes lm-eval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
-import yaml
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from anequant.errors import UnsupportedError, UsageError
+from anequant.progress import Progress, silent
 from anequant.runtime.generate import Decoder, decoded, new_tokens, score
 from anequant.runtime.sampling import Sampling, chooser
 
 MOST_NEW_TOKENS = 256
+LONGEST_WINDOW = 2048
+"""Tokens of a rolling window where the context is longer: its logits are in memory at once."""
 
-Results = dict[str, dict[str, float]]
-"""Metric values by task and metric name."""
+Answer = TypeVar("Answer")
+Likelihood = tuple[float, bool]
 
 
-def run_tasks(decoder: Decoder, tokenizer: Any, first: int, stop: frozenset[int], tasks: str) -> Results:
-    """Run a comma-separated list of the harness's tasks, or of .yaml files that describe one.
+class HarnessModel(TemplateLM):  # type: ignore[misc]
+    """One request after the other: what runs here is a CPU and an interpreter.
 
-    `first` is the token before a text without context. Raises UsageError when lm-eval is not installed, a
-    task is unknown or needs a longer context, or the decoder tells only its best tokens;
-    UnsupportedError for a task that samples.
+    `first` is the token before a text without context, `stop` ends a completion. `at_work` is entered while
+    the decoder runs.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UsageError(
-            "lm-evaluation-harness is not installed", remedy="pip install 'anequant[eval]'"
-        ) from error
-    if not decoder.tells_all_logits:
-        raise UsageError(
-            "packages with arg-max heads tell no likelihoods", remedy="lower the checkpoint without --argmax"
-        )
-    names, folders = [], []
-    for task in map(str.strip, tasks.split(",")):
-        if task.endswith((".yaml", ".yml")):
-            names.append(_task_name(Path(task)))
-            folders.append(str(Path(task).parent))
-        else:
-            names.append(task)
-    manager = TaskManager(include_path=list(dict.fromkeys(folders)) or None)
-    unknown = [name for name in names if not manager.match_tasks([name])]
-    if unknown:
-        raise UsageError(f"lm-evaluation-harness knows no task '{unknown[0]}'")
-    model = _harness_model(decoder, tokenizer, first, stop)
-    outcome = simple_evaluate(model=model, tasks=names, task_manager=manager, bootstrap_iters=0)
-    return {
-        task: {name: value for name, value in values.items() if isinstance(value, float)}
-        for task, values in outcome["results"].items()
-    }
 
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Any,
+        first: int,
+        stop: frozenset[int],
+        progress: Progress = silent,
+        at_work: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        super().__init__()
+        self.shortened = 0
+        self._decoder = decoder
+        self._tokenizer = tokenizer
+        self._first = first
+        self._stop = stop
+        self._progress = progress
+        self._at_work = at_work
 
-def _task_name(path: Path) -> str:
-    """The `task` key of a task file; tags such as !function are the harness's business."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"task file '{path}' cannot be read: {error}") from error
-    for event in text.splitlines():
-        if event.startswith("task:"):
-            return str(yaml.safe_load(event)["task"])
-    raise UsageError(f"task file '{path}' names no task", remedy="give it a line `task: NAME`")
+    @property
+    def eot_token_id(self) -> int:
+        return self._first
 
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Tokens of a text; without `add_special_tokens`, BOS goes before it unless the text names it."""
+        if add_special_tokens is None:
+            bos = self._tokenizer.bos_token
+            add_special_tokens = bos is None or not string.startswith(bos)
+        tokens: list[int] = self._tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+        return tokens
 
-def _harness_model(decoder: Decoder, tokenizer: Any, first: int, stop: frozenset[int]) -> Any:
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """log p of whole texts after `first`, each token predicted once."""
 
-    class HarnessModel(TemplateLM):  # type: ignore[misc]
-        """One request after the other: what runs here is a CPU and an interpreter."""
+        def rolled(text: str) -> float:
+            tokens = self.tok_encode(text, add_special_tokens=False)
+            length = min(self._decoder.context, LONGEST_WINDOW)
+            windows = get_rolling_token_windows(tokens, self._first, length, 1)
+            return sum(likelihood(self._decoder, *make_disjoint_window(window))[0] for window in windows)
 
-        eot_token_id = first
-        prefix_token_id = first
+        return self._answers("text", [request.args for request in requests], rolled)
 
-        def tok_encode(
-            self, string: str, add_special_tokens: bool | None = None, **options: Any
-        ) -> list[int]:
-            tokens: list[int] = tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"]
-            return tokens
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy completions, each up to the first of its `until` texts."""
+        return self._answers("completion", [request.args for request in requests], self._completion)
 
-        def _loglikelihood_tokens(
-            self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any
-        ) -> list[tuple[float, bool]]:
-            return [likelihood(decoder, context, wanted) for _, context, wanted in requests]
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any
+    ) -> list[Likelihood]:
+        def scored(context: list[int], wanted: list[int]) -> Likelihood:
+            self.shortened += len(context) + len(wanted) > self._decoder.context + 1
+            return likelihood(self._decoder, context, wanted)
 
-        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-            totals = []
-            for request in requests:
-                tokens = self.tok_encode(request.args[0])
-                windows = get_rolling_token_windows(tokens, first, decoder.context, 1)
-                pairs = [make_disjoint_window(window) for window in windows]
-                totals.append(sum(likelihood(decoder, *pair)[0] for pair in pairs))
-            return totals
+        return self._answers("likelihood", [request[1:] for request in requests], scored)
 
-        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            return [complete(request.args[0], request.args[1]) for request in requests]
-
-    def complete(context: str, options: dict[str, Any]) -> str:
+    def _completion(self, context: str, options: dict[str, Any]) -> str:
         asked = normalize_gen_kwargs(options, MOST_NEW_TOKENS)
         limit, ends = asked["max_gen_toks"], asked["until"]
         if asked["do_sample"]:
             raise UnsupportedError("the task samples its answers, here they are greedy")
-        if limit >= decoder.context:
+        room = self._decoder.context - limit
+        if room < 1:
             raise UsageError(
-                f"the task wants {limit} new tokens, the model holds {decoder.context} with the prompt",
+                f"the task wants {limit} new tokens, the model holds {self._decoder.context} with the prompt",
                 remedy="packages can be lowered again with a larger --context",
             )
-        tokens = tokenizer(context, add_special_tokens=False)["input_ids"] or [first]
-        tokens = tokens[limit - decoder.context :]
-        decoder.reset()
+        tokens = self.tok_encode(context) or [self._first]
+        self.shortened += len(tokens) > room
+        self._decoder.reset()
+        produced = new_tokens(
+            self._decoder, tokens[-room:], chooser(Sampling()), limit=limit, stop=self._stop
+        )
         text = ""
-        for piece in decoded(
-            tokenizer, new_tokens(decoder, tokens, chooser(Sampling()), limit=limit, stop=stop)
-        ):
+        for piece in decoded(self._tokenizer, produced):
             text += piece
             found = [text.find(end) for end in ends if end in text]
             if found:
                 return text[: min(found)]
         return text
 
-    return HarnessModel()
+    def _answers(
+        self, what: str, requests: Sequence[tuple[Any, ...]], answer: Callable[..., Answer]
+    ) -> list[Answer]:
+        answers = []
+        with self._at_work():
+            for number, request in enumerate(requests):
+                self._progress(f"{what} {number + 1} of {len(requests)}", number / len(requests))
+                answers.append(answer(*request))
+        return answers
 
 
-def likelihood(decoder: Decoder, context: list[int], wanted: list[int]) -> tuple[float, bool]:
+def likelihood(decoder: Decoder, context: list[int], wanted: list[int]) -> Likelihood:
     """log p of `wanted` after a context of at least one token, and whether greedy decoding would say it.
 
     Raises UsageError when `wanted` alone is longer than the decoder's context.

@@ -25,11 +25,25 @@ def layer_errors(
 ) -> tuple[LayerError, ...]:
     """Both models on tokens [n, length]; `rotate` turns the base's hidden states into the model's basis."""
     runner = ReferenceModel(base.spec, torch.float32)
-    theirs = base.read(f"{EMBEDDING}.weight")[tokens].float()
-    ours = model.read(f"{EMBEDDING}.weight")[tokens].float()
+    ours, theirs = _embedded(model, tokens), _embedded(base, tokens)
     errors = []
     for layer in range(base.spec.num_layers):
         theirs = runner.run_layer(layer, base.layer(layer), theirs)
         ours = runner.run_layer(layer, model.layer(layer), ours)
-        errors.append(LayerError(layer, float((ours - rotate(theirs)).norm() / theirs.norm())))
+        errors.append(LayerError(layer, _relative_error(ours, theirs, rotate)))
     return tuple(errors)
+
+
+def embedding_error(
+    model: Weights, base: Weights, tokens: Tensor, rotate: Callable[[Tensor], Tensor]
+) -> float:
+    """The same error before the first layer; large when the two streams are in different bases."""
+    return _relative_error(_embedded(model, tokens), _embedded(base, tokens), rotate)
+
+
+def _embedded(model: Weights, tokens: Tensor) -> Tensor:
+    return model.read(f"{EMBEDDING}.weight")[tokens].float()
+
+
+def _relative_error(ours: Tensor, theirs: Tensor, rotate: Callable[[Tensor], Tensor]) -> float:
+    return float((ours - rotate(theirs)).norm() / theirs.norm())

@@ -17,14 +17,16 @@ from anequant.checkpoints.source import resolve_source
 from anequant.coreml.meta import META
 from anequant.errors import InputError, UsageError
 from anequant.evaluation.divergence import Quality, evaluate
-from anequant.evaluation.harness import Results, run_tasks
-from anequant.evaluation.layers import LayerError, layer_errors
+from anequant.evaluation.layers import LayerError, embedding_error, layer_errors
+from anequant.evaluation.tasks import TaskScores, run_tasks
 from anequant.pipeline.generate import open_text_model
 from anequant.progress import Progress, part_of, silent
 from anequant.recipe import Recipe, recipe_from_dict
 from anequant.rotation.plan import plan_rotations
 
 LAYER_WINDOWS = 8
+LARGEST_EMBEDDING_ERROR = 0.5
+"""Four bits cost a tenth; unrelated embeddings are 1.4 apart."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,12 @@ def evaluate_checkpoint(
     if missing is not None:
         return Evaluation(name, quality, None, missing)
     progress("layers", 0.8)
-    layers = layer_errors(checkpoint, original, tokens[:LAYER_WINDOWS], _rotation(checkpoint))
-    return Evaluation(name, quality, layers, None)
+    tokens, rotation = tokens[:LAYER_WINDOWS], _rotation(checkpoint)
+    off = embedding_error(checkpoint, original, tokens, rotation)
+    if off > LARGEST_EMBEDDING_ERROR:
+        missing = f"the embedding is {off:.0%} off the base's, as of another model or another rotation"
+        return Evaluation(name, quality, None, missing)
+    return Evaluation(name, quality, layer_errors(checkpoint, original, tokens, rotation), None)
 
 
 def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | None:
@@ -122,7 +128,7 @@ def _rotation(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
     return lambda hidden: hidden
 
 
-def evaluate_tasks(model: str, tasks: str, backend: str) -> Results:
+def evaluate_tasks(model: str, tasks: str, backend: str, progress: Progress = silent) -> TaskScores:
     """Run tasks of lm-evaluation-harness on a folder or hub id.
 
     Raises UsageError for packages with the backend transformers, and what `resolve_source`,
@@ -135,7 +141,7 @@ def evaluate_tasks(model: str, tasks: str, backend: str) -> Results:
         )
     opened = open_text_model(folder, backend)
     first = start_token(opened.tokenizer, read_json(opened.folder / "config.json"))
-    return run_tasks(opened.decoder, opened.tokenizer, first, opened.stop, tasks)
+    return run_tasks(opened.decoder, opened.tokenizer, first, opened.stop, tasks, progress)
 
 
 def _open(model: str, base: str | None) -> tuple[Checkpoint, Checkpoint | None]:

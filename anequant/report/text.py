@@ -8,7 +8,7 @@ from pathlib import Path
 from anequant.coreml.headroom import Headroom
 from anequant.coreml.lint import Finding
 from anequant.evaluation.divergence import Quality
-from anequant.evaluation.harness import Results
+from anequant.evaluation.tasks import TaskScores
 from anequant.pipeline.convert import ConvertResult
 from anequant.pipeline.evaluate import Evaluation
 from anequant.pipeline.folders import CHECKPOINT_FOLDER, PACKAGES_FOLDER
@@ -146,11 +146,18 @@ def evaluated(result: Evaluation) -> Rows:
     return rows
 
 
-def tasks(results: Results) -> Rows:
-    return [
-        (task, ", ".join(f"{name.removesuffix(',none')} {value:.4f}" for name, value in values.items()))
-        for task, values in results.items()
-    ]
+def tasks(result: TaskScores) -> Rows:
+    rows = []
+    for task, values in result.scores.items():
+        listed = [f"{name.removesuffix(',none')} {_score(value)}" for name, value in values.items()]
+        rows.append((task, ", ".join(listed)))
+    if result.shortened:
+        rows.append(("shortened", f"{result.shortened} prompts lost their beginning to fit the context"))
+    return rows
+
+
+def _score(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def profiled(result: DeviceProfile) -> Rows:

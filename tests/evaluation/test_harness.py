@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from anequant.cli import main
 from anequant.errors import UnsupportedError, UsageError
-from anequant.evaluation.harness import _harness_model, likelihood
 from anequant.pipeline.generate import TextModel, open_text_model
 from anequant.pipeline.lower import LowerOptions, lower
 from anequant.runtime.transformers_backend import TransformersModel
 
-pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'anequant[eval]'")
+harness = pytest.importorskip(
+    "anequant.evaluation.harness", reason="needs lm-eval: pip install 'anequant[eval]'"
+)
+likelihood = harness.likelihood
 
 CONTEXT = 48
 STORY = "the old man walked slowly down the road to the sea and looked at the boats. " * 7
@@ -31,19 +30,6 @@ PAIRS = [
     ("In the", " morning "),
     ("", "Once upon a time"),
 ]
-TASK = """task: colours
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: acc
-"""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +71,7 @@ def tolerance(model: TextModel) -> float:
 
 
 def adapter_of(model: TextModel) -> Any:
-    return _harness_model(model.decoder, model.tokenizer, 8189, model.stop)
+    return harness.HarnessModel(model.decoder, model.tokenizer, 8189, model.stop)
 
 
 class Request:
@@ -140,6 +126,52 @@ def test_a_long_text_rolls_through_the_context(model: TextModel, stock: Any) -> 
     assert total == pytest.approx(expected, rel=tolerance(model))
 
 
+def test_rolling_windows_are_no_longer_than_memory_allows(
+    model: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = model.tokenizer(STORY)["input_ids"][:24]
+    parts = [([8189], tokens[:16]), (tokens[7:16], tokens[16:])]
+    expected = sum(likelihood(model.decoder, *part)[0] for part in parts)
+    monkeypatch.setattr(harness, "LONGEST_WINDOW", 16)
+    (total,) = adapter_of(model).loglikelihood_rolling([Request(model.tokenizer.decode(tokens))])
+    assert total == pytest.approx(expected, rel=1e-6)
+
+
+class Beginning:
+    """The model's tokenizer, which begins every text with a BOS as Llama's does."""
+
+    bos_token, eos_token_id = "<|endoftext|>", 8189
+
+    def __init__(self, tokenizer: Any) -> None:
+        single = f"{self.bos_token} $A"
+        backend = type(tokenizer._tokenizer).from_str(tokenizer._tokenizer.to_str())
+        backend.post_processor = TemplateProcessing(single=single, special_tokens=[(self.bos_token, 8189)])
+        self.whole = PreTrainedTokenizerFast(tokenizer_object=backend)
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return self.whole(text, **options)
+
+    def decode(self, *args: Any, **options: Any) -> Any:
+        return self.whole.decode(*args, **options)
+
+
+def test_a_bos_that_the_tokenizer_gives_is_before_every_text_once(model: TextModel, stock: Any) -> None:
+    plain = model.tokenizer
+    adapter = harness.HarnessModel(model.decoder, Beginning(plain), 8189, model.stop)
+    context, wanted = plain("The man went to the")["input_ids"], plain(" door")["input_ids"]
+    expected, _ = log_probabilities(stock, [8189, *context], wanted)
+    for text in ("The man went to the", "<|endoftext|>The man went to the"):
+        ((total, _),) = adapter.loglikelihood([Request(text, " door")])
+        assert total == pytest.approx(float(expected.sum()), rel=tolerance(model))
+    whole, _ = log_probabilities(stock, [8189], context + wanted)
+    (total,) = adapter.loglikelihood_rolling([Request("The man went to the door")])
+    assert total == pytest.approx(float(whole.sum()), rel=tolerance(model))
+    model.decoder.reset()
+    best = int(model.decoder.feed([8189, *context]).argmax())
+    (text,) = adapter.generate_until([Request("The man went to the", {"until": [], "max_gen_toks": 1})])
+    assert text == plain.decode([best])
+
+
 def completion(model: TextModel, prompt: str, **options: Any) -> str:
     (text,) = adapter_of(model).generate_until([Request(prompt, options)])
     return str(text)
@@ -170,48 +202,21 @@ def test_a_prompt_too_long_loses_its_beginning(model: TextModel) -> None:
     assert completion(model, STORY, **options) == completion(model, kept, **options)
 
 
+def test_prompts_that_lose_their_beginning_are_counted(model: TextModel) -> None:
+    adapter = adapter_of(model)
+    adapter.loglikelihood([Request("The man", " went"), Request(STORY, " went")])
+    assert adapter.shortened == 1
+    options = {"max_gen_toks": 2, "until": []}
+    adapter.generate_until([Request(STORY, options), Request("The man", options)])
+    assert adapter.shortened == 2
+    tokens = model.tokenizer(STORY)["input_ids"]
+    fits = model.tokenizer.decode(tokens[:CONTEXT])
+    adapter.loglikelihood([Request(fits, model.tokenizer.decode(tokens[CONTEXT : CONTEXT + 1]))])
+    assert adapter.shortened == 2
+
+
 def test_generation_that_cannot_be_had_is_refused(model: TextModel) -> None:
     with pytest.raises(UsageError, match=f"wants {CONTEXT} new tokens, the model holds {CONTEXT}"):
         completion(model, "In the morning", until=[], max_gen_toks=CONTEXT)
     with pytest.raises(UnsupportedError, match="samples"):
         completion(model, "In the morning", until=[], max_gen_toks=4, do_sample=True, temperature=0.7)
-
-
-@pytest.fixture
-def task_file(tmp_path: Path) -> Path:
-    rows = [
-        {"question": "The sky is", "choices": [" blue", " qq zz xx"], "answer": 0},
-        {"question": "They went down to the", "choices": [" vv jj kk", " sea"], "answer": 1},
-    ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = tmp_path / "colours.yaml"
-    path.write_text(TASK.format(data=tmp_path / "data.jsonl"))
-    return path
-
-
-def test_a_task_from_a_file(model: TextModel, task_file: Path) -> None:
-    backend = "transformers" if isinstance(model.decoder, TransformersModel) else "interpreter"
-    arguments = ["eval", str(model.folder), "--lm-eval", str(task_file), "--backend", backend, "--json"]
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["tasks"]["colours"]["acc,none"] == 1.0
-
-
-@pytest.mark.parametrize(
-    ("tasks", "message"), [("no_such_task", "knows no task"), ("gone.yaml", "cannot be read")]
-)
-def test_an_unknown_task(checkpoint: Path, tasks: str, message: str) -> None:
-    result = CliRunner().invoke(main, ["eval", str(checkpoint), "--lm-eval", tasks])
-    assert result.exit_code == 2 and message in result.stderr
-
-
-def test_packages_are_not_for_transformers(tmp_path: Path) -> None:
-    (tmp_path / "meta.yaml").touch()
-    result = CliRunner().invoke(main, ["eval", str(tmp_path), "--lm-eval", "piqa"])
-    assert result.exit_code == 2 and "--backend interpreter" in result.stderr
-
-
-def test_without_the_harness(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    result = CliRunner().invoke(main, ["eval", str(checkpoint), "--lm-eval", "piqa"])
-    assert result.exit_code == 2 and "anequant[eval]" in result.stderr

@@ -19,7 +19,11 @@ from anequant.calibration.text import load_tokenizer, read_text, text_windows
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.cli import main
+from anequant.evaluation.layers import embedding_error, layer_errors
 from anequant.pipeline.evaluate import evaluate_checkpoint
+from anequant.pipeline.turned import TurnedModel
+from anequant.recipe import load_recipe
+from anequant.rotation.model import turn_model
 from anequant.rotation.plan import plan_rotations
 
 WINDOWS, LENGTH = 3, 48
@@ -110,6 +114,56 @@ def test_a_base_of_another_shape_compares_only_what_is_said(tiny_qwen2: Path, tm
     result = compared(tiny_qwen2, tmp_path)
     assert result.exit_code == 0 and "extra NLL" in result.stdout
     assert "not compared: the base has 2 layers of width 192, the checkpoint 4 of 192" in result.stdout
+
+
+def test_a_rotation_that_nothing_tells_is_noticed(
+    tiny_qwen2: Path, tmp_path: Path, quantize_model: Callable[..., Any]
+) -> None:
+    """Turned float weights without a recipe, and a base that the checkpoint was not made from."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.float32)
+    turn_model(model, load_recipe("w4-nearest"))
+    model.save_pretrained(tmp_path / "turned")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        shutil.copyfile(tiny_qwen2 / name, tmp_path / "turned" / name)
+    AutoModelForCausalLM.from_config(model.config).save_pretrained(tmp_path / "other")
+    quantized = quantize_model(tiny_qwen2, "w4-nearest").folder
+    for ours, base in ((tmp_path / "turned", tiny_qwen2), (quantized, tmp_path / "other")):
+        result = compared(ours, base)
+        assert result.exit_code == 0 and "not compared: the embedding is " in result.stdout
+
+
+@pytest.mark.parametrize("r1", ["none", "hadamard", "block-hadamard", "random"])
+@pytest.mark.parametrize("fold_scales", [False, True])
+def test_turning_alone_moves_nothing(tiny_qwen2: Path, r1: str, fold_scales: bool) -> None:
+    """The float model after folding and rotation, read as a model of its own."""
+    checkpoint = open_checkpoint(tiny_qwen2)
+    plan = plan_rotations(checkpoint.spec, load_recipe("w4-nearest", {"r1": r1}))
+    turned = TurnedWeights(TurnedModel(checkpoint, plan, fold_scales))
+    tokens = torch.randint(checkpoint.spec.vocab_size, (2, 32), generator=torch.Generator().manual_seed(1))
+    rotate = plan.r1.apply if plan.r1 is not None else lambda hidden: hidden
+    errors = layer_errors(turned, checkpoint, tokens, rotate)
+    assert max(error.relative_error for error in errors) < 2e-6
+    assert embedding_error(turned, checkpoint, tokens, rotate) < 1e-6
+    if plan.r1 is not None:
+        assert embedding_error(turned, checkpoint, tokens, lambda hidden: hidden) > 0.5
+
+
+class TurnedWeights:
+    """A TurnedModel's Weights up to the head."""
+
+    head_name = ""
+
+    def __init__(self, model: TurnedModel) -> None:
+        self.spec = model.spec
+        self.layer = model.float_layer
+        self._model = model
+
+    def read(self, name: str) -> Tensor:
+        assert name == "model.embed_tokens.weight"
+        return torch.cat(list(self._model.embedding()))
+
+    def final_gain(self) -> Tensor:
+        return torch.ones(self.spec.hidden_size)
 
 
 def test_a_quantized_base_is_in_a_basis_of_its_own(
