@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
-from anequant.calibration.tokens import WIKITEXT2, wikitext2
+from anequant.calibration.tokens import WIKITEXT2, listed_rows, wikitext2
 from anequant.checkpoints.reader import read_config
 from anequant.errors import ResourceError, UsageError
 from anequant.recipe import Calibration
@@ -45,11 +45,7 @@ def whole_calibration(source: str) -> Calibration:
     """
     if not source.endswith(".json"):
         return Calibration(source)
-    try:
-        rows = json.loads(read_text(Path(source)))
-        lengths = [len(row["input_ids"] if isinstance(row, dict) else row) for row in rows]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"calibration file '{source}' is no list of input_ids: {error}") from error
+    lengths = [len(row) if isinstance(row, list) else 0 for row in listed_rows(Path(source))]
     if min(lengths, default=0) < 2:
         raise UsageError(f"calibration file '{source}' holds no windows of two tokens or more")
     return Calibration(source, samples=len(lengths), length=min(lengths))

@@ -74,8 +74,12 @@ def _existing_text(source: str) -> str:
     return read_text(Path(source))
 
 
-def _listed_windows(path: Path, checkpoint: Checkpoint, count: int, length: int) -> Tensor:
-    """Windows from a JSON list of `input_ids` lists, or of objects with that key, as they stand."""
+def listed_rows(path: Path) -> list[Any]:
+    """The lists of token ids in a JSON file: a list of `input_ids` lists, of objects with that key, or an
+    object whose `input_ids` is such a list. Their content is not checked.
+
+    Raises UsageError for a file that holds none of these.
+    """
     try:
         rows = json.loads(read_text(path))
     except ValueError as error:
@@ -84,14 +88,16 @@ def _listed_windows(path: Path, checkpoint: Checkpoint, count: int, length: int)
         rows = rows.get("input_ids")
     if not isinstance(rows, list):
         raise UsageError(f"calibration file '{path}' holds no list of input_ids")
+    return [row.get("input_ids") if isinstance(row, dict) else row for row in rows]
+
+
+def _listed_windows(path: Path, checkpoint: Checkpoint, count: int, length: int) -> Tensor:
+    """Windows from a JSON file of token ids, as they stand."""
+    vocab = checkpoint.spec.vocab_size
     windows = []
-    for number, row in enumerate(rows):
-        ids = row.get("input_ids") if isinstance(row, dict) else row
-        vocab = checkpoint.spec.vocab_size
+    for number, ids in enumerate(listed_rows(path)):
         if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab for token in ids):
-            raise UsageError(
-                f"entry {number} of '{path}' is no list of token ids below {checkpoint.spec.vocab_size}"
-            )
+            raise UsageError(f"entry {number} of '{path}' is no list of token ids below {vocab}")
         if len(ids) >= length:
             windows.append(ids[:length])
     if not windows:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from anequant.calibration.saved import whole_calibration
 from anequant.calibration.tokens import calibration_tokens
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
@@ -184,3 +185,20 @@ def test_own_samples_are_as_surprising_as_the_model_expects(tiny: Checkpoint) ->
     entropy = -(log_p.exp() * log_p).sum(-1).mean()
     surprise = -log_p.gather(-1, tokens[:, 1:, None]).mean()
     assert float(surprise) == pytest.approx(float(entropy), rel=0.05)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_files_own_sizes(tmp_path: Path, form: str) -> None:
+    """All windows, cut to the shortest, whichever way the file holds them."""
+    path = tmp_path / "calib.json"
+    path.write_text(json.dumps(FORMS[form]))
+    assert whole_calibration(str(path)) == Calibration(str(path), samples=3, length=3)
+    assert whole_calibration("self") == Calibration("self")
+
+
+@pytest.mark.parametrize("content", ["[]", "[[1, 2], 7]", "[[1, 2], [3]]", '{"tokens": [[1, 2]]}', "{"])
+def test_a_file_without_sizes(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "calib.json"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"calib\.json"):
+        whole_calibration(str(path))
