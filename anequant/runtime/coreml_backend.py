@@ -70,6 +70,10 @@ class PackageModel:
             hidden = self._forward(token[None], INFER)
         return self._logits(hidden)
 
+    def feed_each(self, tokens: Sequence[int]) -> Tensor:
+        """As `feed`, one token after the other: logits float32 [n, vocab] for what follows each."""
+        return torch.stack([self.feed([token]) for token in tokens])
+
     def _forward(self, ids: Tensor, function: str) -> Tensor:
         length, start = len(ids), self.position
         hidden = self._embeddings.run({"input_ids": ids[None]})["hidden_states"]

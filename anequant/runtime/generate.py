@@ -17,7 +17,10 @@ Choice = Callable[[Tensor], int]
 
 
 class Decoder(Protocol):
-    """Feeds tokens after those before them; holds at most `context` of them, `position` so far."""
+    """Feeds tokens after those before them; holds at most `context` of them, `position` so far.
+
+    `feed` gives the logits [vocab] for what follows all of them, `feed_each` [n, vocab] for what follows each.
+    """
 
     position: int
 
@@ -27,6 +30,7 @@ class Decoder(Protocol):
     def tells_all_logits(self) -> bool: ...
     def reset(self) -> None: ...
     def feed(self, tokens: Sequence[int]) -> Tensor: ...
+    def feed_each(self, tokens: Sequence[int]) -> Tensor: ...
 
 
 def check_fits(decoder: Decoder, count: int) -> None:
@@ -64,9 +68,9 @@ def score(decoder: Decoder, tokens: Sequence[int], first: int) -> Tensor:
     `first` is at least 1. Starts from an empty context.
     """
     decoder.reset()
-    rows = [decoder.feed(tokens[:first])]
-    rows += [decoder.feed([token]) for token in tokens[first:-1]]
-    return torch.stack(rows)
+    start = decoder.feed(tokens[:first])[None]
+    rest = tokens[first:-1]
+    return torch.cat([start, decoder.feed_each(rest)]) if rest else start
 
 
 def decoded(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:

@@ -21,11 +21,11 @@ class TransformersModel:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        spec = open_checkpoint(folder).spec
+        open_checkpoint(folder)
         self._model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=torch.float32, trust_remote_code=False, local_files_only=True
         ).eval()
-        self.context = int(spec.config["max_position_embeddings"])
+        self.context = int(self._model.config.max_position_embeddings)
         self.reset()
 
     def reset(self) -> None:
@@ -33,13 +33,20 @@ class TransformersModel:
         self.position = 0
         self._cache = None
 
-    @torch.no_grad()
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Append tokens to the context; logits float32 [vocab] for what follows them."""
+        return self._run(tokens, 1)[0]
+
+    def feed_each(self, tokens: Sequence[int]) -> Tensor:
+        """Append tokens to the context; logits float32 [n, vocab] for what follows each of them."""
+        return self._run(tokens, len(tokens))
+
+    @torch.no_grad()
+    def _run(self, tokens: Sequence[int], last: int) -> Tensor:
         output = self._model(
-            torch.tensor([list(tokens)]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            torch.tensor([list(tokens)]), past_key_values=self._cache, use_cache=True, logits_to_keep=last
         )
         self._cache = output.past_key_values
         self.position += len(tokens)
-        logits: Tensor = output.logits[0, -1].float()
+        logits: Tensor = output.logits[0].float()
         return logits
