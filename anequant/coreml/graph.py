@@ -13,13 +13,14 @@ from anequant.coreml.signatures import FunctionSpec, TensorSpec, block_of, funct
 from anequant.coreml.storage import Weights, model_file, read_model
 from anequant.coreml.toolkit import MIL_pb2
 
+LUT, BLOCKS = "constexpr_lut_to_dense", "constexpr_blockwise_shift_scale"
 STRING = MIL_pb2.DataType.Value("STRING")
 
 
 @dataclass(frozen=True)
 class Node:
     """An operation: its `outputs`, and for each input the names of the values it takes, None for an
-    immediate one. `offset` is where a constant lies in the weight file."""
+    immediate one."""
 
     kind: str
     outputs: tuple[TensorSpec, ...]

@@ -12,8 +12,8 @@ from anequant.calibration.ranges import LayerRange, power_of_two_below
 from anequant.checkpoints.layers import QuantizedLayer
 from anequant.errors import UnsupportedError
 from anequant.quantization.linear import QuantizedLinear
+from anequant.quantization.quantize import LARGEST_FLOAT16
 
-LARGEST_FLOAT16 = 65504.0
 LARGEST_SUM = 32768.0
 MARGIN = 4.0
 """Other tokens than the measured ones may be this much louder before anything overflows."""

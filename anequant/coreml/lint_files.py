@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from anequant.coreml.graph import Graph
-from anequant.coreml.lint import ERROR, WARNING, Chip, Hit, Rule
 from anequant.coreml.package import WEIGHT_FILE
+from anequant.coreml.rule import ERROR, WARNING, Hit, Rule
 from anequant.coreml.storage import Weights, model_file
 
 PHONE_BYTES, MAC_BYTES = 950_000_000, 2_000_000_000
@@ -68,29 +68,7 @@ def _digest(content: Tensor) -> str:
     return form + hashlib.sha256(content.numpy().tobytes()).hexdigest()
 
 
-def _no_check(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    return iter(())
-
-
-PACKAGE_RULES: tuple[tuple[Rule, Callable[[Sequence[Graph], Path], Iterator[Hit]]], ...] = (
-    (
-        Rule(
-            "P1",
-            WARNING,
-            "iOS loads about 1 GB a package, macOS 2 GB",
-            "use more chunks",
-            _no_check,
-        ),
-        _size,
-    ),
-    (
-        Rule(
-            "P2",
-            WARNING,
-            "functions share weights by weight_id only",
-            "give equal constants one id",
-            _no_check,
-        ),
-        _sharing,
-    ),
+PACKAGE_RULES = (
+    Rule("P1", WARNING, "iOS loads about 1 GB a package, macOS 2 GB", "use more chunks", _size),
+    Rule("P2", WARNING, "functions share weights by weight_id only", "give equal constants one id", _sharing),
 )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from anequant.coreml.graph import Graph
-from anequant.coreml.lint import ERROR, NOTE, WARNING, Chip, Hit, Rule
+from anequant.coreml.rule import ERROR, NOTE, WARNING, Chip, Hit, Rule
+from anequant.quantization.quantize import LARGEST_FLOAT16
 
 INT32_OPERATIONS = {
     *("add", "sub", "concat", "gather", "reduce_argmax", "squeeze", "expand_dims", "reshape", "cast"),
@@ -22,7 +23,6 @@ AFTER_CHOICE = {"squeeze", "concat", "reshape", "expand_dims", "cast", "identity
 SQUARING = {"rsqrt", "reduce_sum_square", "reduce_l2_norm", "l2_norm"}
 CHOOSING = {"topk", "reduce_argmax", "argsort"}
 LONGEST_GATHER = 65535
-SMALLEST_FLOAT16 = -65504.0
 IDENTIFIER = re.compile(r"[A-Za-z_@][A-Za-z0-9_@]*")
 
 
@@ -54,7 +54,7 @@ def _infinities(graph: Graph, chip: Chip) -> Iterator[Hit]:
                 continue
             if bool(torch.isinf(value).any()):
                 yield Hit(node.name, "a constant with infinities")
-            elif float(value.min()) <= SMALLEST_FLOAT16:
+            elif float(value.min()) <= -LARGEST_FLOAT16:
                 yield Hit(node.name, "a constant at float16's end, infinite with any score below it", WARNING)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anequant.coreml.graph import Graph
-from anequant.coreml.lint import ERROR, NOTE, WARNING, Chip, Hit, Rule
+from anequant.coreml.rule import ERROR, NOTE, WARNING, Chip, Hit, Rule
 
 UNSUITED = {
     *("gather_nd", "gather_along_axis", "tile", "non_zero", "while_loop", "cond", "scatter", "scatter_nd"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anequant.coreml.graph import Graph, Node
-from anequant.coreml.lint import ERROR, WARNING, Chip, Hit, Rule
+from anequant.coreml.rule import ERROR, WARNING, Chip, Hit, Rule
 
 MOST_STATES = 2
 STATE_ALIGNMENT = 32

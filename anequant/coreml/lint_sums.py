@@ -15,13 +15,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from anequant.coreml.graph import Graph, Node
-from anequant.coreml.lint import WARNING, Chip, Hit, Rule
+from anequant.coreml.graph import BLOCKS, LUT, Graph, Node
+from anequant.coreml.headroom import LARGEST_SUM
 from anequant.coreml.operators import OPERATORS
+from anequant.coreml.rule import WARNING, Chip, Hit, Rule
 from anequant.coreml.storage import Palettized
 
-LUT, BLOCKS = "constexpr_lut_to_dense", "constexpr_blockwise_shift_scale"
-LARGEST_SUM = 32768.0
 LEAST_INPUT = 1.0
 
 

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from anequant.coreml.graph import Graph, Node
-from anequant.coreml.lint import ERROR, NOTE, WARNING, Chip, Hit, Rule
+from anequant.coreml.graph import BLOCKS, LUT, Graph, Node
+from anequant.coreml.rule import ERROR, NOTE, WARNING, Chip, Hit, Rule
 from anequant.coreml.signatures import tensor_spec
 
-LUT = "constexpr_lut_to_dense"
-BLOCKS = "constexpr_blockwise_shift_scale"
 AFFINE = "constexpr_affine_dequantize"
 SPARSE_TABLES = {"constexpr_lut_to_sparse", "constexpr_sparse_blockwise_shift_scale"}
 KNOWN = {LUT, BLOCKS, AFFINE, "constexpr_sparse_to_dense", *SPARSE_TABLES}

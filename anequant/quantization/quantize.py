@@ -12,8 +12,8 @@ from anequant.quantization.codebook import best_uniform_step, lloyd_max, nearest
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.scales import balanced_scales, float16_scales, output_scale, tensor_scale
 
-BIAS_BOUND = 65504.0 / 2
 LARGEST_FLOAT16 = 65504.0
+BIAS_BOUND = LARGEST_FLOAT16 / 2
 
 
 @dataclass(frozen=True)

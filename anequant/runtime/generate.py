@@ -19,7 +19,7 @@ Choice = Callable[[Tensor], int]
 class Decoder(Protocol):
     """Feeds tokens after those before them; holds at most `context` of them, `position` so far.
 
-    `feed` gives the logits [vocab] for what follows all of them, `feed_each` [n, vocab] for what follows each.
+    `feed` gives logits [vocab] for what follows all of them, `feed_each` [n, vocab] for what follows each.
     """
 
     position: int

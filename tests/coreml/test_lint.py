@@ -18,7 +18,7 @@ from torch import nn
 
 from anequant.checkpoints.source import Source
 from anequant.cli import main
-from anequant.coreml.lint import CHIPS, Finding, lint_package
+from anequant.coreml.lint import Finding, lint_package
 from anequant.coreml.lint_rules import GRAPH_RULES
 from anequant.coreml.lint_shapes import SHAPE_RULES
 from anequant.coreml.lint_states import STATE_RULES
@@ -26,6 +26,7 @@ from anequant.coreml.lint_sums import SUM_RULES
 from anequant.coreml.lint_weights import WEIGHT_RULES
 from anequant.coreml.package import MODEL_FILE, WEIGHT_FILE, save_package
 from anequant.coreml.program import build_program
+from anequant.coreml.rule import CHIPS
 from anequant.coreml.storage import read_model
 from anequant.coreml.toolkit import TARGET, Function, MIL_pb2, ct, get_new_symbol, mb, types
 from anequant.errors import InputError, UsageError, VerificationError

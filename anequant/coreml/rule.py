@@ -1,0 +1,53 @@
+"""What a lint rule is, and which chips it may depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+ERROR, WARNING, NOTE = "error", "warning", "note"
+
+
+@dataclass(frozen=True)
+class Chip:
+    """`axis` is the longest axis of a tensor, `w8a8` whether 8-bit activations are faster than float16, and
+    `integers` whether direct integer weights were measured to be."""
+
+    name: str
+    axis: int
+    w8a8: bool = False
+    integers: bool = False
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        *(Chip(name, 16384) for name in ("any", "a14", "a15", "a16", "m1", "m2", "m3")),
+        Chip("a17", 16384, w8a8=True),
+        *(Chip(name, 65536, w8a8=True) for name in ("a18", "a19", "m4", "m6")),
+        Chip("m5", 65536, w8a8=True, integers=True),
+    )
+}
+"""By generation of the engine (H13 to H15: 16384; H16 on: 65536). `any` is the strictest. The a17 is not
+placed by the source for axes and so counts as the older one; 8-bit activations pay off from it on (Apple)."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """Where a rule is broken and how; `severity` overrides the rule's."""
+
+    op: str
+    detail: str
+    severity: str | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`why` names the source. `check` yields a Hit for every breach: a rule about functions takes a Graph and
+    a Chip, a rule about packages all of a package's graphs and its folder."""
+
+    id: str
+    severity: str
+    why: str
+    remedy: str
+    check: Callable[..., Iterator[Hit]]
