@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from anequant.cli_options import (
-    LOWERING,
     backend_option,
     calibration_options,
     command,
@@ -17,6 +16,7 @@ from anequant.cli_options import (
     lowering_options,
     output_options,
     read_calibration,
+    read_lowering,
     read_recipe,
     recipe_options,
 )
@@ -62,14 +62,13 @@ def quantize(console: Console, model: str, output: Path, force: bool, **options:
 @output_options
 @lowering_options
 @command
-def lower(console: Console, checkpoint: Path, output: Path, force: bool, **sizes: Any) -> None:
+def lower(console: Console, checkpoint: Path, output: Path, force: bool, **options: Any) -> None:
     """Lower a quantized CHECKPOINT to Core ML packages in a new folder."""
-    from anequant.pipeline.lower import LowerOptions
     from anequant.pipeline.lower import lower as run
     from anequant.report import text
 
     with console.progress("lower") as progress:
-        result = run(checkpoint, output, LowerOptions(**sizes), force=force, progress=progress)
+        result = run(checkpoint, output, read_lowering(options), force=force, progress=progress)
     console.result({"output": str(output), **result.to_dict()}, text.lowered(output, result))
 
 
@@ -85,13 +84,12 @@ def convert(console: Console, model: str | None, output: Path, force: bool, **op
     recipe, calibration = read_recipe(options), read_calibration(options)
     from anequant.checkpoints.source import resolve_source
     from anequant.pipeline.convert import convert as run
-    from anequant.pipeline.lower import LowerOptions
     from anequant.report import text
 
     source = resolve_source(model)
     if model is None:
         console.note(f"no model named: converting the bundled {source.name}")
-    sizes = LowerOptions(**{name: options[name] for name in LOWERING})
+    sizes = read_lowering(options)
     with console.progress("convert") as progress:
         result = run(source, output, recipe, calibration, sizes, force=force, progress=progress)
     console.result(

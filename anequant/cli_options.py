@@ -13,7 +13,7 @@ import click
 
 from anequant.console import Console
 from anequant.errors import INTERRUPTED, AnequantError, ResourceError
-from anequant.recipe import DEFAULT_RECIPE, Calibration, Recipe, load_recipe, named_recipes
+from anequant.recipe import DEFAULT_RECIPE, Calibration, LowerOptions, Recipe, load_recipe, named_recipes
 
 Run = Callable[..., None]
 
@@ -121,24 +121,26 @@ def _chunk_count(context: click.Context, option: click.Parameter, value: str) ->
 
 
 def lowering_options(run: Run) -> Run:
-    """One option for every field of LowerOptions; named in LOWERING."""
+    """One option for every field of LowerOptions; `read_lowering` reads them."""
+    default = LowerOptions()
     prefix = "Beginning of the file names, instead of the architecture's."
     run = click.option("--prefix", metavar="NAME", help=prefix)(run)
     argmax = "End the head in the best token of each part instead of logits."
     run = click.option("--argmax", is_flag=True, help=argmax)(run)
     number = "Number of decoder packages; auto takes as few as --max-chunk-mb allows."
     run = click.option("--chunks", default="auto", show_default=True, callback=_chunk_count, help=number)(run)
-    for name, default, text in (
-        ("--max-chunk-mb", 950, "Most megabytes of a package with --chunks auto."),
-        ("--batch", 64, "Positions that prefill takes at once."),
-        ("--context", 512, "Most tokens the packages hold."),
+    for name, value, text in (
+        ("--max-chunk-mb", default.max_chunk_mb, "Most megabytes of a package with --chunks auto."),
+        ("--batch", default.batch, "Positions that prefill takes at once."),
+        ("--context", default.context, "Most tokens the packages hold."),
     ):
-        run = click.option(name, type=int, default=default, show_default=True, help=text)(run)
+        run = click.option(name, type=int, default=value, show_default=True, help=text)(run)
     return run
 
 
-LOWERING = ("context", "batch", "chunks", "max_chunk_mb", "argmax", "prefix")
-"""The fields of LowerOptions, which this module must not import: it would take torch along."""
+def read_lowering(options: dict[str, Any]) -> LowerOptions:
+    """The LowerOptions of `lowering_options`."""
+    return LowerOptions(**{item.name: options[item.name] for item in dataclasses.fields(LowerOptions)})
 
 
 def generation_options(run: Run) -> Run:

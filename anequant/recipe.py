@@ -1,4 +1,5 @@
-"""A Recipe: one value for each orthogonal choice, and the strict loader of recipe files.
+"""A Recipe: one value for each orthogonal choice, and the strict loader of recipe files; beside it, what
+else a run is told: Calibration and LowerOptions.
 
 The fields below are the single place that names the choices; the command line's options and the
 validation both read them from here. Named recipes are the files in `configs/`.
@@ -134,6 +135,26 @@ class Calibration:
     samples: int = 48
     length: int = 512
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class LowerOptions:
+    """What is fixed in the packages that a checkpoint is lowered to.
+
+    context        positions the state holds
+    batch          positions that prefill takes at once
+    chunks         decoder packages; None: as few as keep every package within `max_chunk_mb`
+    max_chunk_mb   millions of bytes
+    argmax         the head ends in the best token of each part instead of logits
+    prefix         of the file names; None: ANEMLL's for the architecture
+    """
+
+    context: int = 512
+    batch: int = 64
+    chunks: int | None = None
+    max_chunk_mb: int = 950
+    argmax: bool = False
+    prefix: str | None = None
 
 
 def load_recipe(name_or_path: str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:

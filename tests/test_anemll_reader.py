@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anequant.coreml.interpreter import Package
-from anequant.pipeline.lower import LowerOptions, lower
+from anequant.pipeline.lower import lower
+from anequant.recipe import LowerOptions
 
 CONTEXT, BATCH, NEW_TOKENS = 48, 16, 12
 PROMPTS = [

@@ -20,8 +20,9 @@ from anequant.architectures.spec import layer_prefix
 from anequant.calibration.forward import logits
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import open_checkpoint
-from anequant.pipeline.lower import LowerOptions, lower
+from anequant.pipeline.lower import lower
 from anequant.pipeline.verify import verify_checkpoint, verify_packages
+from anequant.recipe import LowerOptions
 
 SIZES = LowerOptions(context=80, batch=16)
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -16,7 +16,7 @@ from anequant.coreml.lint import Finding
 from anequant.evaluation.divergence import Quality, evaluate
 from anequant.pipeline.folders import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.pipeline.lint import lint, require_clean
-from anequant.pipeline.lower import LowerOptions, LowerResult, check_lowering, lower_into
+from anequant.pipeline.lower import LowerResult, check_lowering, lower_into
 from anequant.pipeline.quantize import QuantizeResult, quantize_into
 from anequant.pipeline.verify import (
     CheckpointCheck,
@@ -25,7 +25,7 @@ from anequant.pipeline.verify import (
     verify_packages,
 )
 from anequant.progress import Progress, part_of, silent
-from anequant.recipe import Calibration, Recipe
+from anequant.recipe import Calibration, LowerOptions, Recipe
 
 SAMPLE_WINDOWS, SAMPLE_LENGTH = 4, 256
 
@@ -38,7 +38,7 @@ class ConvertResult:
     lowered: LowerResult
     checkpoint: CheckpointCheck
     packages: PackageCheck
-    lint: list[Finding]
+    lint: tuple[Finding, ...]
     quality: Quality | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def convert(
             lowered,
             verify_checkpoint(checkpoint, progress=part_of(progress, "verify", 0.5, 0.55)),
             verify_packages(packages, checkpoint, progress=part_of(progress, "verify", 0.55, 0.8)),
-            require_clean(lint(packages)),
+            tuple(require_clean(lint(packages))),
             sample_quality(source.folder, checkpoint, part_of(progress, "measure", 0.8, 1.0)),
         )
         contents = {"recipe": recipe.to_dict(), "measured": result.to_dict(), "files": file_hashes(staging)}

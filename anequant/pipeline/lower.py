@@ -29,31 +29,11 @@ from anequant.pipeline.chunks import chunk_ranges, constant_bytes, least_chunks
 from anequant.pipeline.probe import probe_tokens
 from anequant.progress import Progress, silent
 from anequant.quantization.linear import QuantizedLinear
+from anequant.recipe import LowerOptions
 
 LARGEST_AXIS = 16384
 MOST_HEAD_PARTS = 64
 RANGE_TOKENS = 128
-MOST_MEGABYTES = 950
-
-
-@dataclass(frozen=True)
-class LowerOptions:
-    """What is fixed in the packages.
-
-    context        positions the state holds
-    batch          positions that prefill takes at once
-    chunks         decoder packages; None: as few as keep every package within `max_chunk_mb`
-    max_chunk_mb   millions of bytes
-    argmax         the head ends in the best token of each part instead of logits
-    prefix         of the file names; None: ANEMLL's for the architecture
-    """
-
-    context: int = 512
-    batch: int = 64
-    chunks: int | None = None
-    max_chunk_mb: int = MOST_MEGABYTES
-    argmax: bool = False
-    prefix: str | None = None
 
 
 @dataclass(frozen=True)

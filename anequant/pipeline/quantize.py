@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anequant.architectures.spec import layer_prefix
 from anequant.calibration.distill import TuneResult
 from anequant.calibration.sensitivity import rounding_losses
 from anequant.calibration.tokens import calibration_tokens
@@ -120,11 +122,11 @@ def _projection_bits(
         seed=recipe.seed,
         progress=progress,
     )
-    shapes = {linear.name: spec.shape(linear) for linear in spec.architecture.linears}
-    sizes = {}
-    for name in losses:
-        rows, columns = next(shape for suffix, shape in shapes.items() if name.endswith(suffix))
-        sizes[name] = rows * columns
+    sizes = {
+        layer_prefix(layer) + linear.name: math.prod(spec.shape(linear))
+        for layer in range(spec.num_layers)
+        for linear in spec.architecture.linears
+    }
     return allocate_bits(losses, sizes, recipe.target_bits)
 
 

@@ -20,8 +20,9 @@ from anequant.coreml import headroom
 from anequant.coreml.interpreter import Package
 from anequant.coreml.meta import read_meta
 from anequant.errors import UnsupportedError
-from anequant.pipeline.lower import LowerOptions, lower
+from anequant.pipeline.lower import lower
 from anequant.pipeline.verify import verify_packages
+from anequant.recipe import LowerOptions
 from anequant.runtime.coreml_backend import PackageModel
 
 SIZES = LowerOptions(context=32, batch=16)

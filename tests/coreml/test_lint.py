@@ -32,8 +32,8 @@ from anequant.coreml.toolkit import TARGET, Function, MIL_pb2, ct, get_new_symbo
 from anequant.errors import InputError, UsageError, VerificationError
 from anequant.pipeline.convert import convert
 from anequant.pipeline.lint import lint, require_clean
-from anequant.pipeline.lower import LowerOptions, lower
-from anequant.recipe import Calibration, load_recipe
+from anequant.pipeline.lower import lower
+from anequant.recipe import Calibration, LowerOptions, load_recipe
 
 Body = Callable[[dict[str, Any]], Any]
 C, S = 64, 32

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from anequant.errors import UnsupportedError, UsageError
 from anequant.pipeline.generate import TextModel, open_text_model
-from anequant.pipeline.lower import LowerOptions, lower
+from anequant.pipeline.lower import lower
+from anequant.recipe import LowerOptions
 from anequant.runtime.transformers_backend import TransformersModel
 
 harness = pytest.importorskip(

@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 
 from anequant import console
 from anequant.cli import main
-from anequant.pipeline.lower import LowerOptions, lower
+from anequant.pipeline.lower import lower
+from anequant.recipe import LowerOptions
 
 QUESTIONS = [
     {"question": "The sky is", "choices": [" blue", " qq zz xx"], "answer": 0},

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from anequant.cli import main
 from anequant.errors import UnsupportedError, UsageError
 from anequant.pipeline.generate import Chat, continue_text, open_text_model, stop_tokens
-from anequant.pipeline.lower import LowerOptions, lower
+from anequant.pipeline.lower import lower
+from anequant.recipe import LowerOptions
 from anequant.runtime.generate import decoded, new_tokens, score
 from anequant.runtime.sampling import Sampling
 
