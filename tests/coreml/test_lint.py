@@ -501,7 +501,7 @@ def test_convert_ends_with_lint_and_writes_nothing_on_errors(
     model = make_model(tmp_path / "model", "llama", False, vocab_size=112)
     job = Source(model, "model"), tmp_path / "out", load_recipe("w4-nearest"), FEW_TOKENS
     result = convert(*job, LowerOptions(64, 32))
-    assert lint(tmp_path / "out") == lint(tmp_path / "out" / "packages") == result.lint
+    assert lint(tmp_path / "out") == lint(tmp_path / "out" / "packages") == list(result.lint)
     assert result.to_dict()["lint"] == [asdict(finding) for finding in result.lint]
 
     finding = replace(result.lint[0], severity="error")
