@@ -13,7 +13,8 @@ import click
 
 from anequant.console import Console
 from anequant.errors import INTERRUPTED, AnequantError, ResourceError
-from anequant.recipe import DEFAULT_RECIPE, Calibration, LowerOptions, Recipe, load_recipe, named_recipes
+from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.recipe_files import DEFAULT_RECIPE, load_recipe, named_recipes
 
 Run = Callable[..., None]
 

@@ -1,37 +1,27 @@
-"""A Recipe: one value for each orthogonal choice, and the strict loader of recipe files; beside it, what
-else a run is told: Calibration and LowerOptions.
+"""A Recipe: one value for each orthogonal choice; beside it, what else a run is told: Calibration and
+LowerOptions.
 
 The fields below are the single place that names the choices; the command line's options and the
-validation both read them from here. Named recipes are the files in `configs/`.
+validation both read them from here. Recipe files are read in `recipe_files`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
+from anequant.errors import UsageError
 
-from anequant.errors import UsageError, did_you_mean
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-DEFAULT_RECIPE = "w4-ane"
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 WIDTHS = (2, 3, 4, 6, 8)
-RECIPE_SUFFIXES = (".toml", ".json", ".yaml", ".yml")
+GROUPS = (32, 64, 128)
 
 
-def _choice(default: Any, choices: tuple[Any, ...] | None, text: str) -> Any:
-    return field(default=default, metadata={"choices": choices, "help": text})
+def _choice(default: Any, choices: tuple[Any, ...] | None, text: str, most: int | None = None) -> Any:
+    """A key of the recipe: one of `choices`, or a number from 0 to `most`."""
+    return field(default=default, metadata={"choices": choices, "help": text, "most": most})
 
 
 @dataclass(frozen=True)
@@ -40,23 +30,33 @@ class Recipe:
 
     r1: str = _choice(
         "block-hadamard",
-        ("none", "hadamard", "block-hadamard", "random"),
-        "Rotation of the residual stream.",
+        ("none", "hadamard", "block-hadamard", "random", "pca", "file"),
+        "Rotation of the residual stream; file: as --rotations says.",
     )
     r1_block: int = _choice(64, None, "Block size of the block-hadamard R1, a power of two.")
-    r2: str = _choice("hadamard", ("none", "hadamard"), "Rotation of each value head.")
-    seed: int = _choice(0, None, "Seed of the rotations' random signs.")
+    r2: str = _choice("hadamard", ("none", "hadamard", "file"), "Rotation of each value head.")
+    r3: str = _choice("none", ("none", "hadamard"), "Online rotation of q and k after RoPE.")
+    r4: str = _choice("none", ("none", "hadamard", "block-hadamard"), "Online rotation of down_proj's input.")
+    r4_block: int = _choice(64, None, "Block size of the block-hadamard R4, a power of two.")
+    seed: int = _choice(0, None, "Seed of the rotations' random signs.", most=2**63 - 1)
+    restarts: int = _choice(
+        1, None, "Seeds to try for R1 and R2, from `seed` on; the one with the least KL stays.", most=1000
+    )
+    learn: int = _choice(0, None, "Steps of Cayley descent that R1 and R2 learn for.", most=1_000_000)
     codebook: str = _choice("lut", ("uniform", "lut"), "Integers, or free entries (Lloyd-Max).")
     scales: str = _choice(
         "balanced",
-        ("tensor", "output", "balanced"),
-        "One scale, one per row, or one per row and column.",
+        ("tensor", "output", "balanced", "group"),
+        "One scale, one per row, one per row and column, or one per row and group of columns.",
     )
+    group_size: int = _choice(32, GROUPS, "Columns that share a scale with scales = group.")
     rounding: str = _choice("gptq", ("nearest", "gptq"), "How weights become codes.")
-    correction: float = _choice(0.5, None, "Share of the target correction that gptq applies, 0 to 1.")
-    descent: int = _choice(2, None, "Passes of coordinate descent over the codes after gptq.")
+    correction: float = _choice(
+        0.5, None, "Share of the target correction that gptq applies, 0 to 1.", most=1
+    )
+    descent: int = _choice(2, None, "Passes of coordinate descent over the codes after gptq.", most=100)
     refinement: int = _choice(
-        4, None, "Rounds of least squares for codebook and scales, each with another pass."
+        4, None, "Rounds of least squares for codebook and scales, each with another pass.", most=100
     )
     fold_input_scales: bool = _choice(
         False, None, "Move every input scale into the norm or the linear before it."
@@ -64,49 +64,74 @@ class Recipe:
     premultiply_scales: bool = _choice(
         False, None, "Write scales of one: each tensor's single scale goes into its codebook."
     )
-    tune: int = _choice(0, None, "Steps of distillation from the float model, codes fixed.")
-    bits: int = _choice(4, WIDTHS, "Bits per weight of the seven projections of a layer.")
+    tune: int = _choice(0, None, "Steps of distillation from the float model, codes fixed.", most=1_000_000)
+    bits: int = _choice(
+        4, (*WIDTHS, 16), "Bits per weight of the seven projections of a layer; 16 keeps fp16."
+    )
     target_bits: float = _choice(
-        0.0, None, "Average bits per projection weight: each gets one of mixed_bits. 0: all get `bits`."
+        0.0,
+        None,
+        "Average bits per projection weight: each gets one of mixed_bits. 0: all get `bits`.",
+        most=8,
     )
     mixed_bits: str = _choice("4,8", None, "Widths that target_bits chooses from.")
     head_bits: int = _choice(16, (16, 8, 6, 4), "Bits per weight of the head; 16 keeps fp16.")
     embedding_bits: int = _choice(16, (16, 8, 6, 4), "Bits per weight of the embedding; 16 keeps fp16.")
+    activation_bits: int = _choice(16, (16, 8, 4), "Bits of every projection's input; 16 keeps it float.")
+    activation_overrides: str = _choice(
+        "", None, "Other bits for some projections, for example down_proj=16,o_proj=8."
+    )
+    activation_scales: str = _choice(
+        "dynamic", ("static", "dynamic"), "One scale per tensor from calibration, or one per token."
+    )
+    activation_range: str = _choice("absmax", ("absmax", "percentile", "mse"), "What a static scale covers.")
+    activation_symmetric: bool = _choice(
+        True, None, "Dynamic ranges around zero, or between each token's ends."
+    )
+    activation_clip: float = _choice(1.0, None, "Share of a dynamic range that is kept, 0 to 1.", most=1)
+    activation_prefix: int = _choice(
+        0, None, "First positions that stay in float, the fixed prefix of the cache.", most=64
+    )
+    smooth: float = _choice(
+        0.0,
+        None,
+        "SmoothQuant strength on down_proj: its input scale goes from weights to activations, 0 to 1.",
+        most=1,
+    )
+    kv_bits: int = _choice(16, (16, 8, 4), "Bits of the KV cache, a scale per token and head.")
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             _check_value(item, getattr(self, item.name))
-        _check_bounds("seed", self.seed, 2**63 - 1)
-        _check_bounds("correction", self.correction, 1)
-        _check_bounds("descent", self.descent, 100)
-        _check_bounds("refinement", self.refinement, 100)
-        _check_bounds("tune", self.tune, 1_000_000)
-        _check_bounds("target_bits", self.target_bits, 8)
-        if self.target_bits and not all(width in WIDTHS for width in self.widths):
-            raise UsageError(
-                f"recipe key 'mixed_bits' is {self.mixed_bits!r}",
-                remedy=f"list two or more of {', '.join(map(str, WIDTHS))}, separated by commas",
-            )
-        if self.fold_input_scales and self.scales != "balanced":
-            raise UsageError(
-                f"fold_input_scales needs input scales, and scales is '{self.scales}'",
-                remedy="use scales = 'balanced'",
-            )
-        if self.premultiply_scales and (self.scales != "tensor" or self.tune):
-            raise UsageError(
-                f"premultiply_scales needs one scale per tensor that stays, and scales is '{self.scales}', "
-                f"tune {self.tune}",
-                remedy="use scales = 'tensor' and tune = 0",
-            )
-        if self.r1_block < 2 or self.r1_block & (self.r1_block - 1):
-            raise UsageError(
-                f"recipe key 'r1_block' is {self.r1_block}", remedy="use a power of two, for example 64"
-            )
+        for problem, remedy in _contradictions(self):
+            raise UsageError(problem, remedy=remedy)
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether rounding sees the inputs of what it rounds."""
+        return self.rounding == "gptq" and (self.bits < 16 or self.target_bits > 0)
 
     @property
     def calibrated(self) -> bool:
         """Whether it takes calibration tokens to make."""
-        return self.rounding == "gptq" or self.target_bits > 0
+        weights = self.feeds_back or self.target_bits > 0
+        rotations = self.r1 == "pca" or self.learn > 0 or self.restarts > 1
+        return weights or rotations or self.static_activations
+
+    @property
+    def static_activations(self) -> bool:
+        """Whether activations have fixed scales."""
+        return self.quantizes_activations and self.activation_scales == "static"
+
+    @property
+    def quantizes_activations(self) -> bool:
+        return any(bits < 16 for bits in (self.activation_bits, *self.activation_exceptions.values()))
+
+    @property
+    def activation_exceptions(self) -> Mapping[str, int]:
+        """`activation_overrides` as bits by projection, for example {"down_proj": 16}."""
+        parts = [part.partition("=") for part in self.activation_overrides.split(",") if part.strip()]
+        return {name.strip(): int(bits) if bits.strip().isdigit() else 0 for name, _, bits in parts}
 
     @property
     def linear_scales(self) -> str:
@@ -157,77 +182,64 @@ class LowerOptions:
     prefix: str | None = None
 
 
-def load_recipe(name_or_path: str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe by name (`configs/`) or from a TOML, JSON or YAML file, then apply `overrides`.
-
-    Raises UsageError for an unknown recipe, an unreadable file, an unknown key (with a suggestion),
-    a wrong type or a value outside the choices.
-    """
-    values = _read_recipe_file(_find_recipe(name_or_path or DEFAULT_RECIPE))
-    return recipe_from_dict({**values, **(overrides or {})})
-
-
-def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
-    """Build a Recipe from keys and values; raises UsageError as `load_recipe` does."""
-    known = [item.name for item in dataclasses.fields(Recipe)]
-    for key in values:
-        if key not in known:
-            raise UsageError(f"unknown recipe key '{key}'", remedy=did_you_mean(str(key), known))
-    return Recipe(**values)
-
-
-def named_recipes() -> dict[str, Path]:
-    """The recipes that come with the project, by name."""
-    return {path.stem: path for path in sorted(_configs_folder().glob("*.toml"))}
-
-
-def _configs_folder() -> Path:
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-def _find_recipe(name_or_path: str) -> Path:
-    path = Path(name_or_path)
-    if path.suffix in RECIPE_SUFFIXES or path.is_file():
-        if not path.is_file():
-            raise UsageError(f"recipe file '{name_or_path}' does not exist")
-        return path
-    recipes = named_recipes()
-    if name_or_path not in recipes:
-        raise UsageError(f"unknown recipe '{name_or_path}'", remedy=did_you_mean(name_or_path, recipes))
-    return recipes[name_or_path]
-
-
-def _read_recipe_file(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        values: Any
-        if path.suffix == ".json":
-            values = json.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            values = yaml.safe_load(text)
-        else:
-            values = tomllib.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"recipe file '{path}' cannot be read: {reason}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"recipe file '{path}' holds no table of keys and values")
-    return values
-
-
-def _check_bounds(key: str, value: float, most: int) -> None:
-    if not 0 <= value <= most:
-        raise UsageError(f"recipe key '{key}' is {value}", remedy=f"use a number from 0 to {most}")
-
-
 def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
-    if type(value) is not type(item.default):
-        wanted = TYPE_NAMES[type(item.default)]
+    default: Any = item.default
+    if type(value) is not type(default):
+        wanted = TYPE_NAMES[type(default)]
         raise UsageError(f"recipe key '{item.name}' must be {wanted}, not {value!r}")
-    choices = item.metadata["choices"]
+    choices, most = item.metadata["choices"], item.metadata["most"]
     if choices is not None and value not in choices:
         raise UsageError(
             f"recipe key '{item.name}' cannot be {value!r}",
             remedy="choose from " + ", ".join(str(choice) for choice in choices),
         )
+    if most is not None and not 0 <= value <= most:
+        raise UsageError(f"recipe key '{item.name}' is {value}", remedy=f"use a number from 0 to {most}")
+
+
+def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What the values, each of them allowed, do not allow together: the problem and its remedy."""
+    for key in ("r1_block", "r4_block"):
+        block = getattr(recipe, key)
+        if block < 2 or block & (block - 1):
+            yield f"recipe key '{key}' is {block}", "use a power of two, for example 64"
+    if recipe.restarts < 1:
+        yield "recipe key 'restarts' is 0", "use 1 or more"
+    if recipe.target_bits and not all(width in WIDTHS for width in recipe.widths):
+        yield (
+            f"recipe key 'mixed_bits' is {recipe.mixed_bits!r}",
+            f"list two or more of {', '.join(map(str, WIDTHS))}, separated by commas",
+        )
+    if recipe.fold_input_scales and recipe.scales != "balanced":
+        yield (
+            f"fold_input_scales needs input scales, and scales is '{recipe.scales}'",
+            "use scales = 'balanced'",
+        )
+    if recipe.premultiply_scales and (recipe.scales != "tensor" or recipe.tune):
+        yield (
+            f"premultiply_scales needs one scale per tensor that stays, and scales is '{recipe.scales}', "
+            f"tune {recipe.tune}",
+            "use scales = 'tensor' and tune = 0",
+        )
+    for name, bits in recipe.activation_exceptions.items():
+        if bits not in (16, 8, 4):
+            yield f"activation_overrides gives '{name}' {bits} bits", "use 16, 8 or 4, as in down_proj=16"
+    if recipe.tune and (recipe.bits == 16 or recipe.static_activations):
+        yield (
+            "tune moves scales of quantized weights, and static activations depend on them",
+            "use tune = 0, or dynamic activations and fewer bits",
+        )
+    if recipe.static_activations and recipe.bits == 8 and recipe.codebook == "lut":
+        yield (
+            "a free codebook of 8 bits does not fit the integers that static activations multiply",
+            "use codebook = 'uniform', or fewer bits",
+        )
+    if recipe.smooth and not recipe.static_activations:
+        yield (
+            "smooth has no use without static activations",
+            "use activation_scales = 'static', or smooth = 0",
+        )
+    if recipe.smooth and (recipe.fold_input_scales or recipe.premultiply_scales):
+        yield "smooth needs an input scale of its own on down_proj", "keep the input scales"
+    if recipe.learn and recipe.r1 == "none" and recipe.r2 == "none":
+        yield "learn has no rotation to start from", "choose r1 or r2"

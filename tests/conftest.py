@@ -15,13 +15,14 @@ from hypothesis import settings
 from torch import Tensor
 
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
-from anequant.pipeline import quantize_pass
+from anequant.pipeline import rounder
 from anequant.pipeline.quantize import QuantizeResult, quantize
 from anequant.quantization.calibrated import Rounding, quantize_calibrated
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.quantize import quantize_linear
 from anequant.quantization.statistics import InputStatistics
-from anequant.recipe import Calibration, Recipe, load_recipe
+from anequant.recipe import Calibration, Recipe
+from anequant.recipe_files import load_recipe
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("reproducible", derandomize=True)
@@ -124,14 +125,18 @@ def quantize_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Qu
             statistics: InputStatistics,
             rounding: Rounding,
             name: str,
+            *,
+            input_scale: Tensor | None = None,
         ) -> tuple[QuantizedLinear, float | None]:
             weights[name] = weight
-            chosen[name], damping = quantize_calibrated(weight, bias, statistics, rounding, name)
+            chosen[name], damping = quantize_calibrated(
+                weight, bias, statistics, rounding, name, input_scale=input_scale
+            )
             return chosen[name], damping
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantize_pass, "quantize_linear", spy)
-            patch.setattr(quantize_pass, "quantize_calibrated", calibrated_spy)
+            patch.setattr(rounder, "quantize_linear", spy)
+            patch.setattr(rounder, "quantize_calibrated", calibrated_spy)
             result = quantize(Source(source, source.name), folder, recipe, FEW_TOKENS)
         return Quantized(folder, source, recipe, result, weights, chosen)
 

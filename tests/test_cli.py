@@ -27,8 +27,9 @@ from anequant.cli import main
 from anequant.coreml.interpreter import Package
 from anequant.errors import InputError
 from anequant.pipeline import lower as lower_module
-from anequant.pipeline import quantize_pass
-from anequant.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from anequant.pipeline import rounder
+from anequant.recipe import Recipe
+from anequant.recipe_files import DEFAULT_RECIPE, load_recipe
 
 SCRIPT = Path(sys.executable).with_name("anequant")
 SUCCESS, USAGE, INPUT, UNSUPPORTED, RESOURCE, VERIFICATION, INTERRUPTED = 0, 2, 3, 4, 5, 6, 130
@@ -298,7 +299,14 @@ def test_an_error_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_quantize_reports_every_tensor(checkpoint: Made) -> None:
     values = checkpoint.report
-    assert values.keys() == {"output", "equivalence", "bits_per_weight", "tensors", "tuning"}
+    assert values.keys() == {
+        "output",
+        "equivalence",
+        "bits_per_weight",
+        "tensors",
+        "static_scales",
+        "tuning",
+    }
     assert values["output"] == str(checkpoint.folder)
     assert 0 <= values["equivalence"] < 1e-5
     assert 4 < values["bits_per_weight"] < 16
@@ -961,8 +969,8 @@ def interrupt_at(call: int, work: Callable[..., Any]) -> Callable[..., Any]:
 def test_an_interrupt_leaves_nothing(
     model: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = interrupt_at(10, quantize_pass.quantize_calibrated)
-    monkeypatch.setattr(quantize_pass, "quantize_calibrated", work)
+    work = interrupt_at(10, rounder.quantize_calibrated)
+    monkeypatch.setattr(rounder, "quantize_calibrated", work)
     before = snapshot(tmp_path)
     result = run("quantize", model, "-o", output)
     assert (result.exit_code, result.stdout) == (INTERRUPTED, "")
@@ -986,7 +994,7 @@ def test_running_out_of_memory_is_reported(
     def exhausted(*args: Any, **options: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(quantize_pass, "quantize_calibrated", exhausted)
+    monkeypatch.setattr(rounder, "quantize_calibrated", exhausted)
     assert_refused(tmp_path, ("quantize", model, "-o", output), RESOURCE, "not enough memory")
 
 

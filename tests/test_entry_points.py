@@ -175,7 +175,14 @@ def test_quantization_config_says_what_was_done(quantized: Path) -> None:
         "block_size": 64,
         "fusion_applied": True,
         "premultiplied_scales": False,
-        "fusion_metadata": {"layernorm_fusions": 9, "r1": "block-hadamard", "r2": "hadamard", "seed": 0},
+        "fusion_metadata": {
+            "layernorm_fusions": 9,
+            "r1": "block-hadamard",
+            "r2": "hadamard",
+            "r3": "none",
+            "r4": "none",
+            "seed": 0,
+        },
     }
     assert 0 < quality["relative_logit_error_of_rotation"] < 1e-5
     assert 0 < quality["mean_relative_weight_error"] < quality["largest_relative_weight_error"] < 0.5
@@ -502,7 +509,7 @@ def test_convert_model_ends_at_the_step_that_fails(
         (("--lut4", 4), USAGE, "unknown option '--lut4'"),
         (("--context",), USAGE, "--context needs a value"),
         (("--only", 8), INPUT, "holds no packages"),
-        (("--lut2", "none"), USAGE, "'bits' cannot be 16"),
+        (("--lut2", "none"), USAGE, "--lut2 is 'none'"),
     ],
 )
 def test_convert_model_refuses_what_it_cannot_do(

@@ -22,10 +22,13 @@ from anequant.coreml.interpreter import Package
 from anequant.coreml.meta import read_meta
 from anequant.coreml.program import weight_value
 from anequant.errors import UnsupportedError, UsageError, VerificationError
-from anequant.pipeline.lower import LowerResult, chunk_ranges, head_parts, lower
+from anequant.pipeline.chunks import chunk_ranges
+from anequant.pipeline.lower import LowerResult, lower
+from anequant.pipeline.lowerable import head_parts
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.verify import compare_logits, verify_packages
-from anequant.recipe import LowerOptions, load_recipe
+from anequant.recipe import LowerOptions
+from anequant.recipe_files import load_recipe
 from anequant.runtime.coreml_backend import PackageModel
 
 PREFILL = DECODE = 64

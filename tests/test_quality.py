@@ -14,7 +14,8 @@ from quality_peers import affine_groups
 from anequant.checkpoints.source import SAMPLE_TEXT, resolve_source
 from anequant.pipeline.evaluate import evaluate_text
 from anequant.pipeline.quantize import quantize
-from anequant.recipe import Calibration, load_recipe
+from anequant.recipe import Calibration
+from anequant.recipe_files import load_recipe
 
 ROTATED = {"r1": "block-hadamard", "r2": "hadamard"}
 UNROTATED = {"r1": "none", "r2": "none"}

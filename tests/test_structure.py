@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 import anequant
-from anequant.recipe import Recipe, load_recipe, named_recipes
+from anequant.recipe import Recipe
+from anequant.recipe_files import load_recipe, named_recipes
 
 PACKAGE = Path(anequant.__file__).parent
 CONFIGS = PACKAGE.parent / "configs"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in MODULES}
 LAYERS = (
-    ("errors", "recipe", "progress"),
+    ("errors", "recipe", "recipe_files", "progress"),
     ("architectures",),
     ("rotation", "quantization"),
     ("checkpoints", "calibration"),

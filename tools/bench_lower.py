@@ -77,7 +77,7 @@ def quantize_stage(work: Path, layers: int, lap: Lap) -> Path:
 
     from anequant.checkpoints.source import Source
     from anequant.pipeline.quantize import quantize
-    from anequant.recipe import load_recipe
+    from anequant.recipe_files import load_recipe
 
     lap("imports")
     output = work / "quantized"

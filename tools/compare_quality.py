@@ -171,7 +171,8 @@ def _run_recipe(row: Row, seed: int, settings: Settings, output: Path) -> float:
     """Average bits of the projections' weights, scales aside."""
     from anequant.checkpoints.source import resolve_source
     from anequant.pipeline.quantize import quantize
-    from anequant.recipe import Calibration, load_recipe
+    from anequant.recipe import Calibration
+    from anequant.recipe_files import load_recipe
 
     source = "self" if row.own_text else str(settings.calibration)
     calibration = Calibration(source, row.windows, settings.length)

@@ -59,6 +59,7 @@ while (($#)); do
     esac
 done
 [[ -n $model && -n $output ]] || fail 2 "--model and --output are needed; see --help"
+[[ $lut2 != none && $lut2 != 16 ]] || fail 2 "--lut2 is '$lut2', the packages' projections are palettized"
 output=${output%/}
 checkpoint=$output-checkpoint
 

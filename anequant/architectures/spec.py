@@ -21,6 +21,8 @@ from anequant.errors import InputError, UnsupportedError
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head"
+INPUT_SCALES = "input_scales"
+"""What a linear's input scales are called in a checkpoint, after the linear's name."""
 
 
 class Space(str, Enum):

@@ -18,6 +18,7 @@ from anequant.architectures.spec import ModelSpec
 from anequant.calibration.forward import ReferenceModel
 from anequant.calibration.head import head_gradients, head_loss
 from anequant.progress import Progress, silent
+from anequant.quantization.online import NOTHING, Online
 from anequant.quantization.tune import TunableLinear
 
 WINDOWS_A_STEP = 2
@@ -93,10 +94,11 @@ def distill(
     *,
     steps: int,
     seed: int,
+    online: Online = NOTHING,
     progress: Progress = silent,
 ) -> TuneResult:
     """Train `layers` and the final gain in place; they end in the state that was best on `held_out`."""
-    student = _Student(spec, layers, heads)
+    student = _Student(spec, layers, heads, online)
     leaves = [leaf for layer in layers for leaf in layer.parameters] + [heads.gain]
     optimizer = torch.optim.Adam(leaves, betas=(0.9, 0.95), eps=1e-12)
     generator = torch.Generator().manual_seed(seed)
@@ -127,8 +129,8 @@ def distill(
 class _Student:
     """The quantized model, run and differentiated one layer at a time."""
 
-    def __init__(self, spec: ModelSpec, layers: Sequence[TunableLayer], heads: Heads) -> None:
-        self._model = ReferenceModel(spec, torch.float32)
+    def __init__(self, spec: ModelSpec, layers: Sequence[TunableLayer], heads: Heads, online: Online) -> None:
+        self._model = ReferenceModel(spec, torch.float32, online)
         self._layers = layers
         self._heads = heads
 

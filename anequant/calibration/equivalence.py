@@ -15,6 +15,7 @@ from anequant.architectures.spec import EMBEDDING
 from anequant.calibration.forward import ReferenceModel
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import VerificationError
+from anequant.quantization.online import NOTHING, Online
 from anequant.rotation.fold import rotate_embedding
 from anequant.rotation.plan import RotationPlan
 
@@ -26,19 +27,20 @@ TOLERANCE = 1e-5
 class EquivalenceProbe:
     """Runs one window of random tokens in float64; feed it every layer in order, then the head's rows."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: RotationPlan) -> None:
+    def __init__(self, checkpoint: Checkpoint, plan: RotationPlan, online: Online = NOTHING) -> None:
         generator = torch.Generator().manual_seed(PROBE_SEED)
         tokens = torch.randint(checkpoint.spec.vocab_size, (PROBE_LENGTH,), generator=generator).tolist()
         name = f"{EMBEDDING}.weight"
         embedded = torch.cat([checkpoint.read(name, slice(token, token + 1)) for token in tokens])[None]
-        self._model = ReferenceModel(checkpoint.spec, torch.float64)
+        self._model = ReferenceModel(checkpoint.spec, torch.float64, checkpoint.online)
+        self._turning = ReferenceModel(checkpoint.spec, torch.float64, online.rotations)
         self._original = embedded.double()
         self._turned = rotate_embedding(embedded, plan)
         self._largest = self._difference = 0.0
 
     def layer(self, layer: int, original: Mapping[str, Tensor], turned: Mapping[str, Tensor]) -> None:
         self._original = self._model.run_layer(layer, original, self._original)
-        self._turned = self._model.run_layer(layer, turned, self._turned)
+        self._turned = self._turning.run_layer(layer, turned, self._turned)
 
     def final_norm(self, gain: Tensor) -> None:
         self._original = self._model.final_norm(self._original, gain)

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anequant.architectures.spec import EMBEDDING, ModelSpec
+from anequant.architectures.spec import EMBEDDING, INPUT_SCALES, ModelSpec
+from anequant.calibration.hooks import ATTENTION, attach, register_attention, set_input_scale
 from anequant.errors import UnsupportedError
 from anequant.progress import Progress, silent
+from anequant.quantization.online import NOTHING, Online
 
 WINDOWS_AT_ONCE = 4
 HEAD_ROWS = 32768
@@ -27,6 +29,8 @@ class Weights(Protocol):
 
     @property
     def spec(self) -> ModelSpec: ...
+    @property
+    def online(self) -> Online: ...
     @property
     def head_name(self) -> str: ...
     def read(self, name: str) -> Tensor: ...
@@ -47,14 +51,24 @@ def _stop_at_input(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> No
 
 
 class ReferenceModel:
-    """transformers' model of a ModelSpec, without weights. `dtype` is that of the hidden states."""
+    """transformers' model of a ModelSpec, without weights, which does what `online` says while it runs.
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+    `dtype` is that of the hidden states. A layer's tensors may hold input scales [1, in] beside its weights:
+    where a linear's input is rounded, they multiply it before and divide it after.
+    """
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, online: Online = NOTHING) -> None:
         config = transformers_config(spec)
         with torch.device("meta"):
             from transformers import AutoModelForCausalLM
 
             self._model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        if online.r3 is not None:
+            register_attention()
+            config._attn_implementation = ATTENTION
+        for number, layer in enumerate(self._model.model.layers if online.active else ()):
+            attach(layer, number, spec, online)
+        self._linears = [linear.name for linear in spec.architecture.linears]
         self._config = config
         self._dtype = dtype
         self._rotary = type(self._model.model.rotary_emb)(config)
@@ -122,8 +136,11 @@ class ReferenceModel:
         """The layer with these weights, as a function of hidden states; on meta again afterwards."""
         self.check_window(length)
         module = self._model.model.layers[layer]
-        state = {name: tensor.to(self._dtype) for name, tensor in tensors.items()}
+        scales = {f"{name}.{INPUT_SCALES}": name for name in self._linears}
+        state = {name: value.to(self._dtype) for name, value in tensors.items() if name not in scales}
         module.load_state_dict(state, strict=True, assign=True)
+        for tensor, name in scales.items():
+            set_input_scale(module.get_submodule(name), tensors.get(tensor))
         embeddings = self.rope_tables(length)
         positions = torch.arange(length)[None]
 
@@ -149,7 +166,8 @@ def transformers_config(spec: ModelSpec) -> Any:
     """The checkpoint's config as transformers' own class; custom code named in it is never looked at."""
     from transformers import AutoConfig
 
-    values = {key: value for key, value in spec.config.items() if key not in ("model_type", "auto_map")}
+    dropped = ("model_type", "auto_map", "quantization_config")
+    values = {key: value for key, value in spec.config.items() if key not in dropped}
     return AutoConfig.for_model(spec.architecture.model_type, **values)
 
 
@@ -178,7 +196,7 @@ def final_hidden_states(
     weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32, progress: Progress = silent
 ) -> Tensor:
     """Normalised hidden states [n, length, hidden_size] for tokens [n, length], layer by layer."""
-    model = ReferenceModel(weights.spec, dtype)
+    model = ReferenceModel(weights.spec, dtype, weights.online)
     hidden = weights.read(f"{EMBEDDING}.weight")[tokens].to(dtype)
     for layer in range(weights.spec.num_layers):
         progress(f"layer {layer + 1}", layer / weights.spec.num_layers)

@@ -47,7 +47,7 @@ def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
     `sums` look at the 32 tokens with the largest inputs only.
     """
     spec = checkpoint.spec
-    model = ReferenceModel(spec, torch.float32)
+    model = ReferenceModel(spec, torch.float32, checkpoint.online)
     hidden = checkpoint.read(f"{EMBEDDING}.weight")[tokens].float()
     ranges = []
     for number in range(spec.num_layers):

@@ -20,6 +20,7 @@ from anequant.architectures.spec import ModelSpec, layer_prefix
 from anequant.calibration.forward import ReferenceModel
 from anequant.calibration.head import head_gradients
 from anequant.progress import Progress, silent
+from anequant.quantization.online import NOTHING, Online
 from anequant.quantization.quantize import quantize_linear
 
 Losses = dict[str, dict[int, float]]
@@ -36,14 +37,16 @@ def rounding_losses(
     codebook: str,
     scales: str,
     seed: int,
+    online: Online = NOTHING,
     progress: Progress = silent,
 ) -> Losses:
     """KL per token that rounding each projection to the nearest entries would cost, at each of `widths`.
 
     layer_tensors(i) are the float tensors of layer i, folded and rotated; head [vocab, hidden_size] is
-    folded and rotated too; embedded [n, length, hidden_size] are the windows to measure on.
+    folded and rotated too; embedded [n, length, hidden_size] are the windows to measure on; online are the
+    rotations that run.
     """
-    model = ReferenceModel(spec, torch.float32)
+    model = ReferenceModel(spec, torch.float32, online)
     inputs = [embedded]
     for layer in range(spec.num_layers):
         progress(f"layer {layer + 1} forward", 0.3 * layer / spec.num_layers)

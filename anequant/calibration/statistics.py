@@ -7,13 +7,14 @@ windows at a time, so that nothing but the hidden states and one pair of moments
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from anequant.architectures.spec import ModelSpec
 from anequant.calibration.forward import WINDOWS_AT_ONCE, ReferenceModel
+from anequant.quantization.online import NOTHING, Online
 from anequant.quantization.statistics import InputStatistics, Moments
 
 HELD_OUT = 6
@@ -25,8 +26,10 @@ class Walkers:
     The last sixth of the windows, at least one of two or more, is held out.
     """
 
-    def __init__(self, spec: ModelSpec, embedded: Tensor, quantized: Tensor) -> None:
-        self._models = ReferenceModel(spec, torch.float32), ReferenceModel(spec, torch.float32)
+    def __init__(
+        self, spec: ModelSpec, embedded: Tensor, quantized: Tensor, online: Online = NOTHING
+    ) -> None:
+        self._models = [ReferenceModel(spec, torch.float32, online.rotations) for _ in range(2)]
         self._hidden = [embedded.float(), quantized.float()]
         count = len(embedded)
         cut = count - max(1, count // HELD_OUT)
@@ -46,6 +49,12 @@ class Walkers:
         """Both walkers through the whole layer."""
         for side, tensors in enumerate((original, quantized)):
             self._hidden[side] = self._models[side].run_layer(layer, tensors, self._hidden[side])
+
+    def quantized_inputs(self, layer: int, quantized: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+        """The inputs [n, length, in] of the linear `name` in the quantized model, some windows at a time."""
+        parts = torch.split(self._hidden[1], WINDOWS_AT_ONCE)
+        for part, inputs in zip(parts, self._models[1].inputs(layer, quantized, parts, name), strict=True):
+            yield inputs.view(*part.shape[:2], -1)
 
     def head_statistics(self, gain: Tensor) -> InputStatistics:
         """Moments of the head's input, after the last layer; `gain` [hidden_size] is the final norm's."""

@@ -17,15 +17,15 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's config with an untied head, float16 weights and RoPE in both generations' keys."""
+def plain_config(config: Mapping[str, Any], dtype: str = "float16") -> dict[str, Any]:
+    """The source's config with an untied head, weights of `dtype` and RoPE in both generations' keys."""
     rope = rope_parameters(config)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
         **{key: value for key, value in config.items() if key not in DROPPED},
         "tie_word_embeddings": False,
-        "dtype": "float16",
-        "torch_dtype": "float16",
+        "dtype": dtype,
+        "torch_dtype": dtype,
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if rope["rope_type"] == "default" else scaling,

@@ -28,10 +28,11 @@ class QuantizedLayer:
 
 
 def open_quantized(folder: Path) -> Checkpoint:
-    """`open_checkpoint`, with an InputError for a float checkpoint."""
+    """`open_checkpoint`, with an InputError where no projection is quantized."""
     checkpoint = open_checkpoint(folder)
-    if not checkpoint.is_quantized:
-        raise InputError(f"'{folder}' is not quantized", remedy="run `anequant quantize` on it first")
+    names = projection_names(checkpoint.spec)
+    if not any(f"{name}.output_scales" in checkpoint.tensors for name in names):
+        raise InputError(f"'{folder}' is not quantized", remedy="run `anequant quantize` on the float model")
     return checkpoint
 
 

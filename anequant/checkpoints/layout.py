@@ -6,7 +6,15 @@ from collections.abc import Mapping
 
 import torch
 
-from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, ModelSpec, layer_prefix
+from anequant.architectures.spec import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    INPUT_SCALES,
+    ModelSpec,
+    Space,
+    layer_prefix,
+)
 from anequant.checkpoints.quantized import quantized_tensors
 from anequant.checkpoints.writer import Entry
 from anequant.recipe import Recipe
@@ -18,20 +26,32 @@ def projection_names(spec: ModelSpec) -> list[str]:
     return [layer_prefix(layer) + linear.name for layer in layers for linear in spec.architecture.linears]
 
 
-def checkpoint_entries(spec: ModelSpec, recipe: Recipe, bits: Mapping[str, int]) -> list[Entry]:
-    """Names, dtypes and shapes of everything `anequant quantize` writes; `bits` are the projections'."""
+def checkpoint_entries(
+    spec: ModelSpec, recipe: Recipe, bits: Mapping[str, int], dtype: torch.dtype = torch.float16
+) -> list[Entry]:
+    """Names, dtypes and shapes of everything `anequant quantize` writes; `bits` are the projections'.
+
+    `dtype` is that of what is not quantized.
+    """
     table = (spec.vocab_size, spec.hidden_size)
-    entries = _table_entries(EMBEDDING, table, recipe.embedding_bits)
+    entries = _table_entries(EMBEDDING, table, recipe.embedding_bits, dtype)
     for layer in range(spec.num_layers):
         prefix = layer_prefix(layer)
         for name in norm_names(spec):
             size = spec.layer_tensors()[name]
-            entries.append(Entry(prefix + name, torch.float16, size))
+            entries.append(Entry(prefix + name, dtype, size))
         for linear in spec.architecture.linears:
             name = prefix + linear.name
-            entries += _quantized_entries(name, spec.shape(linear), bits[name], bias=True)
-    entries.append(Entry(f"{FINAL_NORM}.weight", torch.float16, (spec.hidden_size,)))
-    return entries + _table_entries(HEAD, table, recipe.head_bits)
+            if bits[name] < 16:
+                entries += _quantized_entries(name, spec.shape(linear), bits[name], bias=True)
+                continue
+            entries.append(Entry(f"{name}.weight", dtype, spec.shape(linear)))
+            if spec.has_bias(linear):
+                entries.append(Entry(f"{name}.bias", dtype, (spec.width(linear.output),)))
+            if recipe.smooth and linear.input.space is Space.FFN:
+                entries.append(Entry(f"{name}.{INPUT_SCALES}", torch.float32, (1, spec.width(linear.input))))
+    entries.append(Entry(f"{FINAL_NORM}.weight", dtype, (spec.hidden_size,)))
+    return entries + _table_entries(HEAD, table, recipe.head_bits, dtype)
 
 
 def norm_names(spec: ModelSpec) -> list[str]:
@@ -39,9 +59,9 @@ def norm_names(spec: ModelSpec) -> list[str]:
     return [f"{name}.weight" for name in (*spec.norms, *spec.architecture.head_norms)]
 
 
-def _table_entries(name: str, shape: tuple[int, int], bits: int) -> list[Entry]:
+def _table_entries(name: str, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> list[Entry]:
     if bits == 16:
-        return [Entry(f"{name}.weight", torch.float16, shape)]
+        return [Entry(f"{name}.weight", dtype, shape)]
     return _quantized_entries(name, shape, bits, bias=False)
 
 

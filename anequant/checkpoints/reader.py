@@ -17,11 +17,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anequant.architectures import read_spec
-from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, ModelSpec, layer_prefix
+from anequant.architectures.spec import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    INPUT_SCALES,
+    ModelSpec,
+    layer_prefix,
+)
+from anequant.checkpoints.online import read_online, weights_stem
 from anequant.errors import InputError
+from anequant.quantization.online import NOTHING, Online
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
 FLOATS = ("F16", "BF16", "F32", "F64")
 LARGEST_HEADER = 100_000_000
 _LAYER = re.compile(r"model\.layers\.\d+\.")
@@ -41,10 +50,18 @@ class Checkpoint:
     folder: Path
     spec: ModelSpec
     tensors: dict[str, TensorInfo]
+    online: Online = NOTHING
 
     @property
     def shards(self) -> list[Path]:
         return sorted({info.shard for info in self.tensors.values()})
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that make it up: its config, the index if there is one, and the weights."""
+        index = f"{weights_stem(self.online)}{INDEX_SUFFIX}"
+        found = [index] if (self.folder / index).is_file() else []
+        return ["config.json", *found, *(shard.name for shard in self.shards)]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor, or some of its rows, as stored. Raises InputError naming file and tensor."""
@@ -68,9 +85,16 @@ class Checkpoint:
         return any(name.endswith(".output_scales") for name in self.tensors)
 
     def layer(self, layer: int) -> dict[str, Tensor]:
-        """One layer's float tensors, by name relative to the layer, as stored."""
+        """One layer's float tensors, by name relative to the layer, as stored.
+
+        Where activations are rounded, the input scales that they are rounded with are among them.
+        """
         prefix = layer_prefix(layer)
-        return {name: self.read(prefix + name) for name in self.spec.layer_tensors()}
+        names = list(self.spec.layer_tensors())
+        if self.online.activations:
+            scales = [f"{linear.name}.{INPUT_SCALES}" for linear in self.spec.architecture.linears]
+            names += [name for name in scales if prefix + name in self.tensors]
+        return {name: self.read(prefix + name) for name in names}
 
     @property
     def head_name(self) -> str:
@@ -88,16 +112,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     UnsupportedError for an architecture or setting that is not known.
     """
     config = read_config(folder)
-    method = config.get("quantization_config")
-    if method is not None:
-        name = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-        raise InputError(
-            f"'{folder}' is already quantized (quantization_config: {name})",
-            where=str(folder / "config.json"),
-            remedy="start from the original float checkpoint",
-        )
-    spec = read_spec(config, str(folder / "config.json"))
-    checkpoint = Checkpoint(folder, spec, _read_headers(folder))
+    where = str(folder / "config.json")
+    spec = read_spec(config, where)
+    online = read_online(config, spec, where)
+    checkpoint = Checkpoint(folder, spec, _read_headers(folder, weights_stem(online)), online)
     _check_tensors(checkpoint)
     return checkpoint
 
@@ -154,34 +172,36 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _read_headers(folder: Path) -> dict[str, TensorInfo]:
-    if (folder / SINGLE).is_file() and not (folder / INDEX).is_file():
-        return read_header(folder / SINGLE)
-    if not (folder / INDEX).is_file():
+def _read_headers(folder: Path, stem: str) -> dict[str, TensorInfo]:
+    single, index_file = f"{stem}{SUFFIX}", f"{stem}{INDEX_SUFFIX}"
+    if (folder / single).is_file() and not (folder / index_file).is_file():
+        return read_header(folder / single)
+    if not (folder / index_file).is_file():
         others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".gguf"))
         found = f" (only {', '.join(others)})" if others else ""
         raise InputError(
-            f"'{folder}' holds no safetensors weights{found}", remedy=f"provide {SINGLE} or {INDEX}"
+            f"'{folder}' holds no safetensors weights{found}", remedy=f"provide {single} or {index_file}"
         )
-    index = read_json(folder / INDEX)
+    index = read_json(folder / index_file)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise InputError(f"'{INDEX}' has no weight_map of names", where=str(folder))
+        raise InputError(f"'{index_file}' has no weight_map of names", where=str(folder))
     tensors: dict[str, TensorInfo] = {}
     for shard_name in sorted(set(weight_map.values())):
-        tensors.update(read_header(_contained(folder, shard_name)))
+        tensors.update(read_header(_contained(folder, shard_name, index_file)))
     for name, shard_name in weight_map.items():
         if name not in tensors or tensors[name].shard.name != shard_name:
-            raise InputError(f"'{name}' is not in '{shard_name}'", where=str(folder / INDEX))
+            raise InputError(f"'{name}' is not in '{shard_name}'", where=str(folder / index_file))
     return tensors
 
 
-def _contained(folder: Path, shard_name: str) -> Path:
+def _contained(folder: Path, shard_name: str, index_file: str) -> Path:
+    where = str(folder / index_file)
     for path in (PurePosixPath(shard_name), PureWindowsPath(shard_name)):
         if len(path.parts) != 1 or path.anchor or shard_name in ("", ".", ".."):
-            raise InputError(f"shard '{shard_name!r}' leaves the model folder", where=str(folder / INDEX))
+            raise InputError(f"shard '{shard_name!r}' leaves the model folder", where=where)
     if not shard_name.endswith(".safetensors"):
-        raise InputError(f"shard '{shard_name}' is no safetensors file", where=str(folder / INDEX))
+        raise InputError(f"shard '{shard_name}' is no safetensors file", where=where)
     if not (folder / shard_name).is_file():
         raise InputError(f"shard '{shard_name}' is missing", where=str(folder))
     return folder / shard_name

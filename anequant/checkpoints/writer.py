@@ -15,6 +15,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from anequant.checkpoints.online import STEM
 from anequant.errors import UnsupportedError
 
 SHARD_BYTES = 5_000_000_000
@@ -41,13 +42,16 @@ def write_json(path: Path, value: object) -> None:
 
 
 class CheckpointWriter:
-    """Writes the announced entries, in their order, to one or more shards of a folder.
+    """Writes the announced entries, in their order, to one or more shards `stem`... of a folder.
 
     `write` may be called several times for one entry, with consecutive rows.
     """
 
-    def __init__(self, folder: Path, entries: Sequence[Entry], shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, folder: Path, entries: Sequence[Entry], stem: str = STEM, shard_bytes: int = SHARD_BYTES
+    ) -> None:
         self._folder = folder
+        self._stem = stem
         self._shards = _split(entries, shard_bytes)
         self._pending = [(number, entry) for number, shard in enumerate(self._shards) for entry in shard]
         self._position = 0
@@ -80,7 +84,7 @@ class CheckpointWriter:
         if kind is None:
             assert self._position == len(self._pending), "not every announced tensor was written"
             if len(self._shards) > 1:
-                write_json(self._folder / "model.safetensors.index.json", self._index())
+                write_json(self._folder / f"{self._stem}.safetensors.index.json", self._index())
 
     def _begin(self, name: str) -> None:
         number, entry = self._pending[self._position]
@@ -91,7 +95,8 @@ class CheckpointWriter:
 
     def _shard_name(self, number: int) -> str:
         count = len(self._shards)
-        return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        part = "" if count == 1 else f"-{number + 1:05d}-of-{count:05d}"
+        return f"{self._stem}{part}.safetensors"
 
     def _index(self) -> Mapping[str, object]:
         return {

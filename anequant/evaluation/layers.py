@@ -24,11 +24,13 @@ def layer_errors(
     model: Weights, base: Weights, tokens: Tensor, rotate: Callable[[Tensor], Tensor]
 ) -> tuple[LayerError, ...]:
     """Both models on tokens [n, length]; `rotate` turns the base's hidden states into the model's basis."""
-    runner = ReferenceModel(base.spec, torch.float32)
+    runner, base_runner = (
+        ReferenceModel(base.spec, torch.float32, weights.online) for weights in (model, base)
+    )
     ours, theirs = _embedded(model, tokens), _embedded(base, tokens)
     errors = []
     for layer in range(base.spec.num_layers):
-        theirs = runner.run_layer(layer, base.layer(layer), theirs)
+        theirs = base_runner.run_layer(layer, base.layer(layer), theirs)
         ours = runner.run_layer(layer, model.layer(layer), ours)
         errors.append(LayerError(layer, _relative_error(ours, theirs, rotate)))
     return tuple(errors)

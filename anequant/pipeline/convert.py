@@ -13,10 +13,12 @@ from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
 from anequant.checkpoints.writer import write_json
 from anequant.coreml.lint import Finding
+from anequant.errors import UsageError
 from anequant.evaluation.divergence import Quality, evaluate
 from anequant.pipeline.folders import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.pipeline.lint import lint, require_clean
-from anequant.pipeline.lower import LowerResult, check_lowering, lower_into
+from anequant.pipeline.lower import LowerResult, lower_into
+from anequant.pipeline.lowerable import check_lowering
 from anequant.pipeline.quantize import QuantizeResult, quantize_into
 from anequant.pipeline.verify import (
     CheckpointCheck,
@@ -25,6 +27,7 @@ from anequant.pipeline.verify import (
     verify_packages,
 )
 from anequant.progress import Progress, part_of, silent
+from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, LowerOptions, Recipe
 
 SAMPLE_WINDOWS, SAMPLE_LENGTH = 4, 256
@@ -63,7 +66,10 @@ def convert(
 ) -> ConvertResult:
     """Write `output`/checkpoint and `output`/packages, verified. Raises what its steps raise."""
     check_output(output, force=force, source=source.folder)
-    check_lowering(open_checkpoint(source.folder).spec, options)
+    spec = open_checkpoint(source.folder).spec
+    check_lowering(spec, options, plan_online(spec, recipe))
+    if 16 in recipe.widths:
+        raise UsageError("recipe key 'bits' is 16, and packages hold palettized weights", remedy="use fewer")
     with staged_folder(output, force=force, source=source.folder) as staging:
         checkpoint, packages = staging / CHECKPOINT_FOLDER, staging / PACKAGES_FOLDER
         checkpoint.mkdir()

@@ -21,7 +21,8 @@ from anequant.evaluation.layers import LayerError, embedding_error, layer_errors
 from anequant.evaluation.tasks import TaskScores, run_tasks
 from anequant.pipeline.generate import open_text_model
 from anequant.progress import Progress, part_of, silent
-from anequant.recipe import Recipe, recipe_from_dict
+from anequant.recipe import Recipe
+from anequant.recipe_files import recipe_from_dict
 from anequant.rotation.plan import plan_rotations
 
 LAYER_WINDOWS = 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, ModelSpec
+from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD
 from anequant.calibration.forward import lowered_rope_tables
 from anequant.calibration.ranges import layer_ranges
 from anequant.checkpoints.layers import load_layer, load_table, open_quantized, projection_bits
@@ -24,15 +23,13 @@ from anequant.coreml.headroom import Headroom, fitted_layer, fitted_table, plan_
 from anequant.coreml.meta import PackageSet, write_meta
 from anequant.coreml.package import package_bytes, save_package
 from anequant.coreml.parts import embeddings_program, head_program
-from anequant.errors import UnsupportedError, UsageError
 from anequant.pipeline.chunks import chunk_ranges, constant_bytes, least_chunks
+from anequant.pipeline.lowerable import check_lowering, head_parts
 from anequant.pipeline.probe import probe_tokens
 from anequant.progress import Progress, silent
 from anequant.quantization.linear import QuantizedLinear
 from anequant.recipe import LowerOptions
 
-LARGEST_AXIS = 16384
-MOST_HEAD_PARTS = 64
 RANGE_TOKENS = 128
 
 
@@ -79,7 +76,7 @@ def lower_into(
     """As `lower`, into an existing empty folder; `name` is the model's name in meta.yaml."""
     checkpoint = open_quantized(checkpoint_folder)
     spec = checkpoint.spec
-    check_lowering(spec, options)
+    check_lowering(spec, options, checkpoint.online)
     progress("ranges", 0.0)
     headroom = plan_headroom(layer_ranges(checkpoint, probe_tokens(checkpoint, RANGE_TOKENS)[None]))
     tables = lowered_rope_tables(spec, options.context)
@@ -153,46 +150,9 @@ def lower_into(
     return LowerResult(tuple(sizes), headroom)
 
 
-def head_parts(spec: ModelSpec) -> int:
-    """The least number of equal parts, from the architecture's own on, that keeps each within an axis."""
-    for parts in range(spec.architecture.head_split, MOST_HEAD_PARTS + 1):
-        if spec.vocab_size % parts == 0 and spec.vocab_size // parts <= LARGEST_AXIS:
-            return parts
-    raise UnsupportedError(
-        f"a vocabulary of {spec.vocab_size} does not split into equal parts of at most {LARGEST_AXIS}",
-        remedy="pad the embedding and the head to a multiple of 64 rows",
-    )
-
-
 def checkpoint_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """What identifies the checkpoint that packages were made from: its config and weights."""
-    return file_hashes(checkpoint.folder, ["config.json", *(shard.name for shard in checkpoint.shards)])
-
-
-def check_lowering(spec: ModelSpec, options: LowerOptions) -> None:
-    """Raises UsageError for impossible sizes, UnsupportedError for a model that cannot be lowered to them."""
-    for name, value, most in (
-        ("context", options.context, 65536),
-        ("batch", options.batch, options.context),
-        ("chunks", 1 if options.chunks is None else options.chunks, spec.num_layers),
-        ("max-chunk-mb", options.max_chunk_mb, 1_000_000),
-    ):
-        if not 1 <= value <= most:
-            raise UsageError(f"--{name} is {value}, it must be between 1 and {most}")
-    if options.prefix is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", options.prefix):
-        raise UsageError(
-            f"--prefix '{options.prefix}' cannot begin file names",
-            remedy="use letters, digits, - and _, a letter or digit first",
-        )
-    if options.batch < 2:
-        raise UsageError("--batch is 1, prefill needs at least 2 positions at once")
-    if options.context % options.batch:
-        raise UsageError(
-            f"--context {options.context} is not a multiple of --batch {options.batch}",
-            remedy="ANEMLL's Swift runtime prefills whole batches only",
-        )
-    head_parts(spec)
-    lowered_rope_tables(spec, options.context)
+    return file_hashes(checkpoint.folder, checkpoint.files)
 
 
 def _bits(table: QuantizedLinear | Tensor) -> int | None:

@@ -11,7 +11,8 @@ from typing import Any
 from anequant.checkpoints.reader import read_json
 from anequant.errors import UnsupportedError, UsageError, did_you_mean
 from anequant.pipeline.quantize import QuantizeResult
-from anequant.recipe import Recipe, load_recipe
+from anequant.recipe import Recipe
+from anequant.recipe_files import load_recipe
 
 QUAROT, NONE = "quarot", "none"
 OPTIMIZATIONS = (QUAROT, NONE)

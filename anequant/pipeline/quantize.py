@@ -16,11 +16,11 @@ from anequant.architectures.spec import layer_prefix
 from anequant.calibration.distill import TuneResult
 from anequant.calibration.sensitivity import rounding_losses
 from anequant.calibration.tokens import calibration_tokens
-from anequant.checkpoints.config import plain_config
 from anequant.checkpoints.layout import checkpoint_entries, projection_names
 from anequant.checkpoints.manifest import MANIFEST, manifest, published_config
+from anequant.checkpoints.online import quantized_config, weights_stem
 from anequant.checkpoints.output import file_hashes, staged_folder
-from anequant.checkpoints.reader import INDEX, Checkpoint, open_checkpoint
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import TOKENIZER_FILES, Source
 from anequant.checkpoints.writer import CheckpointWriter, write_json
 from anequant.errors import InputError
@@ -29,6 +29,7 @@ from anequant.pipeline.tune_pass import tune_checkpoint
 from anequant.pipeline.turned import TurnedModel
 from anequant.progress import Progress, part_of, silent
 from anequant.quantization.mixed import allocate_bits
+from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, Recipe
 from anequant.rotation.plan import plan_rotations
 
@@ -74,12 +75,14 @@ def quantize_into(
     """As `quantize`, into an existing empty folder."""
     checkpoint = open_checkpoint(source.folder)
     spec = checkpoint.spec
-    if checkpoint.is_quantized:
+    if checkpoint.is_quantized or checkpoint.online.active:
+        reason = "it has output scales" if checkpoint.is_quantized else "it has a quantization_config"
         raise InputError(
-            f"'{source.folder}' is already quantized (it has output scales)",
+            f"'{source.folder}' is already quantized ({reason})",
             remedy="start from the original float checkpoint, or lower this one",
         )
-    model = TurnedModel(checkpoint, plan_rotations(spec, recipe), recipe.fold_input_scales)
+    online = plan_online(spec, recipe)
+    model = TurnedModel(checkpoint, plan_rotations(spec, recipe), recipe.fold_input_scales, online)
     tokens = None
     if recipe.calibrated:
         tokens = calibration_tokens(calibration, checkpoint, part_of(progress, "calibrate", 0.0, 0.2))
@@ -87,17 +90,19 @@ def quantize_into(
     entries = checkpoint_entries(spec, recipe, bits)
     written = folder / UNTUNED if recipe.tune else folder
     written.mkdir(exist_ok=True)
-    write_json(written / "config.json", plain_config(spec.config))
-    end = 0.5 if recipe.tune else 1.0
-    with CheckpointWriter(written, entries) as writer:
+    end, stem = 0.5 if recipe.tune else 1.0, weights_stem(online)
+    with CheckpointWriter(written, entries, stem=stem) as writer:
         rounding = part_of(progress, "round", 0.3, end)
         errors = QuantizePass(model, recipe, bits, writer, rounding, tokens).run()
+    config = quantized_config(spec, recipe, online.with_scales(errors.static_scales))
+    write_json(written / "config.json", config)
     tuning = None
     if recipe.tune:
-        with CheckpointWriter(folder, entries) as writer:
+        with CheckpointWriter(folder, entries, stem=stem) as writer:
             step = part_of(progress, "tune", end, 1.0)
             tuning = tune_checkpoint(written, checkpoint, writer, recipe.tune, calibration, step)
         shutil.rmtree(written)
+        write_json(folder / "config.json", config)
     result = QuantizeResult(errors, tuning)
     _write_side_files(folder, checkpoint, source, recipe, result, calibration, tokens)
     progress("hash", 1.0)
@@ -116,6 +121,7 @@ def _projection_bits(
         model.float_layer,
         torch.cat([turned.float() for _, turned in model.head()]),
         model.embed(tokens[:, :SENSITIVITY_TOKENS]),
+        online=model.online.rotations,
         widths=recipe.widths,
         codebook=recipe.codebook,
         scales=recipe.linear_scales,
@@ -139,22 +145,19 @@ def _write_side_files(
     calibration: Calibration,
     tokens: Tensor | None,
 ) -> None:
-    write_json(folder / "config.json", plain_config(checkpoint.spec.config))
     errors = result.rounding
     published = published_config(checkpoint.spec, recipe, len(errors.tensors), errors.summary())
     write_json(folder / "quantization_config.json", published)
     for name in TOKENIZER_FILES:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
-    index = [INDEX] if (source.folder / INDEX).is_file() else []
-    read = ["config.json", *index, *(shard.name for shard in checkpoint.shards)]
     contents = {
         "recipe": recipe.to_dict(),
         "calibration": _calibration_record(calibration, tokens),
         "source": {
             "name": source.name,
             "revision": source.revision,
-            "files": file_hashes(source.folder, read),
+            "files": file_hashes(source.folder, checkpoint.files),
         },
         "measured": result.to_dict(),
         "files": file_hashes(folder),

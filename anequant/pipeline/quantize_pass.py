@@ -2,55 +2,46 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
+from anequant.architectures.spec import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    INPUT_SCALES,
+    Linear,
+    Space,
+    layer_prefix,
+)
+from anequant.calibration.activations import largest_magnitudes, smoothed_scale, static_scales
 from anequant.calibration.equivalence import EquivalenceProbe
 from anequant.calibration.statistics import Walkers
 from anequant.checkpoints.layout import norm_names
-from anequant.checkpoints.quantized import store
 from anequant.checkpoints.writer import CheckpointWriter
-from anequant.errors import UnsupportedError
+from anequant.pipeline.rounder import Rounder, TensorError
 from anequant.pipeline.turned import ROWS, TurnedModel
 from anequant.progress import Progress
-from anequant.quantization.calibrated import Rounding, quantize_calibrated
-from anequant.quantization.premultiply import premultiply_scales
-from anequant.quantization.quantize import LARGEST_FLOAT16, quantize_linear
+from anequant.quantization.scales import balanced_scales
 from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class TensorError:
-    """How far one quantized weight is from its float original: ||W - W'|| / ||W||.
-
-    `weights` counts its entries; `damping` is the one that gptq chose, None for nearest rounding;
-    `dead_inputs` counts inputs that no calibration token used, None without calibration.
-    """
-
-    name: str
-    bits: int
-    weights: int
-    relative_error: float
-    damping: float | None
-    dead_inputs: int | None
-
-
-@dataclass(frozen=True)
 class PassResult:
-    """`equivalence` is the largest relative logit change by folding and rotation, before rounding."""
+    """`equivalence` is the largest relative logit change by folding and rotation, before rounding;
+    `static_scales` are those of activations, by the linear's name."""
 
     equivalence: float
     bits_per_weight: float
     tensors: tuple[TensorError, ...]
+    static_scales: Mapping[str, float]
 
     def summary(self) -> dict[str, float]:
-        errors = [tensor.relative_error for tensor in self.tensors]
+        errors = [tensor.relative_error for tensor in self.tensors] or [0.0]
         return {
             "relative_logit_error_of_rotation": self.equivalence,
             "bits_per_weight": self.bits_per_weight,
@@ -73,18 +64,19 @@ class QuantizePass:
         writer: CheckpointWriter,
         progress: Progress,
         tokens: Tensor | None,
+        dtype: torch.dtype = torch.float16,
     ) -> None:
         self._model = model
         self._spec = model.spec
         self._recipe = recipe
-        self._bits_of = {**bits, EMBEDDING: recipe.embedding_bits, HEAD: recipe.head_bits}
-        self._writer = writer
+        widths = {**bits, EMBEDDING: recipe.embedding_bits, HEAD: recipe.head_bits}
+        self._rounder = Rounder(recipe, widths, writer, dtype)
         self._progress = progress
-        self._tokens = tokens if recipe.rounding == "gptq" else None
+        self._dtype = dtype
+        self._tokens = tokens if recipe.feeds_back or recipe.static_activations else None
         self._walkers: Walkers | None = None
-        self._probe = EquivalenceProbe(model.checkpoint, model.plan)
-        self._errors: list[TensorError] = []
-        self._bits = self._weights = 0
+        self._probe = EquivalenceProbe(model.checkpoint, model.plan, model.online)
+        self._scales: dict[str, float] = {}
 
     def run(self) -> PassResult:
         layers = self._spec.num_layers
@@ -97,57 +89,80 @@ class QuantizePass:
             self._write_layer(layer)
         self._progress("head", layers / (layers + 1))
         gain = torch.ones(self._spec.hidden_size)
-        self._writer.write(f"{FINAL_NORM}.weight", gain.half())
+        self._rounder.write(f"{FINAL_NORM}.weight", gain)
         statistics = None
         if self._walkers is not None and self._recipe.head_bits < 16:
             statistics = self._walkers.head_statistics(gain)
         self._write_table(HEAD, self._head_blocks(), statistics)
-        return PassResult(self._probe.relative_error(), self._bits / self._weights, tuple(self._errors))
+        rounder = self._rounder
+        return PassResult(
+            self._probe.relative_error(), rounder.bits_per_weight, tuple(rounder.errors), self._scales
+        )
 
     def _write_layer(self, layer: int) -> None:
         original, turned = self._model.layer(layer)
         self._probe.layer(layer, original, turned)
         prefix = layer_prefix(layer)
         for name in norm_names(self._spec):
-            self._writer.write(prefix + name, float16(turned[name], prefix + name))
+            self._rounder.write(prefix + name, turned[name])
         floats = {name: tensor.float() for name, tensor in turned.items()}
         del original, turned
-        current = {name: tensor.half() for name, tensor in floats.items()}
+        current = {name: tensor.to(self._dtype) for name, tensor in floats.items()}
         for group in self._spec.input_groups:
             statistics = None
-            if self._walkers is not None:
+            if self._walkers is not None and self._recipe.feeds_back:
                 statistics = self._walkers.input_statistics(layer, floats, current, group[0].name)
             for linear in group:
-                weight, bias = floats[f"{linear.name}.weight"], floats.get(f"{linear.name}.bias")
-                stored = self._quantize(prefix + linear.name, weight, bias, statistics)
-                current[f"{linear.name}.weight"] = stored
-        if self._walkers is not None:
-            self._walkers.advance(layer, floats, current)
+                self._write_linear(layer, linear, floats, current, statistics)
+        if self._walkers is None:
+            return
+        if self._recipe.static_activations:
+            self._measure_activations(layer, current)
+        self._walkers.advance(layer, floats, current)
 
-    def _quantize(
-        self, name: str, weight: Tensor, bias: Tensor | None, statistics: InputStatistics | None
-    ) -> Tensor:
-        """Quantize and write one linear or table; returns the weight as it was stored, float16."""
-        recipe, bits, projection = self._recipe, self._bits_of[name], name not in (EMBEDDING, HEAD)
-        codebook, scales = recipe.codebook, recipe.linear_scales if projection else "output"
-        damping: float | None = None
-        if statistics is None:
-            quantized = quantize_linear(weight, bias, bits=bits, codebook=codebook, scales=scales, name=name)
+    def _write_linear(
+        self,
+        layer: int,
+        linear: Linear,
+        floats: Mapping[str, Tensor],
+        current: dict[str, Tensor],
+        statistics: InputStatistics | None,
+    ) -> None:
+        """Round one projection and put what was stored into `current`; at 16 bits it stays as it is."""
+        name = layer_prefix(layer) + linear.name
+        weight, bias = floats[f"{linear.name}.weight"], floats.get(f"{linear.name}.bias")
+        input_scale = None
+        if self._recipe.smooth and linear.input.space is Space.FFN and self._walkers is not None:
+            inputs = self._walkers.quantized_inputs(layer, current, linear.name)
+            magnitudes = largest_magnitudes(inputs, self._recipe.activation_prefix)
+            _, balanced = balanced_scales(weight)
+            input_scale = smoothed_scale(balanced, magnitudes, self._recipe.smooth)
+        if self._rounder.keeps(name):
+            self._rounder.keep(name, weight, bias, input_scale)
         else:
-            rounding = Rounding(bits, codebook, scales, recipe.correction, recipe.descent, recipe.refinement)
-            quantized, damping = quantize_calibrated(weight, bias, statistics, rounding, name)
-        if recipe.premultiply_scales and projection:
-            quantized = premultiply_scales(quantized, name)
-        tensors = store(name, quantized, bias=projection)
-        stored = tensors[f"{name}.weight"]
-        dead = None if statistics is None else statistics.dead_inputs
-        self._errors.append(
-            TensorError(name, bits, weight.numel(), _relative_error(stored, weight), damping, dead)
+            stored, input_scale = self._rounder.quantize(name, weight, bias, statistics, input_scale)
+            current[f"{linear.name}.weight"] = stored
+        if input_scale is not None and self._recipe.static_activations:
+            current[f"{linear.name}.{INPUT_SCALES}"] = input_scale[None]
+
+    def _measure_activations(self, layer: int, current: Mapping[str, Tensor]) -> None:
+        walkers, prefix = self._walkers, layer_prefix(layer)
+        assert walkers is not None
+        formats = self._model.online.activations
+        widths = {
+            linear.name: formats[prefix + linear.name].bits
+            for linear in self._spec.architecture.linears
+            if prefix + linear.name in formats
+        }
+        scales = static_scales(
+            self._spec,
+            current,
+            lambda name: walkers.quantized_inputs(layer, current, name),
+            widths,
+            self._recipe.activation_range,
+            self._recipe.activation_prefix,
         )
-        self._count(weight, bits)
-        for tensor_name, tensor in tensors.items():
-            self._writer.write(tensor_name, tensor)
-        return stored
+        self._scales.update({prefix + name: scale for name, scale in scales.items()})
 
     def _write_table(
         self, name: str, blocks: Iterable[Tensor], statistics: InputStatistics | None
@@ -156,44 +171,23 @@ class QuantizePass:
 
         Returns the table as it was stored if it was quantized.
         """
-        if self._bits_of[name] == 16:
+        if self._rounder.keeps(name):
             for block in blocks:
-                self._writer.write(f"{name}.weight", float16(block, f"{name}.weight"))
-                self._count(block, 16)
+                self._rounder.keep(name, block)
             return None
         table = torch.empty(self._spec.vocab_size, self._spec.hidden_size)
         for start, block in zip(range(0, table.shape[0], ROWS), blocks, strict=True):
             table[start : start + ROWS] = block
-        return self._quantize(name, table, None, statistics)
+        return self._rounder.quantize(name, table, None, statistics)[0]
 
     def _start_walkers(self, tokens: Tensor, stored: Tensor | None) -> Walkers:
         """Embed the tokens as the float model does and as the written one does (`stored` [vocab, hidden])."""
         embedded = self._model.embed(tokens)
-        return Walkers(self._spec, embedded, embedded.half() if stored is None else stored[tokens])
+        current = embedded.to(self._dtype) if stored is None else stored[tokens]
+        return Walkers(self._spec, embedded, current, self._model.online)
 
     def _head_blocks(self) -> Iterable[Tensor]:
         self._probe.final_norm(self._model.checkpoint.final_gain())
         for rows, turned in self._model.head():
             self._probe.head(rows, turned)
             yield turned
-
-    def _count(self, weight: Tensor, bits: int) -> None:
-        self._bits += weight.numel() * bits
-        self._weights += weight.numel()
-
-
-def _relative_error(stored: Tensor, weight: Tensor) -> float:
-    """||stored - weight|| / ||weight||, squares summed in float64 over row blocks."""
-    difference = size = 0.0
-    for ours, original in zip(torch.split(stored, ROWS), torch.split(weight, ROWS), strict=True):
-        difference += float((ours.float() - original).square_().sum(dtype=torch.float64))
-        size += float(original.square().sum(dtype=torch.float64))
-    return math.sqrt(difference / max(size, 1e-60))
-
-
-def float16(values: Tensor, name: str) -> Tensor:
-    """Narrow to float16; raises UnsupportedError naming the tensor when a value does not fit."""
-    largest = max(abs(float(end)) for end in values.aminmax())
-    if largest > LARGEST_FLOAT16:
-        raise UnsupportedError(f"'{name}' holds {largest:.3g}, float16 ends at 65504")
-    return values.half()

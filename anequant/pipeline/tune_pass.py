@@ -64,6 +64,7 @@ def tune_checkpoint(
         held_out,
         steps=steps,
         seed=calibration.seed,
+        online=quantized.online.rotations,
         progress=part_of(progress, "tune", 0.2, 1.0),
     )
     _copy(quantized, EMBEDDING, writer)

@@ -11,6 +11,7 @@ from torch import Tensor
 from anequant.architectures.spec import EMBEDDING, HEAD_LINEAR, ModelSpec
 from anequant.checkpoints.reader import Checkpoint
 from anequant.quantization.fold_scales import fold_input_scales
+from anequant.quantization.online import NOTHING, Online
 from anequant.rotation.fold import fold_and_rotate_layer, fold_and_rotate_linear, rotate_embedding
 from anequant.rotation.plan import RotationPlan
 
@@ -19,11 +20,15 @@ ROWS = 16384
 
 @dataclass(frozen=True)
 class TurnedModel:
-    """A float checkpoint seen through a rotation plan; with `fold_scales`, input scales are moved too."""
+    """A float checkpoint seen through a rotation plan; with `fold_scales`, input scales are moved too.
+
+    `online` is what the quantized model does while it runs.
+    """
 
     checkpoint: Checkpoint
     plan: RotationPlan
     fold_scales: bool
+    online: Online = NOTHING
 
     @property
     def spec(self) -> ModelSpec:

@@ -14,7 +14,7 @@ coordinate descent gives codes for those; it ends when the layer's error no long
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,9 +50,16 @@ class Rounding:
 
 
 def quantize_calibrated(
-    weight: Tensor, bias: Tensor | None, statistics: InputStatistics, rounding: Rounding, name: str
+    weight: Tensor,
+    bias: Tensor | None,
+    statistics: InputStatistics,
+    rounding: Rounding,
+    name: str,
+    input_scale: Tensor | None = None,
 ) -> tuple[QuantizedLinear, float | None]:
     """GPTQ on weight [out, in]: the linear, and the damping chosen (None: plain nearest was better).
+
+    `input_scale` [in] fixes that vector; without it the recipe's scales decide.
 
     Raises UnsupportedError as `quantize_linear` does, and for moments that are not finite.
     """
@@ -64,10 +71,12 @@ def quantize_calibrated(
             remedy="check the checkpoint for a damaged tensor",
         )
     target = corrected_target(weight, moments, rounding.correction)
-    fitted = fit_core(target, rounding.bits, rounding.codebook, rounding.scales, name)
+    fitted = fit_core(target, rounding.bits, rounding.codebook, rounding.scales, name, input_scale)
     damping = _choose_damping(weight, fitted, statistics, rounding)
     codes = _round(target, fitted, moments, damping, rounding.descent)
     if damping is not None:
+        if input_scale is not None and rounding.scales == "balanced":
+            rounding = replace(rounding, scales="output")
         fitted, codes = _refine(target, fitted, codes, moments, damping, rounding)
     return bound_bias(fitted.linear(codes, bias), name), damping
 

@@ -12,7 +12,10 @@ commutes with a rotation. Let x' = R^T x be the rotated residual stream (as a ro
 
 and the embedding, whose rows are values of x, becomes E R. RMSNorm does not centre, so nothing is
 subtracted. R2 does the same between v and o: attention mixes positions, not the coordinates of a value
-head, so each head of v's output (and bias) turns by R2 and each head of o's input by R2 as well.
+head, so each head of v's output (and bias) turns by R2 and each head of o's input by R2 as well. R4 turns
+the SwiGLU product, which nothing writes: the model itself turns it while it runs, and down, which reads it,
+becomes W R4. R3 turns q and k after RoPE, both by the same matrix, so that their products stay; no weight
+follows.
 
 The final norm's gain goes into the head only, so a tied head is first given its own copy.
 References: QuaRot (Ashkboos et al. 2024, section 4), SpinQuant (Liu et al. 2024, section 3).
@@ -45,8 +48,8 @@ def fold_and_rotate_linear(
     weight = weight.double()
     if gain is not None:
         weight = weight * gain.double()
-    weight = rotate_axis(weight, plan.rotation_of(linear.input.space, layer))
-    turn_output = plan.rotation_of(linear.output.space, layer)
+    weight = rotate_axis(weight, plan.read(linear.input.space, layer))
+    turn_output = plan.written(linear.output.space, layer)
     weight = rotate_axis(weight.T, turn_output).T
     if bias is not None:
         bias = rotate_axis(bias.double(), turn_output)
@@ -73,7 +76,7 @@ def fold_and_rotate_layer(
 
 def rotate_embedding(rows: Tensor, plan: RotationPlan) -> Tensor:
     """Embedding rows [n, hidden_size] in the rotated residual stream, in float64."""
-    return rotate_axis(rows.double(), plan.rotation_of(RESIDUAL.space, None))
+    return rotate_axis(rows.double(), plan.written(RESIDUAL.space, None))
 
 
 def rotate_axis(values: Tensor, rotation: Rotation | None) -> Tensor:

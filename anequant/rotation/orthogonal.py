@@ -74,13 +74,30 @@ def block_hadamard_rotation(n: int, block: int, generator: torch.Generator) -> R
 
     Raises UsageError unless `block` is a power of two that divides n.
     """
+    _check_block(n, block)
+    return Rotation(n, signs=_random_signs(n, generator), order=block)
+
+
+def plain_hadamard(n: int, order: int) -> Rotation:
+    """Without signs: of order n over the whole width, or one Sylvester matrix per block of `order`.
+
+    Raises UnsupportedError when no Hadamard matrix of order n can be built, UsageError unless a smaller
+    order is a power of two that divides n.
+    """
+    if order == n:
+        factor_order(n)
+    else:
+        _check_block(n, order)
+    return Rotation(n, order=order)
+
+
+def _check_block(n: int, block: int) -> None:
     fitting = power_of_two_divisors(n)[1:]
     if block not in fitting:
         raise UsageError(
             f"a Hadamard block of {block} does not fit a width of {n}",
             remedy=f"the powers of two that divide {n} are {', '.join(map(str, fitting))}",
         )
-    return Rotation(n, signs=_random_signs(n, generator), order=block)
 
 
 def random_rotation(n: int, generator: torch.Generator) -> Rotation:

@@ -13,6 +13,7 @@ from anequant.checkpoints.layers import open_quantized
 from anequant.checkpoints.layout import projection_names
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
+from anequant.quantization.online import Online
 from anequant.runtime.transformers_backend import TransformersModel
 
 
@@ -28,6 +29,10 @@ class SnappedWeights:
     @property
     def spec(self) -> ModelSpec:
         return self.checkpoint.spec
+
+    @property
+    def online(self) -> Online:
+        return self.checkpoint.online
 
     @property
     def head_name(self) -> str:

@@ -16,11 +16,12 @@ from anequant.architectures.spec import layer_prefix
 from anequant.calibration.statistics import HELD_OUT, Walkers
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import Source
-from anequant.pipeline import quantize_pass
+from anequant.pipeline import rounder
 from anequant.pipeline.quantize import quantize
 from anequant.quantization.calibrated import quantize_calibrated
 from anequant.quantization.statistics import InputStatistics, Moments
-from anequant.recipe import Calibration, load_recipe
+from anequant.recipe import Calibration
+from anequant.recipe_files import load_recipe
 
 WINDOWS, LENGTH = 9, 16
 
@@ -120,11 +121,13 @@ def test_the_pass_sees_the_inputs_of_the_model_that_it_writes(
     (tmp_path / "calib.json").write_text(json.dumps(tokens.tolist()))
     seen: dict[str, InputStatistics] = {}
 
-    def spy(weight: Tensor, bias: Tensor | None, statistics: InputStatistics, *rest: Any) -> Any:
+    def spy(
+        weight: Tensor, bias: Tensor | None, statistics: InputStatistics, *rest: Any, **options: Any
+    ) -> Any:
         seen[rest[-1]] = statistics
-        return quantize_calibrated(weight, bias, statistics, *rest)
+        return quantize_calibrated(weight, bias, statistics, *rest, **options)
 
-    monkeypatch.setattr(quantize_pass, "quantize_calibrated", spy)
+    monkeypatch.setattr(rounder, "quantize_calibrated", spy)
     recipe = load_recipe(None, {"r1": "none", "r2": "none", "embedding_bits": 4, "head_bits": 4})
     calibration = Calibration(str(tmp_path / "calib.json"), WINDOWS, LENGTH)
     quantize(Source(folder, "model"), tmp_path / "written", recipe, calibration)

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anequant.checkpoints.reader import INDEX, open_checkpoint, read_config
+from anequant.checkpoints.reader import open_checkpoint, read_config
 from anequant.checkpoints.source import Source
 from anequant.errors import AnequantError, InputError, UnsupportedError
 from anequant.pipeline.quantize import quantize
-from anequant.recipe import load_recipe
+from anequant.recipe_files import load_recipe
 
 SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 NEAREST = load_recipe("w4-nearest")
 
 

@@ -11,9 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from anequant.checkpoints.reader import INDEX
 from anequant.checkpoints.writer import CheckpointWriter, Entry, write_json
 from anequant.errors import UnsupportedError
+
+INDEX = "model.safetensors.index.json"
 
 few = settings(max_examples=25, deadline=None)
 shapes = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 5)), min_size=1, max_size=6)
@@ -34,7 +35,7 @@ def entries_of(tensors: dict[str, Tensor]) -> list[Entry]:
 
 def write(folder: Path, tensors: dict[str, Tensor], shard_bytes: int = 10**9, rows: int = 1000) -> None:
     folder.mkdir(exist_ok=True, parents=True)
-    with CheckpointWriter(folder, entries_of(tensors), shard_bytes) as writer:
+    with CheckpointWriter(folder, entries_of(tensors), shard_bytes=shard_bytes) as writer:
         for name, tensor in tensors.items():
             for part in tensor.split(rows):
                 writer.write(name, part)

@@ -33,7 +33,8 @@ from anequant.errors import InputError, UsageError, VerificationError
 from anequant.pipeline.convert import convert
 from anequant.pipeline.lint import lint, require_clean
 from anequant.pipeline.lower import lower
-from anequant.recipe import Calibration, LowerOptions, load_recipe
+from anequant.recipe import Calibration, LowerOptions
+from anequant.recipe_files import load_recipe
 
 Body = Callable[[dict[str, Any]], Any]
 C, S = 64, 32

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from anequant.pipeline.fusion import fuse_model, fusion_quality
-from anequant.recipe import load_recipe
+from anequant.recipe_files import load_recipe
 
 
 def apply_quarot_fusion_to_model(model: nn.Module, config: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from anequant.cli import main
 from anequant.evaluation.layers import embedding_error, layer_errors
 from anequant.pipeline.evaluate import evaluate_checkpoint
 from anequant.pipeline.turned import TurnedModel
-from anequant.recipe import load_recipe
+from anequant.recipe_files import load_recipe
 from anequant.rotation.model import turn_model
 from anequant.rotation.plan import plan_rotations
 
@@ -154,7 +154,7 @@ class TurnedWeights:
     head_name = ""
 
     def __init__(self, model: TurnedModel) -> None:
-        self.spec = model.spec
+        self.spec, self.online = model.spec, model.online
         self.layer = model.float_layer
         self._model = model
 

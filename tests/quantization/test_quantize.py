@@ -14,7 +14,7 @@ from torch import Tensor
 from anequant.errors import UnsupportedError
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.quantize import quantize_linear
-from anequant.recipe import load_recipe
+from anequant.recipe_files import load_recipe
 
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
