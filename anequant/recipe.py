@@ -241,5 +241,10 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if recipe.smooth and (recipe.fold_input_scales or recipe.premultiply_scales):
         yield "smooth needs an input scale of its own on down_proj", "keep the input scales"
+    if recipe.scales == "group" and (recipe.tune or recipe.static_activations):
+        yield (
+            "scales of groups are for dynamic or float activations, and are not tuned",
+            "use scales = 'balanced', or tune = 0 and activation_scales = 'dynamic'",
+        )
     if recipe.learn and recipe.r1 == "none" and recipe.r2 == "none":
         yield "learn has no rotation to start from", "choose r1 or r2"

@@ -36,6 +36,7 @@ def rounding_losses(
     widths: Sequence[int],
     codebook: str,
     scales: str,
+    group: int = 0,
     seed: int,
     online: Online = NOTHING,
     progress: Progress = silent,
@@ -65,7 +66,9 @@ def rounding_losses(
         progress(f"layer {layer + 1} backward", 1 - 0.7 * layer / spec.num_layers)
         tensors, hidden = layer_tensors(layer), inputs.pop()
         errors = {
-            (linear.name, bits): _error(tensors[f"{linear.name}.weight"], bits, codebook, scales, linear.name)
+            (linear.name, bits): _error(
+                tensors[f"{linear.name}.weight"], bits, codebook, scales, group, linear.name
+            )
             for linear in spec.architecture.linears
             for bits in widths
         }
@@ -81,6 +84,8 @@ def rounding_losses(
     return losses
 
 
-def _error(weight: Tensor, bits: int, codebook: str, scales: str, name: str) -> Tensor:
-    rounded = quantize_linear(weight, None, bits=bits, codebook=codebook, scales=scales, name=name)
+def _error(weight: Tensor, bits: int, codebook: str, scales: str, group: int, name: str) -> Tensor:
+    rounded = quantize_linear(
+        weight, None, bits=bits, codebook=codebook, scales=scales, group=group, name=name
+    )
     return rounded.dequantize() - weight

@@ -43,7 +43,8 @@ def checkpoint_entries(
         for linear in spec.architecture.linears:
             name = prefix + linear.name
             if bits[name] < 16:
-                entries += _quantized_entries(name, spec.shape(linear), bits[name], bias=True)
+                groups = spec.width(linear.input) // recipe.group_size if recipe.scales == "group" else 1
+                entries += _quantized_entries(name, spec.shape(linear), bits[name], bias=True, groups=groups)
                 continue
             entries.append(Entry(f"{name}.weight", dtype, spec.shape(linear)))
             if spec.has_bias(linear):
@@ -65,6 +66,8 @@ def _table_entries(name: str, shape: tuple[int, int], bits: int, dtype: torch.dt
     return _quantized_entries(name, shape, bits, bias=False)
 
 
-def _quantized_entries(name: str, shape: tuple[int, int], bits: int, *, bias: bool) -> list[Entry]:
-    tensors = quantized_tensors(name, shape, bits, bias=bias)
+def _quantized_entries(
+    name: str, shape: tuple[int, int], bits: int, *, bias: bool, groups: int = 1
+) -> list[Entry]:
+    tensors = quantized_tensors(name, shape, bits, bias=bias, groups=groups)
     return [Entry(tensor, dtype, size) for tensor, (dtype, size) in tensors.items()]

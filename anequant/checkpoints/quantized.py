@@ -1,9 +1,10 @@
 """How a QuantizedLinear lies in safetensors, and how its codes come back.
 
 Stored beside each other (ANEMLL's per-tensor contract): `P.weight` float16, already dequantized, which
-stock transformers reads as an ordinary weight; `P.input_scales` [1, in], `P.output_scales` [out, 1] and
-`P.codebook` [K], float32; `P.bias` [out] float16. A reader divides the weight by both scales and snaps
-to the codebook: all numbers are float16 to begin with, so the codes come back exactly.
+stock transformers reads as an ordinary weight; `P.input_scales` [1, in], `P.output_scales` [out, 1] (or
+[out, groups], which ANEMLL does not read) and `P.codebook` [K], float32; `P.bias` [out] float16. A reader
+divides the weight by both scales and snaps to the codebook: all numbers are float16 to begin with, so the
+codes come back exactly.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from anequant.checkpoints.foreign import found_codebook, whole_codebook
 from anequant.errors import InputError, VerificationError
 from anequant.quantization.codebook import nearest_codes
 from anequant.quantization.linear import QuantizedLinear
+from anequant.quantization.scales import spread
 
 ROWS = 1024
 
 
 def quantized_tensors(
-    name: str, shape: tuple[int, int], bits: int, *, bias: bool
+    name: str, shape: tuple[int, int], bits: int, *, bias: bool, groups: int = 1
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Names, dtypes and shapes that `store` yields for a QuantizedLinear called `name`."""
     rows, columns = shape
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         f"{name}.input_scales": (torch.float32, (1, columns)),
-        f"{name}.output_scales": (torch.float32, (rows, 1)),
+        f"{name}.output_scales": (torch.float32, (rows, groups)),
         f"{name}.codebook": (torch.float32, (2**bits,)),
         f"{name}.weight": (torch.float16, shape),
     }
@@ -45,12 +47,12 @@ def store(name: str, quantized: QuantizedLinear, *, bias: bool) -> dict[str, Ten
     """
     tensors = {
         f"{name}.input_scales": quantized.input_scale[None, :],
-        f"{name}.output_scales": quantized.output_scale[:, None],
+        f"{name}.output_scales": quantized.output_scale.reshape(len(quantized.codes), -1),
         f"{name}.codebook": quantized.codebook,
         f"{name}.weight": quantized.dequantize().half(),
     }
     if bias:
-        value = torch.zeros_like(quantized.output_scale) if quantized.bias is None else quantized.bias
+        value = torch.zeros(len(quantized.codes)) if quantized.bias is None else quantized.bias
         tensors[f"{name}.bias"] = value.half()
     if not torch.equal(_recover_codes(name, tensors), quantized.codes):
         raise VerificationError(f"the codes of '{name}' cannot be recovered from its float16 weight")
@@ -73,7 +75,8 @@ def load(name: str, read: Callable[[str], Tensor], names: Mapping[str, object]) 
         if f"{name}.{suffix}" in names
     }
     rows, columns = tensors[f"{name}.weight"].shape
-    for suffix, shape in (("input_scales", (1, columns)), ("output_scales", (rows, 1))):
+    groups = _groups(tensors[f"{name}.output_scales"], columns) if f"{name}.codebook" in tensors else 1
+    for suffix, shape in (("input_scales", (1, columns)), ("output_scales", (rows, groups))):
         scale = tensors[f"{name}.{suffix}"]
         if tuple(scale.shape) != shape or bool((scale == 0).any()):
             raise InputError(f"'{name}.{suffix}' must be {list(shape)} without zeros")
@@ -89,9 +92,15 @@ def load(name: str, read: Callable[[str], Tensor], names: Mapping[str, object]) 
         codes=_recover_codes(name, tensors),
         codebook=codebook,
         input_scale=tensors[f"{name}.input_scales"].float().reshape(-1),
-        output_scale=tensors[f"{name}.output_scales"].float().reshape(-1),
+        output_scale=tensors[f"{name}.output_scales"].float().reshape(rows, groups).squeeze(1),
         bias=None if bias is None or not bool(bias.any()) else bias.float(),
     )
+
+
+def _groups(output_scales: Tensor, columns: int) -> int:
+    """How many groups of columns have scales of their own; one where the shape makes no sense."""
+    groups = output_scales.shape[1] if output_scales.ndim == 2 else 1
+    return groups if groups and columns % groups == 0 else 1
 
 
 def _recover_codes(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -108,6 +117,6 @@ def _recover_codes(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     codes = np.empty(tuple(weight.shape), dtype=np.uint8)
     for start in range(0, codes.shape[0], ROWS):
         rows = slice(start, start + ROWS)
-        core = weight[rows] / (input_scales * output_scales[rows])
+        core = weight[rows] / (input_scales * spread(output_scales[rows], weight.shape[1]))
         codes[rows] = code_of[core.numpy().view(np.uint16)]
     return torch.from_numpy(codes)

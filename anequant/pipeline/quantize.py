@@ -125,6 +125,7 @@ def _projection_bits(
         widths=recipe.widths,
         codebook=recipe.codebook,
         scales=recipe.linear_scales,
+        group=recipe.group_size,
         seed=recipe.seed,
         progress=progress,
     )

@@ -97,11 +97,13 @@ class Rounder:
                 bits=bits,
                 codebook=codebook,
                 scales=scales,
+                group=recipe.group_size,
                 name=name,
                 input_scale=input_scale,
             )
         else:
-            rounding = Rounding(bits, codebook, scales, recipe.correction, recipe.descent, recipe.refinement)
+            steps = (recipe.correction, recipe.descent, recipe.refinement)
+            rounding = Rounding(bits, codebook, scales, *steps, recipe.group_size)
             quantized, damping = quantize_calibrated(
                 weight, bias, statistics, rounding, name, input_scale=input_scale
             )

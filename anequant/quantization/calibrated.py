@@ -39,6 +39,7 @@ class Rounding:
     correction  share of the target correction
     descent     passes of coordinate descent after gptq
     refinement  rounds of least squares and another pass, at most
+    group       columns that share a scale where scales is group
     """
 
     bits: int
@@ -47,6 +48,7 @@ class Rounding:
     correction: float
     descent: int
     refinement: int
+    group: int = 0
 
 
 def quantize_calibrated(
@@ -71,7 +73,15 @@ def quantize_calibrated(
             remedy="check the checkpoint for a damaged tensor",
         )
     target = corrected_target(weight, moments, rounding.correction)
-    fitted = fit_core(target, rounding.bits, rounding.codebook, rounding.scales, name, input_scale)
+    fitted = fit_core(
+        target,
+        rounding.bits,
+        rounding.codebook,
+        rounding.scales,
+        name,
+        group=rounding.group,
+        input_scale=input_scale,
+    )
     damping = _choose_damping(weight, fitted, statistics, rounding)
     codes = _round(target, fitted, moments, damping, rounding.descent)
     if damping is not None:
@@ -110,13 +120,13 @@ def _round(
     target: Tensor, fitted: FittedCore, moments: Moments, damping: float | None, descent: int
 ) -> Tensor:
     """Codes of target [out, in]; its core's input has the Hessian diag(d) H diag(d)."""
-    core = fitted.core(target)
     if damping is None:
-        return nearest_codes(core, fitted.codebook)
+        return nearest_codes(fitted.core(target), fitted.codebook)
     hessian = _core_hessian(fitted, moments, damping)
-    codes = gptq_codes(core, fitted.codebook, hessian)
+    wanted = fitted.target(target)
+    codes = gptq_codes(wanted, fitted.codebook, hessian, fitted.step)
     for _ in range(descent):
-        codes = descend(core, fitted.codebook, hessian, codes)
+        codes = descend(wanted, fitted.codebook, hessian, codes, fitted.step)
     return codes
 
 
@@ -136,7 +146,8 @@ def _refine(
     for _ in range(rounding.refinement):
         refitted = refit(target, codes, fitted, hessian, codebook=rounding.codebook, scales=rounding.scales)
         scale = refitted.input_scale
-        moved = descend(refitted.core(target), refitted.codebook, scale[:, None] * hessian * scale, codes)
+        seen = scale[:, None] * hessian * scale
+        moved = descend(refitted.target(target), refitted.codebook, seen, codes, refitted.step)
         loss = weighted_loss(target, refitted, moved, hessian)
         if loss >= least:
             break

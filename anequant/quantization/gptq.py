@@ -12,6 +12,9 @@ the codebook entry nearest to C_j + sum_{k>j} U_kj E_k: error feedback. This is 
 factor and no inverse. Columns are taken in the order of descending H_jj (act-order): those that matter
 most are rounded first, while the others can still make up for them.
 
+Scales of groups differ by row within a column, and then no core has one Hessian for all rows. The same steps
+hold for the weight itself: C is the weight, and q(C) = step * codebook entry with a step [out, in].
+
 Coordinate descent afterwards revisits every column with all others fixed: the best value is then the
 entry nearest to C_j + sum_{k!=j} H_jk E_k / H_jj. No step raises the error.
 
@@ -28,14 +31,15 @@ BLOCK = 64
 DAMPING_GROWTH = 10.0
 
 
-def gptq_codes(core: Tensor, codebook: Tensor, hessian: Tensor) -> Tensor:
+def gptq_codes(core: Tensor, codebook: Tensor, hessian: Tensor, step: Tensor | None = None) -> Tensor:
     """Round core [out, in] to codes uint8 [out, in] with error feedback.
 
-    codebook float32 [K], ascending; hessian float32 [in, in], positive definite (see `damped`).
+    codebook float32 [K], ascending; hessian float32 [in, in], positive definite (see `damped`); step
+    [out, in], positive, multiplies the entries where scales are of groups.
     """
     order = hessian.diagonal().argsort(stable=True)
     feedback = _feedback(hessian[order][:, order])
-    target = core.T[order]
+    target, steps = core.T[order], None if step is None else step.T[order]
     boundaries = (codebook[1:] + codebook[:-1]) / 2
     codes = torch.empty(target.shape, dtype=torch.uint8)
     error = torch.empty_like(target)
@@ -46,18 +50,19 @@ def gptq_codes(core: Tensor, codebook: Tensor, hessian: Tensor) -> Tensor:
             inside = slice(column + 1, end)
             value = wanted[column - start]
             value.addmv_(error[inside].T, feedback[inside, column])
-            chosen = torch.bucketize(value, boundaries)
-            codes[column] = chosen
-            torch.sub(target[column], codebook[chosen], out=error[column])
+            codes[column], entry = _nearest(value, boundaries, codebook, steps, column)
+            torch.sub(target[column], entry, out=error[column])
     return codes[order.argsort()].T.contiguous()
 
 
-def descend(core: Tensor, codebook: Tensor, hessian: Tensor, codes: Tensor) -> Tensor:
+def descend(
+    core: Tensor, codebook: Tensor, hessian: Tensor, codes: Tensor, step: Tensor | None = None
+) -> Tensor:
     """One pass of coordinate descent over the columns of `codes`; shapes as in `gptq_codes`."""
-    target = core.T.contiguous()
+    target, steps = core.T.contiguous(), None if step is None else step.T.contiguous()
     boundaries = (codebook[1:] + codebook[:-1]) / 2
     result = codes.T.contiguous()
-    error = target - codebook[result.int()]
+    error = target - (codebook[result.int()] if steps is None else codebook[result.int()] * steps)
     for start in range(0, target.shape[0], BLOCK):
         rows = hessian[start : start + BLOCK]
         pull = rows @ error
@@ -65,12 +70,11 @@ def descend(core: Tensor, codebook: Tensor, hessian: Tensor, codes: Tensor) -> T
             column = start + offset
             weight = rows[offset, column]
             wanted = pull[offset].div_(weight).add_(target[column]).sub_(error[column])
-            chosen = torch.bucketize(wanted, boundaries)
-            moved = target[column] - codebook[chosen]
+            result[column], entry = _nearest(wanted, boundaries, codebook, steps, column)
+            moved = target[column] - entry
             change = moved - error[column]
             later = slice(offset + 1, rows.shape[0])
             pull[later].addr_(rows[later, column], change)
-            result[column] = chosen
             error[column] = moved
     return result.T.contiguous()
 
@@ -88,6 +92,17 @@ def damped(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
         if int(torch.linalg.cholesky_ex(result).info) == 0:
             return result, damping
         damping *= DAMPING_GROWTH
+
+
+def _nearest(
+    wanted: Tensor, boundaries: Tensor, codebook: Tensor, steps: Tensor | None, column: int
+) -> tuple[Tensor, Tensor]:
+    """Codes [out] of the entries nearest to `wanted` [out], and the values they stand for."""
+    if steps is None:
+        chosen = torch.bucketize(wanted, boundaries)
+        return chosen, codebook[chosen]
+    chosen = torch.bucketize(wanted / steps[column], boundaries)
+    return chosen, codebook[chosen] * steps[column]
 
 
 def _feedback(hessian: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anequant.quantization.scales import spread
+
 ROWS = 1024
 
 
@@ -17,7 +19,8 @@ class QuantizedLinear:
     codes         uint8 [out, in]
     codebook      float32 [2**bits], strictly ascending
     input_scale   float32 [in], positive
-    output_scale  float32 [out], positive here; a checkpoint made elsewhere may have negative ones
+    output_scale  float32 [out], positive here; a checkpoint made elsewhere may have negative ones; or
+                  [out, groups], one per row and in / groups consecutive columns
     bias          float32 [out] or None
 
     Codebook and scales hold numbers that float16 represents exactly, so every reader sees the same.
@@ -40,4 +43,4 @@ class QuantizedLinear:
             rows = slice(start, start + ROWS)
             codes = self.codes[rows].reshape(-1).int()
             torch.index_select(self.codebook, 0, codes, out=weight[rows].view(-1))
-        return weight.mul_(self.output_scale[:, None]).mul_(self.input_scale)
+        return weight.mul_(spread(self.output_scale, weight.shape[1])).mul_(self.input_scale)

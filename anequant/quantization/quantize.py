@@ -10,7 +10,14 @@ from torch import Tensor
 from anequant.errors import UnsupportedError
 from anequant.quantization.codebook import best_uniform_step, lloyd_max, nearest_codes, uniform_codebook
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.scales import balanced_scales, float16_scales, output_scale, tensor_scale
+from anequant.quantization.scales import (
+    balanced_scales,
+    float16_scales,
+    group_scale,
+    output_scale,
+    spread,
+    tensor_scale,
+)
 
 LARGEST_FLOAT16 = 65504.0
 BIAS_BOUND = LARGEST_FLOAT16 / 2
@@ -18,7 +25,8 @@ BIAS_BOUND = LARGEST_FLOAT16 / 2
 
 @dataclass(frozen=True)
 class FittedCore:
-    """Everything of a QuantizedLinear except its codes: codebook [K], input_scale [in], output_scale [out].
+    """Everything of a QuantizedLinear except its codes: codebook [K], input_scale [in], output_scale [out]
+    or [out, groups].
 
     The scales are numbers float16 holds exactly.
     """
@@ -29,7 +37,17 @@ class FittedCore:
 
     def core(self, weight: Tensor) -> Tensor:
         """weight [out, in] divided by both scales."""
-        return (weight / self.output_scale[:, None]).div_(self.input_scale)
+        return divided(weight, self.output_scale, self.input_scale)
+
+    @property
+    def step(self) -> Tensor | None:
+        """What multiplies each entry [out, in] where scales are of groups, and input scales are ones."""
+        return None if self.output_scale.ndim == 1 else spread(self.output_scale, len(self.input_scale))
+
+    def target(self, weight: Tensor) -> Tensor:
+        """What gptq rounds: the core, whose input has the Hessian diag(d) H diag(d). With scales of groups
+        rows would differ in it, so it is the weight itself, in entries times `step`."""
+        return self.core(weight) if self.step is None else weight
 
     def rows(self, rows: slice) -> FittedCore:
         return FittedCore(self.codebook, self.input_scale, self.output_scale[rows])
@@ -46,6 +64,7 @@ def quantize_linear(
     codebook: str,
     scales: str,
     name: str,
+    group: int = 0,
     input_scale: Tensor | None = None,
 ) -> QuantizedLinear:
     """Round weight [out, in] (float32) to the nearest entries, with codebook and scales as `fit_core`.
@@ -53,34 +72,46 @@ def quantize_linear(
     Raises UnsupportedError, naming the tensor, when a weight or bias does not fit float16.
     """
     bias = checked_bias(bias, name)
-    fitted = fit_core(weight, bits, codebook, scales, name, input_scale)
+    fitted = fit_core(weight, bits, codebook, scales, name, group=group, input_scale=input_scale)
     codes = nearest_codes(fitted.core(weight), fitted.codebook)
     return bound_bias(fitted.linear(codes, bias), name)
 
 
 def fit_core(
-    weight: Tensor, bits: int, codebook: str, scales: str, name: str, input_scale: Tensor | None = None
+    weight: Tensor,
+    bits: int,
+    codebook: str,
+    scales: str,
+    name: str,
+    *,
+    group: int = 0,
+    input_scale: Tensor | None = None,
 ) -> FittedCore:
     """Codebook and scales for weight [out, in], as the recipe's words say.
 
-    The uniform codebook with one scale per tensor or row uses absmax / (2**(bits-1) - 1), the published
-    meaning of `w_int4_per_tensor`; with balanced scales its step is found by a line search. The lut
-    codebook divides by root mean squares and fits the rest. `input_scale` [in] fixes that vector; the
-    output scales are then fitted to what it leaves.
+    The uniform codebook with one scale per tensor, row or group of `group` columns uses
+    absmax / (2**(bits-1) - 1), the published meaning of `w_int4_per_tensor`; with balanced scales its step
+    is found by a line search. The lut codebook divides by root mean squares and fits the rest.
+    `input_scale` [in] fixes that vector; the output scales are then fitted to what it leaves.
 
     Raises UnsupportedError, naming the tensor, when a weight does not fit float16.
     """
     _check_range(weight, name)
     if input_scale is None:
-        rows, columns = _fit_scales(weight, codebook, scales, bits)
+        rows, columns = _fit_scales(weight, codebook, scales, bits, group)
     else:
         rows, columns = output_scale(weight / input_scale, "rms"), input_scale
     if codebook == "uniform" and scales == "balanced":
-        rows = rows * best_uniform_step((weight / rows[:, None]).div_(columns), bits)
+        rows = rows * best_uniform_step(divided(weight, rows, columns), bits)
     rows, columns = float16_scales(rows, columns)
     if codebook == "uniform":
         return FittedCore(uniform_codebook(bits), columns, rows)
-    return FittedCore(lloyd_max((weight / rows[:, None]).div_(columns), bits), columns, rows)
+    return FittedCore(lloyd_max(divided(weight, rows, columns), bits), columns, rows)
+
+
+def divided(weight: Tensor, output_scale: Tensor, input_scale: Tensor) -> Tensor:
+    """The core of weight [out, in]."""
+    return (weight / spread(output_scale, weight.shape[1])).div_(input_scale)
 
 
 def checked_bias(bias: Tensor | None, name: str) -> Tensor | None:
@@ -91,22 +122,24 @@ def checked_bias(bias: Tensor | None, name: str) -> Tensor | None:
     return bias.half().float()
 
 
-def _fit_scales(weight: Tensor, codebook: str, scales: str, bits: int) -> tuple[Tensor, Tensor]:
+def _fit_scales(weight: Tensor, codebook: str, scales: str, bits: int, group: int) -> tuple[Tensor, Tensor]:
     if scales == "balanced":
         return balanced_scales(weight)
-    fit = tensor_scale if scales == "tensor" else output_scale
-    ones = torch.ones(weight.shape[1])
-    if codebook == "uniform":
-        return fit(weight, "absmax") / (2 ** (bits - 1) - 1), ones
-    return fit(weight, "rms"), ones
+    measure = "absmax" if codebook == "uniform" else "rms"
+    if scales == "group":
+        rows = group_scale(weight, measure, group)
+    else:
+        rows = (tensor_scale if scales == "tensor" else output_scale)(weight, measure)
+    return rows / (2 ** (bits - 1) - 1 if codebook == "uniform" else 1), torch.ones(weight.shape[1])
 
 
 def bound_bias(quantized: QuantizedLinear, name: str) -> QuantizedLinear:
     """Keep |bias / output_scale| inside float16 by moving a power of two from codebook to scale.
 
-    Powers of two are exact in float16, so the dequantized weight does not change.
+    Powers of two are exact in float16, so the dequantized weight does not change. A bias beside scales of
+    groups is not divided by them.
     """
-    if quantized.bias is None:
+    if quantized.bias is None or quantized.output_scale.ndim == 2:
         return quantized
     largest = float((quantized.bias / quantized.output_scale).abs().max())
     if largest < BIAS_BOUND:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from anequant.quantization.codebook import separate
 from anequant.quantization.quantize import FittedCore
-from anequant.quantization.scales import SMALLEST_INPUT_SCALE, float16_scales
+from anequant.quantization.scales import SMALLEST_INPUT_SCALE, float16_scales, spread
 
 RIDGE = 1e-6
 CODEBOOK_ROWS = 256
@@ -35,12 +35,12 @@ def refit(
     """One round of the three steps for weight [out, in] and codes [out, in], with hessian [in, in].
 
     The recipe's words say what is free: a uniform codebook stays, and so do input scales that are not
-    balanced and a scale shared by all rows. A codebook of more than 16 entries stays too: its system
-    takes a product with H for every entry, and its error is small already. Numbers come back as float16
-    holds them, so L can rise by its rounding.
+    balanced and a scale shared by all rows or by a group. A codebook of more than 16 entries stays too: its
+    system takes a product with H for every entry, and its error is small already. Numbers come back as
+    float16 holds them, so L can rise by its rounding.
     """
     rows, columns, entries = fitted.output_scale, fitted.input_scale, fitted.codebook
-    if scales != "tensor":
+    if scales not in ("tensor", "group"):
         rows = refit_output_scale(weight, entries[codes.int()], rows, columns, hessian)
     if codebook == "lut" and len(entries) <= LARGEST_CODEBOOK:
         entries = refit_codebook(weight, codes, entries, rows, columns, hessian)
@@ -88,7 +88,7 @@ def refit_codebook(
     """T [K], the best for evenly spaced rows, fewer than 2 CODEBOOK_ROWS. Entries that no code uses stay,
     and all of them where their order would change."""
     rows = slice(0, None, max(1, weight.shape[0] // CODEBOOK_ROWS))
-    codes, scale = codes[rows], output_scale[rows, None] * input_scale
+    codes, scale = codes[rows], spread(output_scale[rows], codes.shape[1]) * input_scale
     members = torch.stack([(codes == k) * scale for k in range(len(codebook))])
     pulls = members @ hessian
     matrix = (pulls.flatten(1) @ members.flatten(1).T).double()

@@ -1,5 +1,8 @@
 """The two scale vectors of W ~ diag(output_scale) . core . diag(input_scale).
 
+For machines that can afford it, an output scale per row and group of columns takes their place: a matrix
+[out, groups] whose every entry counts for in / groups consecutive columns.
+
 Balanced scales make every row and every column of the core have a root mean square of one: divide rows
 by theirs, then columns by theirs, and repeat. On the squares W**2 this is the Sinkhorn-Knopp iteration
 (1967), which converges to the one pair of scalings with unit row and column means. The gauge
@@ -13,6 +16,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from anequant.errors import UsageError
 
 SINKHORN_ROUNDS = 12
 SMALLEST_PRODUCT = 2.0**-14
@@ -31,6 +36,27 @@ def output_scale(weight: Tensor, measure: str) -> Tensor:
     order, divisor = (torch.inf, 1.0) if measure == "absmax" else (2, weight.shape[1] ** 0.5)
     size: Tensor = torch.linalg.vector_norm(weight, ord=order, dim=1) / divisor
     return size
+
+
+def group_scale(weight: Tensor, measure: str, group: int) -> Tensor:
+    """One number per row and `group` consecutive columns: float32 [out, in / group].
+
+    Raises UsageError where the groups do not cover the columns.
+    """
+    rows, columns = weight.shape
+    if columns % group:
+        raise UsageError(
+            f"groups of {group} do not divide {columns} columns", remedy="use a smaller group_size"
+        )
+    parts = output_scale(weight.reshape(-1, group), measure).view(rows, -1)
+    return parts.clamp_min(float(parts.max()) * NEGLIGIBLE or SMALLEST_PRODUCT)
+
+
+def spread(scale: Tensor, columns: int) -> Tensor:
+    """An output scale [out] or [out, groups] as it multiplies a weight: [out, 1] or [out, columns]."""
+    if scale.ndim == 1:
+        return scale[:, None]
+    return scale.repeat_interleave(columns // scale.shape[1], dim=1)
 
 
 def balanced_scales(weight: Tensor, rounds: int = SINKHORN_ROUNDS) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,71 @@
+"""What activations, the KV cache and online rotations cost in quality, as a Markdown table.
+
+    python tools/ablation.py MODEL TEXT CALIBRATION [--json FILE] [--jobs 2]
+        [--windows 32] [--length 512]
+
+What is measured and how: see `quality_runs.py`. W, A and KV are the bits of weights, of every projection's
+input and of the cache; what is not named is float. Rotated rows have R1 in blocks of 64 and R2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quality_runs import Row, run_table
+
+UNROTATED = {"r1": "none", "r2": "none"}
+R4 = {"r4": "hadamard"}
+PREFIX = {"activation_prefix": 1}
+SMOOTH = {"smooth": 0.5}
+STATIC = {"activation_bits": 8, "activation_scales": "static"}
+DYNAMIC8 = {"activation_bits": 8}
+DYNAMIC4 = {"activation_bits": 4}
+ASYMMETRIC = {"activation_symmetric": False}
+KV4 = {"kv_bits": 4}
+
+
+def floats(label: str, shows: str, *parts: dict[str, Any]) -> Row:
+    """A row with float weights."""
+    return Row(label, shows, "w8-nearest", merged({"bits": 16}, *parts))
+
+
+def merged(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for part in parts for key, value in part.items()}
+
+
+ROWS = [
+    floats("A8 static, unrotated", "one scale per tensor dies of massive activations", UNROTATED, STATIC),
+    floats("A8 static", "and R1 and R2 do not help", STATIC),
+    floats("A8 static, MSE", "nor does the range", STATIC, {"activation_range": "mse"}),
+    floats("A8 static, percentile", "nor does the range", STATIC, {"activation_range": "percentile"}),
+    floats(
+        "A8 static, down_proj's input float",
+        "its input is the reason",
+        STATIC,
+        {"activation_overrides": "down_proj=16"},
+    ),
+    floats("A8 static, R4 in blocks of 64", "spreads them within blocks", STATIC, {"r4": "block-hadamard"}),
+    floats("A8 static, R4", "spreads them over the whole width", STATIC, R4),
+    floats("A8 static, R4, MSE", "", STATIC, R4, {"activation_range": "mse"}),
+    floats("A8 static, SmoothQuant", "moves them into down_proj's weight", STATIC, SMOOTH),
+    floats("A8 static, SmoothQuant 0.75", "", STATIC, {"smooth": 0.75}),
+    floats("A8 static, prefix", "the first position stays float", STATIC, PREFIX),
+    floats("A8 static, R4, prefix", "", STATIC, R4, PREFIX),
+    floats("A8 static, SmoothQuant, prefix", "", STATIC, SMOOTH, PREFIX),
+    floats("A8 static, R4, SmoothQuant, prefix", "", STATIC, R4, SMOOTH, PREFIX),
+    floats("A8 dynamic", "a scale per token", DYNAMIC8),
+    floats("A4 dynamic, unrotated", "", UNROTATED, DYNAMIC4),
+    floats("A4 dynamic", "", DYNAMIC4),
+    floats("A4 dynamic, R4", "", DYNAMIC4, R4),
+    floats("A4 dynamic, R4 in blocks of 64", "", DYNAMIC4, {"r4": "block-hadamard"}),
+    floats("A4 dynamic, R4, asymmetric", "", DYNAMIC4, R4, ASYMMETRIC),
+    floats("A4 dynamic, R4, clip 0.9", "", DYNAMIC4, R4, {"activation_clip": 0.9}),
+    floats("KV8", "", {"kv_bits": 8}),
+    floats("KV4, unrotated", "", UNROTATED, KV4),
+    floats("KV4, R2", "", KV4),
+    floats("KV4, R3", "", UNROTATED, KV4, {"r3": "hadamard"}),
+    floats("KV4, R2 and R3", "", KV4, {"r3": "hadamard"}),
+]
+
+if __name__ == "__main__":
+    run_table(ROWS, __doc__)

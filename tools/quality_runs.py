@@ -1,0 +1,198 @@
+"""What the quality tables of `compare_quality.py` and `ablation.py` share: rows, their runs, and the table.
+
+Extra NLL and KL (nats) and the share of equal top tokens are against the float model, on evenly spaced
+windows that start with the model's start token. Calibration takes 24 windows of the same length of another
+text unless a row says otherwise. A row may run for several rotation seeds: the table shows the means and half
+the range of the extra NLL. Each run has a process of its own with one thread; seconds are wall time of
+quantizing, peak memory is the process's (imports included), means over seeds.
+
+Finished runs are kept in --json FILE and not repeated; the table is printed from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+WINDOWS = 24
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to quantize: a recipe with overrides, or a peer of `quality_peers`; and what it shows."""
+
+    label: str
+    shows: str
+    recipe: str = "w4-ane"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    windows: int = WINDOWS
+    own_text: bool = False
+    peer: str | None = None
+    needs: str | None = None
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all rows share: folders and files, and the size of the evaluation."""
+
+    model: str
+    text: Path
+    calibration: Path
+    windows: int
+    length: int
+
+
+def measure(task: tuple[Row, int, Settings]) -> dict[str, Any]:
+    """Quantize with one seed and evaluate; meant for a process of its own."""
+    row, seed, settings = task
+    import torch
+
+    torch.set_num_threads(1)
+    from anequant.pipeline.evaluate import evaluate_text
+
+    with tempfile.TemporaryDirectory() as work:
+        output = Path(work) / "quantized"
+        begun = time.perf_counter()
+        bits = (
+            _run_recipe(row, seed, settings, output) if row.peer is None else _run_peer(row, settings, output)
+        )
+        seconds = time.perf_counter() - begun
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        quality = evaluate_text(
+            str(output), settings.text, settings.model, windows=settings.windows, length=settings.length
+        )
+    return {
+        "row": row.label,
+        "seed": seed,
+        "bits": bits,
+        "extra_nll": quality.extra_nll,
+        "kl": quality.kl,
+        "top1": quality.top1,
+        "seconds": seconds,
+        "peak_mb": peak,
+    }
+
+
+def _run_recipe(row: Row, seed: int, settings: Settings, output: Path) -> float:
+    """Average bits of the projections' weights, scales aside."""
+    from anequant.checkpoints.source import resolve_source
+    from anequant.pipeline.quantize import quantize
+    from anequant.recipe import Calibration
+    from anequant.recipe_files import load_recipe
+
+    source = "self" if row.own_text else str(settings.calibration)
+    calibration = Calibration(source, row.windows, settings.length)
+    recipe = load_recipe(row.recipe, {**row.overrides, "seed": seed})
+    result = quantize(resolve_source(settings.model), output, recipe, calibration)
+    projections = [tensor for tensor in result.rounding.tensors if "_proj" in tensor.name]
+    if not projections:
+        return float(recipe.bits)
+    return sum(t.bits * t.weights for t in projections) / sum(t.weights for t in projections)
+
+
+def _run_peer(row: Row, settings: Settings, output: Path) -> float:
+    from quality_peers import GROUP, PEERS
+
+    from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
+    from anequant.checkpoints.reader import open_checkpoint
+
+    assert row.peer is not None
+    folder = Path(settings.model)
+    tokenizer = load_tokenizer(folder)
+    first = start_token(tokenizer, open_checkpoint(folder).spec.config)
+    text = read_text(settings.calibration)
+    windows = text_windows(text, tokenizer, first, count=row.windows, length=settings.length)
+    PEERS[row.peer](folder, output, windows)
+    return 4 + 32 / GROUP if row.peer.endswith("groups") else 4.0
+
+
+def table(rows: Sequence[Row], results: list[dict[str, Any]]) -> str:
+    """The rows that have results, in the order of `rows`, as Markdown."""
+    lines = [
+        "| way | bits | seeds | extra NLL | KL | same top token | seconds | peak MB | what it shows |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        runs = [run for run in results if run["row"] == row.label]
+        if not runs:
+            reason = f"not run: `{row.needs}` is not installed" if not _available(row) else "not run"
+            lines.append(f"| {row.label} | | | | | | | | {reason} |")
+            continue
+        mean = {key: fmean(run[key] for run in runs) for key in runs[0] if key not in ("row", "seed")}
+        losses = [run["extra_nll"] for run in runs]
+        spread = f" ± {(max(losses) - min(losses)) / 2:.4f}" if len(runs) > 1 else ""
+        lines.append(
+            f"| {row.label} | {mean['bits']:.2f} | {len(runs)} | {mean['extra_nll']:+.4f}{spread} "
+            f"| {mean['kl']:.4f} | {mean['top1']:.1%} | {mean['seconds']:.0f} | {mean['peak_mb']:.0f} "
+            f"| {row.shows} |"
+        )
+    return "\n".join(lines)
+
+
+def _available(row: Row) -> bool:
+    return row.needs is None or find_spec(row.needs) is not None
+
+
+def _machine() -> dict[str, Any]:
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    packages = {name: version(name) for name in ("anequant", "torch", "transformers", "coremltools")}
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return {"cpu": cpu, "cores": os.cpu_count(), **packages, "date": today}
+
+
+def run_table(rows: Sequence[Row], description: str | None) -> None:
+    """The command line of a table: measure what is not yet measured, print the table."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("calibration", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    options = parser.parse_args()
+    settings = Settings(options.model, options.text, options.calibration, options.windows, options.length)
+    kept = json.loads(options.json.read_text())["runs"] if options.json and options.json.exists() else []
+    done = {(run["row"], run["seed"]) for run in kept}
+    wanted = [
+        (row, seed)
+        for seed in sorted({seed for row in rows for seed in row.seeds})
+        for row in rows
+        if seed in row.seeds and _available(row) and (row.label, seed) not in done
+    ]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
+        for run in pool.imap_unordered(measure, [(row, seed, settings) for row, seed in wanted]):
+            kept.append(run)
+            if options.json:
+                shared = {
+                    **asdict(settings),
+                    "text": options.text.name,
+                    "calibration": options.calibration.name,
+                }
+                shared["model"] = Path(options.model).name
+                contents = {"settings": shared, "machine": _machine(), "runs": kept}
+                options.json.write_text(json.dumps(contents, indent=1))
+    print(f"{_machine()}\n\n{table(rows, kept)}")
