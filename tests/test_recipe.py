@@ -235,3 +235,47 @@ def test_every_choice_is_accepted(field: Any) -> None:
     for choice in field.metadata["choices"] or (field.default,):
         assert getattr(recipe_from_dict({field.name: choice}), field.name) == choice
     assert field.metadata["help"].endswith(".")
+
+
+STATIC = {"activation_bits": 8, "activation_scales": "static"}
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({**STATIC, "bits": 8, "codebook": "lut"}, "free codebook of 8 bits"),
+        ({**STATIC, "tune": 5}, "tune moves scales"),
+        ({"bits": 16, "tune": 5}, "tune moves scales"),
+        ({"smooth": 0.5}, "smooth has no use"),
+        ({**STATIC, "smooth": 0.5, "fold_input_scales": True}, "smooth needs an input scale"),
+        ({**STATIC, "scales": "group"}, "scales of groups"),
+        ({"scales": "group", "tune": 5}, "scales of groups"),
+        ({"scales": "group", "fold_input_scales": True}, "fold_input_scales needs input scales"),
+        ({"learn": 5, "r1": "none", "r2": "none"}, "learn has no rotation"),
+        ({"restarts": 0}, "'restarts' is 0"),
+        ({"r4_block": 48}, "'r4_block' is 48"),
+        ({"activation_clip": 1.5}, "'activation_clip' is 1.5"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(values: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem) as caught:
+        recipe_from_dict(values)
+    assert caught.value.remedy
+
+
+def test_who_needs_calibration_tokens() -> None:
+    nearest = load_recipe("w4-nearest")
+    for changes, needed in (
+        ({}, False),
+        ({"rounding": "gptq"}, True),
+        ({"rounding": "gptq", "bits": 16}, False),
+        (STATIC, True),
+        ({"activation_overrides": "down_proj=8", "activation_scales": "static"}, True),
+        ({"activation_bits": 8}, False),
+        ({"kv_bits": 4}, False),
+        ({"r1": "pca"}, True),
+        ({"learn": 3}, True),
+        ({"restarts": 2}, True),
+        ({"target_bits": 4.5}, True),
+    ):
+        assert dataclasses.replace(nearest, **changes).calibrated is needed, changes

@@ -65,6 +65,25 @@ ROWS = [
     floats("KV4, R2", "", KV4),
     floats("KV4, R3", "", UNROTATED, KV4, {"r3": "hadamard"}),
     floats("KV4, R2 and R3", "", KV4, {"r3": "hadamard"}),
+    Row("W8A8 static, R4", "", "w8-nearest", {"codebook": "uniform", **STATIC, **R4}),
+    Row("W8A8 static, R4, prefix", "", "w8-nearest", {"codebook": "uniform", **STATIC, **R4, **PREFIX}),
+    Row("W8A8 dynamic", "", "w8-nearest", {"codebook": "uniform", **DYNAMIC8}),
+    Row("W4A8 static, R4", "`w4-ane` weights", "w4-ane", {**STATIC, **R4}),
+    Row("W4A8 static, R4, prefix", "", "w4-ane", {**STATIC, **R4, **PREFIX}),
+    Row("W4A8 dynamic", "", "w4-ane", DYNAMIC8),
+    Row("W4A4 dynamic, R4", "", "w4-ane", {**DYNAMIC4, **R4}),
+    Row(
+        "W4A4 dynamic KV4, R3, R4", "the whole QuaRot", "w4-ane", {**DYNAMIC4, **R4, **KV4, "r3": "hadamard"}
+    ),
+    *(
+        Row(
+            f"W4 in groups of {group}",
+            "GPTQ; leaves the ANE",
+            "w4-ane",
+            {"codebook": "uniform", "scales": "group", "group_size": group},
+        )
+        for group in (32, 64, 128)
+    ),
 ]
 
 if __name__ == "__main__":
