@@ -211,6 +211,9 @@ def build_spec(architecture: Architecture, config: Mapping[str, Any], where: str
     eps = config.get("rms_norm_eps", 1e-6)
     if not isinstance(eps, float) or not 0 <= eps < 1:
         raise InputError(f"config key 'rms_norm_eps' is {eps!r}, not a small positive number", where=where)
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise InputError(f"config key 'tie_word_embeddings' is {tied!r}, not true or false", where=where)
     return ModelSpec(
         architecture=architecture,
         config=config,
@@ -222,5 +225,5 @@ def build_spec(architecture: Architecture, config: Mapping[str, Any], where: str
         head_dim=head_dim,
         vocab_size=number("vocab_size"),
         rms_norm_eps=eps,
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=tied,
     )

@@ -6,9 +6,9 @@ name, since a hub cache holds symlinks that point elsewhere).
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -25,6 +25,7 @@ from anequant.architectures.spec import (
     ModelSpec,
     layer_prefix,
 )
+from anequant.checkpoints.header import TensorInfo, parse_json, read_header, shown
 from anequant.checkpoints.online import read_online, weights_stem
 from anequant.errors import InputError
 from anequant.quantization.online import NOTHING, Online
@@ -32,15 +33,8 @@ from anequant.quantization.online import NOTHING, Online
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 FLOATS = ("F16", "BF16", "F32", "F64")
-LARGEST_HEADER = 100_000_000
+LARGEST_JSON = 16_000_000
 _LAYER = re.compile(r"model\.layers\.\d+\.")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    shard: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,11 @@ class Checkpoint:
             raise InputError(f"'{name}' cannot be read: {error}", where=str(info.shard)) from error
         if not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
             count = int((~torch.isfinite(tensor)).sum())
-            raise InputError(f"'{name}' holds {count} values that are not finite", where=str(info.shard))
+            first = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
+            raise InputError(
+                f"'{name}' holds {count} values that are not finite, the first at {first}",
+                where=str(info.shard),
+            )
         return tensor
 
     @property
@@ -130,46 +128,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; raises InputError naming it."""
+    """Parse a JSON file; raises InputError naming it, also for keys that appear twice and NaN."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > LARGEST_JSON:
+            raise InputError(f"'{path.name}' has more than {LARGEST_JSON} bytes", where=str(path.parent))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"'{path.name}' is missing", where=str(path.parent)) from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"'{path.name}' cannot be read: {error}", where=str(path.parent)) from error
-
-
-def read_header(shard: Path) -> dict[str, TensorInfo]:
-    """The tensors a safetensors file announces, checked against the file's size.
-
-    Raises InputError naming the file for a truncated or foreign file.
-    """
-    try:
-        size = shard.stat().st_size
-        with shard.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, LARGEST_HEADER):
-                raise InputError(
-                    f"'{shard.name}' is no complete safetensors file ({size} bytes)",
-                    where=str(shard),
-                    remedy="download it again (a git-lfs pointer or an interrupted download looks like this)",
-                )
-            header = json.loads(file.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        tensors = {
-            name: TensorInfo(shard, entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()
-        }
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"'{shard.name}' cannot be read: {error}", where=str(shard)) from error
-    if end != size:
-        raise InputError(
-            f"'{shard.name}' is {'truncated' if size < end else 'longer than it says'}: "
-            f"{size} bytes where its header announces {end}",
-            where=str(shard),
-            remedy="download it again",
-        )
-    return tensors
 
 
 def _read_headers(folder: Path, stem: str) -> dict[str, TensorInfo]:
@@ -188,10 +155,14 @@ def _read_headers(folder: Path, stem: str) -> dict[str, TensorInfo]:
         raise InputError(f"'{index_file}' has no weight_map of names", where=str(folder))
     tensors: dict[str, TensorInfo] = {}
     for shard_name in sorted(set(weight_map.values())):
-        tensors.update(read_header(_contained(folder, shard_name, index_file)))
+        shard = read_header(_contained(folder, shard_name, index_file))
+        for name in tensors.keys() & shard.keys():
+            both = f"'{tensors[name].shard.name}' and '{shard_name}'"
+            raise InputError(f"tensor {shown(name)} is in {both}", where=str(folder))
+        tensors.update(shard)
     for name, shard_name in weight_map.items():
         if name not in tensors or tensors[name].shard.name != shard_name:
-            raise InputError(f"'{name}' is not in '{shard_name}'", where=str(folder / index_file))
+            raise InputError(f"{shown(name)} is not in '{shard_name}'", where=str(folder / index_file))
     return tensors
 
 
@@ -199,20 +170,21 @@ def _contained(folder: Path, shard_name: str, index_file: str) -> Path:
     where = str(folder / index_file)
     for path in (PurePosixPath(shard_name), PureWindowsPath(shard_name)):
         if len(path.parts) != 1 or path.anchor or shard_name in ("", ".", ".."):
-            raise InputError(f"shard '{shard_name!r}' leaves the model folder", where=where)
+            raise InputError(f"shard {shown(shard_name)} leaves the model folder", where=where)
     if not shard_name.endswith(".safetensors"):
-        raise InputError(f"shard '{shard_name}' is no safetensors file", where=where)
+        raise InputError(f"shard {shown(shard_name)} is no safetensors file", where=where)
     if not (folder / shard_name).is_file():
-        raise InputError(f"shard '{shard_name}' is missing", where=str(folder))
+        raise InputError(f"shard {shown(shard_name)} is missing", where=str(folder))
     return folder / shard_name
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
     spec = checkpoint.spec
-    expected = dict(spec.outer_tensors())
-    for layer in range(spec.num_layers):
-        expected.update((layer_prefix(layer) + name, shape) for name, shape in spec.layer_tensors().items())
-    for name, shape in expected.items():
+    of_layer = spec.layer_tensors().items()
+    in_layers = (
+        (layer_prefix(layer) + name, shape) for layer in range(spec.num_layers) for name, shape in of_layer
+    )
+    for name, shape in chain(spec.outer_tensors().items(), in_layers):
         info = checkpoint.tensors.get(name)
         if info is None:
             raise InputError(f"tensor '{name}' is missing", where=str(checkpoint.folder))

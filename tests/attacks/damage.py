@@ -1,0 +1,69 @@
+"""Damaging files byte by byte, and what must hold when a command is given them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner
+
+from anequant.cli import main
+
+SECONDS, MEGABYTES = 1.0, 300
+
+
+def parts(shard: Path) -> tuple[dict[str, Any], bytes]:
+    """The header's entries and the bytes behind it."""
+    content = shard.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header.pop("__metadata__", None)
+    return header, content[end:]
+
+
+def write(shard: Path, entries: dict[str, Any], data: bytes) -> None:
+    """These entries of a file with `data`, packed anew."""
+    header, chunks, end = {}, [], 0
+    for name, entry in entries.items():
+        begin, stop = entry["data_offsets"]
+        chunks.append(data[begin:stop])
+        header[name] = {**entry, "data_offsets": [end, end + stop - begin]}
+        end += stop - begin
+    raw(shard, json.dumps(header).encode(), b"".join(chunks))
+
+
+def raw(shard: Path, header: bytes, data: bytes, length: int | None = None) -> None:
+    size = len(header) if length is None else length
+    shard.write_bytes(size.to_bytes(8, "little") + header + data)
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """The hash of every regular file below a folder, and the kind of everything else."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "link"
+        if path.is_symlink()
+        else "other"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def assert_refused(place: Path, arguments: list[Any], code: int, *words: str) -> None:
+    """The command fails with this exit code and these words, fast and small, and leaves nothing behind."""
+    before = fingerprint(place)
+    memory, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    seconds = time.process_time() - begun
+    megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1e3
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    for word in words:
+        assert word in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) <= 4
+    assert result.stderr.replace("\n", "").isprintable(), repr(result.stderr)
+    assert seconds < SECONDS and megabytes < MEGABYTES
+    assert fingerprint(place) == before
