@@ -221,6 +221,16 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"tune {recipe.tune}",
             "use scales = 'tensor' and tune = 0",
         )
+    if recipe.fold_input_scales and recipe.r4 != "none":
+        yield (
+            "fold_input_scales moves an input scale from down_proj to up_proj, r4 turns what lies between",
+            "use r4 = 'none', or keep the input scales",
+        )
+    if recipe.premultiply_scales and recipe.static_activations:
+        yield (
+            "premultiply_scales puts a scale into the codebook, static activations multiply its integers",
+            "use premultiply_scales = false, or dynamic activations",
+        )
     for name, bits in recipe.activation_exceptions.items():
         if bits not in (16, 8, 4):
             yield f"activation_overrides gives '{name}' {bits} bits", "use 16, 8 or 4, as in down_proj=16"
@@ -229,7 +239,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "tune moves scales of quantized weights, and static activations depend on them",
             "use tune = 0, or dynamic activations and fewer bits",
         )
-    if recipe.static_activations and recipe.bits == 8 and recipe.codebook == "lut":
+    if recipe.static_activations and 8 in recipe.widths and recipe.codebook == "lut":
         yield (
             "a free codebook of 8 bits does not fit the integers that static activations multiply",
             "use codebook = 'uniform', or fewer bits",

@@ -19,8 +19,8 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, resolve_source
 from anequant.coreml.interpreter import Package
+from anequant.coreml.linears import weight_value
 from anequant.coreml.meta import read_meta
-from anequant.coreml.program import weight_value
 from anequant.errors import UnsupportedError, UsageError, VerificationError
 from anequant.pipeline.chunks import chunk_ranges
 from anequant.pipeline.lower import LowerResult, lower
@@ -146,8 +146,8 @@ def test_functions_share_one_copy_of_every_weight(trained: Written) -> None:
         offsets: dict[str, set[int | None]] = {}
         opened = Package.open(trained.packages / f"{chunk}.mlpackage")
         assert opened.default_function == "infer"
-        for _, value, weight in opened.palettized_weights():
-            offsets.setdefault(value, set()).add(weight.offset)
+        for _, value, weight in opened.compressed_weights():
+            offsets.setdefault(value, set()).add(weight.place)
         assert offsets and all(len(places) == 1 for places in offsets.values())
 
 

@@ -99,13 +99,19 @@ class ReferenceModel:
 
     @torch.no_grad()
     def inputs(
-        self, layer: int, tensors: Mapping[str, Tensor], parts: Sequence[Tensor], name: str
+        self,
+        layer: int,
+        tensors: Mapping[str, Tensor],
+        parts: Sequence[Tensor],
+        name: str,
+        *,
+        arriving: bool = False,
     ) -> Iterator[Tensor]:
         """The input [tokens, in] of the layer's linear `name`, for one part [n, length, hidden] after the
-        other; the layer runs no further than that."""
+        other; the layer runs no further than that. `arriving`: before it is turned and rounded."""
         with self._loaded(layer, tensors, parts[0].shape[1]) as run:
             linear = self._model.model.layers[layer].get_submodule(name)
-            hook = linear.register_forward_pre_hook(_stop_at_input)
+            hook = linear.register_forward_pre_hook(_stop_at_input, prepend=arriving)
             try:
                 for part in parts:
                     try:

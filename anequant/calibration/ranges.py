@@ -8,6 +8,8 @@ overflow, in the graph that `coreml` emits, is
     scores     q . k after RoPE, with 1 / sqrt(head_dim) on q
     sums       a convolution's partial sums; |codebook[codes]| |input_scale x| bounds every order of adding
     products   what the other linears and the SwiGLU product return
+    turns      inside of an online rotation: its factors are orthonormal, so the Euclidean norm of what one
+               block of it mixes bounds every value and every sum there
 
 A factor c on everything that writes to the stream scales the stream by c and leaves every norm's output, and
 so the model, as it was once each norm's epsilon is scaled by c^2. A power of two moves between a codebook
@@ -26,6 +28,8 @@ from anequant.architectures.spec import EMBEDDING, Space
 from anequant.calibration.forward import ReferenceModel
 from anequant.checkpoints.layers import QuantizedLayer, load_layer
 from anequant.checkpoints.reader import Checkpoint
+from anequant.quantization.scales import spread
+from anequant.rotation.orthogonal import Rotation
 
 LOUDEST_TOKENS = 32
 
@@ -39,6 +43,7 @@ class LayerRange:
     scores: float
     products: float
     sums: dict[str, float]
+    turns: float = 0.0
 
 
 def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
@@ -47,29 +52,38 @@ def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
     `sums` look at the 32 tokens with the largest inputs only.
     """
     spec = checkpoint.spec
-    model = ReferenceModel(spec, torch.float32, checkpoint.online)
+    online = checkpoint.online
+    model = ReferenceModel(spec, torch.float32, online)
     hidden = checkpoint.read(f"{EMBEDDING}.weight")[tokens].float()
     ranges = []
     for number in range(spec.num_layers):
         layer = load_layer(checkpoint, number)
         tensors = {name: value.float() for name, value in checkpoint.layer(number).items()}
         sums: dict[str, float] = {}
-        residual, products, scores = float(hidden.abs().max()), 0.0, 0.0
+        residual, products, scores, turns = float(hidden.abs().max()), 0.0, 0.0, 0.0
         for group in spec.input_groups:
-            (inputs,) = model.inputs(number, tensors, [hidden], group[0].name)
-            products = max(products, float(inputs.abs().max()))
+            name = group[0].name
+            (arriving,) = model.inputs(number, tensors, [hidden], name, arriving=True)
+            products = max(products, float(arriving.abs().max()))
+            if online.r4 is not None and group[0].input.space is Space.FFN:
+                turns = max(turns, _largest_norm(arriving, online.r4))
             for linear in group:
+                inputs = arriving
+                if online.active:
+                    (inputs,) = model.inputs(number, tensors, [hidden], linear.name)
                 sums[linear.name] = _largest_sum(layer, linear.name, inputs)
                 output = float(_output(tensors, linear.name, inputs).abs().max())
                 if linear.output.space is Space.RESIDUAL:
                     residual = max(residual, output)
                 else:
                     products = max(products, output)
-            if group[0].name == "self_attn.q_proj":
-                scores = _largest_score(model, tensors, inputs.view(*hidden.shape), checkpoint)
+            if name == "self_attn.q_proj":
+                (inputs,) = model.inputs(number, tensors, [hidden], name)
+                scores, norm = _attention_ranges(model, tensors, inputs.view(*hidden.shape), checkpoint)
+                turns = norm if online.r3 is not None else turns
         hidden = model.run_layer(number, tensors, hidden)
         residual = max(residual, float(hidden.abs().max()))
-        ranges.append(LayerRange(number, residual, scores, products, sums))
+        ranges.append(LayerRange(number, residual, scores, products, sums, turns))
     return ranges
 
 
@@ -89,13 +103,23 @@ def _largest_sum(layer: QuantizedLayer, name: str, inputs: Tensor) -> float:
     scaled = (inputs * linear.input_scale).abs()
     loudest = scaled[scaled.sum(1).topk(min(LOUDEST_TOKENS, len(scaled))).indices]
     core = torch.index_select(linear.codebook.abs(), 0, linear.codes.reshape(-1).int())
-    return float((loudest @ core.view(linear.codes.shape).T).max())
+    weight = core.view(linear.codes.shape)
+    if linear.output_scale.ndim == 2:
+        weight = weight * spread(linear.output_scale, weight.shape[1]).abs()
+    return float((loudest @ weight.T).max())
 
 
-def _largest_score(
+def _largest_norm(inputs: Tensor, rotation: Rotation) -> float:
+    """The largest Euclidean norm of what one Hadamard matrix turns, for inputs [tokens, in]."""
+    blocks = inputs.view(-1, rotation.order or rotation.size)
+    return float(torch.linalg.vector_norm(blocks, dim=1).max())
+
+
+def _attention_ranges(
     model: ReferenceModel, tensors: dict[str, Tensor], inputs: Tensor, checkpoint: Checkpoint
-) -> float:
-    """max |q . k| / sqrt(head_dim) over causal pairs, for inputs [n, length, hidden_size]."""
+) -> tuple[float, float]:
+    """max |q . k| / sqrt(head_dim) over causal pairs, and the largest norm of a q or k, for inputs
+    [n, length, hidden_size]."""
     spec = checkpoint.spec
     length = inputs.shape[1]
     cos, sin = model.rope_tables(length)
@@ -111,6 +135,7 @@ def _largest_score(
         return x * cos + torch.cat([-second, first], -1) * sin
 
     query, key = heads("q"), heads("k")
+    norm = max(float(torch.linalg.vector_norm(side, dim=-1).max()) for side in (query, key))
     key = key.repeat_interleave(spec.num_heads // spec.num_key_value_heads, 1)
     products = (query @ key.transpose(-1, -2)).abs() * spec.head_dim**-0.5
-    return float(products[..., causal].max())
+    return float(products[..., causal].max()), norm

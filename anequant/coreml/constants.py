@@ -7,7 +7,7 @@ place of the weight file share it, and a palettized weight of a convolution is k
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,17 +15,25 @@ import torch
 from torch import Tensor
 
 from anequant.coreml.operators import OPERATORS
-from anequant.coreml.signatures import Form, parameters, tensor_spec
+from anequant.coreml.signatures import Form, TensorSpec, constant_spec, parameters, tensor_spec
 from anequant.coreml.storage import TORCH_TYPES, Palettized, Value, Weights
 from anequant.errors import InputError
+
+WIDENED = (torch.float16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A value that is yet to be read. Equal keys are equal values, whichever function they appear in."""
+    """A value that is yet to be read. Equal keys are equal values, whichever function they appear in.
+
+    `kind` is the operation that makes it, and `parts` are what that takes.
+    """
 
     key: bytes
     load: Callable[[], Value]
+    kind: str
+    spec: TensorSpec
+    parts: Mapping[str, Constant] = field(default_factory=dict)
 
 
 class Constants:
@@ -68,7 +76,8 @@ class Constants:
         return self._kept[key]
 
     def _literal(self, value: Any) -> Constant:
-        return Constant(value.SerializeToString(deterministic=True), partial(self._weights.read, value))
+        key = value.SerializeToString(deterministic=True)
+        return Constant(key, partial(self._weights.read, value), "const", constant_spec("", value.type))
 
 
 def converted(value: Value, form: Form) -> Any:
@@ -79,7 +88,7 @@ def converted(value: Value, form: Form) -> Any:
         value = value.dense(torch.float32 if form == "float32" else None)
     if form == "plain":
         return value.tolist()
-    return value.float() if form == "float32" and value.dtype == torch.float16 else value
+    return value.float() if form == "float32" and value.dtype in WIDENED else value
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -97,4 +106,4 @@ def _combined(operation: Any, sources: Mapping[str, Constant]) -> Constant:
         return value.to(TORCH_TYPES[spec.dtype]) if isinstance(value, Tensor) else value
 
     key = repr((operation.type, spec.dtype, [(name, source.key) for name, source in sources.items()]))
-    return Constant(key.encode(), load)
+    return Constant(key.encode(), load, operation.type, spec, sources)

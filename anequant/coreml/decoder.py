@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from anequant.architectures.spec import ModelSpec, layer_prefix
+from anequant.architectures.spec import ModelSpec, Space, layer_prefix
 from anequant.checkpoints.layers import QuantizedLayer
+from anequant.coreml.linears import linear, stored_codes
+from anequant.coreml.online_rotations import FFN, KEY, QUERY, online_weights, turned, weight_constants
 from anequant.coreml.program import (
     Var,
     attention,
     build_program,
     finite_mask,
     identifier,
-    linear,
-    packed_codes,
     rms_norm,
     rope_factors,
     rotate_positions,
@@ -27,6 +27,7 @@ from anequant.coreml.program import (
     write_state,
 )
 from anequant.coreml.toolkit import TARGET, Function, Program, mb, types
+from anequant.quantization.online import NOTHING, Online
 
 STATE = "model_model_kv_cache_0"
 SMALLEST_FLOAT16 = 2.0**-24
@@ -37,7 +38,8 @@ INFER, PREFILL = "infer", "prefill"
 class Geometry:
     """Sizes that are fixed in the packages; cos and sin are float tables [context, head_dim].
 
-    The residual stream carries `residual_scale` times the model's values.
+    The residual stream carries `residual_scale` times the model's values. `online` says what runs beside the
+    weights: its activations have static scales.
     """
 
     spec: ModelSpec
@@ -46,6 +48,7 @@ class Geometry:
     cos: Tensor
     sin: Tensor
     residual_scale: float = 1.0
+    online: Online = NOTHING
 
     @property
     def residual_eps(self) -> float:
@@ -56,7 +59,9 @@ class Geometry:
 def chunk_program(geometry: Geometry, layers: Sequence[QuantizedLayer], final_gain: Tensor | None) -> Program:
     """Some consecutive layers with `infer` and `prefill`; `final_gain` marks the last chunk."""
     codes = {
-        _linear_name(layer, name): packed_codes(quantized)
+        _linear_name(layer, name): stored_codes(
+            quantized, _full_name(layer, name), rounded=_full_name(layer, name) in geometry.online.activations
+        )
         for layer in layers
         for name, quantized in layer.linears.items()
     }
@@ -113,11 +118,19 @@ class _LayerBuilder:
     ) -> None:
         spec = geometry.spec
         self._spec = spec
+        self._online = geometry.online
         self._residual_eps = geometry.residual_eps
         self._codes = codes
         self._length = length
         self._group = spec.num_heads // spec.num_key_value_heads
         self._mask = finite_mask(inputs["causal_mask"], self._group)
+        self._turns = {
+            name: weight_constants(weights, name)
+            for name, weights in online_weights(spec, geometry.online).items()
+        }
+        self._into_ffn = {
+            linear.name for linear in spec.architecture.linears if linear.input.space is Space.FFN
+        }
         self._cos, self._sin = rope_factors(geometry.cos, geometry.sin, inputs["position_ids"])
         self._start = inputs["current_pos"]
         self._end = mb.add(x=self._start, y=np.array([length], np.int32), name="end_pos")
@@ -138,9 +151,9 @@ class _LayerBuilder:
     def _attend(self, normed: Var, layer: QuantizedLayer) -> Var:
         spec, prefix, length = self._spec, _layer_name(layer), self._length
         heads, kv_heads, head_dim = spec.num_heads, spec.num_key_value_heads, spec.head_dim
-        query = self._rotated(normed, layer, "self_attn.q", heads)
+        query = self._rotated(normed, layer, "self_attn.q", heads, QUERY)
         query = mb.mul(x=query, y=np.float16(head_dim**-0.5), name=f"{prefix}_query_scaled")
-        key = self._rotated(normed, layer, "self_attn.k", kv_heads)
+        key = self._rotated(normed, layer, "self_attn.k", kv_heads, KEY)
         value = self._heads(self._linear(normed, layer, "self_attn.v_proj"), kv_heads, f"{prefix}_value")
 
         value_row = spec.num_layers + layer.index
@@ -161,14 +174,19 @@ class _LayerBuilder:
         flat = mb.reshape(x=attended, shape=[1, heads * head_dim, 1, length], name=f"{prefix}_attended_flat")
         return self._linear(flat, layer, "self_attn.o_proj")
 
-    def _rotated(self, normed: Var, layer: QuantizedLayer, side: str, heads: int) -> Var:
-        """q or k as (1, heads, head_dim, S): projected, normalised where the model does, then RoPE."""
+    def _rotated(self, normed: Var, layer: QuantizedLayer, side: str, heads: int, turn: str) -> Var:
+        """q or k as (1, heads, head_dim, S): projected, normalised where the model does, then RoPE and R3."""
         name = f"{_layer_name(layer)}_{identifier(side)}"
         x = self._heads(self._linear(normed, layer, f"{side}_proj"), heads, name)
         gain = layer.gains.get(f"{side}_norm")
         if gain is not None:
             x = rms_norm(x, gain, self._spec.rms_norm_eps, 2, f"{name}_norm")
-        return rotate_positions(x, self._cos, self._sin, name)
+        x = rotate_positions(x, self._cos, self._sin, name)
+        if turn not in self._turns:
+            return x
+        flat = [1, heads * self._spec.head_dim, 1, self._length]
+        x = turned(mb.reshape(x=x, shape=flat, name=f"{name}_flat"), self._turns[turn], f"{name}_{turn}")
+        return self._heads(x, heads, f"{name}_turned")
 
     def _heads(self, x: Var, heads: int, name: str) -> Var:
         return mb.reshape(x=x, shape=[1, heads, self._spec.head_dim, self._length], name=f"{name}_heads")
@@ -179,12 +197,20 @@ class _LayerBuilder:
 
     def _linear(self, x: Var, layer: QuantizedLayer, name: str) -> Var:
         label = _linear_name(layer, name)
-        return linear(x, layer.linears[name], self._codes[label], label, label)
+        if name in self._into_ffn and FFN in self._turns:
+            x = turned(x, self._turns[FFN], f"{label}_{FFN}")
+        format_ = self._online.activations.get(_full_name(layer, name))
+        step = None if format_ is None else format_.scale
+        return linear(x, layer.linears[name], self._codes[label], label, label, step)
 
 
 def _layer_name(layer: QuantizedLayer) -> str:
     return identifier(layer_prefix(layer.index).rstrip("."))
 
 
+def _full_name(layer: QuantizedLayer, name: str) -> str:
+    return layer_prefix(layer.index) + name
+
+
 def _linear_name(layer: QuantizedLayer, name: str) -> str:
-    return identifier(layer_prefix(layer.index) + name)
+    return identifier(_full_name(layer, name))

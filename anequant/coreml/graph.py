@@ -9,12 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from anequant.coreml.signatures import FunctionSpec, TensorSpec, block_of, function_spec, tensor_spec
+from anequant.coreml.signatures import (
+    FunctionSpec,
+    TensorSpec,
+    block_of,
+    constant_spec,
+    function_spec,
+    tensor_spec,
+)
 from anequant.coreml.storage import Weights, model_file, read_model
-from anequant.coreml.toolkit import MIL_pb2
 
 LUT, BLOCKS = "constexpr_lut_to_dense", "constexpr_blockwise_shift_scale"
-STRING = MIL_pb2.DataType.Value("STRING")
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,5 @@ def _node(operation: Any) -> Node:
         )
         for name, argument in operation.inputs.items()
     }
-    outputs = tuple(
-        TensorSpec(value.name, "string", ())
-        if value.type.tensorType.dataType == STRING
-        else tensor_spec(value.name, value.type)
-        for value in operation.outputs
-    )
+    outputs = tuple(constant_spec(value.name, value.type) for value in operation.outputs)
     return Node(operation.type, outputs, inputs, operation)

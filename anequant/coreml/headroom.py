@@ -41,6 +41,12 @@ def plan_headroom(ranges: Sequence[LayerRange]) -> Headroom:
                     f"{what} in layer {layer.layer} reaches {value:.3g}, float16 ends at 65504",
                     remedy="this model cannot run in float16",
                 )
+        if layer.turns > LARGEST_SUM:
+            raise UnsupportedError(
+                f"sums of an online rotation in layer {layer.layer} reach {layer.turns:.3g}, the Neural "
+                "Engine's accumulator ends at 32768",
+                remedy="quantize without online rotations",
+            )
     residual = power_of_two_below(max(layer.residual for layer in ranges), LARGEST_FLOAT16 / MARGIN)
     sums = {
         layer_prefix(layer.layer) + name: power_of_two_below(value, LARGEST_SUM / MARGIN)
@@ -51,11 +57,15 @@ def plan_headroom(ranges: Sequence[LayerRange]) -> Headroom:
 
 
 def fitted_layer(spec: ModelSpec, layer: QuantizedLayer, headroom: Headroom) -> QuantizedLayer:
-    """The layer with its share of both scales; the identity where everything fits already."""
+    """The layer with its share of both scales; the identity where everything fits already.
+
+    Scales of groups are inside the weight, so nothing moves to them.
+    """
     linears = dict(layer.linears)
     for linear in spec.architecture.linears:
         name = layer_prefix(layer.index) + linear.name
-        moved = headroom.sum_scales.get(name, 1.0)
+        grouped = linears[linear.name].output_scale.ndim == 2
+        moved = 1.0 if grouped else headroom.sum_scales.get(name, 1.0)
         written = headroom.residual_scale if linear.output.space is Space.RESIDUAL else 1.0
         if moved != 1 or written != 1:
             linears[linear.name] = _scaled(linears[linear.name], moved, written, name)

@@ -1,8 +1,9 @@
 """Runs a saved Core ML package on the CPU with torch.
 
 Tensors are stored as the package declares them and computed in float32: every fp16 value is what a machine
-with fp16 storage and fp32 accumulation holds. States live in a dictionary that the caller keeps, so the
-functions of one package, and several packages, share them by name.
+with fp16 storage and fp32 accumulation holds. Convolutions of integers are exact (see `integers`). States
+live in a dictionary that the caller keeps, so the functions of one package, and several packages, share them
+by name.
 
     package = Package.open("decoder.mlpackage")
     state = package.new_state()
@@ -20,7 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anequant.coreml.compressed import CompressedWeight, compressed_constants
 from anequant.coreml.constants import Constants, converted, storage_of
+from anequant.coreml.integers import before_rounding, integer_conv, integer_operands
+from anequant.coreml.movement import Operator
 from anequant.coreml.operators import OPERATORS
 from anequant.coreml.signatures import (
     Form,
@@ -32,18 +36,8 @@ from anequant.coreml.signatures import (
     refuse_unsupported,
     tensor_spec,
 )
-from anequant.coreml.storage import TORCH_TYPES, Palettized, Weights, model_file, read_model
+from anequant.coreml.storage import TORCH_TYPES, Weights, model_file, read_model
 from anequant.errors import InputError, UnsupportedError, did_you_mean
-
-
-@dataclass(frozen=True)
-class PalettizedWeight:
-    """A palettized constant as it is on disk: codes uint8; codebook (.., entries, width) in its own type;
-    the codes' place in the weight file, or None when they are so few that the model file holds them."""
-
-    codes: np.ndarray[Any, Any]
-    codebook: np.ndarray[Any, Any]
-    offset: int | None
 
 
 @dataclass(frozen=True)
@@ -56,10 +50,11 @@ class _Use:
 
 @dataclass
 class _Step:
-    """One operation with its constants in place. After it, nothing reads the values `frees` again, nor the
-    present content of the states `replaces`."""
+    """One operation with its constants in place, which `run` computes. After it, nothing reads the values
+    `frees` again, nor the present content of the states `replaces`."""
 
     kind: str
+    run: Operator | None
     arguments: dict[str, Any]
     outputs: tuple[TensorSpec, ...]
     frees: set[str] = field(default_factory=set)
@@ -69,7 +64,7 @@ class _Step:
 class Package:
     """An opened .mlpackage: its `path`, its `functions` by name, and the `default_function`."""
 
-    def __init__(self, path: Path, model: Any, weights: Weights) -> None:
+    def __init__(self, path: Path, model: Any, weights: Weights, *, rounding: bool = True) -> None:
         functions = dict(model.mlProgram.functions)
         refuse_unsupported(functions, weights, str(path))
         self.path = path
@@ -81,14 +76,16 @@ class Package:
             for name, function in functions.items()
         }
         self._constants = Constants(weights)
+        self._rounding = rounding
         self._prepared: dict[str, tuple[list[_Step], dict[str, Any]]] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> Package:
-        """Reads everything but the weights. InputError if the package is damaged; UnsupportedError, listing
+    def open(cls, path: str | Path, *, rounding: bool = True) -> Package:
+        """Reads everything but the weights. Without `rounding`, what takes the result of quantize and
+        dequantize takes their input instead. InputError if the package is damaged; UnsupportedError, listing
         all of them, if it has operations, or inputs of operations, that cannot be run."""
         file = model_file(Path(path))
-        return cls(Path(path), read_model(file), Weights(file.parent))
+        return cls(Path(path), read_model(file), Weights(file.parent), rounding=rounding)
 
     def new_state(self) -> dict[str, Tensor]:
         """Zeros for every state of every function, by name."""
@@ -128,18 +125,11 @@ class Package:
                 self._execute(step, values, states, where)
             return {key: _resolved(output, values).clone() for key, output in outputs.items()}
 
-    def palettized_weights(self) -> Iterator[tuple[str, str, PalettizedWeight]]:
-        """Every palettized constant as (function, name of its value, content), read from disk each time."""
+    def compressed_weights(self) -> Iterator[tuple[str, str, CompressedWeight]]:
+        """Every compressed constant as (function, name of its value, content), read from disk each time."""
         for name, block in self._blocks.items():
-            constants = self._constants.named(block)
-            for operation in block.operations:
-                if operation.type == "constexpr_lut_to_dense":
-                    value = constants[operation.outputs[0].name].load()
-                    assert isinstance(value, Palettized)
-                    codes = operation.inputs["indices"].arguments[0].value
-                    offset = codes.blobFileValue.offset if codes.HasField("blobFileValue") else None
-                    content = PalettizedWeight(value.codes.numpy(), value.codebook.numpy(), offset)
-                    yield name, operation.outputs[0].name, content
+            for value, content in compressed_constants(block, self._constants.named(block)):
+                yield name, value, content
 
     def _execute(self, step: _Step, values: dict[str, Tensor], states: dict[str, Tensor], where: str) -> None:
         arguments = {name: _resolved(argument, values) for name, argument in step.arguments.items()}
@@ -173,14 +163,18 @@ class Package:
         constants = self._constants.named(block)
         states = {state.name for state in self.functions[name].states}
 
+        producers: dict[str, Any] = {}
+
         def argument(binding: Any, form: Form) -> Any:
             if binding.name in states:
                 return binding.name
+            binding = binding if self._rounding else before_rounding(binding, producers)
             constant = self._constants.bound(binding, constants)
             return self._constants.get(constant, form) if constant else _Use(binding.name, form)
 
         steps = []
         for operation in block.operations:
+            producers.update({output.name: operation for output in operation.outputs})
             if operation.outputs and operation.outputs[0].name in constants:
                 continue
             arguments = {}
@@ -188,8 +182,14 @@ class Package:
                 parameter = parameters(operation.type)[key]
                 listed = [argument(binding, parameter.form) for binding in bound.arguments]
                 arguments[key] = listed if parameter.variadic else listed[0]
+            run = OPERATORS.get(operation.type)
+            operands = integer_operands(operation, producers, constants, self._constants)
+            if operands and self._rounding:
+                codes, parts = operands
+                run, arguments["x"] = integer_conv, argument(codes, "float32")
+                arguments |= {key: self._constants.get(part, "float32") for key, part in parts.items()}
             outputs = tuple(tensor_spec(output.name, output.type) for output in operation.outputs)
-            steps.append(_Step(operation.type, arguments, outputs))
+            steps.append(_Step(operation.type, run, arguments, outputs))
         _set_lifetimes(steps, set(block.outputs))
         results = {}
         for output in block.outputs:
@@ -213,8 +213,9 @@ def _set_lifetimes(steps: list[_Step], live: set[str]) -> None:
 
 
 def _call(step: _Step, arguments: Mapping[str, Any], where: str) -> tuple[Tensor, ...]:
+    assert step.run is not None
     try:
-        result = OPERATORS[step.kind](**arguments)
+        result = step.run(**arguments)
     except UnsupportedError as error:
         raise UnsupportedError(f"{error.what} ('{step.outputs[0].name}')", where=where) from error
     except (RuntimeError, ValueError, IndexError, TypeError) as error:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from anequant.coreml.graph import package_graphs
 from anequant.coreml.lint_files import PACKAGE_RULES
+from anequant.coreml.lint_integers import INTEGER_RULES
 from anequant.coreml.lint_rules import GRAPH_RULES
 from anequant.coreml.lint_shapes import SHAPE_RULES
 from anequant.coreml.lint_states import STATE_RULES
@@ -28,7 +29,7 @@ from anequant.coreml.lint_weights import WEIGHT_RULES
 from anequant.coreml.rule import CHIPS, ERROR, NOTE, WARNING, Hit, Rule
 from anequant.errors import UsageError, did_you_mean
 
-FUNCTION_RULES = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *SUM_RULES, *STATE_RULES)
+FUNCTION_RULES = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *INTEGER_RULES, *SUM_RULES, *STATE_RULES)
 
 
 @dataclass(frozen=True)

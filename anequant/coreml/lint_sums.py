@@ -68,13 +68,6 @@ def _accumulators(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(node.name, f"a row of magnitudes adds up to {largest:.0f}: {safe}")
 
 
-def _scaled_codebooks(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    for node in graph.of_kind(BLOCKS):
-        source = graph.source(node, "data")
-        if source is not None and source.kind == LUT:
-            yield Hit(node.name, "a scale on a lookup table inside a constant")
-
-
 SUM_RULES = (
     Rule(
         "N1",
@@ -82,12 +75,5 @@ SUM_RULES = (
         "the accumulator is fixed point and overflows at 32768, in any partial sum (M4, M6)",
         "move a power of two from codebook to scales",
         _accumulators,
-    ),
-    Rule(
-        "N4",
-        WARNING,
-        "the engine may sum before it scales (ANEMLL Forge); slower than float16 on M5 (cadamcat)",
-        "multiply after the convolution",
-        _scaled_codebooks,
     ),
 )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from anequant.coreml.graph import BLOCKS, LUT, Graph, Node
+from anequant.coreml.lint_integers import AFFINE
 from anequant.coreml.rule import ERROR, NOTE, WARNING, Chip, Hit, Rule
-from anequant.coreml.signatures import tensor_spec
 
-AFFINE = "constexpr_affine_dequantize"
 SPARSE_TABLES = {"constexpr_lut_to_sparse", "constexpr_sparse_blockwise_shift_scale"}
 KNOWN = {LUT, BLOCKS, AFFINE, "constexpr_sparse_to_dense", *SPARSE_TABLES}
 CHANNELS_A_LUT = 8
@@ -63,33 +63,6 @@ def _widths(graph: Graph, chip: Chip) -> Iterator[Hit]:
         if entries in (8, 64):
             bits = entries.bit_length() - 1
             yield Hit(node.name, f"{bits} bits are read as {4 if bits == 3 else 8}")
-
-
-def _one_scale_a_row(rows: int | None, scale: tuple[int | None, ...]) -> bool:
-    return all(size == 1 for size in scale[1:]) and (not scale or scale[0] in (1, rows))
-
-
-def _scale_axes(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    for node in graph.of_kind(BLOCKS):
-        scale = graph.shape(node, "scale")
-        if not _one_scale_a_row(node.outputs[0].shape[0], scale):
-            yield Hit(node.name, f"scales of shape {list(scale)}, neither one nor one an output channel")
-    for node in graph.of_kind(AFFINE):
-        attributes = node.proto.attributes
-        axis = attributes["axis"].immediateValue.tensor.ints.values[0]
-        if tensor_spec("scale", attributes["scale"].type).shape and axis != 0:
-            yield Hit(node.name, f"scales along axis {axis} of a weight")
-
-
-def _integers(graph: Graph, chip: Chip) -> Iterator[Hit]:
-    if chip.integers:
-        return
-    for node in graph.of_kind("conv", "linear"):
-        weight = graph.source(node, "weight")
-        if weight is None or weight.kind != BLOCKS or graph.source(weight, "data") is not None:
-            continue
-        if _one_scale_a_row(weight.outputs[0].shape[0], graph.shape(weight, "scale")):
-            yield Hit(node.name, "an integer weight without a lookup table")
 
 
 def _sparse_tables(graph: Graph, chip: Chip) -> Iterator[Hit]:
@@ -160,18 +133,19 @@ def _dense_among_palettized(graph: Graph, chip: Chip) -> Iterator[Hit]:
     }
     if LUT in kinds.values():
         for name, kind in kinds.items():
-            if kind == "const":
+            if kind == "const" and not _is_hadamard(graph.value(graph.producer[name], "weight")):
                 yield Hit(name, "a float16 convolution among palettized ones")
 
 
+def _is_hadamard(weight: Tensor | str | None) -> bool:
+    """Whether entries have one magnitude and rows are orthogonal, in the first group at least."""
+    if not isinstance(weight, Tensor) or not bool((weight.abs() == weight.abs().max()).all()):
+        return False
+    signs = weight.flatten(1)[: weight.shape[1]].float().sign()
+    return torch.equal(signs @ signs.T, signs.shape[1] * torch.eye(len(signs)))
+
+
 WEIGHT_RULES = (
-    Rule(
-        "W1",
-        ERROR,
-        "scales inside a constant may vary over output channels only (Apple, opt-quantization-perf)",
-        "multiply explicitly",
-        _scale_axes,
-    ),
     Rule(
         "W2",
         WARNING,
@@ -209,13 +183,6 @@ WEIGHT_RULES = (
         "the engine is known to expand float tables, integers with scales and sparse constants only",
         "check the placement on a Mac (anequant profile)",
         _unusual_constants,
-    ),
-    Rule(
-        "W8",
-        NOTE,
-        "direct integers beat float16 on M5 (cadamcat) and ran on the CPU on M4 (kasper0406)",
-        "measure there, or use a lookup table",
-        _integers,
     ),
     Rule(
         "W9",

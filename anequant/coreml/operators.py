@@ -198,6 +198,34 @@ def conv(
 
 
 @computes
+def quantize(
+    input: Tensor,
+    scale: Tensor,
+    output_dtype: Literal["int8", "uint8"],
+    zero_point: Tensor | None = None,
+    axis: int = 0,
+) -> Tensor:
+    """clip(round(input / scale) + zero_point), ties to even, as coremltools' own evaluation."""
+    codes = torch.round(input / _along(scale, axis, input.ndim))
+    if zero_point is not None:
+        codes = codes + _along(zero_point, axis, input.ndim)
+    ends = torch.iinfo(TORCH_TYPES[output_dtype])
+    return codes.clamp(ends.min, ends.max)
+
+
+@computes
+def dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: int = 0) -> Tensor:
+    """scale * (input - zero_point)."""
+    values = input if zero_point is None else input - _along(zero_point, axis, input.ndim)
+    return values * _along(scale, axis, input.ndim)
+
+
+def _along(vector: Tensor, axis: int, rank: int) -> Tensor:
+    """A scalar as it is; a vector with its entries along `axis` of `rank` axes."""
+    return vector if vector.ndim == 0 else vector.reshape([-1] + [1] * (rank - 1 - axis % rank))
+
+
+@computes
 def constexpr_blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
     """scale * (data - offset), one scale for each block of data; the blocks divide every axis evenly."""
     blocks = [n for size, count in zip(data.shape, scale.shape, strict=True) for n in (count, size // count)]

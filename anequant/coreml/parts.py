@@ -22,18 +22,8 @@ import numpy as np
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec
-from anequant.coreml.program import (
-    Var,
-    build_program,
-    float16_constant,
-    float_linear,
-    head_part,
-    identifier,
-    linear,
-    packed_codes,
-    palettized,
-    to_channels,
-)
+from anequant.coreml.linears import float_linear, head_part, linear, packed_codes, palettized
+from anequant.coreml.program import Var, build_program, float16_constant, identifier, to_channels
 from anequant.coreml.toolkit import TARGET, Function, Program, ct, get_new_symbol, mb, types
 from anequant.quantization.linear import QuantizedLinear
 

@@ -1,10 +1,7 @@
 """The pieces of a decoder layer as MIL operations, in the form the Neural Engine runs well.
 
 Activations are float16 in (1, C, 1, S): channels on axis 1, positions last (Apple, "Deploying Transformers
-on the Apple Neural Engine", 2022, principle 1). A linear is a 1x1 convolution whose weight is a palettized
-constant with one codebook for the tensor; its two scales are explicit multiplications around it, never
-folded into the weight, where they would break the codebook up. Its bias is an addition after them, so
-that it does not eat into the convolution's accumulator.
+on the Apple Neural Engine", 2022, principle 1). Linears, which are 1x1 convolutions, are in `linears`.
 
 RMSNorm has no operation of its own. The mean of concat(x, -x) is zero and its variance is the mean square
 of x, so layer_norm of it is RMSNorm of x and of -x; the first half is the answer. The gain costs no
@@ -22,18 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anequant.architectures.spec import HEAD
-from anequant.coreml.toolkit import Function, Program, mb, types
-from anequant.quantization.linear import QuantizedLinear
+from anequant.coreml.toolkit import Function, Program, mb
 
 Var = Any
-CODE_DTYPES = {
-    2: types.np_uint2_dtype,
-    3: types.np_uint3_dtype,
-    4: types.np_uint4_dtype,
-    6: types.np_uint6_dtype,
-    8: np.dtype(np.uint8),
-}
 SMALLEST_MASK = -1e4
 
 
@@ -42,55 +30,14 @@ def identifier(name: str) -> str:
     return name.replace(".", "_")
 
 
-def weight_value(name: str) -> str:
-    """The name under which `palettized` emits the weight of the linear or table `name`."""
-    return f"{identifier(name)}_weight"
-
-
-def head_part(part: int) -> str:
-    """The name of one of the head's convolutions, counted from 1."""
-    return f"{identifier(HEAD)}_{part}"
-
-
 def float16_constant(values: Tensor, shape: tuple[int, ...], name: str) -> Var:
-    return _shared(values.half().numpy().reshape(shape), name)
+    return shared_constant(values.half().numpy().reshape(shape), name)
 
 
-def palettized(codes: np.ndarray[Any, Any], codebook: Tensor, name: str, shared_codebook: str) -> Var:
-    """A weight as codes (already of a CODE_DTYPES type) and one codebook for all of them."""
-    ones = (1,) * codes.ndim
-    entries = _shared(codebook.half().numpy().reshape(*ones, -1, 1), f"{shared_codebook}_codebook")
-    indices = _shared(codes, f"{name}_codes")
-    return mb.constexpr_lut_to_dense(indices=indices, lut=entries, name=weight_value(name))
-
-
-def packed_codes(quantized: QuantizedLinear) -> np.ndarray[Any, Any]:
-    """Codes [out, in] as numpy in the sub-byte type of their width."""
-    return quantized.codes.numpy().view(CODE_DTYPES[quantized.bits])
-
-
-def linear(x: Var, quantized: QuantizedLinear, codes: np.ndarray[Any, Any], name: str, codebook: str) -> Var:
-    """y = output_scale * (codebook[codes] (input_scale * x)) + bias on (1, in, 1, S) -> (1, out, 1, S)."""
-    rows, columns = quantized.codes.shape
-    if bool((quantized.input_scale != 1).any()):
-        scale = float16_constant(quantized.input_scale, (1, columns, 1, 1), f"{name}_input_scale")
-        x = mb.mul(x=x, y=scale, name=f"{name}_scaled_input")
-    weight = palettized(codes.reshape(rows, columns, 1, 1), quantized.codebook, name, codebook)
-    y = mb.conv(x=x, weight=weight, name=f"{name}_conv")
-    scale = float16_constant(quantized.output_scale, (1, rows, 1, 1), f"{name}_output_scale")
-    y = mb.mul(x=y, y=scale, name=f"{name}_scaled_output")
-    if quantized.bias is not None:
-        bias = float16_constant(quantized.bias, (1, rows, 1, 1), f"{name}_bias")
-        y = mb.add(x=y, y=bias, name=f"{name}_biased")
-    return y
-
-
-def float_linear(x: Var, weight: Tensor, name: str) -> Var:
-    """y = W x on (1, in, 1, S) with a float16 weight [out, in]."""
-    rows, columns = weight.shape
-    return mb.conv(
-        x=x, weight=float16_constant(weight, (rows, columns, 1, 1), f"{name}_weight"), name=f"{name}_conv"
-    )
+def shared_constant(values: np.ndarray[Any, Any], name: str) -> Var:
+    constant = mb.const(val=values, name=name)
+    constant.op.weight_id = name
+    return constant
 
 
 def rms_norm(x: Var, gain: Tensor, eps: float, axis: int, name: str) -> Var:
@@ -182,9 +129,3 @@ def to_channels(hidden: Var) -> Var:
     """(1, S, H) to (1, H, 1, S)."""
     channels = mb.transpose(x=hidden, perm=[0, 2, 1], name="input_channels")
     return mb.expand_dims(x=channels, axes=[2], name="input_image")
-
-
-def _shared(values: np.ndarray[Any, Any], name: str) -> Var:
-    constant = mb.const(val=values, name=name)
-    constant.op.weight_id = name
-    return constant

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from anequant.coreml.operators import COMPUTING, OPERATORS
-from anequant.coreml.storage import Palettized, Weights, data_type
+from anequant.coreml.storage import STRING, Palettized, Weights, data_type
 from anequant.errors import InputError, UnsupportedError
 
 Form = Literal["stored", "float32", "palettized", "plain"]
@@ -85,6 +85,13 @@ def tensor_spec(name: str, value_type: Any) -> TensorSpec:
         raise UnsupportedError(f"'{name}' is a {kind}, not a tensor")
     shape = tuple(dim.constant.size if dim.HasField("constant") else None for dim in tensor.dimensions)
     return TensorSpec(name, data_type(tensor).name, shape)
+
+
+def constant_spec(name: str, value_type: Any) -> TensorSpec:
+    """As `tensor_spec`, where the value may also be a string."""
+    if value_type.tensorType.dataType == STRING:
+        return TensorSpec(name, "string", ())
+    return tensor_spec(name, value_type)
 
 
 def block_of(function: Any, where: str) -> Any:

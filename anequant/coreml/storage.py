@@ -44,6 +44,7 @@ _TYPES = {
     "UINT16": DataType("uint16", torch.uint16, 16, "uint16", False),
     "UINT32": DataType("uint32", torch.uint32, 32, "uint32", False),
 }
+STRING = MIL_pb2.DataType.Value("STRING")
 DATA_TYPES: dict[int, DataType] = {MIL_pb2.DataType.Value(name): dtype for name, dtype in _TYPES.items()}
 TORCH_TYPES: dict[str, torch.dtype] = {dtype.name: dtype.torch for dtype in _TYPES.values()}
 
@@ -116,7 +117,7 @@ class Weights:
             raise UnsupportedError("a constant that is neither a tensor nor a string")
         dims = value.type.tensorType.dimensions
         shape = tuple(dim.constant.size for dim in dims)
-        if value.type.tensorType.dataType == MIL_pb2.DataType.Value("STRING"):
+        if value.type.tensorType.dataType == STRING:
             return str(value.immediateValue.tensor.strings.values[0])
         dtype = data_type(value.type.tensorType)
         if value.WhichOneof("value") == "blobFileValue":

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from anequant.architectures.spec import EMBEDDING, HEAD, layer_prefix
+from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec, layer_prefix
 from anequant.checkpoints.layers import projection_bits
 from anequant.checkpoints.reader import Checkpoint
+from anequant.coreml.linears import stores_integers
+from anequant.coreml.online_rotations import online_weights
 from anequant.errors import UnsupportedError
 from anequant.quantization.linear import QuantizedLinear
+from anequant.quantization.online import Online
 
 MEGABYTE = 1_000_000
 GRAPH_BYTES_PER_LAYER = 50_000
@@ -40,7 +44,7 @@ def least_chunks(checkpoint: Checkpoint, context: int, most_megabytes: int) -> i
                 f"'{name}' takes {size / MEGABYTE:.0f} MB, a package may take {most_megabytes}",
                 remedy=f"quantize it ({option} 8), or allow more with --max-chunk-mb",
             )
-    tables = 4 * context * spec.head_dim
+    tables = table_bytes(spec, context, checkpoint.online)
     layers = layer_bytes(checkpoint)
     for chunks in range(1, spec.num_layers + 1):
         ranges = chunk_ranges(spec.num_layers, chunks)
@@ -52,6 +56,12 @@ def least_chunks(checkpoint: Checkpoint, context: int, most_megabytes: int) -> i
     )
 
 
+def table_bytes(spec: ModelSpec, context: int, online: Online) -> int:
+    """Bytes of what the layers of a package share: RoPE's tables and the factors of online rotations."""
+    factors = [weight for weights in online_weights(spec, online).values() for weight in weights]
+    return 4 * context * spec.head_dim + sum(constant_bytes(weight) for weight in factors)
+
+
 def layer_bytes(checkpoint: Checkpoint) -> Sequence[int]:
     """Bytes of each layer in a package: codes, codebooks, scales, biases and gains, and its graph."""
     spec, bits = checkpoint.spec, projection_bits(checkpoint)
@@ -60,8 +70,9 @@ def layer_bytes(checkpoint: Checkpoint) -> Sequence[int]:
         size = GRAPH_BYTES_PER_LAYER + 2 * 4 * spec.hidden_size
         for linear in spec.architecture.linears:
             rows, columns = spec.shape(linear)
-            width = bits[layer_prefix(layer) + linear.name]
-            size += rows * columns * width // 8 + 2 * (2 * rows + columns + 2**width)
+            name = layer_prefix(layer) + linear.name
+            width, scales = bits[name], math.prod(checkpoint.tensors[f"{name}.output_scales"].shape)
+            size += rows * columns * width // 8 + 2 * (scales + rows + columns + 2**width)
         sizes.append(size)
     return sizes
 
@@ -75,11 +86,12 @@ def _table_bytes(checkpoint: Checkpoint, name: str) -> int:
     return entries * (codebook.shape[0] - 1).bit_length() // 8 + 2 * spec.vocab_size
 
 
-def constant_bytes(value: QuantizedLinear | Tensor) -> int:
-    """Bytes of one copy of a constant in a package."""
+def constant_bytes(value: QuantizedLinear | Tensor, *, rounded: bool = False) -> int:
+    """Bytes of one copy of a constant in a package; `rounded` says it of a linear's input."""
     if isinstance(value, Tensor):
         return value.numel() * 2
-    vectors = [value.codebook, value.output_scale]
+    vectors = [value.output_scale]
     vectors += [value.input_scale] if bool((value.input_scale != 1).any()) else []
     vectors += [value.bias] if value.bias is not None else []
-    return value.codes.numel() * value.bits // 8 + sum(2 * vector.numel() for vector in vectors)
+    table = 0 if stores_integers(value, rounded=rounded) else value.codebook.numel() * (1 if rounded else 2)
+    return value.codes.numel() * value.bits // 8 + table + sum(2 * vector.numel() for vector in vectors)

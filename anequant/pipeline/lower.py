@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD
+from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
 from anequant.calibration.forward import lowered_rope_tables
 from anequant.calibration.ranges import layer_ranges
 from anequant.checkpoints.layers import load_layer, load_table, open_quantized, projection_bits
@@ -23,7 +23,7 @@ from anequant.coreml.headroom import Headroom, fitted_layer, fitted_table, plan_
 from anequant.coreml.meta import PackageSet, write_meta
 from anequant.coreml.package import package_bytes, save_package
 from anequant.coreml.parts import embeddings_program, head_program
-from anequant.pipeline.chunks import chunk_ranges, constant_bytes, least_chunks
+from anequant.pipeline.chunks import chunk_ranges, constant_bytes, least_chunks, table_bytes
 from anequant.pipeline.lowerable import check_lowering, head_parts
 from anequant.pipeline.probe import probe_tokens
 from anequant.progress import Progress, silent
@@ -80,7 +80,9 @@ def lower_into(
     progress("ranges", 0.0)
     headroom = plan_headroom(layer_ranges(checkpoint, probe_tokens(checkpoint, RANGE_TOKENS)[None]))
     tables = lowered_rope_tables(spec, options.context)
-    geometry = Geometry(spec, options.context, options.batch, *tables, headroom.residual_scale)
+    geometry = Geometry(
+        spec, options.context, options.batch, *tables, headroom.residual_scale, checkpoint.online
+    )
     table = fitted_table(load_table(checkpoint, EMBEDDING), headroom)
     head = load_table(checkpoint, HEAD)
     chunks = options.chunks or least_chunks(checkpoint, options.context, options.max_chunk_mb)
@@ -118,11 +120,17 @@ def lower_into(
         progress(f"chunk {number + 1} of {chunks}", (number + 1) / (chunks + 2))
         chunk = [fitted_layer(spec, load_layer(checkpoint, layer), headroom) for layer in layers]
         gain = checkpoint.read(f"{FINAL_NORM}.weight") if layers[-1] == spec.num_layers - 1 else None
-        constants = sum(constant_bytes(weight) for layer in chunk for weight in layer.linears.values())
+        constants = sum(
+            constant_bytes(
+                weight, rounded=layer_prefix(layer.index) + linear in checkpoint.online.activations
+            )
+            for layer in chunk
+            for linear, weight in layer.linears.items()
+        )
         save(
             chunk_program(geometry, chunk, gain),
             packages.chunk_names[number],
-            constants + constant_bytes(geometry.cos) + constant_bytes(geometry.sin),
+            constants + table_bytes(spec, options.context, checkpoint.online),
             lut_bits=packages.lut_ffn,
             chunk_no=number + 1,
             functions="infer,prefill",

@@ -169,9 +169,10 @@ def _histogram(core: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def integer_codebook(codebook: Tensor) -> Tensor:
-    """codebook [K], K below 256, as multiples from -127 to 127 of one power of two, still ascending.
+    """codebook [K] as multiples from -128 to 127 of one power of two, still ascending.
 
-    What an int8 machine can hold; see `codebook_step`. At 4 bits it costs 0.4% more squared error.
+    What an int8 machine can hold; see `codebook_step`. At 4 bits it costs 0.4% more squared error; at 8 bits
+    only the integers themselves, times a power of two, fit.
     """
     step = codebook_step(codebook)
     values = (codebook.double() / step).round().tolist()
@@ -184,8 +185,9 @@ def integer_codebook(codebook: Tensor) -> Tensor:
 
 
 def codebook_step(codebook: Tensor) -> float:
-    """The least power of two of which no entry is more than 127 times."""
-    return 2.0 ** math.ceil(math.log2(float(codebook.abs().max()) / 127))
+    """The least power of two of which all entries are between -128 and 127 times."""
+    low, high = (float(end) for end in codebook.aminmax())
+    return 2.0 ** math.ceil(math.log2(max(high / 127, low / -128)))
 
 
 def separate(entries: Tensor) -> Tensor:

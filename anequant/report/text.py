@@ -15,6 +15,9 @@ from anequant.pipeline.folders import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.pipeline.lower import LowerResult
 from anequant.pipeline.profile import DeviceProfile
 from anequant.pipeline.quantize import QuantizeResult
+from anequant.pipeline.rotate import RotateResult
+from anequant.pipeline.rotations import RotationChoice
+from anequant.pipeline.rounder import TensorError
 from anequant.pipeline.verify import CheckpointCheck, PackageCheck
 
 Rows = list[tuple[str, str]]
@@ -22,7 +25,6 @@ Rows = list[tuple[str, str]]
 
 def quantized(folder: Path, result: QuantizeResult) -> Rows:
     errors = result.rounding.tensors
-    worst = max(errors, key=lambda tensor: tensor.relative_error)
     return [
         ("checkpoint", str(folder)),
         (
@@ -33,9 +35,45 @@ def quantized(folder: Path, result: QuantizeResult) -> Rows:
             "size",
             f"{result.rounding.bits_per_weight:.2f} bits per weight, {len(errors)} tensors quantized",
         ),
-        ("worst tensor", f"{worst.name}, off by {worst.relative_error:.2%}"),
+        *_worst(errors),
+        *_rotations(result.rotations),
+        *([("rotations", "as the model was rotated before")] if result.rotated_before else []),
         *_calibrated(result),
     ]
+
+
+def _worst(errors: Sequence[TensorError]) -> Rows:
+    """Nothing where all weights stay in float16."""
+    if not errors:
+        return []
+    worst = max(errors, key=lambda tensor: tensor.relative_error)
+    return [("worst tensor", f"{worst.name}, off by {worst.relative_error:.2%}")]
+
+
+def rotated(folder: Path, result: RotateResult) -> Rows:
+    return [
+        ("checkpoint", str(folder)),
+        ("equivalence", f"folding and rotation moved the logits by {result.equivalence:.1e} relative"),
+        *_rotations(result.rotations),
+    ]
+
+
+def _rotations(choice: RotationChoice | None) -> Rows:
+    """How rotations were found that no seed alone tells."""
+    if choice is None:
+        return []
+    rows = []
+    if choice.restarts:
+        kls = sorted(choice.restarts.values())
+        middle = kls[len(kls) // 2]
+        text = f"seed {choice.seed}, the best of {len(kls)}: KL {kls[0]:.4f}, median {middle:.4f}"
+        rows.append(("rotations", text))
+    if choice.learned is not None:
+        learned = choice.learned
+        change = f"{learned.held_out_before:.4f} to {learned.held_out_after:.4f}"
+        text = f"learned: KL on held-out windows {change}, the best after {learned.steps} steps"
+        rows.append(("rotations", text))
+    return rows or [("rotations", "kept in rotations.safetensors")]
 
 
 def _calibrated(result: QuantizeResult) -> Rows:
@@ -113,6 +151,14 @@ def verified(checkpoint: CheckpointCheck | None, packages: PackageCheck | None) 
                 f"{packages.prefill_tokens} tokens of prefill, logits within {packages.relative_error:.2%}",
             ),
         ]
+        if packages.rounding is not None:
+            rows.append(
+                (
+                    "",
+                    "that was without rounding activations; with it logits differ by "
+                    f"{packages.rounding:.2f} times what rounding does",
+                )
+            )
     return rows
 
 

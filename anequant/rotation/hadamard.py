@@ -68,6 +68,14 @@ def hadamard(n: int) -> Tensor:
     return _kronecker(factor_order(n))
 
 
+def orthonormal_factors(order: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Orthonormal matrices whose Kronecker product, in this order, is H / sqrt(order). Errors: factor_order.
+
+    None is wider than 128, unless a Paley matrix is.
+    """
+    return tuple(_orthonormal(factors, dtype) for factors in _passes(order))
+
+
 def apply_hadamard_(x: Tensor, order: int, *, transpose: bool = False) -> Tensor:
     """In place x <- x @ kron(I, H) / sqrt(order) along the last axis; with `transpose`, H.T in place of H.
 
@@ -79,7 +87,7 @@ def apply_hadamard_(x: Tensor, order: int, *, transpose: bool = False) -> Tensor
     if x.shape[-1] % order:
         raise ValueError(f"a Hadamard block of {order} does not divide a width of {x.shape[-1]}")
     dtype = torch.promote_types(x.dtype, torch.float32)
-    matrices = [_orthonormal(factors, dtype).to(x.device) for factors in _passes(order)]
+    matrices = [matrix.to(x.device) for matrix in orthonormal_factors(order, dtype)]
     if transpose:
         matrices = [matrix.T for matrix in matrices]
     blocks = x.view(-1, order)

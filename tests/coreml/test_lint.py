@@ -19,6 +19,7 @@ from torch import nn
 from anequant.checkpoints.source import Source
 from anequant.cli import main
 from anequant.coreml.lint import Finding, lint_package
+from anequant.coreml.lint_integers import INTEGER_RULES
 from anequant.coreml.lint_rules import GRAPH_RULES
 from anequant.coreml.lint_shapes import SHAPE_RULES
 from anequant.coreml.lint_states import STATE_RULES
@@ -295,7 +296,7 @@ def test_a_breach_that_needs_other_inputs_is_found(tmp_path: Path, case: str) ->
 
 
 def test_every_rule_has_a_program_that_breaks_it() -> None:
-    rules = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *SUM_RULES, *STATE_RULES)
+    rules = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *INTEGER_RULES, *SUM_RULES, *STATE_RULES)
     covered = {case.partition(",")[0] for case in (*BREACHES, *WITH_INPUTS)}
     assert sorted(rule.id for rule in rules) == sorted(covered)
 
