@@ -15,10 +15,10 @@ from anequant.cli_options import (
     generation_options,
     lowering_options,
     output_options,
-    read_calibration,
+    read_job,
     read_lowering,
-    read_recipe,
     recipe_options,
+    rotation_options,
 )
 from anequant.console import Console
 from anequant.errors import UsageError, VerificationError
@@ -47,14 +47,33 @@ def main() -> None:
 @command
 def quantize(console: Console, model: str, output: Path, force: bool, **options: Any) -> None:
     """Fold, rotate and quantize MODEL into a new checkpoint folder."""
-    recipe, calibration = read_recipe(options), read_calibration(options)
-    from anequant.checkpoints.source import resolve_source
+    source, recipe, calibration, rotations = read_job(model, options)
     from anequant.pipeline.quantize import quantize as run
     from anequant.report import text
 
     with console.progress("quantize") as progress:
-        result = run(resolve_source(model), output, recipe, calibration, force=force, progress=progress)
+        result = run(source, output, recipe, calibration, rotations, force=force, progress=progress)
     console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
+
+
+@main.command()
+@click.argument("model")
+@output_options
+@rotation_options
+@calibration_options
+@command
+def rotate(console: Console, model: str, output: Path, force: bool, **options: Any) -> None:
+    """Fold and rotate MODEL into a new float checkpoint, which quantize then takes.
+
+    --restarts and --learn measure rotations on what --recipe would quantize.
+    """
+    source, recipe, calibration, rotations = read_job(model, options)
+    from anequant.pipeline.rotate import rotate as run
+    from anequant.report import text
+
+    with console.progress("rotate") as progress:
+        result = run(source, output, recipe, calibration, rotations, force=force, progress=progress)
+    console.result({"output": str(output), **result.to_dict()}, text.rotated(output, result))
 
 
 @main.command()
@@ -81,17 +100,15 @@ def lower(console: Console, checkpoint: Path, output: Path, force: bool, **optio
 @command
 def convert(console: Console, model: str | None, output: Path, force: bool, **options: Any) -> None:
     """Quantize MODEL, lower it and verify the packages; without MODEL, the bundled one."""
-    recipe, calibration = read_recipe(options), read_calibration(options)
-    from anequant.checkpoints.source import resolve_source
+    source, recipe, calibration, rotations = read_job(model, options)
     from anequant.pipeline.convert import convert as run
     from anequant.report import text
 
-    source = resolve_source(model)
     if model is None:
         console.note(f"no model named: converting the bundled {source.name}")
     sizes = read_lowering(options)
     with console.progress("convert") as progress:
-        result = run(source, output, recipe, calibration, sizes, force=force, progress=progress)
+        result = run(source, output, recipe, calibration, sizes, rotations, force=force, progress=progress)
     console.result(
         {"model": source.name, "output": str(output), **result.to_dict()}, text.converted(output, result)
     )

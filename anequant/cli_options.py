@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from anequant.console import Console
 from anequant.errors import INTERRUPTED, AnequantError, ResourceError
 from anequant.recipe import Calibration, LowerOptions, Recipe
-from anequant.recipe_files import DEFAULT_RECIPE, load_recipe, named_recipes
+from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
+
+if TYPE_CHECKING:
+    from anequant.checkpoints.source import Source
 
 Run = Callable[..., None]
 
@@ -66,8 +69,20 @@ def _width(context: click.Context, option: click.Parameter, value: str | None) -
 
 
 def recipe_options(run: Run) -> Run:
-    """--recipe, and one option for every field of Recipe; `read_recipe` reads them."""
-    for item in reversed(dataclasses.fields(Recipe)):
+    """--recipe, one option for every field of Recipe, and --rotations; `read_recipe` reads them."""
+    return _recipe_options(run, [item.name for item in dataclasses.fields(Recipe)])
+
+
+def rotation_options(run: Run) -> Run:
+    """As `recipe_options`, for the keys of rotations."""
+    return _recipe_options(run, ROTATION_KEYS)
+
+
+def _recipe_options(run: Run, keys: Sequence[str]) -> Run:
+    file = click.Path(path_type=Path)
+    text = "A rotations.safetensors to take R1 from with --r1 file, and R2 with --r2 file."
+    run = click.option("--rotations", type=file, metavar="FILE", help=text)(run)
+    for item in reversed([item for item in dataclasses.fields(Recipe) if item.name in keys]):
         choices = item.metadata["choices"]
         metavar = "|".join(str(choice) for choice in choices) if choices else None
         name = f"--{item.name.replace('_', '-')}"
@@ -84,11 +99,15 @@ def recipe_options(run: Run) -> Run:
     return click.option("--recipe", metavar="NAME|FILE", help=text)(run)
 
 
-def read_recipe(options: dict[str, Any]) -> Recipe:
-    """The Recipe of `recipe_options`; raises UsageError."""
+def read_recipe(options: dict[str, Any], rotated: Mapping[str, Any] | None = None) -> Recipe:
+    """The Recipe of `recipe_options` or `rotation_options`; raises UsageError.
+
+    `rotated` are the keys that the model was rotated with before, if it was: they stand in the place of the
+    recipe's, not of options that are given.
+    """
     names = [item.name for item in dataclasses.fields(Recipe)]
-    overrides = {name: options[name] for name in names if options[name] is not None}
-    return load_recipe(options["recipe"], overrides)
+    overrides = {name: options[name] for name in names if options.get(name) is not None}
+    return load_recipe(options["recipe"], {**(rotated or {}), **overrides})
 
 
 def calibration_options(run: Run) -> Run:
@@ -111,6 +130,18 @@ def read_calibration(options: dict[str, Any]) -> Calibration:
     return Calibration(
         options["calib"], options["calib_samples"], options["calib_length"], options["calib_seed"]
     )
+
+
+def read_job(model: str | None, options: dict[str, Any]) -> tuple[Source, Recipe, Calibration, Path | None]:
+    """MODEL's folder and what `recipe_options` or `rotation_options`, and `calibration_options` say of it;
+    a wrong recipe is noticed before anything heavy is imported."""
+    read_recipe(options)
+    from anequant.checkpoints.manifest import rotation_keys
+    from anequant.checkpoints.source import resolve_source
+
+    source = resolve_source(model)
+    recipe = read_recipe(options, rotation_keys(source.folder))
+    return source, recipe, read_calibration(options), options["rotations"]
 
 
 def _chunk_count(context: click.Context, option: click.Parameter, value: str) -> int | None:

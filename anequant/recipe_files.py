@@ -21,6 +21,8 @@ else:
 
 DEFAULT_RECIPE = "w4-ane"
 RECIPE_SUFFIXES = (".toml", ".json", ".yaml", ".yml")
+ROTATION_KEYS = ("r1", "r1_block", "r2", "r3", "r4", "r4_block", "seed", "restarts", "learn")
+"""The recipe's keys that say how a float model is rotated, before anything is rounded."""
 
 
 def load_recipe(name_or_path: str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -41,7 +41,9 @@ SIZES = ("--context", CONTEXT, "--batch", BATCH, "--chunks", CHUNKS)
 EVAL = ("--text", SAMPLE_TEXT, "--windows", 2, "--length", 32)
 TENSOR_FIELDS = {"name", "bits", "weights", "relative_error", "damping", "dead_inputs"}
 PACKAGE_FIELDS = {"name", "weight_bytes", "constant_bytes", "graph_bytes"}
-CHECK_FIELDS = {"weights", "prefill_tokens", "positions", "agreement", "ties", "relative_error"}
+CHECK_FIELDS = {
+    *("weights", "prefill_tokens", "positions", "agreement", "ties", "relative_error", "rounding"),
+}
 QUALITY_FIELDS = {
     *("windows", "tokens", "perplexity", "nll", "nll_error", "base_perplexity", "extra_nll", "kl", "top1")
 }
@@ -306,7 +308,10 @@ def test_quantize_reports_every_tensor(checkpoint: Made) -> None:
         "tensors",
         "static_scales",
         "tuning",
+        "rotations",
+        "rotated_before",
     }
+    assert values["rotations"] is None and values["rotated_before"] is False
     assert values["output"] == str(checkpoint.folder)
     assert 0 <= values["equivalence"] < 1e-5
     assert 4 < values["bits_per_weight"] < 16
@@ -820,8 +825,8 @@ def test_verify_compares_codes_bit_for_bit(checkpoint: Made, packages: Made, tmp
     package = sorted(copy.glob("*FFN*.mlpackage"))[-1]
     weights = package / WEIGHT_BIN
     value, offset = next(
-        (value, weight.offset)
-        for _, value, weight in Package.open(package).palettized_weights()
+        (value, weight.place)
+        for _, value, weight in Package.open(package).compressed_weights()
         if "gate_proj" in value
     )
     assert offset is not None

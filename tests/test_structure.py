@@ -32,7 +32,7 @@ LAYERS = (
 RANKS = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 FILE_MODULES = {"pathlib", "os", "io", "json", "shutil", "safetensors", "tempfile", "glob"}
 HEAVY = ("torch", "coremltools", "transformers")
-COMMANDS = ("convert", "eval", "generate", "lower", "quantize", "verify")
+COMMANDS = ("convert", "eval", "generate", "lower", "quantize", "rotate", "verify")
 MOST_LINES = 260
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
 from anequant.calibration.forward import transformers_config
+from anequant.calibration.hooks import ATTENTION, attach, register_attention
 from anequant.checkpoints.reader import Checkpoint
 from anequant.progress import Progress, silent
 
@@ -26,6 +27,11 @@ def sample_windows(
     config = transformers_config(spec)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    if checkpoint.online.r3 is not None:
+        register_attention()
+        config._attn_implementation = ATTENTION
+    for number, layer in enumerate(model.model.layers if checkpoint.online.active else ()):
+        attach(layer, number, spec, checkpoint.online)
     names = [f"{EMBEDDING}.weight", f"{FINAL_NORM}.weight"]
     names += [layer_prefix(layer) + name for layer in range(spec.num_layers) for name in spec.layer_tensors()]
     state = {name: checkpoint.read(name) for name in names}

@@ -12,8 +12,11 @@ from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.reader import read_json
 from anequant.errors import InputError
 from anequant.recipe import Recipe
+from anequant.recipe_files import ROTATION_KEYS
 
 MANIFEST = "anequant.json"
+CHECKPOINT, ROTATED = "checkpoint", "rotated"
+"""Kinds of folders: a quantized checkpoint, and a float one that is only folded and rotated."""
 FORMAT = 1
 
 
@@ -78,3 +81,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise InputError(f"'{MANIFEST}' is not one this version reads", where=str(folder))
     return value
+
+
+def rotation_keys(folder: Path) -> dict[str, Any] | None:
+    """What `anequant rotate` says it rotated the model in a folder with; None for any other folder.
+
+    Raises InputError for an anequant.json that is damaged.
+    """
+    if made_as(folder) != ROTATED:
+        return None
+    values = read_manifest(folder).get("recipe")
+    if not isinstance(values, dict) or values.keys() != set(ROTATION_KEYS):
+        raise InputError(f"'{MANIFEST}' does not tell the rotations", where=str(folder))
+    return values
+
+
+def made_as(folder: Path) -> str | None:
+    """The kind of folder that anequant wrote, None for one that it did not."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    return str(read_manifest(folder).get("kind"))

@@ -60,6 +60,7 @@ def convert(
     recipe: Recipe,
     calibration: Calibration,
     options: LowerOptions,
+    rotations_file: Path | None = None,
     *,
     force: bool = False,
     progress: Progress = silent,
@@ -75,7 +76,7 @@ def convert(
         checkpoint.mkdir()
         packages.mkdir()
         quantizing = part_of(progress, "quantize", 0.0, 0.4)
-        quantized = quantize_into(checkpoint, source, recipe, calibration, quantizing)
+        quantized = quantize_into(checkpoint, source, recipe, calibration, quantizing, rotations_file)
         lowered = lower_into(packages, checkpoint, source.name, options, part_of(progress, "lower", 0.4, 0.5))
         result = ConvertResult(
             quantized,

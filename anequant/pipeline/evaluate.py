@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
 from anequant.calibration.tokens import WIKITEXT2, wikitext2
-from anequant.checkpoints.manifest import MANIFEST, read_manifest
+from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, made_as, read_manifest, rotation_keys
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
+from anequant.checkpoints.rotations import ROTATIONS, read_rotations
 from anequant.checkpoints.source import resolve_source
 from anequant.coreml.meta import META
 from anequant.errors import InputError, UsageError
@@ -23,7 +24,8 @@ from anequant.pipeline.generate import open_text_model
 from anequant.progress import Progress, part_of, silent
 from anequant.recipe import Recipe
 from anequant.recipe_files import recipe_from_dict
-from anequant.rotation.plan import plan_rotations
+from anequant.rotation.orthogonal import Rotation
+from anequant.rotation.plan import R1, plan_rotations
 
 LAYER_WINDOWS = 8
 LARGEST_EMBEDDING_ERROR = 0.5
@@ -106,6 +108,8 @@ def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | No
         )
     if original.is_quantized:
         return "the base is quantized itself"
+    if original.online.active or rotation_keys(original.folder) is not None:
+        return "the base is rotated itself"
     if checkpoint.is_quantized and _recipe(checkpoint) is None:
         return f"the checkpoint has no {MANIFEST} that tells its rotation"
     return None
@@ -113,20 +117,27 @@ def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | No
 
 def _recipe(checkpoint: Checkpoint) -> Recipe | None:
     """What a checkpoint that anequant wrote was made by; None for one made elsewhere."""
-    if not (checkpoint.folder / MANIFEST).is_file():
+    if made_as(checkpoint.folder) not in (CHECKPOINT, ROTATED):
         return None
     values = read_manifest(checkpoint.folder).get("recipe")
     return recipe_from_dict(values) if isinstance(values, dict) else None
 
 
 def _rotation(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
-    """R1 of a quantized checkpoint, drawn again from its recipe; nothing for a float model."""
-    recipe = _recipe(checkpoint) if checkpoint.is_quantized else None
-    if recipe is not None:
-        r1 = plan_rotations(checkpoint.spec, recipe).r1
-        if r1 is not None:
-            return r1.apply
-    return lambda hidden: hidden
+    """R1 of a checkpoint that anequant wrote, read from its file or drawn again from its recipe; nothing for
+    another one."""
+    recipe = _recipe(checkpoint)
+    if recipe is None or recipe.r1 == "none":
+        return lambda hidden: hidden
+    file = checkpoint.folder / ROTATIONS
+    if file.is_file():
+        matrix = read_rotations(file, {R1: checkpoint.spec.hidden_size})[R1]
+        return Rotation(checkpoint.spec.hidden_size, matrix=matrix).apply
+    if recipe.r1 in ("pca", "file") or recipe.restarts > 1 or recipe.learn:
+        raise InputError(f"'{ROTATIONS}' is missing, which holds R1", where=str(checkpoint.folder))
+    r1 = plan_rotations(checkpoint.spec, replace(recipe, r2="none")).r1
+    assert r1 is not None
+    return r1.apply
 
 
 def evaluate_tasks(model: str, tasks: str, backend: str, progress: Progress = silent) -> TaskScores:

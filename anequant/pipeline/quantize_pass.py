@@ -1,4 +1,8 @@
-"""The pass over a float checkpoint: fold, rotate, check, calibrate, round, write; one layer at a time."""
+"""The pass over a float checkpoint: fold, rotate, check, calibrate, round, write; one layer at a time.
+
+What is rounded or kept are the turned weights as float32 holds them, as `anequant rotate` stores them: so
+rotating and quantizing in two steps gives the bytes that one step does.
+"""
 
 from __future__ import annotations
 
@@ -103,9 +107,9 @@ class QuantizePass:
         original, turned = self._model.layer(layer)
         self._probe.layer(layer, original, turned)
         prefix = layer_prefix(layer)
-        for name in norm_names(self._spec):
-            self._rounder.write(prefix + name, turned[name])
         floats = {name: tensor.float() for name, tensor in turned.items()}
+        for name in norm_names(self._spec):
+            self._rounder.write(prefix + name, floats[name])
         del original, turned
         current = {name: tensor.to(self._dtype) for name, tensor in floats.items()}
         for group in self._spec.input_groups:
@@ -173,7 +177,7 @@ class QuantizePass:
         """
         if self._rounder.keeps(name):
             for block in blocks:
-                self._rounder.keep(name, block)
+                self._rounder.keep(name, block.float())
             return None
         table = torch.empty(self._spec.vocab_size, self._spec.hidden_size)
         for start, block in zip(range(0, table.shape[0], ROWS), blocks, strict=True):

@@ -35,10 +35,16 @@ class TurnedModel:
         return self.checkpoint.spec
 
     def layer(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A layer's tensors as stored and, in float64, as turned; both by name relative to the layer."""
+        """A layer's tensors as stored and, in float64, as turned; both by name relative to the layer.
+
+        Input scales move within what float32 holds, so that a rotated checkpoint gives the same.
+        """
         original = self.checkpoint.layer(layer)
         turned = fold_and_rotate_layer(self.spec, original, self.plan, layer)
-        return original, fold_input_scales(self.spec, turned) if self.fold_scales else turned
+        if not self.fold_scales:
+            return original, turned
+        stored = {name: tensor.float().double() for name, tensor in turned.items()}
+        return original, fold_input_scales(self.spec, stored)
 
     def float_layer(self, layer: int) -> dict[str, Tensor]:
         """A turned layer in float32."""

@@ -43,14 +43,15 @@ def fold_and_rotate_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """The linear in the folded and rotated model, in float64.
 
-    weight [out, in], bias [out] or None, gain [in] or None; returns weight and bias of the same shapes.
+    weight [out, in], bias [out] or None, gain [in] or None; returns weight and bias of the same shapes. Both
+    are contiguous, since products of float32 are not the same for every memory layout.
     """
     weight = weight.double()
     if gain is not None:
         weight = weight * gain.double()
     weight = rotate_axis(weight, plan.read(linear.input.space, layer))
     turn_output = plan.written(linear.output.space, layer)
-    weight = rotate_axis(weight.T, turn_output).T
+    weight = rotate_axis(weight.T, turn_output).T.contiguous()
     if bias is not None:
         bias = rotate_axis(bias.double(), turn_output)
     return weight, bias

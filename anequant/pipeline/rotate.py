@@ -1,0 +1,113 @@
+"""A float checkpoint becomes a folded and rotated one, still float: the first of QuaRot's two steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anequant.calibration.tokens import calibration_tokens
+from anequant.checkpoints.layout import checkpoint_entries, projection_names
+from anequant.checkpoints.manifest import MANIFEST, ROTATED, manifest, rotation_keys
+from anequant.checkpoints.online import quantized_config, weights_stem
+from anequant.checkpoints.output import file_hashes, staged_folder
+from anequant.checkpoints.rotations import write_rotations
+from anequant.checkpoints.source import Source
+from anequant.checkpoints.writer import CheckpointWriter, write_json
+from anequant.errors import InputError
+from anequant.pipeline.quantize import DEFAULT_CALIBRATION
+from anequant.pipeline.quantize_pass import QuantizePass
+from anequant.pipeline.records import calibration_record, copy_tokenizer, source_record
+from anequant.pipeline.rotated import open_float
+from anequant.pipeline.rotations import RotationChoice, check_rotations, choose_rotations
+from anequant.pipeline.turned import TurnedModel
+from anequant.progress import Progress, part_of, silent
+from anequant.quantization.online import plan_online
+from anequant.recipe import Calibration, Recipe
+from anequant.recipe_files import ROTATION_KEYS, recipe_from_dict
+
+FLOAT = {"bits": 16, "rounding": "nearest"}
+
+
+@dataclass(frozen=True)
+class RotateResult:
+    """`equivalence` is the largest relative logit change, in float64; `rotations` says how they were found,
+    None where the seed alone tells them."""
+
+    equivalence: float
+    rotations: RotationChoice | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "equivalence": self.equivalence,
+            "rotations": None if self.rotations is None else self.rotations.to_dict(),
+        }
+
+
+def rotate(
+    source: Source,
+    output: Path,
+    recipe: Recipe,
+    calibration: Calibration = DEFAULT_CALIBRATION,
+    rotations_file: Path | None = None,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+) -> RotateResult:
+    """Write the folded and rotated model of `source` in float32 to the new folder `output`.
+
+    Only what the recipe says of rotations is done; restarts and learning measure them by the quantized model
+    that the rest of it describes, on `calibration`'s tokens, as does pca.
+
+    Raises as `quantize`, and InputError for a model that is rotated already.
+    """
+    with staged_folder(output, force=force, source=source.folder) as staging:
+        return _rotate_into(staging, source, recipe, calibration, rotations_file, progress)
+
+
+def _rotate_into(
+    folder: Path,
+    source: Source,
+    recipe: Recipe,
+    calibration: Calibration,
+    rotations_file: Path | None,
+    progress: Progress,
+) -> RotateResult:
+    checkpoint = open_float(source)
+    if rotation_keys(source.folder) is not None:
+        raise InputError(
+            f"'{source.folder}' is already rotated",
+            remedy="quantize it, or start from the original float checkpoint",
+        )
+    check_rotations(recipe, rotations_file)
+    keys = {key: getattr(recipe, key) for key in ROTATION_KEYS}
+    plain = recipe_from_dict({**keys, **FLOAT})
+    online = plan_online(checkpoint.spec, plain)
+    tokens = None
+    if plain.calibrated:
+        tokens = calibration_tokens(calibration, checkpoint, part_of(progress, "calibrate", 0.0, 0.2))
+    choosing = part_of(progress, "rotations", 0.2, 0.6)
+    rotations = choose_rotations(checkpoint, recipe, tokens, rotations_file, choosing)
+    model = TurnedModel(checkpoint, rotations.plan, False, online)
+    bits = dict.fromkeys(projection_names(checkpoint.spec), 16)
+    entries = checkpoint_entries(checkpoint.spec, plain, bits, torch.float32)
+    with CheckpointWriter(folder, entries, stem=weights_stem(online)) as writer:
+        step = part_of(progress, "rotate", 0.6, 1.0)
+        passed = QuantizePass(model, plain, bits, writer, step, None, torch.float32).run()
+    config = quantized_config(checkpoint.spec, plain, online, writer.first_file, dtype="float32")
+    write_json(folder / "config.json", config)
+    if rotations.matrices is not None:
+        write_rotations(folder, rotations.matrices)
+    copy_tokenizer(source, folder)
+    result = RotateResult(passed.equivalence, rotations.choice)
+    contents = {
+        "recipe": keys,
+        "calibration": calibration_record(calibration, tokens),
+        "source": source_record(source, checkpoint.files),
+        "measured": result.to_dict(),
+        "files": file_hashes(folder),
+    }
+    write_json(folder / MANIFEST, manifest(ROTATED, contents))
+    return result
