@@ -245,7 +245,7 @@ def test_more_than_one_scale_cannot_be_premultiplied(place: Path, tmp_path: Path
     ("change", "code", "message"),
     [
         ({"blocksize": 64}, USAGE, "unknown key 'blocksize' in"),
-        ({"online-had": True}, UNSUPPORTED, "key 'online-had' in"),
+        ({"online-had": 1}, USAGE, "key 'online-had' in"),
         ({"q_proj": "attention.q"}, UNSUPPORTED, "key 'q_proj' in"),
         ({"block_size": 48}, USAGE, "'r1_block' is 48"),
         ({"block_size": "64"}, USAGE, "'r1_block' must be a whole number"),

@@ -1,4 +1,9 @@
-"""ANEMLL's published words for a quantization, as recipes; and the lines its log ends in."""
+"""ANEMLL's and AMD Quark's words for a quantization, as recipes; and the lines ANEMLL's log ends in.
+
+Both name a scheme, an optimization before it, and a JSON file that says how to rotate. Quark's ONNX half says
+r_matrix_dim, use_random_had and r_config_path there (see `published_pairs`), its torch half online-had: R3
+where the cache is quantized, R4 where activations are.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +13,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.checkpoints.reader import read_json
+from anequant.architectures import read_spec
+from anequant.architectures.spec import ModelSpec
+from anequant.checkpoints.reader import read_config, read_json
+from anequant.checkpoints.source import resolve_source
 from anequant.errors import UnsupportedError, UsageError, did_you_mean
+from anequant.pipeline.published_pairs import check_pairs
+from anequant.pipeline.published_words import Word, checked_words
 from anequant.pipeline.quantize import QuantizeResult
 from anequant.recipe import Recipe
 from anequant.recipe_files import load_recipe
+from anequant.rotation.hadamard import power_of_two_divisors
 
 QUAROT, NONE = "quarot", "none"
 OPTIMIZATIONS = (QUAROT, NONE)
-ROTATED: Mapping[str, Any] = {"r1": "block-hadamard", "r2": "hadamard"}
-UNROTATED: Mapping[str, Any] = {"r1": "none", "r2": "none"}
+BLOCKS: Mapping[str, Any] = {"r1": "block-hadamard", "r2": "hadamard"}
+"""What quarot means to ANEMLL."""
+WHOLE: Mapping[str, Any] = {"r1": "hadamard", "r2": "hadamard"}
+"""What it means to Quark."""
+UNROTATED: Mapping[str, Any] = {"r1": "none", "r2": "none", "r3": "none", "r4": "none"}
 
-SETTINGS = {"block_size": "r1_block", "seed": "seed"}
-"""Keys of a QuaRot file that a recipe has too."""
-
-FIXED: Mapping[str, Any] = {
-    "name": QUAROT,
-    "online-had": False,
-    "backbone": "model",
-    "model_decoder_layers": "model.layers",
-    "self_attn": "self_attn",
-    "mlp": "mlp",
-    **{f"{name}_proj": f"self_attn.{name}_proj" for name in "qkvo"},
-    **{f"{name}_proj": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+SEARCH = "rotations are fixed Hadamard matrices in float64"
+WORDS: Mapping[str, Word] = {
+    "name": Word(only=(QUAROT,)),
+    "online-had": Word(bool),
+    "backbone": Word(only=("model",)),
+    "model_decoder_layers": Word(only=("model.layers",)),
+    "self_attn": Word(only=("self_attn",)),
+    "mlp": Word(only=("mlp",)),
+    **{f"{name}_proj": Word(only=(f"self_attn.{name}_proj",)) for name in "qkvo"},
+    **{f"{name}_proj": Word(only=(f"mlp.{name}_proj",)) for name in ("gate", "up", "down")},
+    "block_size": Word(),
+    "seed": Word(),
+    "r_matrix_dim": Word(int),
+    "use_random_had": Word(only=(True,)),
+    "r_config_path": Word(str),
+    **dict.fromkeys(
+        ("override_dtype", "codebook_bits", "search_iters", "lr", "grad_clip", "ortho_loss_weight"),
+        Word(unused=SEARCH),
+    ),
 }
-"""Keys that have one value here."""
-
-UNUSED = ("override_dtype", "codebook_bits", "search_iters", "lr", "grad_clip", "ortho_loss_weight")
-"""Keys of the published search for rotations. Ours are Hadamard matrices, applied in float64."""
+"""Keys of a QuaRot file; the last six belong to ANEMLL's search for rotations."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +65,18 @@ class PublishedRecipe:
 
 
 def published_recipe(
-    scheme: str, optimization: str, config: Path | None, *, premultiply: bool
+    scheme: str,
+    optimization: str,
+    config: Path | None,
+    model: str,
+    *,
+    rotated: Mapping[str, Any],
+    premultiply: bool = False,
 ) -> PublishedRecipe:
-    """`scheme` (a published one or any recipe), rotated as `optimization` and the QuaRot file say.
+    """`scheme` (a published one or any recipe) for `model`, turned as optimization and QuaRot file say.
+
+    `rotated` is what quarot means without a word in the file. The model's config is read only where the
+    file names sizes or nodes.
 
     Raises UsageError for an unknown scheme, optimization or key, InputError for a file that cannot be
     read, UnsupportedError for a value with no counterpart.
@@ -60,34 +87,63 @@ def published_recipe(
         )
     if optimization == NONE and config is not None:
         raise UsageError(f"'{config}' says how to rotate, and the optimization is '{NONE}'")
-    values = {} if config is None else _read_config(config)
-    overrides = dict(ROTATED if optimization == QUAROT else UNROTATED)
-    overrides |= {SETTINGS[key]: value for key, value in values.items() if key in SETTINGS}
+    values, notes = ({}, ()) if config is None else _read_config(config)
+    overrides = dict(rotated if optimization == QUAROT else UNROTATED)
+    if config is not None:
+        overrides |= _residual_rotation(values, config, model)
+    if "seed" in values:
+        overrides["seed"] = values["seed"]
     if premultiply:
         overrides["premultiply_scales"] = True
+    if "online-had" in values:
+        recipe = load_recipe(scheme, overrides)
+        overrides |= _online_rotations(recipe, values["online-had"])
+        if values["online-had"] and overrides["r3"] == overrides["r4"] == "none":
+            notes += (f"{scheme} keeps activations and cache in float: no use for online-had",)
     recipe = load_recipe(scheme, overrides)
-    notes = []
-    unused = [key for key in values if key in UNUSED]
-    if unused:
-        notes.append(f"rotations are fixed Hadamard matrices in float64: no use for {', '.join(unused)}")
     if not recipe.calibrated:
-        notes.append(f"{scheme} rounds to the nearest: no use for calibration data")
-    return PublishedRecipe(recipe, tuple(notes))
+        notes += (f"{scheme} rounds to the nearest: no use for calibration data",)
+    return PublishedRecipe(recipe, notes)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     values = read_json(path)
     if not isinstance(values, dict):
         raise UsageError(f"QuaRot file '{path}' holds no table of keys and values")
-    known = (*SETTINGS, *FIXED, *UNUSED)
-    for key, value in values.items():
-        if key not in known:
-            raise UsageError(f"unknown key '{key}' in '{path}'", remedy=did_you_mean(key, known))
-        if key in FIXED and value != FIXED[key]:
-            raise UnsupportedError(
-                f"key '{key}' in '{path}' is {value!r}", remedy=f"only {FIXED[key]!r} is known"
-            )
-    return values
+    return values, checked_words(values, WORDS, path)
+
+
+def _online_rotations(recipe: Recipe, wanted: bool) -> dict[str, Any]:
+    """R3 and R4 where they serve something, over their whole widths."""
+    used = {"r3": recipe.kv_bits < 16, "r4": recipe.quantizes_activations}
+    return {key: "hadamard" if wanted and use else "none" for key, use in used.items()}
+
+
+def _residual_rotation(values: Mapping[str, Any], path: Path, model: str) -> dict[str, Any]:
+    """R1 as `block_size` or `r_matrix_dim` say, after a check of what `r_config_path` names."""
+    if "block_size" in values and "r_matrix_dim" in values:
+        raise UsageError(f"'{path}' has both 'block_size' and 'r_matrix_dim'", remedy="leave one of them out")
+    if "r_config_path" in values:
+        check_pairs(path.parent / values["r_config_path"], _read_spec(model))
+    if "block_size" in values:
+        return {"r1": "block-hadamard", "r1_block": values["block_size"]}
+    if "r_matrix_dim" not in values:
+        return {}
+    size, width = values["r_matrix_dim"], _read_spec(model).hidden_size
+    if size == width:
+        return {"r1": "hadamard"}
+    blocks = power_of_two_divisors(width)[1:]
+    if size not in blocks:
+        raise UnsupportedError(
+            f"key 'r_matrix_dim' in '{path}' is {size}, the model's width {width}",
+            remedy=f"use {width}, or one of {', '.join(map(str, blocks))} for blocks",
+        )
+    return {"r1": "block-hadamard", "r1_block": size}
+
+
+def _read_spec(model: str) -> ModelSpec:
+    folder = resolve_source(model).folder
+    return read_spec(read_config(folder), str(folder / "config.json"))
 
 
 def closing_lines(output: Path, result: QuantizeResult) -> list[str]:

@@ -21,10 +21,10 @@ PATH = click.Path(path_type=Path)
 def main(console, model, calib, scheme, optimization, config, output, premultiply) -> None:
     from anequant.calibration.saved import whole_calibration
     from anequant.checkpoints.source import resolve_source
-    from anequant.pipeline.published import closing_lines, published_recipe
+    from anequant.pipeline.published import BLOCKS, closing_lines, published_recipe
     from anequant.pipeline.quantize import quantize
 
-    chosen = published_recipe(scheme, optimization, config, premultiply=premultiply)
+    chosen = published_recipe(scheme, optimization, config, model, rotated=BLOCKS, premultiply=premultiply)
     calibration = whole_calibration(calib)
     for note in chosen.notes:
         console.note(note)
