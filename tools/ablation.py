@@ -21,7 +21,9 @@ STATIC = {"activation_bits": 8, "activation_scales": "static"}
 DYNAMIC8 = {"activation_bits": 8}
 DYNAMIC4 = {"activation_bits": 4}
 ASYMMETRIC = {"activation_symmetric": False}
+CLIP = {"activation_clip": 0.9}
 KV4 = {"kv_bits": 4}
+UNIFORM = {"codebook": "uniform"}
 
 
 def floats(label: str, shows: str, *parts: dict[str, Any]) -> Row:
@@ -35,52 +37,52 @@ def merged(*parts: dict[str, Any]) -> dict[str, Any]:
 
 ROWS = [
     floats("A8 static, unrotated", "one scale per tensor dies of massive activations", UNROTATED, STATIC),
-    floats("A8 static", "and R1 and R2 do not help", STATIC),
-    floats("A8 static, MSE", "nor does the range", STATIC, {"activation_range": "mse"}),
-    floats("A8 static, percentile", "nor does the range", STATIC, {"activation_range": "percentile"}),
+    floats("A8 static", "R1 and R2 do not help: the largest input is down_proj's", STATIC),
     floats(
         "A8 static, down_proj's input float",
-        "its input is the reason",
+        "which is the reason",
         STATIC,
         {"activation_overrides": "down_proj=16"},
     ),
+    floats("A8 static, MSE", "a range of least squared error", STATIC, {"activation_range": "mse"}),
+    floats("A8 static, percentile", "leaves out 1 in 100,000", STATIC, {"activation_range": "percentile"}),
     floats("A8 static, R4 in blocks of 64", "spreads them within blocks", STATIC, {"r4": "block-hadamard"}),
     floats("A8 static, R4", "spreads them over the whole width", STATIC, R4),
-    floats("A8 static, R4, MSE", "", STATIC, R4, {"activation_range": "mse"}),
-    floats("A8 static, SmoothQuant", "moves them into down_proj's weight", STATIC, SMOOTH),
-    floats("A8 static, SmoothQuant 0.75", "", STATIC, {"smooth": 0.75}),
+    floats("A8 static, R4, MSE", "the range matters no more", STATIC, R4, {"activation_range": "mse"}),
+    floats("A8 static, SmoothQuant", "moves half of them into down_proj's weight", STATIC, SMOOTH),
+    floats("A8 static, SmoothQuant 0.75", "more of them: float weights bear it", STATIC, {"smooth": 0.75}),
     floats("A8 static, prefix", "the first position stays float", STATIC, PREFIX),
-    floats("A8 static, R4, prefix", "", STATIC, R4, PREFIX),
     floats("A8 static, SmoothQuant, prefix", "", STATIC, SMOOTH, PREFIX),
-    floats("A8 static, R4, SmoothQuant, prefix", "", STATIC, R4, SMOOTH, PREFIX),
+    floats("A8 static, R4, prefix", "the best", STATIC, R4, PREFIX),
+    floats("A8 static, R4, SmoothQuant, prefix", "nothing added", STATIC, R4, SMOOTH, PREFIX),
     floats("A8 dynamic", "a scale per token", DYNAMIC8),
-    floats("A4 dynamic, unrotated", "", UNROTATED, DYNAMIC4),
+    floats("A4 dynamic, unrotated", "4 bits need rotations", UNROTATED, DYNAMIC4),
     floats("A4 dynamic", "", DYNAMIC4),
-    floats("A4 dynamic, R4", "", DYNAMIC4, R4),
     floats("A4 dynamic, R4 in blocks of 64", "", DYNAMIC4, {"r4": "block-hadamard"}),
-    floats("A4 dynamic, R4, asymmetric", "", DYNAMIC4, R4, ASYMMETRIC),
-    floats("A4 dynamic, R4, clip 0.9", "", DYNAMIC4, R4, {"activation_clip": 0.9}),
+    floats("A4 dynamic, R4", "R4 most of all", DYNAMIC4, R4),
+    floats("A4 dynamic, R4, asymmetric", "one level more", DYNAMIC4, R4, ASYMMETRIC),
+    floats("A4 dynamic, R4, clip 0.9", "a tenth of the range cut off", DYNAMIC4, R4, CLIP),
+    floats("A4 dynamic, R4, asymmetric, clip 0.9", "both", DYNAMIC4, R4, ASYMMETRIC, CLIP),
     floats("KV8", "", {"kv_bits": 8}),
     floats("KV4, unrotated", "", UNROTATED, KV4),
     floats("KV4, R2", "", KV4),
     floats("KV4, R3", "", UNROTATED, KV4, {"r3": "hadamard"}),
-    floats("KV4, R2 and R3", "", KV4, {"r3": "hadamard"}),
-    Row("W8A8 static, R4", "", "w8-nearest", {"codebook": "uniform", **STATIC, **R4}),
-    Row("W8A8 static, R4, prefix", "", "w8-nearest", {"codebook": "uniform", **STATIC, **R4, **PREFIX}),
-    Row("W8A8 dynamic", "", "w8-nearest", {"codebook": "uniform", **DYNAMIC8}),
-    Row("W4A8 static, R4", "`w4-ane` weights", "w4-ane", {**STATIC, **R4}),
+    floats("KV4, R2 and R3", "R3 takes a fifth off the KL", KV4, {"r3": "hadamard"}),
+    Row("W8A8 static, R4", "`w8a8-ane`", "w8-nearest", {**UNIFORM, **STATIC, **R4}),
+    Row("W8A8 static, R4, prefix", "", "w8-nearest", {**UNIFORM, **STATIC, **R4, **PREFIX}),
+    Row("W8A8 dynamic", "", "w8-nearest", {**UNIFORM, **DYNAMIC8}),
+    Row("W4A8 static, R4", "`w4a8-ane`", "w4-ane", {**STATIC, **R4}),
     Row("W4A8 static, R4, prefix", "", "w4-ane", {**STATIC, **R4, **PREFIX}),
     Row("W4A8 dynamic", "", "w4-ane", DYNAMIC8),
     Row("W4A4 dynamic, R4", "", "w4-ane", {**DYNAMIC4, **R4}),
-    Row(
-        "W4A4 dynamic KV4, R3, R4", "the whole QuaRot", "w4-ane", {**DYNAMIC4, **R4, **KV4, "r3": "hadamard"}
-    ),
+    Row("W4A4 dynamic, R4, asymmetric, clip 0.9", "", "w4-ane", {**DYNAMIC4, **R4, **ASYMMETRIC, **CLIP}),
+    Row("W4A4KV4, R3, R4", "the whole QuaRot", "w4-ane", {**DYNAMIC4, **R4, **KV4, "r3": "hadamard"}),
     *(
         Row(
             f"W4 in groups of {group}",
-            "GPTQ; leaves the ANE",
+            "GPTQ on integers; leaves the ANE",
             "w4-ane",
-            {"codebook": "uniform", "scales": "group", "group_size": group},
+            {**UNIFORM, "scales": "group", "group_size": group},
         )
         for group in (32, 64, 128)
     ),
