@@ -1,6 +1,40 @@
-"""Quantize Hugging Face LLMs for Apple's Neural Engine."""
+"""Quantize Hugging Face LLMs for Apple's Neural Engine.
 
+Importing the package registers its quantizer with transformers, now or when transformers is imported.
+
+    load(folder)              the transformers model of a checkpoint
+    QuantizedCache(config)    a KV cache of small integers, for a checkpoint that asks for one
+"""
+
+from __future__ import annotations
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+from wrapt import register_post_import_hook
+
+if TYPE_CHECKING:
+    from anequant.runtime.cache import QuantizedCache
+    from anequant.runtime.opening import load
+
+__all__ = ["QuantizedCache", "load"]
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 """Idle threads sleep. Spinning ones make small operations 5 times slower on a busy machine."""
+
+_PLACES = {"load": "anequant.runtime.opening", "QuantizedCache": "anequant.runtime.cache"}
+"""Imported when first used, for they import torch and transformers."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def _register(module: Any) -> None:
+    importlib.import_module("anequant.runtime.quantizer")
+
+
+register_post_import_hook(_register, "transformers.quantizers.auto")

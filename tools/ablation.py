@@ -84,7 +84,7 @@ ROWS = [
             "w4-ane",
             {**UNIFORM, "scales": "group", "group_size": group},
         )
-        for group in (32, 64, 128)
+        for group in (32, 64)
     ),
 ]
 

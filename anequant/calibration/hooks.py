@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anequant.architectures.spec import ModelSpec, Space, layer_prefix
+from anequant.architectures.spec import INPUT_SCALES, ModelSpec, Space, layer_prefix
 from anequant.quantization.activations import ActivationFormat, rounded_activations
 from anequant.quantization.kv_cache import rounded_states
 from anequant.quantization.online import Online
@@ -21,7 +21,6 @@ from anequant.rotation.orthogonal import Rotation
 
 ATTENTION = "anequant"
 ATTENTION_MODULE = "self_attn"
-INPUT_SCALE = "anequant_input_scale"
 R3 = "anequant_r3"
 
 
@@ -43,8 +42,8 @@ def attach(layer: torch.nn.Module, number: int, spec: ModelSpec, online: Online)
 
 
 def set_input_scale(linear: torch.nn.Module, scale: Tensor | None) -> None:
-    """The vector [in] that multiplies a linear's input before it is rounded, and divides it after."""
-    setattr(linear, INPUT_SCALE, scale)
+    """The vector [1, in] that multiplies a linear's input before it is rounded, and divides it after."""
+    setattr(linear, INPUT_SCALES, scale)
 
 
 def register_attention() -> None:
@@ -68,7 +67,8 @@ class _Place:
 
 
 class _TurningCache:
-    """Stands in for a layer's cache during one call: turns and rounds what is added to it."""
+    """Stands in for a layer's cache during one call: turns and, unless the cache does that, rounds what is
+    added to it."""
 
     def __init__(self, cache: Any, online: Online, first: int) -> None:
         self._cache = cache
@@ -79,7 +79,7 @@ class _TurningCache:
         online, kept = self._online, max(0, self._online.prefix - self._first)
         if online.r3 is not None:
             keys = online.r3.apply(keys)
-        if online.kv_bits < 16:
+        if online.kv_bits < 16 and not getattr(self._cache, "rounds_states", False):
             keys, values = (_rounded_states(part, kept, online.kv_bits) for part in (keys, values))
         if self._cache is None:
             return keys, values
@@ -107,7 +107,7 @@ def _turning(rotation: Rotation) -> Callable[..., Any]:
 def _rounding(format_: ActivationFormat, prefix: int, place: _Place) -> Callable[..., Any]:
     def hook(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, kept = arguments[0], max(0, prefix - place.first)
-        scale = getattr(module, INPUT_SCALE, None)
+        scale = getattr(module, INPUT_SCALES, None)
         later = x[:, kept:] if kept else x
         if scale is None:
             rounded = rounded_activations(later, format_)

@@ -23,6 +23,10 @@ FORMAT = 1
 STEM, ONLINE_STEM = "model", "anequant"
 """What the weight files' names begin with."""
 
+SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
+WEIGHTS = "weights"
+"""The key that names the file to open first: the weights, or their index."""
+
 KEYS = (
     "r3",
     "r4",
@@ -42,9 +46,9 @@ def weights_stem(online: Online) -> str:
 
 
 def quantized_config(
-    spec: ModelSpec, recipe: Recipe, online: Online, dtype: str = "float16"
+    spec: ModelSpec, recipe: Recipe, online: Online, weights: str, dtype: str = "float16"
 ) -> dict[str, Any]:
-    """config.json of what `recipe` makes of a model; `dtype` is that of the weights.
+    """config.json of what `recipe` makes of a model; `weights` is the file to open first, `dtype` theirs.
 
     quantization_config, only where `online` is active, holds the recipe's online choices, and the static
     scales by the linear's name.
@@ -54,7 +58,7 @@ def quantized_config(
         return config
     scales = {name: format_.scale for name, format_ in online.activations.items() if format_.scale}
     chosen = {key: value for key, value in recipe.to_dict().items() if key in KEYS}
-    method = {"quant_method": METHOD, "format": FORMAT, **chosen, "static_scales": scales}
+    method = {"quant_method": METHOD, "format": FORMAT, WEIGHTS: weights, **chosen, "static_scales": scales}
     return {**config, "quantization_config": method}
 
 

@@ -26,12 +26,10 @@ from anequant.architectures.spec import (
     layer_prefix,
 )
 from anequant.checkpoints.header import TensorInfo, parse_json, read_header, shown
-from anequant.checkpoints.online import read_online, weights_stem
+from anequant.checkpoints.online import INDEX_SUFFIX, SUFFIX, read_online, weights_stem
 from anequant.errors import InputError
 from anequant.quantization.online import NOTHING, Online
 
-SUFFIX = ".safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
 FLOATS = ("F16", "BF16", "F32", "F64")
 LARGEST_JSON = 16_000_000
 _LAYER = re.compile(r"model\.layers\.\d+\.")

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from anequant.checkpoints.online import STEM
+from anequant.checkpoints.online import INDEX_SUFFIX, STEM, SUFFIX
 from anequant.errors import UnsupportedError
 
 SHARD_BYTES = 5_000_000_000
@@ -58,6 +58,11 @@ class CheckpointWriter:
         self._remaining = 0
         self._file: BinaryIO | None = None
 
+    @property
+    def first_file(self) -> str:
+        """The name of the file that a reader opens first: the only shard, or the index."""
+        return self._shard_name(0) if len(self._shards) == 1 else f"{self._stem}{INDEX_SUFFIX}"
+
     def write(self, name: str, tensor: Tensor) -> None:
         if self._remaining == 0:
             self._begin(name)
@@ -84,7 +89,7 @@ class CheckpointWriter:
         if kind is None:
             assert self._position == len(self._pending), "not every announced tensor was written"
             if len(self._shards) > 1:
-                write_json(self._folder / f"{self._stem}.safetensors.index.json", self._index())
+                write_json(self._folder / self.first_file, self._index())
 
     def _begin(self, name: str) -> None:
         number, entry = self._pending[self._position]
@@ -96,7 +101,7 @@ class CheckpointWriter:
     def _shard_name(self, number: int) -> str:
         count = len(self._shards)
         part = "" if count == 1 else f"-{number + 1:05d}-of-{count:05d}"
-        return f"{self._stem}{part}.safetensors"
+        return f"{self._stem}{part}{SUFFIX}"
 
     def _index(self) -> Mapping[str, object]:
         return {

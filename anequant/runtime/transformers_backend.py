@@ -1,4 +1,4 @@
-"""A checkpoint run by stock transformers, with a KV cache."""
+"""A checkpoint run by transformers, with a KV cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anequant.checkpoints.reader import open_checkpoint
+from anequant.runtime.cache import new_cache
+from anequant.runtime.opening import load
 
 
 class TransformersModel:
@@ -17,21 +18,17 @@ class TransformersModel:
     tells_all_logits = True
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        open_checkpoint(folder)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32, trust_remote_code=False, local_files_only=True
-        ).eval()
+        self._model = load(folder, dtype=torch.float32)
         self.context = int(self._model.config.max_position_embeddings)
         self.reset()
 
     def reset(self) -> None:
         """Forget all tokens."""
         self.position = 0
-        self._cache = None
+        self._cache = new_cache(self._model.config)
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Append tokens to the context; logits float32 [vocab] for what follows them."""
@@ -46,7 +43,6 @@ class TransformersModel:
         output = self._model(
             torch.tensor([list(tokens)]), past_key_values=self._cache, use_cache=True, logits_to_keep=last
         )
-        self._cache = output.past_key_values
         self.position += len(tokens)
         logits: Tensor = output.logits[0].float()
         return logits

@@ -36,7 +36,7 @@ def scaled(recipe: Recipe, model: Path) -> Online:
 
 def config_of(recipe: Recipe, online: Online, model: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(
-        json.dumps(quantized_config(open_checkpoint(model).spec, recipe, online))
+        json.dumps(quantized_config(open_checkpoint(model).spec, recipe, online, "anequant.safetensors"))
     )
     return values
 
