@@ -8,25 +8,19 @@ from typing import Any
 
 import click
 
-from anequant.cli_options import (
-    backend_option,
-    calibration_options,
-    command,
-    generation_options,
-    lowering_options,
-    output_options,
-    read_job,
-    read_lowering,
-    recipe_options,
-    rotation_options,
-)
+from anequant.cli_inspect import diff, doctor, inspect
+from anequant.cli_jobs import convert, lower, quantize, rotate
+from anequant.cli_options import backend_option, command, generation_options
+from anequant.cli_plan import plan
+from anequant.cli_push import push
+from anequant.cli_report import report
 from anequant.console import Console
 from anequant.errors import UsageError, VerificationError
 
 FOLDER = click.Path(path_type=Path)
 EPILOG = (
-    "Exit codes: 0 ok, 2 usage, 3 bad input, 4 unsupported, 5 no disk or memory, 6 verification failed, "
-    "130 interrupted."
+    "Exit codes: 0 ok, 1 diff found a difference, 2 usage, 3 bad input, 4 unsupported, 5 no disk or memory, "
+    "6 verification failed, 130 interrupted."
 )
 
 
@@ -39,79 +33,10 @@ def main() -> None:
     """
 
 
-@main.command()
-@click.argument("model")
-@output_options
-@recipe_options
-@calibration_options
-@command
-def quantize(console: Console, model: str, output: Path, force: bool, **options: Any) -> None:
-    """Fold, rotate and quantize MODEL into a new checkpoint folder."""
-    source, recipe, calibration, rotations = read_job(model, options)
-    from anequant.pipeline.quantize import quantize as run
-    from anequant.report import text
-
-    with console.progress("quantize") as progress:
-        result = run(source, output, recipe, calibration, rotations, force=force, progress=progress)
-    console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
-
-
-@main.command()
-@click.argument("model")
-@output_options
-@rotation_options
-@calibration_options
-@command
-def rotate(console: Console, model: str, output: Path, force: bool, **options: Any) -> None:
-    """Fold and rotate MODEL into a new float checkpoint, which quantize then takes.
-
-    --restarts and --learn measure rotations on what --recipe would quantize.
-    """
-    source, recipe, calibration, rotations = read_job(model, options)
-    from anequant.pipeline.rotate import rotate as run
-    from anequant.report import text
-
-    with console.progress("rotate") as progress:
-        result = run(source, output, recipe, calibration, rotations, force=force, progress=progress)
-    console.result({"output": str(output), **result.to_dict()}, text.rotated(output, result))
-
-
-@main.command()
-@click.argument("checkpoint", type=FOLDER)
-@output_options
-@lowering_options
-@command
-def lower(console: Console, checkpoint: Path, output: Path, force: bool, **options: Any) -> None:
-    """Lower a quantized CHECKPOINT to Core ML packages in a new folder."""
-    from anequant.pipeline.lower import lower as run
-    from anequant.report import text
-
-    with console.progress("lower") as progress:
-        result = run(checkpoint, output, read_lowering(options), force=force, progress=progress)
-    console.result({"output": str(output), **result.to_dict()}, text.lowered(output, result))
-
-
-@main.command()
-@click.argument("model", required=False)
-@output_options
-@recipe_options
-@calibration_options
-@lowering_options
-@command
-def convert(console: Console, model: str | None, output: Path, force: bool, **options: Any) -> None:
-    """Quantize MODEL, lower it and verify the packages; without MODEL, the bundled one."""
-    source, recipe, calibration, rotations = read_job(model, options)
-    from anequant.pipeline.convert import convert as run
-    from anequant.report import text
-
-    if model is None:
-        console.note(f"no model named: converting the bundled {source.name}")
-    sizes = read_lowering(options)
-    with console.progress("convert") as progress:
-        result = run(source, output, recipe, calibration, sizes, rotations, force=force, progress=progress)
-    console.result(
-        {"model": source.name, "output": str(output), **result.to_dict()}, text.converted(output, result)
-    )
+for job in (quantize, rotate, lower, convert, push):
+    main.add_command(job)
+for look in (plan, inspect, report, diff, doctor):
+    main.add_command(look)
 
 
 @main.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from anequant.console import Console
-from anequant.errors import INTERRUPTED, AnequantError, ResourceError
+from anequant.errors import INTERRUPTED, AnequantError, Interrupted, ResourceError
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from anequant.checkpoints.source import Source
 
 Run = Callable[..., None]
+NO_RESUME = "--no-resume"
 
 
 def command(run: Run) -> Run:
@@ -37,11 +39,15 @@ def command(run: Run) -> Run:
         try:
             run(console, *args, **options)
         except (AnequantError, MemoryError, OSError) as failure:
-            if debug:
+            if debug or isinstance(failure, BrokenPipeError):  # click ends quietly when a pipe is closed
                 raise
             error = failure if isinstance(failure, AnequantError) else _resource_error(failure)
             console.error(error)
             sys.exit(error.exit_code)
+        except Interrupted:
+            words = [word for word in sys.argv[1:] if word != NO_RESUME]
+            console.note(f"interrupted; to go on: {shlex.join(['anequant', *words])}")
+            sys.exit(INTERRUPTED)
         except KeyboardInterrupt:
             console.note("interrupted; no output was left behind")
             sys.exit(INTERRUPTED)
@@ -50,7 +56,9 @@ def command(run: Run) -> Run:
 
 
 def output_options(run: Run) -> Run:
-    """-o/--output and --force."""
+    """-o/--output, --force and --resume."""
+    text = "Whether to go on where an interrupted run to the same folder stopped, or to start over."
+    run = click.option(f"--resume/{NO_RESUME}", default=True, show_default=True, help=text)(run)
     run = click.option("--force", is_flag=True, help="Replace an existing output folder.")(run)
     path = click.Path(path_type=Path)
     return click.option("-o", "--output", required=True, type=path, help="New folder to write.")(run)
@@ -132,14 +140,20 @@ def read_calibration(options: dict[str, Any]) -> Calibration:
     )
 
 
-def read_job(model: str | None, options: dict[str, Any]) -> tuple[Source, Recipe, Calibration, Path | None]:
+def read_job(
+    console: Console, model: str | None, options: dict[str, Any]
+) -> tuple[Source, Recipe, Calibration, Path | None]:
     """MODEL's folder and what `recipe_options` or `rotation_options`, and `calibration_options` say of it;
-    a wrong recipe is noticed before anything heavy is imported."""
+    a wrong recipe is noticed before anything heavy is imported. Code in the folder is told, and not run."""
     read_recipe(options)
+    from anequant.checkpoints.custom_code import custom_code
     from anequant.checkpoints.manifest import rotation_keys
     from anequant.checkpoints.source import resolve_source
 
     source = resolve_source(model)
+    code = custom_code(source.folder)
+    if code:
+        console.note(f"ignored, no code of a checkpoint is run: {', '.join(code)}")
     recipe = read_recipe(options, rotation_keys(source.folder))
     return source, recipe, read_calibration(options), options["rotations"]
 

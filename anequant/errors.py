@@ -14,6 +14,7 @@ where (file, tensor), and what to do about it.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -55,8 +56,20 @@ class VerificationError(AnequantError):
 INTERRUPTED = 130
 
 
+class Interrupted(KeyboardInterrupt):
+    """An interrupt after which the same job goes on where it stopped."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A suggestion for a misspelt word, or the list of what is known."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1)
+    close = difflib.get_close_matches(word[:80], names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+
+
+def shown(value: object) -> str:
+    """A value for a message: a name in quotes; short, and without characters that a terminal would obey."""
+    if not isinstance(value, str):
+        return reprlib.repr(value)
+    text = value if len(value) <= 80 else f"{value[:60]}... ({len(value)} characters)"
+    return f"'{text}'" if text.isprintable() else ascii(text)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from anequant.architectures.spec import ModelSpec
+from anequant.checkpoints.output import file_hashes
 from anequant.checkpoints.reader import read_json
+from anequant.checkpoints.writer import write_json
 from anequant.errors import InputError
 from anequant.recipe import Recipe
 from anequant.recipe_files import ROTATION_KEYS
@@ -53,7 +55,7 @@ def published_config(
             "r4": recipe.r4,
             "seed": recipe.seed,
         },
-        "quality_metrics": _six_digits(quality),
+        "quality_metrics": six_digits(quality),
     }
 
 
@@ -62,16 +64,23 @@ def manifest(kind: str, contents: Mapping[str, Any]) -> dict[str, Any]:
 
     Measured numbers are kept to six digits: the last ones depend on how many threads summed them.
     """
-    return {"format": FORMAT, "kind": kind, "versions": versions(), **_six_digits(contents)}
+    return {"format": FORMAT, "kind": kind, "versions": versions(), **six_digits(contents)}
 
 
-def _six_digits(value: Any) -> Any:
+def write_manifest(folder: Path, kind: str, contents: Mapping[str, Any]) -> None:
+    """Write the folder's anequant.json: `contents` and the hashes of all other files."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    write_json(folder / MANIFEST, manifest(kind, {**contents, "files": file_hashes(folder)}))
+
+
+def six_digits(value: Any) -> Any:
+    """The value with every float in it rounded to six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
-        return {key: _six_digits(item) for key, item in value.items()}
+        return {key: six_digits(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_six_digits(item) for item in value]
+        return [six_digits(item) for item in value]
     return value
 
 

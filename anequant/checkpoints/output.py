@@ -1,15 +1,10 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders: whether they can be made, and the hashes of what is in them."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from anequant.errors import ResourceError, UsageError
@@ -36,43 +31,14 @@ def check_output(target: Path, *, force: bool, source: Path) -> None:
         raise UsageError(f"output '{target}' overlaps '{source}'", remedy="write beside what is read")
 
 
-@contextmanager
-def staged_folder(target: Path, *, force: bool, source: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its name when the block ends well, else disappears.
-
-    With `force` an existing folder is replaced in the same step. Raises as `check_output` does,
-    UsageError when the folder cannot be created, and ResourceError when the disk is full.
-    """
-    target = Path(os.path.abspath(target.expanduser()))
-    check_output(target, force=force, source=source)
-    created = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except OSError as error:
-        _remove_empty(created)
-        raise UsageError(f"output '{target}' cannot be created: {error.strerror}") from error
-    try:
-        yield staging
-        staging.chmod(0o777 & ~_umask())
-        for path in staging.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        _replace(staging, target)
-        created = []
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"no space left for '{target}'", remedy="free disk space") from error
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        _remove_empty(created)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+def require_space(target: Path, needed: int) -> None:
+    """Raises ResourceError when the disk that holds the folder of `target` has less than `needed` bytes."""
+    available = shutil.disk_usage(target.parent).free
+    if available < needed:
+        raise ResourceError(
+            f"'{target}' needs {needed:,} bytes, and {available:,} are free",
+            remedy="free disk space, or name a folder on another disk",
+        )
 
 
 def file_hashes(folder: Path, names: list[str] | None = None) -> dict[str, str]:
@@ -91,27 +57,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _replace(staging: Path, target: Path) -> None:
-    if target.exists():
-        old = target.with_name(f"{staging.name}.old")
-        target.rename(old)
-        staging.rename(target)
-        shutil.rmtree(old)
-    else:
-        staging.rename(target)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

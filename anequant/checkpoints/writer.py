@@ -1,11 +1,14 @@
 """Writing safetensors in one pass: the header first, from shapes known in advance, then the bytes.
 
-Deterministic: the same tensors in the same order give the same bytes.
+Deterministic: the same tensors in the same order give the same bytes. So a run can go on in the files that an
+earlier one left, after the last tensor that is known to be whole.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from anequant.checkpoints.online import INDEX_SUFFIX, STEM, SUFFIX
+from anequant.checkpoints.work_folder import DamagedWork
 from anequant.errors import UnsupportedError
 
 SHARD_BYTES = 5_000_000_000
@@ -37,8 +41,12 @@ class Entry:
 
 
 def write_json(path: Path, value: object) -> None:
+    path.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: object) -> str:
     """JSON with sorted keys and a final newline, the same bytes for the same value."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 class CheckpointWriter:
@@ -53,7 +61,14 @@ class CheckpointWriter:
         self._folder = folder
         self._stem = stem
         self._shards = _split(entries, shard_bytes)
+        self._headers = [_header(shard) for shard in self._shards]
         self._pending = [(number, entry) for number, shard in enumerate(self._shards) for entry in shard]
+        self._starts = [
+            start
+            for shard, header in zip(self._shards, self._headers, strict=True)
+            for start in _starts(shard, len(header))
+        ]
+        self._places = {entry.name: place for place, (_, entry) in enumerate(self._pending)}
         self._position = 0
         self._remaining = 0
         self._file: BinaryIO | None = None
@@ -62,6 +77,47 @@ class CheckpointWriter:
     def first_file(self) -> str:
         """The name of the file that a reader opens first: the only shard, or the index."""
         return self._shard_name(0) if len(self._shards) == 1 else f"{self._stem}{INDEX_SUFFIX}"
+
+    @property
+    def position(self) -> int:
+        """How many entries are written whole."""
+        return self._position
+
+    def go_on(self, position: int) -> None:
+        """Take the first `position` entries from the files that are there; what follows them is overwritten.
+
+        Raises DamagedWork naming a file that is too short for that.
+        """
+        ends = {
+            number: start + entry.nbytes
+            for (number, entry), start in zip(self._pending[:position], self._starts, strict=False)
+        }
+        for number, end in ends.items():
+            path = self._folder / self._shard_name(number)
+            if not path.is_file() or path.stat().st_size < end:
+                raise DamagedWork(f"'{path.name}' of an interrupted run is cut off", self._folder)
+        self._position = position
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """An entry that is written whole, or some of its rows."""
+        self.flush()
+        place = self._places[name]
+        assert place < self._position, f"{name} is not written yet"
+        number, entry = self._pending[place]
+        start, stop, _ = (rows or slice(None)).indices(entry.shape[0])
+        size = entry.nbytes // entry.shape[0]
+        with (self._folder / self._shard_name(number)).open("rb") as file:
+            file.seek(self._starts[place] + start * size)
+            data = bytearray(file.read((stop - start) * size))
+        return torch.frombuffer(data, dtype=entry.dtype).view(stop - start, *entry.shape[1:])
+
+    def flush(self) -> None:
+        """Hand all bytes to the system."""
+        if self._file is not None:
+            self._file.flush()
 
     def write(self, name: str, tensor: Tensor) -> None:
         if self._remaining == 0:
@@ -94,9 +150,16 @@ class CheckpointWriter:
     def _begin(self, name: str) -> None:
         number, entry = self._pending[self._position]
         self._remaining = entry.nbytes
-        if self._file is None:
-            self._file = (self._folder / self._shard_name(number)).open("wb")
-            self._file.write(_header(self._shards[number]))
+        if self._file is not None:
+            return
+        path = self._folder / self._shard_name(number)
+        if entry is self._shards[number][0]:
+            self._file = path.open("wb")
+            self._file.write(self._headers[number])
+        else:
+            self._file = path.open("r+b")
+            self._file.truncate(self._starts[self._position])
+            self._file.seek(0, os.SEEK_END)
 
     def _shard_name(self, number: int) -> str:
         count = len(self._shards)
@@ -120,6 +183,11 @@ def _split(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
         shards[-1].append(entry)
         size += entry.nbytes
     return shards
+
+
+def _starts(entries: Sequence[Entry], first: int) -> list[int]:
+    """Where each entry begins, the first one at `first`."""
+    return list(itertools.accumulate((entry.nbytes for entry in entries[:-1]), initial=first))
 
 
 def _header(entries: Sequence[Entry]) -> bytes:

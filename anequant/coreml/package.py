@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import io
 import json
+import os
+import shutil
+import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
+from anequant.coreml.streaming import streaming
 from anequant.coreml.toolkit import TARGET, Model_pb2, Program, ct, mil_convert, quiet_logging
+
+NO_SPACE = 1_000_000
+"""Free bytes below which writing fails for want of space."""
 
 MODEL_FILE = "Data/com.apple.CoreML/model.mlmodel"
 WEIGHT_FILE = "Data/com.apple.CoreML/weights/weight.bin"
@@ -22,7 +30,9 @@ def save_package(program: Program, path: Path, metadata: Mapping[str, str]) -> N
     `canonicalize_quantized_lut_pattern` splits one codebook into one per channel.
     """
     program.skip_all_passes = True
-    with contextlib.redirect_stderr(io.StringIO()), quiet_logging():
+    scratch = path.with_name(f".{path.name}.scratch")
+    streamed = streaming(scratch, path / WEIGHT_FILE)
+    with redirect_stderr(io.StringIO()), quiet_logging(), _scratch_at(scratch), streamed:
         model = mil_convert(
             program,
             convert_from="milinternal",
@@ -33,7 +43,35 @@ def save_package(program: Program, path: Path, metadata: Mapping[str, str]) -> N
             skip_model_load=True,
         )
         model.save(str(path))
+        _take_modes(path, scratch.stat().st_mode)
     _make_deterministic(path, metadata)
+
+
+@contextmanager
+def _scratch_at(scratch: Path) -> Iterator[None]:
+    """Have coremltools write its own copy of the weights there, and no longer than needed.
+
+    It reports a full disk as a RuntimeError; raises OSError then.
+    """
+    before = tempfile.tempdir
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    tempfile.tempdir = str(scratch)
+    try:
+        yield
+    except RuntimeError as error:
+        if shutil.disk_usage(scratch).free < NO_SPACE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch)) from error
+        raise
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _take_modes(path: Path, mode: int) -> None:
+    """Give all that is in a package the permissions of a new folder; coremltools lets only its owner read."""
+    for part in path.rglob("*"):
+        part.chmod(mode & (0o777 if part.is_dir() else 0o666))
 
 
 def package_bytes(path: Path) -> tuple[int, int]:

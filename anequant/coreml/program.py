@@ -114,6 +114,11 @@ def state_row(cache: Var, row: int, name: str) -> Var:
     )
 
 
+def forget_names() -> None:
+    """Let names be numbered from the start, also after a program that was built and never saved."""
+    mb.name_count.clear()
+
+
 def build_program(functions: Mapping[str, Function]) -> Program:
     """A program of these functions; the first is the default one."""
     program = Program()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from anequant.checkpoints.reader import Checkpoint
 from anequant.coreml.linears import stores_integers
 from anequant.coreml.online_rotations import online_weights
 from anequant.errors import UnsupportedError
-from anequant.quantization.linear import QuantizedLinear
+from anequant.quantization.linear import FloatTable, QuantizedLinear
 from anequant.quantization.online import Online
 
 MEGABYTE = 1_000_000
@@ -77,6 +77,20 @@ def layer_bytes(checkpoint: Checkpoint) -> Sequence[int]:
     return sizes
 
 
+def packages_bytes(
+    spec: ModelSpec, bits: Mapping[str, float], embedding_bits: float, head_bits: float
+) -> int:
+    """About what all packages take: codes and graphs, without scales; `bits` are the projections' by name."""
+    sizes = {linear.name: math.prod(spec.shape(linear)) for linear in spec.architecture.linears}
+    weights = sum(
+        sizes[linear.name] * bits[layer_prefix(layer) + linear.name]
+        for layer in range(spec.num_layers)
+        for linear in spec.architecture.linears
+    )
+    tables = spec.vocab_size * spec.hidden_size * (embedding_bits + head_bits)
+    return int((weights + tables) / 8) + GRAPH_BYTES_PER_LAYER * spec.num_layers
+
+
 def _table_bytes(checkpoint: Checkpoint, name: str) -> int:
     spec = checkpoint.spec
     entries = spec.vocab_size * spec.hidden_size
@@ -86,10 +100,10 @@ def _table_bytes(checkpoint: Checkpoint, name: str) -> int:
     return entries * (codebook.shape[0] - 1).bit_length() // 8 + 2 * spec.vocab_size
 
 
-def constant_bytes(value: QuantizedLinear | Tensor, *, rounded: bool = False) -> int:
+def constant_bytes(value: QuantizedLinear | FloatTable | Tensor, *, rounded: bool = False) -> int:
     """Bytes of one copy of a constant in a package; `rounded` says it of a linear's input."""
-    if isinstance(value, Tensor):
-        return value.numel() * 2
+    if not isinstance(value, QuantizedLinear):
+        return math.prod(value.shape) * 2
     vectors = [value.output_scale]
     vectors += [value.input_scale] if bool((value.input_scale != 1).any()) else []
     vectors += [value.bias] if value.bias is not None else []

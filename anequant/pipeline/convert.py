@@ -7,26 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
-from anequant.checkpoints.manifest import MANIFEST, manifest
-from anequant.checkpoints.output import check_output, file_hashes, staged_folder
+from anequant.checkpoints.layout import projection_names
+from anequant.checkpoints.manifest import write_manifest
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
-from anequant.checkpoints.writer import write_json
+from anequant.checkpoints.work_folder import check_target
 from anequant.coreml.lint import Finding
 from anequant.errors import UsageError
 from anequant.evaluation.divergence import Quality, evaluate
+from anequant.pipeline.card import Asked, write_conversion_card
+from anequant.pipeline.chunks import packages_bytes
 from anequant.pipeline.folders import CHECKPOINT_FOLDER, PACKAGES_FOLDER
+from anequant.pipeline.journal import Journal
 from anequant.pipeline.lint import lint, require_clean
 from anequant.pipeline.lower import LowerResult, lower_into
 from anequant.pipeline.lowerable import check_lowering
+from anequant.pipeline.plan import require_memory
 from anequant.pipeline.quantize import QuantizeResult, quantize_into
+from anequant.pipeline.resume import checkpoint_bytes, fingerprint, resumable
+from anequant.pipeline.rotated import open_float
 from anequant.pipeline.verify import (
     CheckpointCheck,
     PackageCheck,
     verify_checkpoint,
     verify_packages,
 )
-from anequant.progress import Progress, part_of, silent
+from anequant.progress import CONTROL, Control, Progress, part_of, silent
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, LowerOptions, Recipe
 
@@ -64,30 +70,71 @@ def convert(
     *,
     force: bool = False,
     progress: Progress = silent,
+    control: Control = CONTROL,
 ) -> ConvertResult:
     """Write `output`/checkpoint and `output`/packages, verified. Raises what its steps raise."""
-    check_output(output, force=force, source=source.folder)
-    spec = open_checkpoint(source.folder).spec
+    check_target(output, force=force, source=source.folder)
+    original = open_float(source)
+    spec = original.spec
     check_lowering(spec, options, plan_online(spec, recipe))
     if 16 in recipe.widths:
         raise UsageError("recipe key 'bits' is 16, and packages hold palettized weights", remedy="use fewer")
-    with staged_folder(output, force=force, source=source.folder) as staging:
-        checkpoint, packages = staging / CHECKPOINT_FOLDER, staging / PACKAGES_FOLDER
-        checkpoint.mkdir()
-        packages.mkdir()
-        quantizing = part_of(progress, "quantize", 0.0, 0.4)
-        quantized = quantize_into(checkpoint, source, recipe, calibration, quantizing, rotations_file)
-        lowered = lower_into(packages, checkpoint, source.name, options, part_of(progress, "lower", 0.4, 0.5))
-        result = ConvertResult(
-            quantized,
-            lowered,
-            verify_checkpoint(checkpoint, progress=part_of(progress, "verify", 0.5, 0.55)),
-            verify_packages(packages, checkpoint, progress=part_of(progress, "verify", 0.55, 0.8)),
-            tuple(require_clean(lint(packages))),
-            sample_quality(source.folder, checkpoint, part_of(progress, "measure", 0.8, 1.0)),
+    require_memory(original, recipe, calibration, options, control.max_memory)
+    identity = fingerprint("convert", original, source.name, recipe, calibration, rotations_file, options)
+    bits = dict.fromkeys(projection_names(spec), recipe.target_bits or recipe.bits)
+    needed = checkpoint_bytes(spec, recipe)
+    needed += packages_bytes(spec, bits, recipe.embedding_bits, recipe.head_bits)
+    with resumable(
+        output, identity, needed=needed, force=force, source=source.folder, control=control
+    ) as journal:
+        return _convert_into(
+            journal.output, source, recipe, calibration, options, rotations_file, progress, journal
         )
-        contents = {"recipe": recipe.to_dict(), "measured": result.to_dict(), "files": file_hashes(staging)}
-        write_json(staging / MANIFEST, manifest("conversion", contents))
+
+
+def _convert_into(
+    folder: Path,
+    source: Source,
+    recipe: Recipe,
+    calibration: Calibration,
+    options: LowerOptions,
+    rotations_file: Path | None,
+    progress: Progress,
+    journal: Journal,
+) -> ConvertResult:
+    checkpoint, packages = folder / CHECKPOINT_FOLDER, folder / PACKAGES_FOLDER
+    for made in (checkpoint, packages):
+        made.mkdir(exist_ok=True)
+    step = part_of(progress, "quantize", 0.0, 0.4)
+    quantized = quantize_into(checkpoint, source, recipe, calibration, step, journal, rotations_file)
+    step = part_of(progress, "lower", 0.4, 0.5)
+    lowered = lower_into(packages, checkpoint, source.name, options, step, journal)
+    checking, verifying = part_of(progress, "verify", 0.5, 0.55), part_of(progress, "verify", 0.55, 0.8)
+    first = journal.unit(
+        "verify checkpoint", lambda: asdict(verify_checkpoint(checkpoint, progress=checking))
+    )
+    second = journal.unit(
+        "verify packages", lambda: asdict(verify_packages(packages, checkpoint, progress=verifying))
+    )
+    findings = journal.unit("lint", lambda: [asdict(finding) for finding in require_clean(lint(packages))])
+    measuring = part_of(progress, "measure", 0.8, 1.0)
+
+    def measure() -> dict[str, Any] | None:
+        quality = sample_quality(source.folder, checkpoint, measuring)
+        return None if quality is None else asdict(quality)
+
+    quality = journal.unit("quality", measure)
+    result = ConvertResult(
+        quantized,
+        lowered,
+        CheckpointCheck(**first),
+        PackageCheck(**second),
+        tuple(Finding(**finding) for finding in findings),
+        None if quality is None else Quality(**quality),
+    )
+    asked = Asked(source, recipe, calibration)
+    write_conversion_card(folder, asked, options, result.packages, result.quality)
+    write_manifest(folder, "conversion", {"recipe": recipe.to_dict(), "measured": result.to_dict()})
     return result
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from anequant.architectures.spec import Space
 from anequant.checkpoints.manifest import MANIFEST, read_manifest
-from anequant.checkpoints.output import file_hashes, staged_folder
+from anequant.checkpoints.output import file_hashes
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.rotations import ROTATIONS, write_rotations
 from anequant.checkpoints.source import Source
 from anequant.checkpoints.writer import write_json
 from anequant.errors import UnsupportedError
-from anequant.pipeline.quantize import QuantizeResult, quantize_into
-from anequant.progress import Progress
+from anequant.pipeline.quantize import QuantizeResult, quantize_into, quantize_job
+from anequant.progress import CONTROL, Progress
 from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import recipe_from_dict
 from anequant.rotation.plan import plan_rotations
@@ -95,8 +95,9 @@ def quantize_hooked(
     Returns that folder. Raises as `quantize` does; nothing is left behind then.
     """
     output = destination / f"{source.name}_{quant_tag(recipe)}"
-    with staged_folder(output, force=False, source=source.folder) as staging:
-        result = quantize_into(staging, source, recipe, calibration, progress)
+    with quantize_job(source, output, recipe, calibration, None, False, CONTROL) as journal:
+        staging = journal.output
+        result = quantize_into(staging, source, recipe, calibration, progress, journal)
         checkpoint = open_checkpoint(staging)
         if not (staging / ROTATIONS).is_file():
             write_rotations(staging, plan_rotations(checkpoint.spec, recipe).matrices())
@@ -104,8 +105,8 @@ def quantize_hooked(
         write_json(staging / CONFIG, {**_settings(made), "rotation_matrices": _turned(checkpoint, recipe)})
         write_json(staging / METADATA, _metadata(made, output.name, checkpoint.online.active))
         (staging / RUNTIME).write_text(RUNTIME_CODE, encoding="utf-8")
-        (staging / MANIFEST).unlink()
-        write_json(staging / MANIFEST, {**made, "files": file_hashes(staging)})
+        files = {name: digest for name, digest in file_hashes(staging).items() if name != MANIFEST}
+        write_json(staging / MANIFEST, {**made, "files": files})
     return output, result
 
 

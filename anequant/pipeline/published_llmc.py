@@ -14,9 +14,9 @@ from typing import Any
 
 from anequant.calibration.tokens import WIKITEXT2
 from anequant.checkpoints.manifest import rotation_keys
-from anequant.checkpoints.output import staged_folder
 from anequant.checkpoints.reader import read_config
 from anequant.checkpoints.source import Source, resolve_source
+from anequant.checkpoints.work_folder import staged_folder
 from anequant.errors import UnsupportedError, UsageError
 from anequant.pipeline.published_llmc_words import LlmcFile, read_llmc
 from anequant.pipeline.quantize import QuantizeResult, quantize

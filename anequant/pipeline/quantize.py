@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,26 @@ from torch import Tensor
 from anequant.architectures.spec import layer_prefix
 from anequant.calibration.distill import TuneResult
 from anequant.calibration.sensitivity import rounding_losses
-from anequant.calibration.tokens import calibration_tokens
 from anequant.checkpoints.layout import checkpoint_entries, projection_names
-from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, manifest, published_config, rotation_keys
+from anequant.checkpoints.manifest import CHECKPOINT, published_config, rotation_keys, write_manifest
 from anequant.checkpoints.online import quantized_config, weights_stem
-from anequant.checkpoints.output import file_hashes, staged_folder
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotations import ROTATIONS, write_rotations
 from anequant.checkpoints.source import Source
 from anequant.checkpoints.writer import CheckpointWriter, write_json
-from anequant.pipeline.quantize_pass import PassResult, QuantizePass
+from anequant.pipeline.card import Asked, write_checkpoint_card
+from anequant.pipeline.journal import Journal
+from anequant.pipeline.kept import kept_rotations, kept_tokens
+from anequant.pipeline.plan import require_memory
+from anequant.pipeline.quantize_pass import QuantizePass
 from anequant.pipeline.records import calibration_record, copy_tokenizer, source_record
+from anequant.pipeline.resume import checkpoint_bytes, fingerprint, resumable
 from anequant.pipeline.rotated import check_rotated, open_float
-from anequant.pipeline.rotations import RotationChoice, Rotations, check_rotations, choose_rotations
+from anequant.pipeline.rotations import RotationChoice, Rotations, check_rotations
+from anequant.pipeline.rounder import PassResult
 from anequant.pipeline.tune_pass import tune_checkpoint
 from anequant.pipeline.turned import TurnedModel
-from anequant.progress import Progress, part_of, silent
+from anequant.progress import CONTROL, Control, Progress, part_of, silent
 from anequant.quantization.mixed import allocate_bits
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, Recipe
@@ -73,18 +78,37 @@ def quantize(
     *,
     force: bool = False,
     progress: Progress = silent,
+    control: Control = CONTROL,
 ) -> QuantizeResult:
     """Write the quantized checkpoint of `source` to the new folder `output`.
 
     `calibration` says which tokens a calibrated recipe sees, `rotations_file` where an r1 or r2 of file is.
     A source that is rotated already is not rotated again, and the recipe has to say what it was rotated with.
 
-    Raises UsageError when `output` exists (without `force`) or for a recipe that contradicts the source's
-    rotations, InputError or UnsupportedError for a model that cannot be read or handled, VerificationError
-    when a check fails; nothing is left behind then.
+    Raises UsageError when `output` exists (without `force`), for a recipe that contradicts the source's
+    rotations or when another job was interrupted, InputError or UnsupportedError for a model that cannot be
+    read or handled, VerificationError when a check fails; nothing is left behind then. See
+    `resumable` for what an interrupt and a full disk leave.
     """
-    with staged_folder(output, force=force, source=source.folder) as staging:
-        return quantize_into(staging, source, recipe, calibration, progress, rotations_file)
+    require_memory(open_float(source), recipe, calibration, None, control.max_memory)
+    with quantize_job(source, output, recipe, calibration, rotations_file, force, control) as journal:
+        return quantize_into(journal.output, source, recipe, calibration, progress, journal, rotations_file)
+
+
+def quantize_job(
+    source: Source,
+    output: Path,
+    recipe: Recipe,
+    calibration: Calibration,
+    rotations_file: Path | None,
+    force: bool,
+    control: Control,
+) -> AbstractContextManager[Journal]:
+    """What `resumable` says of a job that is `quantize_into` alone."""
+    checkpoint = open_float(source)
+    identity = fingerprint("quantize", checkpoint, source.name, recipe, calibration, rotations_file)
+    needed = checkpoint_bytes(checkpoint.spec, recipe)
+    return resumable(output, identity, needed=needed, force=force, source=source.folder, control=control)
 
 
 def quantize_into(
@@ -93,49 +117,59 @@ def quantize_into(
     recipe: Recipe,
     calibration: Calibration,
     progress: Progress,
+    journal: Journal,
     rotations_file: Path | None = None,
 ) -> QuantizeResult:
-    """As `quantize`, into an existing empty folder."""
+    """As `quantize`, into a folder of a job's output."""
     checkpoint = open_float(source)
     spec = checkpoint.spec
     keys = rotation_keys(source.folder)
     if keys is None:
-        check_rotations(recipe, rotations_file)
+        check_rotations(spec, recipe, rotations_file)
     else:
         check_rotated(checkpoint, keys, recipe, rotations_file)
     online = plan_online(spec, recipe)
     tokens = None
     if (recipe if keys is None else replace(recipe, **UNROTATED)).calibrated:
-        tokens = calibration_tokens(calibration, checkpoint, part_of(progress, "calibrate", 0.0, 0.2))
+        tokens = kept_tokens(journal, calibration, checkpoint, part_of(progress, "calibrate", 0.0, 0.2))
     rotations = Rotations(RotationPlan())
     if keys is None:
         choosing = part_of(progress, "rotations", 0.2, 0.25)
-        rotations = choose_rotations(checkpoint, recipe, tokens, rotations_file, choosing)
+        rotations = kept_rotations(journal, checkpoint, recipe, tokens, rotations_file, choosing)
     model = TurnedModel(checkpoint, rotations.plan, recipe.fold_input_scales, online)
-    bits = _projection_bits(model, recipe, tokens, part_of(progress, "sensitivity", 0.25, 0.3))
+    sensitivity = part_of(progress, "sensitivity", 0.25, 0.3)
+    bits = journal.unit("bits", lambda: _projection_bits(model, recipe, tokens, sensitivity))
     entries = checkpoint_entries(spec, recipe, bits)
-    written = folder / UNTUNED if recipe.tune else folder
-    written.mkdir(exist_ok=True)
+    written = journal.folder / UNTUNED if recipe.tune else folder
+    for made in (folder, written):
+        made.mkdir(exist_ok=True)
     end, stem = 0.5 if recipe.tune else 1.0, weights_stem(online)
     with CheckpointWriter(written, entries, stem=stem) as writer:
         rounding = part_of(progress, "round", 0.3, end)
-        errors = QuantizePass(model, recipe, bits, writer, rounding, tokens).run()
+        errors = QuantizePass(model, recipe, bits, writer, journal, rounding, tokens).run()
     config = quantized_config(spec, recipe, online.with_scales(errors.static_scales), writer.first_file)
     write_json(written / "config.json", config)
     tuning = None
     if recipe.tune:
-        with CheckpointWriter(folder, entries, stem=stem) as writer:
-            step = part_of(progress, "tune", end, 1.0)
-            tuning = tune_checkpoint(written, checkpoint, writer, recipe.tune, calibration, step)
-        shutil.rmtree(written)
-        write_json(folder / "config.json", config)
+        step = part_of(progress, "tune", end, 1.0)
+
+        def tune() -> dict[str, Any]:
+            with CheckpointWriter(folder, entries, stem=stem) as writer:
+                return asdict(tune_checkpoint(written, checkpoint, writer, recipe.tune, calibration, step))
+
+        tuning = TuneResult(**journal.unit("tuning", tune))
     result = QuantizeResult(errors, tuning, rotations.choice, keys is not None)
-    if rotations.matrices is not None:
-        write_rotations(folder, rotations.matrices)
-    elif keys is not None and (source.folder / ROTATIONS).is_file():
-        shutil.copyfile(source.folder / ROTATIONS, folder / ROTATIONS)
-    _write_side_files(folder, checkpoint, source, recipe, result, calibration, tokens)
+
+    def write_side_files() -> None:
+        write_json(folder / "config.json", config)
+        if rotations.matrices is not None:
+            write_rotations(folder, rotations.matrices)
+        elif keys is not None and (source.folder / ROTATIONS).is_file():
+            shutil.copyfile(source.folder / ROTATIONS, folder / ROTATIONS)
+        _write_side_files(folder, checkpoint, source, recipe, result, calibration, tokens)
+
     progress("hash", 1.0)
+    journal.unit("checkpoint files", write_side_files)
     return result
 
 
@@ -180,11 +214,12 @@ def _write_side_files(
     published = published_config(checkpoint.spec, recipe, len(errors.tensors), errors.summary())
     write_json(folder / "quantization_config.json", published)
     copy_tokenizer(source, folder)
+    seen = calibration_record(calibration, tokens)
+    write_checkpoint_card(folder, Asked(source, recipe, calibration), seen)
     contents = {
         "recipe": recipe.to_dict(),
-        "calibration": calibration_record(calibration, tokens),
+        "calibration": seen,
         "source": source_record(source, checkpoint.files),
         "measured": result.to_dict(),
-        "files": file_hashes(folder),
     }
-    write_json(folder / MANIFEST, manifest(CHECKPOINT, contents))
+    write_manifest(folder, CHECKPOINT, contents)

@@ -6,8 +6,9 @@ rotating and quantizing in two steps gives the bytes that one step does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,35 +24,19 @@ from anequant.architectures.spec import (
 )
 from anequant.calibration.activations import largest_magnitudes, smoothed_scale, static_scales
 from anequant.calibration.equivalence import EquivalenceProbe
+from anequant.calibration.on_demand import OnDemand
 from anequant.calibration.statistics import Walkers
 from anequant.checkpoints.layout import norm_names
 from anequant.checkpoints.writer import CheckpointWriter
-from anequant.pipeline.rounder import Rounder, TensorError
+from anequant.pipeline.journal import Journal
+from anequant.pipeline.rounder import PassResult, Rounder
 from anequant.pipeline.turned import ROWS, TurnedModel
 from anequant.progress import Progress
 from anequant.quantization.scales import balanced_scales
 from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Recipe
 
-
-@dataclass(frozen=True)
-class PassResult:
-    """`equivalence` is the largest relative logit change by folding and rotation, before rounding;
-    `static_scales` are those of activations, by the linear's name."""
-
-    equivalence: float
-    bits_per_weight: float
-    tensors: tuple[TensorError, ...]
-    static_scales: Mapping[str, float]
-
-    def summary(self) -> dict[str, float]:
-        errors = [tensor.relative_error for tensor in self.tensors] or [0.0]
-        return {
-            "relative_logit_error_of_rotation": self.equivalence,
-            "bits_per_weight": self.bits_per_weight,
-            "mean_relative_weight_error": sum(errors) / len(errors),
-            "largest_relative_weight_error": max(errors),
-        }
+LAST_UNIT = "head"
 
 
 class QuantizePass:
@@ -66,6 +51,7 @@ class QuantizePass:
         recipe: Recipe,
         bits: Mapping[str, int],
         writer: CheckpointWriter,
+        journal: Journal,
         progress: Progress,
         tokens: Tensor | None,
         dtype: torch.dtype = torch.float16,
@@ -75,6 +61,8 @@ class QuantizePass:
         self._recipe = recipe
         widths = {**bits, EMBEDDING: recipe.embedding_bits, HEAD: recipe.head_bits}
         self._rounder = Rounder(recipe, widths, writer, dtype)
+        self._writer = writer
+        self._journal = journal
         self._progress = progress
         self._dtype = dtype
         self._tokens = tokens if recipe.feeds_back or recipe.static_activations else None
@@ -83,35 +71,91 @@ class QuantizePass:
         self._scales: dict[str, float] = {}
 
     def run(self) -> PassResult:
+        """Write what an interrupted run did not; what it did is walked through with what it wrote."""
         layers = self._spec.num_layers
         self._progress("embedding", 0.0)
-        stored = self._write_table(EMBEDDING, self._model.embedding(), None)
-        if self._tokens is not None:
-            self._walkers = self._start_walkers(self._tokens, stored)
+        self._unit("embedding", lambda: self._write_table(EMBEDDING, self._model.embedding(), None))
+        complete = self._journal.done(LAST_UNIT)
+        if self._tokens is not None and not complete:
+            self._walkers = self._start_walkers(self._tokens)
         for layer in range(layers):
-            self._progress(f"layer {layer + 1} of {layers}", (layer + 0.5) / (layers + 1))
-            self._write_layer(layer)
-        self._progress("head", layers / (layers + 1))
+            name = f"layer {layer + 1} of {layers}"
+            self._progress(name, (layer + 0.5) / (layers + 1))
+            done = self._journal.done(name)
+            self._unit(name, partial(self._write_layer, layer))
+            if done and not complete:
+                self._replay_layer(layer)
+        self._progress(LAST_UNIT, layers / (layers + 1))
+        state = self._unit(LAST_UNIT, self._write_head)
+        rounder = self._rounder
+        return PassResult(state["equivalence"], rounder.bits_per_weight, tuple(rounder.errors), self._scales)
+
+    def _unit(self, name: str, write: Callable[[], object]) -> dict[str, Any]:
+        """Write a part, or take over what an earlier run wrote of it and measured."""
+        known, scales = len(self._rounder.errors), set(self._scales)
+
+        def run() -> dict[str, Any]:
+            write()
+            self._writer.flush()
+            return {
+                "entries": self._writer.position,
+                "rounder": self._rounder.state(known),
+                "scales": {key: scale for key, scale in self._scales.items() if key not in scales},
+                "equivalence": self._probe.relative_error() if name == LAST_UNIT else None,
+            }
+
+        done = self._journal.done(name)
+        state: dict[str, Any] = self._journal.unit(name, run)
+        if done:
+            self._writer.go_on(state["entries"])
+            self._rounder.restore(state["rounder"])
+            self._scales.update(state["scales"])
+        return state
+
+    def _write_head(self) -> None:
         gain = torch.ones(self._spec.hidden_size)
         self._rounder.write(f"{FINAL_NORM}.weight", gain)
         statistics = None
         if self._walkers is not None and self._recipe.head_bits < 16:
             statistics = self._walkers.head_statistics(gain)
         self._write_table(HEAD, self._head_blocks(), statistics)
-        rounder = self._rounder
-        return PassResult(
-            self._probe.relative_error(), rounder.bits_per_weight, tuple(rounder.errors), self._scales
-        )
+
+    def _turned(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A layer's turned tensors in float32 and, for walkers, as they are stored where none is quantized.
+
+        The probe, which runs every tensor once, sees them in float64 before.
+        """
+        original, turned = self._model.layer(layer)
+        floats: dict[str, Tensor] = {}
+
+        def kept(name: str) -> Tensor:
+            tensor = turned[name]
+            floats[name] = tensor.float()
+            return tensor
+
+        self._probe.layer(layer, original, OnDemand(turned, kept))
+        if self._walkers is None:
+            return floats, {}
+        return floats, {name: tensor.to(self._dtype) for name, tensor in floats.items()}
+
+    def _replay_layer(self, layer: int) -> None:
+        """Walk through a layer that is written."""
+        floats, current = self._turned(layer)
+        if self._walkers is None:
+            return
+        for linear in self._spec.architecture.linears:
+            name = layer_prefix(layer) + linear.name
+            if not self._rounder.keeps(name):
+                current[f"{linear.name}.weight"] = self._writer.read(f"{name}.weight")
+            if self._recipe.static_activations and f"{name}.{INPUT_SCALES}" in self._writer:
+                current[f"{linear.name}.{INPUT_SCALES}"] = self._writer.read(f"{name}.{INPUT_SCALES}")
+        self._walkers.advance(layer, floats, current)
 
     def _write_layer(self, layer: int) -> None:
-        original, turned = self._model.layer(layer)
-        self._probe.layer(layer, original, turned)
+        floats, current = self._turned(layer)
         prefix = layer_prefix(layer)
-        floats = {name: tensor.float() for name, tensor in turned.items()}
         for name in norm_names(self._spec):
             self._rounder.write(prefix + name, floats[name])
-        del original, turned
-        current = {name: tensor.to(self._dtype) for name, tensor in floats.items()}
         for group in self._spec.input_groups:
             statistics = None
             if self._walkers is not None and self._recipe.feeds_back:
@@ -128,13 +172,15 @@ class QuantizePass:
         self,
         layer: int,
         linear: Linear,
-        floats: Mapping[str, Tensor],
+        floats: dict[str, Tensor],
         current: dict[str, Tensor],
         statistics: InputStatistics | None,
     ) -> None:
         """Round one projection and put what was stored into `current`; at 16 bits it stays as it is."""
         name = layer_prefix(layer) + linear.name
         weight, bias = floats[f"{linear.name}.weight"], floats.get(f"{linear.name}.bias")
+        if self._walkers is None:
+            del floats[f"{linear.name}.weight"]
         input_scale = None
         if self._recipe.smooth and linear.input.space is Space.FFN and self._walkers is not None:
             inputs = self._walkers.quantized_inputs(layer, current, linear.name)
@@ -145,7 +191,8 @@ class QuantizePass:
             self._rounder.keep(name, weight, bias, input_scale)
         else:
             stored, input_scale = self._rounder.quantize(name, weight, bias, statistics, input_scale)
-            current[f"{linear.name}.weight"] = stored
+            if self._walkers is not None:
+                current[f"{linear.name}.weight"] = stored
         if input_scale is not None and self._recipe.static_activations:
             current[f"{linear.name}.{INPUT_SCALES}"] = input_scale[None]
 
@@ -184,10 +231,14 @@ class QuantizePass:
             table[start : start + ROWS] = block
         return self._rounder.quantize(name, table, None, statistics)[0]
 
-    def _start_walkers(self, tokens: Tensor, stored: Tensor | None) -> Walkers:
-        """Embed the tokens as the float model does and as the written one does (`stored` [vocab, hidden])."""
+    def _start_walkers(self, tokens: Tensor) -> Walkers:
+        """Embed the tokens as the float model does and as the written one does."""
         embedded = self._model.embed(tokens)
-        current = embedded.to(self._dtype) if stored is None else stored[tokens]
+        current = embedded.to(self._dtype)
+        if not self._rounder.keeps(EMBEDDING):
+            used, places = torch.unique(tokens, return_inverse=True)
+            rows = (slice(token, token + 1) for token in used.tolist())
+            current = torch.cat([self._writer.read(f"{EMBEDDING}.weight", row) for row in rows])[places]
         return Walkers(self._spec, embedded, current, self._model.online)
 
     def _head_blocks(self) -> Iterable[Tensor]:

@@ -8,22 +8,24 @@ from typing import Any
 
 import torch
 
-from anequant.calibration.tokens import calibration_tokens
 from anequant.checkpoints.layout import checkpoint_entries, projection_names
-from anequant.checkpoints.manifest import MANIFEST, ROTATED, manifest, rotation_keys
+from anequant.checkpoints.manifest import ROTATED, rotation_keys, write_manifest
 from anequant.checkpoints.online import quantized_config, weights_stem
-from anequant.checkpoints.output import file_hashes, staged_folder
 from anequant.checkpoints.rotations import write_rotations
 from anequant.checkpoints.source import Source
 from anequant.checkpoints.writer import CheckpointWriter, write_json
 from anequant.errors import InputError
+from anequant.pipeline.card import Asked, write_rotated_card
+from anequant.pipeline.journal import Journal
+from anequant.pipeline.kept import kept_rotations, kept_tokens
 from anequant.pipeline.quantize import DEFAULT_CALIBRATION
 from anequant.pipeline.quantize_pass import QuantizePass
 from anequant.pipeline.records import calibration_record, copy_tokenizer, source_record
+from anequant.pipeline.resume import checkpoint_bytes, fingerprint, resumable
 from anequant.pipeline.rotated import open_float
-from anequant.pipeline.rotations import RotationChoice, check_rotations, choose_rotations
+from anequant.pipeline.rotations import RotationChoice, check_rotations
 from anequant.pipeline.turned import TurnedModel
-from anequant.progress import Progress, part_of, silent
+from anequant.progress import CONTROL, Control, Progress, part_of, silent
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import ROTATION_KEYS, recipe_from_dict
@@ -55,6 +57,7 @@ def rotate(
     *,
     force: bool = False,
     progress: Progress = silent,
+    control: Control = CONTROL,
 ) -> RotateResult:
     """Write the folded and rotated model of `source` in float32 to the new folder `output`.
 
@@ -63,8 +66,13 @@ def rotate(
 
     Raises as `quantize`, and InputError for a model that is rotated already.
     """
-    with staged_folder(output, force=force, source=source.folder) as staging:
-        return _rotate_into(staging, source, recipe, calibration, rotations_file, progress)
+    checkpoint = open_float(source)
+    identity = fingerprint("rotate", checkpoint, source.name, recipe, calibration, rotations_file)
+    needed = checkpoint_bytes(checkpoint.spec, recipe_from_dict(FLOAT), torch.float32)
+    with resumable(
+        output, identity, needed=needed, force=force, source=source.folder, control=control
+    ) as journal:
+        return _rotate_into(journal.output, source, recipe, calibration, rotations_file, progress, journal)
 
 
 def _rotate_into(
@@ -74,6 +82,7 @@ def _rotate_into(
     calibration: Calibration,
     rotations_file: Path | None,
     progress: Progress,
+    journal: Journal,
 ) -> RotateResult:
     checkpoint = open_float(source)
     if rotation_keys(source.folder) is not None:
@@ -81,33 +90,38 @@ def _rotate_into(
             f"'{source.folder}' is already rotated",
             remedy="quantize it, or start from the original float checkpoint",
         )
-    check_rotations(recipe, rotations_file)
+    check_rotations(checkpoint.spec, recipe, rotations_file)
     keys = {key: getattr(recipe, key) for key in ROTATION_KEYS}
     plain = recipe_from_dict({**keys, **FLOAT})
     online = plan_online(checkpoint.spec, plain)
     tokens = None
     if plain.calibrated:
-        tokens = calibration_tokens(calibration, checkpoint, part_of(progress, "calibrate", 0.0, 0.2))
+        tokens = kept_tokens(journal, calibration, checkpoint, part_of(progress, "calibrate", 0.0, 0.2))
     choosing = part_of(progress, "rotations", 0.2, 0.6)
-    rotations = choose_rotations(checkpoint, recipe, tokens, rotations_file, choosing)
+    rotations = kept_rotations(journal, checkpoint, recipe, tokens, rotations_file, choosing)
     model = TurnedModel(checkpoint, rotations.plan, False, online)
     bits = dict.fromkeys(projection_names(checkpoint.spec), 16)
     entries = checkpoint_entries(checkpoint.spec, plain, bits, torch.float32)
     with CheckpointWriter(folder, entries, stem=weights_stem(online)) as writer:
         step = part_of(progress, "rotate", 0.6, 1.0)
-        passed = QuantizePass(model, plain, bits, writer, step, None, torch.float32).run()
+        passed = QuantizePass(model, plain, bits, writer, journal, step, None, torch.float32).run()
     config = quantized_config(checkpoint.spec, plain, online, writer.first_file, dtype="float32")
-    write_json(folder / "config.json", config)
-    if rotations.matrices is not None:
-        write_rotations(folder, rotations.matrices)
-    copy_tokenizer(source, folder)
     result = RotateResult(passed.equivalence, rotations.choice)
-    contents = {
-        "recipe": keys,
-        "calibration": calibration_record(calibration, tokens),
-        "source": source_record(source, checkpoint.files),
-        "measured": result.to_dict(),
-        "files": file_hashes(folder),
-    }
-    write_json(folder / MANIFEST, manifest(ROTATED, contents))
+
+    def write_side_files() -> None:
+        write_json(folder / "config.json", config)
+        if rotations.matrices is not None:
+            write_rotations(folder, rotations.matrices)
+        copy_tokenizer(source, folder)
+        seen = calibration_record(calibration, tokens)
+        write_rotated_card(folder, Asked(source, recipe, calibration), seen, result.equivalence)
+        contents = {
+            "recipe": keys,
+            "calibration": seen,
+            "source": source_record(source, checkpoint.files),
+            "measured": result.to_dict(),
+        }
+        write_manifest(folder, ROTATED, contents)
+
+    journal.unit("checkpoint files", write_side_files)
     return result

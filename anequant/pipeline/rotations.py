@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anequant.architectures.spec import EMBEDDING
+from anequant.architectures.spec import EMBEDDING, ModelSpec
 from anequant.calibration.distill import Lesson
 from anequant.calibration.forward import final_hidden_states
 from anequant.calibration.learn_rotations import LearnResult, learn_rotations
@@ -48,6 +48,13 @@ class RotationChoice:
             "learned": None if self.learned is None else asdict(self.learned),
         }
 
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> RotationChoice:
+        """The inverse of `to_dict`."""
+        restarts = {tried["seed"]: tried["kl"] for tried in values["restarts"]}
+        learned = None if values["learned"] is None else LearnResult(**values["learned"])
+        return RotationChoice(values["seed"], restarts, learned)
+
 
 @dataclass(frozen=True)
 class Rotations:
@@ -58,9 +65,10 @@ class Rotations:
     matrices: Mapping[str, Tensor] | None = None
 
 
-def check_rotations(recipe: Recipe, file: Path | None) -> None:
+def check_rotations(spec: ModelSpec, recipe: Recipe, file: Path | None) -> None:
     """Raises UsageError unless a file of rotations is named exactly where the recipe asks for one, and for
-    restarts without a rotation that depends on the seed."""
+    restarts without a rotation that depends on the seed; and what `plan_rotations` raises for a width that
+    a rotation does not fit."""
     asked = "file" in (recipe.r1, recipe.r2)
     if asked and file is None:
         key = "r1" if recipe.r1 == "file" else "r2"
@@ -75,6 +83,8 @@ def check_rotations(recipe: Recipe, file: Path | None) -> None:
             f"restarts tries seeds, and no seed tells r1 '{recipe.r1}' and r2 '{recipe.r2}'",
             remedy="draw r1 or r2, or use restarts = 1",
         )
+    r1 = recipe.r1 if recipe.r1 in ("hadamard", "block-hadamard") else "none"
+    plan_rotations(spec, replace(recipe, r1=r1, r2="hadamard" if recipe.r2 == "hadamard" else "none"))
 
 
 def choose_rotations(
@@ -86,7 +96,7 @@ def choose_rotations(
     What the seed alone does not tell is made dense, so that the matrices, read back, rotate the same.
     Raises what `check_rotations`, `read_rotations` and `plan_rotations` raise.
     """
-    check_rotations(recipe, file)
+    check_rotations(checkpoint.spec, recipe, file)
     spec = checkpoint.spec
     sizes = matrix_sizes(spec, recipe)
     named = {name: size for name, size in sizes.items() if getattr(recipe, name.partition(".")[0]) == "file"}

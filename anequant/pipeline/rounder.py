@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from anequant.quantization.quantize import quantize_linear
 from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Recipe
 
-ROWS = 16384
+ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,26 @@ class TensorError:
     dead_inputs: int | None
 
 
+@dataclass(frozen=True)
+class PassResult:
+    """`equivalence` is the largest relative logit change by folding and rotation, before rounding;
+    `static_scales` are those of activations, by the linear's name."""
+
+    equivalence: float
+    bits_per_weight: float
+    tensors: tuple[TensorError, ...]
+    static_scales: Mapping[str, float]
+
+    def summary(self) -> dict[str, float]:
+        errors = [tensor.relative_error for tensor in self.tensors] or [0.0]
+        return {
+            "relative_logit_error_of_rotation": self.equivalence,
+            "bits_per_weight": self.bits_per_weight,
+            "mean_relative_weight_error": sum(errors) / len(errors),
+            "largest_relative_weight_error": max(errors),
+        }
+
+
 class Rounder:
     """Writes weights as the recipe says; `bits` are the widths by full name, 16 for what stays in `dtype`."""
 
@@ -55,6 +76,16 @@ class Rounder:
     @property
     def bits_per_weight(self) -> float:
         return self._bits / self._weights
+
+    def state(self, known: int) -> dict[str, Any]:
+        """What is counted, and the errors after the first `known` of them, for `restore`."""
+        errors = [asdict(error) for error in self.errors[known:]]
+        return {"errors": errors, "bits": self._bits, "weights": self._weights}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state` whose first errors are here."""
+        self.errors += [TensorError(**error) for error in state["errors"]]
+        self._bits, self._weights = state["bits"], state["weights"]
 
     def keeps(self, name: str) -> bool:
         """Whether the linear or table of that name stays as it is."""

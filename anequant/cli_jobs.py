@@ -1,0 +1,157 @@
+"""The commands that write an output, each a job that goes on where an interrupted run stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from anequant.cli_options import (
+    calibration_options,
+    command,
+    lowering_options,
+    output_options,
+    read_job,
+    read_lowering,
+    recipe_options,
+    rotation_options,
+)
+from anequant.cli_plan import memory_option
+from anequant.console import Console
+
+
+@click.command()
+@click.argument("model")
+@output_options
+@recipe_options
+@calibration_options
+@memory_option
+@command
+def quantize(
+    console: Console,
+    model: str,
+    output: Path,
+    force: bool,
+    resume: bool,
+    max_memory: int | None,
+    **options: Any,
+) -> None:
+    """Fold, rotate and quantize MODEL into a new checkpoint folder."""
+    source, recipe, calibration, rotations = read_job(console, model, options)
+    from anequant.pipeline.quantize import quantize as run
+    from anequant.report import text
+
+    with console.progress("quantize") as progress, console.control(resume, max_memory) as control:
+        result = run(
+            source,
+            output,
+            recipe,
+            calibration,
+            rotations,
+            force=force,
+            progress=progress,
+            control=control,
+        )
+    console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
+
+
+@click.command()
+@click.argument("model")
+@output_options
+@rotation_options
+@calibration_options
+@command
+def rotate(console: Console, model: str, output: Path, force: bool, resume: bool, **options: Any) -> None:
+    """Fold and rotate MODEL into a new float checkpoint, which quantize then takes.
+
+    --restarts and --learn measure rotations on what --recipe would quantize.
+    """
+    source, recipe, calibration, rotations = read_job(console, model, options)
+    from anequant.pipeline.rotate import rotate as run
+    from anequant.report import text
+
+    with console.progress("rotate") as progress, console.control(resume) as control:
+        result = run(
+            source,
+            output,
+            recipe,
+            calibration,
+            rotations,
+            force=force,
+            progress=progress,
+            control=control,
+        )
+    console.result({"output": str(output), **result.to_dict()}, text.rotated(output, result))
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@output_options
+@lowering_options
+@memory_option
+@command
+def lower(
+    console: Console,
+    checkpoint: Path,
+    output: Path,
+    force: bool,
+    resume: bool,
+    max_memory: int | None,
+    **options: Any,
+) -> None:
+    """Lower a quantized CHECKPOINT to Core ML packages in a new folder."""
+    from anequant.pipeline.lower import lower as run
+    from anequant.report import text
+
+    sizes = read_lowering(options)
+    with console.progress("lower") as progress, console.control(resume, max_memory) as control:
+        result = run(checkpoint, output, sizes, force=force, progress=progress, control=control)
+    console.result({"output": str(output), **result.to_dict()}, text.lowered(output, result))
+
+
+@click.command()
+@click.argument("model", required=False)
+@output_options
+@recipe_options
+@calibration_options
+@lowering_options
+@memory_option
+@command
+def convert(
+    console: Console,
+    model: str | None,
+    output: Path,
+    force: bool,
+    resume: bool,
+    max_memory: int | None,
+    **options: Any,
+) -> None:
+    """Quantize MODEL, lower it, verify the packages and write a report; without MODEL, the bundled one."""
+    source, recipe, calibration, rotations = read_job(console, model, options)
+    from anequant.pipeline.convert import convert as run
+    from anequant.progress import part_of
+    from anequant.report import text
+    from anequant.report.run import Stopwatch
+    from anequant.report.write import write_report
+
+    if model is None:
+        console.note(f"no model named: converting the bundled {source.name}")
+    sizes = read_lowering(options)
+    watch = Stopwatch()
+    with console.progress("convert") as progress, console.control(resume, max_memory) as control:
+        result = run(
+            source,
+            output,
+            recipe,
+            calibration,
+            sizes,
+            rotations,
+            force=force,
+            progress=watch.listen(progress),
+            control=control,
+        )
+        reporting = part_of(progress, "report", 0.99, 1.0)
+        report = write_report(output, source, run=watch.result(), progress=reporting)
+    rows = [*text.converted(output, result), *report.rows()]
+    console.result({"model": source.name, "output": str(output), **result.to_dict()}, rows)

@@ -1,0 +1,181 @@
+"""What of a long job is done: a file with a line for each unit of work, so that a later run goes on there.
+
+A line is a JSON object: the unit's name, the data that later units need of it, and a checksum over both and
+over the line before. A line is added when the files of its unit are on disk: bytes first, then the names of
+their folders, then the line. So a crash leaves at most a last line without its end, which is dropped, and
+files of a unit that has no line, which that unit writes again.
+
+The first line is the fingerprint: all that decides the bytes of the output. Where it differs, nothing is
+taken up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anequant.checkpoints.work_folder import JOURNAL, LOCK, START_OVER, DamagedWork, WorkFolder, sync
+from anequant.errors import UsageError
+from anequant.progress import Control
+
+FINGERPRINT = "fingerprint"
+CHECK_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Record:
+    unit: str
+    data: Any
+
+
+class Journal:
+    """The units of one job in their order: those that an earlier run did, then those that this one does."""
+
+    def __init__(self, work: WorkFolder, fingerprint: Mapping[str, Any], control: Control) -> None:
+        """Take up the journal of `work`, or begin one.
+
+        Raises UsageError naming what changed when the job is not the one that was begun, DamagedWork for a
+        damaged journal; both leave it as it is.
+        """
+        self._work = work
+        self._control = control
+        self._synced: dict[Path, tuple[int, int]] = {}
+        if not control.resume:
+            work.clear()
+        self._records, self._check = _read(work) if work.journal.is_file() else ([], "")
+        self._next = 0
+        work.output.mkdir(exist_ok=True)
+        if self._records:
+            begun = self._records[0].data if self._records[0].unit == FINGERPRINT else {}
+            _compare(begun, _plain(fingerprint), work.target)
+        self.unit(FINGERPRINT, lambda: fingerprint)
+
+    @property
+    def max_memory(self) -> int | None:
+        return self._control.max_memory
+
+    @property
+    def folder(self) -> Path:
+        """Where units keep files that are not part of the output."""
+        return self._work.folder
+
+    @property
+    def output(self) -> Path:
+        return self._work.output
+
+    @property
+    def units(self) -> list[str]:
+        """The names of the units that are done."""
+        return [record.unit for record in self._records[1:]]
+
+    def unit(self, name: str, run: Callable[[], Any]) -> Any:
+        """What `run` returned, as JSON holds it, now or when it ran in an earlier process.
+
+        Raises KeyboardInterrupt when the unit is done and the job is to stop, DamagedWork when an earlier run
+        did another unit in this place.
+        """
+        if self._next < len(self._records):
+            record = self._records[self._next]
+            if record.unit != name:
+                raise _damaged(self._work, f"has '{record.unit}' where '{name}' is due")
+            self._next += 1
+            return record.data
+        data = _plain(run())
+        self._sync_files()
+        line, self._check = _line(name, data, self._check)
+        append_line(self._work.journal, line)
+        self._records.append(Record(name, data))
+        self._next += 1
+        if self._control.stopping():
+            raise KeyboardInterrupt
+        return data
+
+    def done(self, name: str) -> bool:
+        """Whether the unit is among those that are done."""
+        return any(record.unit == name for record in self._records)
+
+    def _sync_files(self) -> None:
+        """Have the disk hold what is new since the last unit."""
+        folders = set()
+        for path in self.folder.rglob("*"):
+            state = path.stat().st_size, path.stat().st_mtime_ns
+            if path.name in (JOURNAL, LOCK) or self._synced.get(path) == state:
+                continue
+            if path.is_file():
+                sync(path)
+                self._synced[path] = state
+            folders |= {parent for parent in path.parents if parent.is_relative_to(self.folder)}
+        for folder in sorted(folders, reverse=True):
+            sync(folder)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to the journal; it is on disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    sync(path.parent)
+
+
+def _read(work: WorkFolder) -> tuple[list[Record], str]:
+    """The records and the last checksum; cuts off a last line without its end."""
+    raw = work.journal.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) < len(raw):
+        os.truncate(work.journal, len(whole))
+    records, check = [], ""
+    for number, text in enumerate(whole.splitlines(), 1):
+        try:
+            values = json.loads(text)
+            record = Record(values["unit"], values["data"])
+            line, check = _line(record.unit, record.data, check)
+        except (ValueError, TypeError, KeyError) as error:
+            raise _damaged(work, f"is damaged in line {number}") from error
+        if line.encode() != text + b"\n":
+            raise _damaged(work, f"is damaged in line {number}")
+        records.append(record)
+    return records, check
+
+
+def _line(unit: str, data: Any, previous: str) -> tuple[str, str]:
+    """The line of a unit and its checksum."""
+    digest = hashlib.sha256(json.dumps([previous, unit, data]).encode()).hexdigest()[:CHECK_LENGTH]
+    return json.dumps({"unit": unit, "data": data, "check": digest}) + "\n", digest
+
+
+def _plain(data: Any) -> Any:
+    """The data as it comes back from the journal, so that a run that goes on sees what the first one saw."""
+    return json.loads(json.dumps(data))
+
+
+def _damaged(work: WorkFolder, problem: str) -> DamagedWork:
+    return DamagedWork(f"the journal of an interrupted run for '{work.target}' {problem}", work.folder)
+
+
+def _compare(begun: Any, wanted: Any, target: Path) -> None:
+    """Raises UsageError naming the first part of the fingerprint that is not what it was."""
+    before, now = dict(_leaves(begun)), dict(_leaves(wanted))
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UsageError(
+            f"an interrupted run for '{target}' had {key} {before.get(key)!r}, "
+            f"this one has {now.get(key)!r}{more}",
+            remedy=f"repeat the command that was interrupted, or {START_OVER}",
+        )
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a nested object by its dotted name."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, item in value.items():
+        yield from _leaves(item, f"{name}.{key}" if name else key)

@@ -1,0 +1,73 @@
+"""What later units of a job need of earlier ones and is no part of the output: files in its work folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from anequant.calibration.tokens import calibration_tokens
+from anequant.checkpoints.reader import Checkpoint
+from anequant.checkpoints.rotations import ROTATIONS, read_rotations, write_rotations
+from anequant.checkpoints.work_folder import DamagedWork
+from anequant.pipeline.footprint import resident_bytes, samples_resident
+from anequant.pipeline.journal import Journal
+from anequant.pipeline.rotations import RotationChoice, Rotations, choose_rotations
+from anequant.progress import Progress
+from anequant.recipe import Calibration, Recipe
+from anequant.rotation.plan import matrix_sizes, plan_rotations
+
+TOKENS = "tokens"
+
+
+def kept_tokens(
+    journal: Journal, calibration: Calibration, checkpoint: Checkpoint, progress: Progress
+) -> Tensor:
+    """`calibration_tokens`, as a unit. Raises what it does, and DamagedWork for a damaged file."""
+    path = journal.folder / f"{TOKENS}.safetensors"
+
+    def run() -> list[int]:
+        resident = samples_resident(checkpoint, calibration, journal.max_memory, resident_bytes())
+        tokens = calibration_tokens(calibration, checkpoint, progress, resident=resident)
+        save_file({TOKENS: tokens.contiguous()}, path)
+        return list(tokens.shape)
+
+    shape = journal.unit("calibration tokens", run)
+    try:
+        tokens: Tensor = load_file(path)[TOKENS].view(shape)
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        raise DamagedWork(f"'{path.name}' of an interrupted run is damaged", journal.folder) from error
+    return tokens
+
+
+def kept_rotations(
+    journal: Journal,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    tokens: Tensor | None,
+    file: Path | None,
+    progress: Progress,
+) -> Rotations:
+    """`choose_rotations`, as a unit; matrices that no seed tells are kept in a file. Raises what it does."""
+    spec = checkpoint.spec
+
+    def run() -> dict[str, Any] | None:
+        chosen = choose_rotations(checkpoint, recipe, tokens, file, progress)
+        if chosen.matrices is None or chosen.choice is None:
+            return None
+        write_rotations(journal.folder, chosen.matrices)
+        return chosen.choice.to_dict()
+
+    choice = journal.unit("rotations", run)
+    if choice is None:
+        return Rotations(plan_rotations(spec, recipe))
+    sizes = matrix_sizes(spec, recipe)
+    matrices = read_rotations(journal.folder / ROTATIONS, sizes)
+    words = {key: "none" if getattr(recipe, key) == "none" else "file" for key in ("r1", "r2")}
+    kept = replace(recipe, r1=words["r1"], r2=words["r2"])
+    plan = plan_rotations(spec, kept, matrices=matrices)
+    return Rotations(plan, RotationChoice.from_dict(choice), matrices)
