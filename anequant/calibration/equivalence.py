@@ -14,7 +14,7 @@ from torch import Tensor
 from anequant.architectures.spec import EMBEDDING
 from anequant.calibration.forward import ReferenceModel
 from anequant.checkpoints.reader import Checkpoint
-from anequant.errors import VerificationError
+from anequant.errors import InputError, VerificationError
 from anequant.quantization.online import NOTHING, Online
 from anequant.rotation.fold import rotate_embedding
 from anequant.rotation.plan import RotationPlan
@@ -34,9 +34,10 @@ class EquivalenceProbe:
         embedded = torch.cat([checkpoint.read(name, slice(token, token + 1)) for token in tokens])[None]
         self._model = ReferenceModel(checkpoint.spec, torch.float64, checkpoint.online)
         self._turning = ReferenceModel(checkpoint.spec, torch.float64, online.rotations)
+        self._where = str(checkpoint.folder)
         self._original = embedded.double()
         self._turned = rotate_embedding(embedded, plan)
-        self._largest = self._difference = 0.0
+        self._largest = self._difference = torch.zeros((), dtype=torch.float64)
 
     def layer(self, layer: int, original: Mapping[str, Tensor], turned: Mapping[str, Tensor]) -> None:
         self._original = self._model.run_layer(layer, original, self._original)
@@ -49,13 +50,21 @@ class EquivalenceProbe:
     def head(self, original: Tensor, turned: Tensor) -> None:
         """Compare the logits of some rows of the head, each [rows, hidden_size]."""
         logits = self._original @ original.double().T
-        self._largest = max(self._largest, float(logits.abs().max()))
+        self._largest = torch.maximum(self._largest, logits.abs().max())
         difference = (logits - self._turned @ turned.double().T).abs().max()
-        self._difference = max(self._difference, float(difference))
+        self._difference = torch.maximum(self._difference, difference)
 
     def relative_error(self) -> float:
-        """Largest logit difference over the largest logit; raises VerificationError above 1e-5."""
-        error = self._difference / self._largest
+        """Largest logit difference over the largest logit; raises VerificationError above 1e-5, InputError
+        for a model whose own logits are not finite or all zero."""
+        if not 0 < float(self._largest) < float("inf"):
+            what = "all zero" if not self._largest else "not finite"
+            raise InputError(
+                f"the model's own logits are {what}",
+                where=self._where,
+                remedy="check the checkpoint for a damaged tensor",
+            )
+        error = float(self._difference / self._largest)
         if not error <= TOLERANCE:
             raise VerificationError(
                 f"folding and rotation changed the logits by {error:.2e} relative, more than {TOLERANCE:.0e}",

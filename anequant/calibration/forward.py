@@ -8,20 +8,25 @@ the hidden states, whatever the model's size, and every architecture is exact by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from anequant.architectures.spec import EMBEDDING, INPUT_SCALES, ModelSpec
+from anequant.calibration.empty_model import empty_model
 from anequant.calibration.hooks import ATTENTION, attach, register_attention, set_input_scale
+from anequant.calibration.on_demand import borrow
+from anequant.calibration.text import require_known
 from anequant.errors import UnsupportedError
 from anequant.progress import Progress, silent
 from anequant.quantization.online import NOTHING, Online
 
 WINDOWS_AT_ONCE = 4
-HEAD_ROWS = 32768
+HEAD_ROWS = 8192
 
 
 class Weights(Protocol):
@@ -53,16 +58,14 @@ def _stop_at_input(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> No
 class ReferenceModel:
     """transformers' model of a ModelSpec, without weights, which does what `online` says while it runs.
 
-    `dtype` is that of the hidden states. A layer's tensors may hold input scales [1, in] beside its weights:
-    where a linear's input is rounded, they multiply it before and divide it after.
+    `dtype` is that of the hidden states. A linear holds its weight in it only while it runs, so a mapping
+    that makes tensors when they are asked for bounds memory to one of them.
+    A layer's tensors may hold input scales [1, in] beside its weights: where a linear's input is rounded,
+    they multiply it before and divide it after.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, online: Online = NOTHING) -> None:
-        config = transformers_config(spec)
-        with torch.device("meta"):
-            from transformers import AutoModelForCausalLM
-
-            self._model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        self._model, config = empty_model(spec)
         if online.r3 is not None:
             register_attention()
             config._attn_implementation = ATTENTION
@@ -71,7 +74,7 @@ class ReferenceModel:
         self._linears = [linear.name for linear in spec.architecture.linears]
         self._config = config
         self._dtype = dtype
-        self._rotary = type(self._model.model.rotary_emb)(config)
+        self._rotary = self._model.model.rotary_emb
 
     def rope_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin for positions 0 ... length - 1, each [1, length, head_dim], from the model's module."""
@@ -109,7 +112,7 @@ class ReferenceModel:
     ) -> Iterator[Tensor]:
         """The input [tokens, in] of the layer's linear `name`, for one part [n, length, hidden] after the
         other; the layer runs no further than that. `arriving`: before it is turned and rounded."""
-        with self._loaded(layer, tensors, parts[0].shape[1]) as run:
+        with self._loaded(layer, tensors, parts[0].shape[1], but=name) as run:
             linear = self._model.model.layers[layer].get_submodule(name)
             hook = linear.register_forward_pre_hook(_stop_at_input, prepend=arriving)
             try:
@@ -121,12 +124,29 @@ class ReferenceModel:
             finally:
                 hook.remove()
 
+    @torch.no_grad()
+    def every_input(
+        self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The input [tokens, in] of each of the layer's linears, turned and rounded, by name; and the hidden
+        states [n, length, hidden_size] after the layer, for at most WINDOWS_AT_ONCE windows."""
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, linear: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            found[name] = arguments[0].flatten(0, 1)
+
+        with self._loaded(layer, tensors, hidden.shape[1]) as run, ExitStack() as hooks:
+            for name in self._linears:
+                linear = self._model.model.layers[layer].get_submodule(name)
+                hooks.enter_context(linear.register_forward_pre_hook(partial(keep, name)))
+            return found, run(hidden)
+
     def gradients(
         self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor, output_gradient: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of <output_gradient, layer(hidden)>: for hidden [n, length, hidden_size], n at most
         WINDOWS_AT_ONCE, and for each of the layer's tensors."""
-        with self._loaded(layer, tensors, hidden.shape[1]) as run, torch.enable_grad():
+        with self._loaded(layer, tensors, hidden.shape[1], whole=True) as run, torch.enable_grad():
             parameters = dict(self._model.model.layers[layer].named_parameters())
             leaves = [
                 hidden.detach().requires_grad_(),
@@ -137,16 +157,34 @@ class ReferenceModel:
 
     @contextmanager
     def _loaded(
-        self, layer: int, tensors: Mapping[str, Tensor], length: int
+        self,
+        layer: int,
+        tensors: Mapping[str, Tensor],
+        length: int,
+        *,
+        whole: bool = False,
+        but: str | None = None,
     ) -> Iterator[Callable[[Tensor], Tensor]]:
-        """The layer with these weights, as a function of hidden states; on meta again afterwards."""
+        """The layer with these weights, as a function of hidden states; on meta again afterwards.
+
+        A linear's weight comes when it runs and goes after it, that of the linear `but` never; with `whole`
+        all are there from the start.
+        """
         self.check_window(length)
         module = self._model.model.layers[layer]
-        scales = {f"{name}.{INPUT_SCALES}": name for name in self._linears}
-        state = {name: value.to(self._dtype) for name, value in tensors.items() if name not in scales}
-        module.load_state_dict(state, strict=True, assign=True)
-        for tensor, name in scales.items():
-            set_input_scale(module.get_submodule(name), tensors.get(tensor))
+        scales = {f"{name}.{INPUT_SCALES}" for name in self._linears}
+        given, due = tensors.keys() - scales, module.state_dict().keys()
+        assert given == due, f"a layer's tensors are {sorted(due)}, not {sorted(given)}"
+        late = {} if whole else {name: module.get_submodule(name) for name in self._linears}
+        now = [name for name in due if name.rpartition(".")[0] not in late]
+        module.load_state_dict(
+            {name: tensors[name].to(self._dtype) for name in now}, strict=False, assign=True
+        )
+        hooks: list[RemovableHandle] = []
+        for name in self._linears:
+            set_input_scale(module.get_submodule(name), tensors.get(f"{name}.{INPUT_SCALES}"))
+            if name in late and name != but:
+                hooks += borrow(late[name], tensors, name, self._dtype)
         embeddings = self.rope_tables(length)
         positions = torch.arange(length)[None]
 
@@ -159,6 +197,8 @@ class ReferenceModel:
         try:
             yield run
         finally:
+            for hook in hooks:
+                hook.remove()
             module.to("meta")
 
     def final_norm(self, hidden: Tensor, gain: Tensor) -> Tensor:
@@ -166,15 +206,6 @@ class ReferenceModel:
         weights = {"weight": gain.to(self._dtype)}
         result: Tensor = torch.func.functional_call(self._model.model.norm, weights, (hidden,))
         return result
-
-
-def transformers_config(spec: ModelSpec) -> Any:
-    """The checkpoint's config as transformers' own class; custom code named in it is never looked at."""
-    from transformers import AutoConfig
-
-    dropped = ("model_type", "auto_map", "quantization_config")
-    values = {key: value for key, value in spec.config.items() if key not in dropped}
-    return AutoConfig.for_model(spec.architecture.model_type, **values)
 
 
 def lowered_rope_tables(spec: ModelSpec, context: int) -> tuple[Tensor, Tensor]:
@@ -203,6 +234,7 @@ def final_hidden_states(
 ) -> Tensor:
     """Normalised hidden states [n, length, hidden_size] for tokens [n, length], layer by layer."""
     model = ReferenceModel(weights.spec, dtype, weights.online)
+    require_known(tokens, weights.spec.vocab_size)
     hidden = weights.read(f"{EMBEDDING}.weight")[tokens].to(dtype)
     for layer in range(weights.spec.num_layers):
         progress(f"layer {layer + 1}", layer / weights.spec.num_layers)

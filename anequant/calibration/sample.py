@@ -1,32 +1,44 @@
 """Text that a model writes itself: calibration data that is always at hand.
 
 The model's own distribution is the one its activations are made for (LLM-QAT: Liu et al. 2023, section
-3.1). Sampling needs all layers at every token, so this holds the whole model, in the dtype it is stored.
+3.1). Sampling needs all layers at every token, so this holds the whole model, in bfloat16 where it is stored
+so, else in float32.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
-from anequant.calibration.forward import transformers_config
+from anequant.calibration.empty_model import empty_model
 from anequant.calibration.hooks import ATTENTION, attach, register_attention
+from anequant.calibration.on_demand import OnDemand, borrow
 from anequant.checkpoints.reader import Checkpoint
+from anequant.errors import InputError
 from anequant.progress import Progress, silent
 
 
 @torch.no_grad()
 def sample_windows(
-    checkpoint: Checkpoint, first: int, *, count: int, length: int, seed: int, progress: Progress = silent
+    checkpoint: Checkpoint,
+    first: int,
+    *,
+    count: int,
+    length: int,
+    seed: int,
+    resident: bool = True,
+    progress: Progress = silent,
 ) -> Tensor:
-    """`count` independent texts at temperature 1, each starting with token `first`: int64 [count, length]."""
-    from transformers import AutoModelForCausalLM
+    """`count` independent texts at temperature 1, each starting with token `first`: int64 [count, length].
 
+    Unless the model is `resident`, its weights are read again for every token: slow, and the same texts.
+    Raises InputError when the logits are not finite.
+    """
     spec = checkpoint.spec
-    config = transformers_config(spec)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model, config = empty_model(spec)
     if checkpoint.online.r3 is not None:
         register_attention()
         config._attn_implementation = ATTENTION
@@ -34,12 +46,9 @@ def sample_windows(
         attach(layer, number, spec, checkpoint.online)
     names = [f"{EMBEDDING}.weight", f"{FINAL_NORM}.weight"]
     names += [layer_prefix(layer) + name for layer in range(spec.num_layers) for name in spec.layer_tensors()]
-    state = {name: checkpoint.read(name) for name in names}
-    state[f"{HEAD}.weight"] = checkpoint.read(checkpoint.head_name)
-    dtype = state[f"{EMBEDDING}.weight"].dtype
-    dtype = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    stored = checkpoint.tensors[f"{EMBEDDING}.weight"].dtype
+    dtype = torch.bfloat16 if stored == "BF16" else torch.float32
+    (_load if resident else _stream)(model, checkpoint, names, dtype)
 
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.full((count, length), first)
@@ -51,5 +60,39 @@ def sample_windows(
         )
         cache = output.past_key_values
         chances = output.logits[:, -1].float().softmax(-1)
+        if not bool(chances.isfinite().all()):
+            raise InputError(
+                f"the model's own logits are not finite when it writes token {position}",
+                where=str(checkpoint.folder),
+                remedy="check the checkpoint for a damaged tensor",
+            )
         tokens[:, position] = torch.multinomial(chances, 1, generator=generator).squeeze(-1)
     return tokens
+
+
+def _load(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -> None:
+    state = {name: checkpoint.read(name).to(dtype) for name in names}
+    head = checkpoint.head_name
+    state[f"{HEAD}.weight"] = state[head] if head in state else checkpoint.read(head).to(dtype)
+    model.load_state_dict(state, assign=True)
+
+
+def _stream(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -> None:
+    """Keep norms only; every linear and the head borrow their weight, and the embedding reads single rows."""
+    spec, table = checkpoint.spec, f"{EMBEDDING}.weight"
+    layers = range(spec.num_layers)
+    linears = [layer_prefix(layer) + linear.name for layer in layers for linear in spec.architecture.linears]
+    borrowed = [name for name in names if name.rpartition(".")[0] in linears]
+    kept = {name: checkpoint.read(name).to(dtype) for name in names if name not in (table, *borrowed)}
+    model.load_state_dict(kept, strict=False, assign=True)
+    for name in linears:
+        borrow(model.get_submodule(name), OnDemand(borrowed, checkpoint.read), name, dtype)
+    head = OnDemand([f"{HEAD}.weight"], lambda name: checkpoint.read(checkpoint.head_name))
+    borrow(model.get_submodule(HEAD), head, HEAD, dtype)
+
+    def rows(tokens: Tensor) -> Tensor:
+        used, places = torch.unique(tokens, return_inverse=True)
+        read = (checkpoint.read(table, slice(token, token + 1)) for token in used.tolist())
+        return torch.cat(list(read)).to(dtype)[places]
+
+    model.model.embed_tokens.forward = rows

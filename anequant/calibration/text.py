@@ -10,18 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anequant.checkpoints.source import TOKENIZER_FILES
 from anequant.errors import InputError, UsageError
+from anequant.strict import read_plain
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's own tokenizer, without remote code. Raises InputError naming the folder."""
     from transformers import AutoTokenizer
 
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise InputError(f"'{name}' is not a regular file", where=str(folder))
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"the tokenizer of '{folder}' cannot be read: {reason}") from error
 
 
@@ -39,9 +44,19 @@ def start_token(tokenizer: Any, config: Mapping[str, Any]) -> int:
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_plain(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"text file '{path}' cannot be read: {error}") from error
+
+
+def require_known(tokens: Tensor, vocab_size: int) -> None:
+    """Raises InputError for tokens that the embedding has no row for."""
+    largest = int(tokens.max()) if tokens.numel() else 0
+    if largest >= vocab_size:
+        raise InputError(
+            f"the tokenizer gives token {largest}, the model knows {vocab_size} (config key 'vocab_size')",
+            remedy="check that tokenizer and model belong together",
+        )
 
 
 def text_windows(text: str, tokenizer: Any, first: int, *, count: int, length: int, seed: int = 0) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +10,41 @@ import torch
 from torch import Tensor
 
 from anequant.calibration.sample import sample_windows
-from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
+from anequant.calibration.text import (
+    load_tokenizer,
+    read_text,
+    require_known,
+    start_token,
+    text_windows,
+)
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import InputError, ResourceError, UsageError
 from anequant.progress import Progress, silent
 from anequant.recipe import Calibration
+from anequant.strict import parse_json
 
 SELF, WIKITEXT2 = "self", "wikitext2"
 WIKITEXT2_DATASET = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
 def calibration_tokens(
-    calibration: Calibration, checkpoint: Checkpoint, progress: Progress = silent
+    calibration: Calibration, checkpoint: Checkpoint, progress: Progress = silent, *, resident: bool = True
 ) -> Tensor:
     """Token windows int64 [samples, length], each starting with the model's start token.
 
+    Unless it is `resident`, a model that writes them is read again for every token.
     A text shorter than asked yields as many whole windows as it holds; raises UsageError when a source
     does not exist or holds too little, ResourceError when WikiText-2 cannot be had.
     """
-    count, length = calibration.samples, calibration.length
-    if calibration.source != SELF and calibration.source.endswith(".json"):
-        return _listed_windows(Path(calibration.source), checkpoint, count, length)
+    count, length, source = calibration.samples, calibration.length, calibration.source
+    if source != SELF and source.endswith(".json"):
+        return _listed_windows(Path(source), checkpoint, count, length)
+    text = _existing_text(source) if source not in (SELF, WIKITEXT2) else ""
     if not has_tokenizer(checkpoint.folder):
-        if calibration.source != SELF:
+        if source != SELF:
             raise InputError(
-                f"'{checkpoint.folder}' has no tokenizer to read '{calibration.source}' with",
+                f"'{checkpoint.folder}' has no tokenizer to read '{source}' with",
                 remedy="calibrate on token ids (a .json file) or on 'self'",
             )
         first = checkpoint.spec.config.get("bos_token_id")
@@ -43,12 +52,25 @@ def calibration_tokens(
     else:
         tokenizer = load_tokenizer(checkpoint.folder)
         first = start_token(tokenizer, checkpoint.spec.config)
-    if calibration.source == SELF:
-        return sample_windows(
-            checkpoint, first, count=count, length=length, seed=calibration.seed, progress=progress
+    if not 0 <= first < checkpoint.spec.vocab_size:
+        raise InputError(
+            f"a text starts with token {first}, the vocabulary has {checkpoint.spec.vocab_size}",
+            where=str(checkpoint.folder),
         )
-    text = wikitext2("train") if calibration.source == WIKITEXT2 else _existing_text(calibration.source)
-    return text_windows(text, tokenizer, first, count=count, length=length, seed=calibration.seed)
+    if source == SELF:
+        return sample_windows(
+            checkpoint,
+            first,
+            count=count,
+            length=length,
+            seed=calibration.seed,
+            resident=resident,
+            progress=progress,
+        )
+    text = wikitext2("train") if source == WIKITEXT2 else text
+    windows = text_windows(text, tokenizer, first, count=count, length=length, seed=calibration.seed)
+    require_known(windows, checkpoint.spec.vocab_size)
+    return windows
 
 
 def wikitext2(split: str) -> str:
@@ -66,7 +88,7 @@ def wikitext2(split: str) -> str:
 
 
 def _existing_text(source: str) -> str:
-    if not Path(source).is_file():
+    if not os.path.isfile(source):
         raise UsageError(
             f"calibration source '{source}' does not exist",
             remedy=f"use {SELF}, {WIKITEXT2}, a text file, or a .json file of token ids",
@@ -81,7 +103,7 @@ def listed_rows(path: Path) -> list[Any]:
     Raises UsageError for a file that holds none of these.
     """
     try:
-        rows = json.loads(read_text(path))
+        rows = parse_json(read_text(path))
     except ValueError as error:
         raise UsageError(f"calibration file '{path}' is not JSON: {error}") from error
     if isinstance(rows, dict):
@@ -102,4 +124,7 @@ def _listed_windows(path: Path, checkpoint: Checkpoint, count: int, length: int)
             windows.append(ids[:length])
     if not windows:
         raise UsageError(f"no entry of '{path}' has {length} tokens", remedy="lower --calib-length")
-    return torch.tensor(windows[:count])
+    windows = windows[:count]
+    if length > 2 and all(len(set(window[1:])) == 1 for window in windows):
+        raise UsageError(f"every entry of '{path}' repeats a single token", remedy="leave out the padding")
+    return torch.tensor(windows)

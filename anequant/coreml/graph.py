@@ -17,7 +17,7 @@ from anequant.coreml.signatures import (
     function_spec,
     tensor_spec,
 )
-from anequant.coreml.storage import Weights, model_file, read_model
+from anequant.coreml.storage import Weights, damage, model_file, read_model
 
 LUT, BLOCKS = "constexpr_lut_to_dense", "constexpr_blockwise_shift_scale"
 
@@ -87,7 +87,11 @@ class Graph:
 
     def literal(self, node: Node) -> Tensor | str:
         """The value of a const."""
-        return self._weights.read(node.proto.attributes["val"])
+        return self.content(node.proto.attributes["val"])
+
+    def content(self, value: Any) -> Tensor | str:
+        """A MIL_pb2.Value, read from disk."""
+        return self._weights.read(value)
 
     def of_kind(self, *kinds: str) -> Iterator[Node]:
         return (node for node in self.nodes if node.kind in kinds)
@@ -102,10 +106,11 @@ def package_graphs(package: Path) -> list[Graph]:
     model, weights = read_model(file), Weights(file.parent)
     features = {part.name: part.input for part in model.description.functions}
     graphs = []
-    for name, function in sorted(model.mlProgram.functions.items()):
-        block = block_of(function, str(package))
-        spec = function_spec(function, block, features.get(name, model.description.input))
-        graphs.append(Graph(name, block, spec, weights))
+    with damage(str(package)):
+        for name, function in sorted(model.mlProgram.functions.items()):
+            block = block_of(function, str(package))
+            spec = function_spec(function, block, features.get(name, model.description.input))
+            graphs.append(Graph(name, block, spec, weights))
     return graphs
 
 

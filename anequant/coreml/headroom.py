@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from anequant.architectures.spec import ModelSpec, Space, layer_prefix
 from anequant.calibration.ranges import LayerRange, power_of_two_below
 from anequant.checkpoints.layers import QuantizedLayer
 from anequant.errors import UnsupportedError
-from anequant.quantization.linear import QuantizedLinear
+from anequant.quantization.linear import FloatTable, QuantizedLinear
 from anequant.quantization.quantize import LARGEST_FLOAT16
 
 LARGEST_SUM = 32768.0
@@ -72,13 +70,13 @@ def fitted_layer(spec: ModelSpec, layer: QuantizedLayer, headroom: Headroom) -> 
     return replace(layer, linears=linears)
 
 
-def fitted_table(table: QuantizedLinear | Tensor, headroom: Headroom) -> QuantizedLinear | Tensor:
+def fitted_table(table: QuantizedLinear | FloatTable, headroom: Headroom) -> QuantizedLinear | FloatTable:
     """The embedding with the residual scale."""
     if headroom.residual_scale == 1:
         return table
     if isinstance(table, QuantizedLinear):
         return _scaled(table, 1.0, headroom.residual_scale, "embedding")
-    return table * headroom.residual_scale
+    return replace(table, scale=headroom.residual_scale)
 
 
 def _scaled(linear: QuantizedLinear, moved: float, written: float, name: str) -> QuantizedLinear:

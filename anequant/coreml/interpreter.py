@@ -36,7 +36,7 @@ from anequant.coreml.signatures import (
     refuse_unsupported,
     tensor_spec,
 )
-from anequant.coreml.storage import TORCH_TYPES, Weights, model_file, read_model
+from anequant.coreml.storage import TORCH_TYPES, Weights, damage, model_file, read_model
 from anequant.errors import InputError, UnsupportedError, did_you_mean
 
 
@@ -85,7 +85,8 @@ class Package:
         dequantize takes their input instead. InputError if the package is damaged; UnsupportedError, listing
         all of them, if it has operations, or inputs of operations, that cannot be run."""
         file = model_file(Path(path))
-        return cls(Path(path), read_model(file), Weights(file.parent), rounding=rounding)
+        with damage(str(path)):
+            return cls(Path(path), read_model(file), Weights(file.parent), rounding=rounding)
 
     def new_state(self) -> dict[str, Tensor]:
         """Zeros for every state of every function, by name."""
@@ -118,9 +119,10 @@ class Package:
         for tensor in spec.states:
             _check(tensor, states.get(tensor.name), f"state '{tensor.name}'", where)
         if name not in self._prepared:
-            self._prepared[name] = self._prepare(name)
+            with damage(where):
+                self._prepared[name] = self._prepare(name)
         steps, outputs = self._prepared[name]
-        with torch.no_grad():
+        with torch.no_grad(), damage(where):
             for step in steps:
                 self._execute(step, values, states, where)
             return {key: _resolved(output, values).clone() for key, output in outputs.items()}

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from anequant.architectures.spec import HEAD
 from anequant.coreml.program import Var, float16_constant, identifier, shared_constant
+from anequant.coreml.streaming import streamed_constant
 from anequant.coreml.toolkit import mb, types
 from anequant.errors import UnsupportedError
 from anequant.quantization.codebook import codebook_step, uniform_codebook
-from anequant.quantization.linear import QuantizedLinear
+from anequant.quantization.linear import FloatTable, QuantizedLinear
 
 Array = np.ndarray[Any, Any]
 CODE_DTYPES = {
@@ -131,12 +132,11 @@ def linear(
     return y
 
 
-def float_linear(x: Var, weight: Tensor, name: str) -> Var:
-    """y = W x on (1, in, 1, S) with a float16 weight [out, in]."""
+def float_linear(x: Var, weight: FloatTable, name: str) -> Var:
+    """y = W x on (1, in, 1, S) with a float16 weight [out, in], which is streamed."""
     rows, columns = weight.shape
-    return mb.conv(
-        x=x, weight=float16_constant(weight, (rows, columns, 1, 1), f"{name}_weight"), name=f"{name}_conv"
-    )
+    constant = streamed_constant((rows, columns, 1, 1), weight.blocks, f"{name}_weight")
+    return mb.conv(x=x, weight=constant, name=f"{name}_conv")
 
 
 def _rounded(x: Var, step: float, name: str) -> Var:

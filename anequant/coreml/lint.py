@@ -27,6 +27,7 @@ from anequant.coreml.lint_states import STATE_RULES
 from anequant.coreml.lint_sums import SUM_RULES
 from anequant.coreml.lint_weights import WEIGHT_RULES
 from anequant.coreml.rule import CHIPS, ERROR, NOTE, WARNING, Hit, Rule
+from anequant.coreml.storage import damage
 from anequant.errors import UsageError, did_you_mean
 
 FUNCTION_RULES = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *INTEGER_RULES, *SUM_RULES, *STATE_RULES)
@@ -52,15 +53,14 @@ def lint_package(package: Path, chip: str = "any") -> list[Finding]:
     if chip not in CHIPS:
         raise UsageError(f"unknown chip '{chip}'", remedy=did_you_mean(chip, CHIPS))
     graphs = package_graphs(package)
-    findings = [
-        _finding(rule, package, graph.function, hit)
-        for graph in graphs
-        for rule in FUNCTION_RULES
-        for hit in rule.check(graph, CHIPS[chip])
-    ]
-    findings += [
-        _finding(rule, package, "", hit) for rule in PACKAGE_RULES for hit in rule.check(graphs, package)
-    ]
+    findings = []
+    with damage(str(package)):
+        for graph in graphs:
+            for rule in FUNCTION_RULES:
+                hits = rule.check(graph, CHIPS[chip])
+                findings += [_finding(rule, package, graph.function, hit) for hit in hits]
+        for whole in PACKAGE_RULES:
+            findings += [_finding(whole, package, "", hit) for hit in whole.check(graphs, package)]
     return sorted(findings, key=lambda finding: (ERROR, WARNING, NOTE).index(finding.severity))
 
 

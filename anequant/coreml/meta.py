@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from anequant.errors import InputError
+from anequant.errors import InputError, shown
+from anequant.strict import parse_yaml, read_plain
 
 META = "meta.yaml"
+LARGEST_META = 100_000
+LARGEST_NUMBER, MOST_PACKAGES = 10**7, 1000
 FORMAT_VERSION = "0.3.4"
 """The ANEMLL release whose meta.yaml this is (its `version` key)."""
 
@@ -99,28 +103,39 @@ def write_meta(folder: Path, packages: PackageSet) -> None:
 def read_meta(folder: Path) -> PackageSet:
     """The package set that a folder's meta.yaml describes. Raises InputError naming a missing key."""
     try:
-        text = (folder / META).read_text(encoding="utf-8")
-        info = yaml.safe_load(text)["model_info"]
+        content = parse_yaml(read_plain(folder / META, LARGEST_META))
+    except (OSError, ValueError) as error:
+        raise InputError(f"'{META}' cannot be read: {error}", where=str(folder)) from error
+    try:
+        info = content["model_info"]
         values = info["parameters"]
         lut = {key: None if values[key] == "none" else int(values[key]) for key in values if "lut" in key}
+        prefix = str(values["model_prefix"])
+        if not re.fullmatch(r"\w[\w.-]*", prefix, re.ASCII):
+            raise ValueError(f"model_prefix, it is {shown(prefix)}")
         return PackageSet(
             model=str(info["name"]).removeprefix("anemll-").rsplit("-ctx", 1)[0],
             architecture=str(info["architecture"]),
-            prefix=str(values["model_prefix"]),
-            context=int(values["context_length"]),
-            batch=int(values["batch_size"]),
-            chunks=int(values["num_chunks"]),
-            head_parts=int(values["split_lm_head"]),
+            prefix=prefix,
+            context=_number(values, "context_length"),
+            batch=_number(values, "batch_size"),
+            chunks=_number(values, "num_chunks", MOST_PACKAGES),
+            head_parts=_number(values, "split_lm_head", MOST_PACKAGES),
             lut_embeddings=lut["lut_embeddings"],
             lut_ffn=lut["lut_ffn"],
             lut_head=lut["lut_lmhead"],
-            vocab_size=int(values["vocab_size"]) if "vocab_size" in values else None,
+            vocab_size=_number(values, "vocab_size") if "vocab_size" in values else None,
             argmax=bool(values.get("argmax_in_model", False)),
         )
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"'{META}' cannot be read: {error}", where=str(folder)) from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"'{META}' lacks or misstates {error}", where=str(folder)) from error
+
+
+def _number(values: Mapping[str, Any], key: str, most: int = LARGEST_NUMBER) -> int:
+    number = int(values[key])
+    if not 1 <= number <= most:
+        raise ValueError(f"{key}, it is {shown(number)}")
+    return number
 
 
 def _suffix(bits: int | None) -> str:

@@ -19,16 +19,16 @@ because after prefill only the state matters.
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec
 from anequant.coreml.linears import float_linear, head_part, linear, packed_codes, palettized
 from anequant.coreml.program import Var, build_program, float16_constant, identifier, to_channels
+from anequant.coreml.streaming import streamed_constant
 from anequant.coreml.toolkit import TARGET, Function, Program, ct, get_new_symbol, mb, types
-from anequant.quantization.linear import QuantizedLinear
+from anequant.quantization.linear import FloatTable, QuantizedLinear
 
 
-def embeddings_program(table: QuantizedLinear | Tensor, batch: int) -> Program:
+def embeddings_program(table: QuantizedLinear | FloatTable, batch: int) -> Program:
     """Token ids to hidden states: a gather from a float16 [V, H] or palettized table."""
     length = get_new_symbol()
     tokens = mb.placeholder((1, length), dtype=types.int32)
@@ -42,7 +42,7 @@ def embeddings_program(table: QuantizedLinear | Tensor, batch: int) -> Program:
             scale = mb.gather(x=scales, indices=ids, axis=0, validate_indices=False, name=f"{name}_row_scale")
             hidden = mb.mul(x=rows, y=scale, name="hidden_states")
         else:
-            weight = float16_constant(table, tuple(table.shape), f"{name}_weight")
+            weight = streamed_constant(table.shape, table.blocks, f"{name}_weight")
             hidden = mb.gather(x=weight, indices=ids, axis=0, validate_indices=False, name="hidden_states")
         function.set_outputs([hidden])
     shapes = ct.EnumeratedShapes([[1, 1], [1, batch]], default=[1, 1])
@@ -50,7 +50,7 @@ def embeddings_program(table: QuantizedLinear | Tensor, batch: int) -> Program:
     return build_program({"main": function})
 
 
-def head_program(spec: ModelSpec, head: QuantizedLinear | Tensor, parts: int, *, argmax: bool) -> Program:
+def head_program(spec: ModelSpec, head: QuantizedLinear | FloatTable, parts: int, *, argmax: bool) -> Program:
     """Final hidden state to logits, in `parts` equal convolutions, or to the best token of each part."""
     rows = spec.vocab_size // parts
     with Function(
@@ -73,7 +73,7 @@ def head_program(spec: ModelSpec, head: QuantizedLinear | Tensor, parts: int, *,
                 )
                 y = linear(x, piece, codes[rows_of_part], label, name)
             else:
-                y = float_linear(x, head[rows_of_part], label)
+                y = float_linear(x, head.part(rows_of_part), label)
             logits.append(mb.reshape(x=y, shape=[1, 1, rows], name=f"logits{part + 1}"))
         function.set_outputs(_best_of_parts(logits) if argmax else logits)
     return build_program({"main": function})

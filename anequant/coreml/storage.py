@@ -6,8 +6,9 @@ operators from two tensors) a `Palettized`: codes into a codebook, made dense on
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from anequant.coreml.toolkit import BlobReader, MIL_pb2, Model_pb2
 from anequant.errors import InputError, UnsupportedError
+from anequant.strict import parse_json, read_plain
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ STRING = MIL_pb2.DataType.Value("STRING")
 DATA_TYPES: dict[int, DataType] = {MIL_pb2.DataType.Value(name): dtype for name, dtype in _TYPES.items()}
 TORCH_TYPES: dict[str, torch.dtype] = {dtype.name: dtype.torch for dtype in _TYPES.values()}
 
-
 _CODES_AT_ONCE = 1 << 18
+LARGEST_MANIFEST = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,13 @@ class Weights:
         path = inside(self._folder, name)
         try:
             if name not in self._readers:
+                if not path.is_file():
+                    raise ValueError("there is no such file")
                 self._readers[name] = BlobReader(str(path))
             read = getattr(self._readers[name], f"read_{dtype.blob}_data")
             flat: np.ndarray[Any, Any] = read(blob.offset)
-        except (AttributeError, RuntimeError, ValueError) as error:
-            problem = f"cannot read a {dtype.name} constant at offset {blob.offset}"
+        except (AttributeError, IndexError, RuntimeError, ValueError, MemoryError) as error:
+            problem = f"cannot read a {dtype.name} constant at offset {blob.offset}: {error}"
             raise InputError(problem, where=str(path), remedy="write the package again") from error
         return flat
 
@@ -177,12 +181,23 @@ def inside(folder: Path, name: str) -> Path:
     return folder.joinpath(*parts)
 
 
+@contextmanager
+def damage(where: str) -> Iterator[None]:
+    """InputError for whatever a well-formed protobuf can say that makes no program: a missing part, a name
+    that nothing has, sizes that do not agree."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        raise InputError(f"the package is damaged ({reason})", where=where) from error
+
+
 def model_file(package: Path) -> Path:
     """The root model of an .mlpackage, as its Manifest.json says; InputError if it says nothing usable."""
     manifest = package / "Manifest.json"
     remedy = "point to an .mlpackage folder"
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = parse_json(read_plain(manifest, LARGEST_MANIFEST))
         name = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
     except OSError as error:
         raise InputError("not a Core ML package", where=str(manifest), remedy=remedy) from error

@@ -20,6 +20,7 @@ def quiet_logging() -> Iterator[None]:
 
 with quiet_logging():
     import coremltools as ct
+    from coremltools.converters.mil.backend.mil import helper as mil_helper
     from coremltools.converters.mil.converter import mil_convert
     from coremltools.converters.mil.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, get_new_symbol, types
@@ -39,6 +40,7 @@ __all__ = [
     "get_new_symbol",
     "mb",
     "mil_convert",
+    "mil_helper",
     "quiet_logging",
     "types",
 ]

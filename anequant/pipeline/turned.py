@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from anequant.architectures.spec import EMBEDDING, HEAD_LINEAR, ModelSpec
+from anequant.architectures.spec import EMBEDDING, HEAD_LINEAR, ModelSpec, layer_prefix
+from anequant.calibration.on_demand import OnDemand
 from anequant.checkpoints.reader import Checkpoint
 from anequant.quantization.fold_scales import fold_input_scales
 from anequant.quantization.online import NOTHING, Online
-from anequant.rotation.fold import fold_and_rotate_layer, fold_and_rotate_linear, rotate_embedding
+from anequant.rotation.fold import fold_and_rotate_linear, fold_and_rotate_tensor, rotate_embedding
 from anequant.rotation.plan import RotationPlan
 
-ROWS = 16384
+ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,18 @@ class TurnedModel:
     def spec(self) -> ModelSpec:
         return self.checkpoint.spec
 
-    def layer(self, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A layer's tensors as stored and, in float64, as turned; both by name relative to the layer.
+    def layer(self, layer: int) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """A layer's tensors as stored and, in float64, as turned; both by name relative to the layer, read
+        and made one at a time, since all of them in float64 take four times the layer's place on disk.
 
-        Input scales move within what float32 holds, so that a rotated checkpoint gives the same.
+        Input scales move within what float32 holds, so that a rotated checkpoint gives the same; this takes
+        all of the turned layer at once.
         """
-        original = self.checkpoint.layer(layer)
-        turned = fold_and_rotate_layer(self.spec, original, self.plan, layer)
+        names, prefix = list(self.spec.layer_tensors()), layer_prefix(layer)
+        original = OnDemand(names, lambda name: self.checkpoint.read(prefix + name))
+        turned = OnDemand(
+            names, lambda name: fold_and_rotate_tensor(self.spec, original, self.plan, layer, name)
+        )
         if not self.fold_scales:
             return original, turned
         stored = {name: tensor.float().double() for name, tensor in turned.items()}

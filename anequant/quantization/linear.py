@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,32 @@ from torch import Tensor
 from anequant.quantization.scales import spread
 
 ROWS = 1024
+
+
+@dataclass(frozen=True)
+class FloatTable:
+    """An embedding or a head that stays float16: `rows` of it, read some at a time.
+
+    read   the rows of a slice, [n, columns], as they are stored
+    scale  multiplies them
+    """
+
+    rows: range
+    columns: int
+    read: Callable[[slice], Tensor]
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), self.columns
+
+    def part(self, rows: slice) -> FloatTable:
+        return replace(self, rows=self.rows[rows])
+
+    def blocks(self) -> Iterator[Tensor]:
+        """float16 [n, columns], n at most ROWS."""
+        for start in range(self.rows.start, self.rows.stop, ROWS):
+            yield self.read(slice(start, min(start + ROWS, self.rows.stop))).half() * self.scale
 
 
 @dataclass(frozen=True)
@@ -36,11 +63,13 @@ class QuantizedLinear:
     def bits(self) -> int:
         return (self.codebook.numel() - 1).bit_length()
 
-    def dequantize(self) -> Tensor:
-        """The weight it stands for, float32 [out, in]."""
-        weight = torch.empty(self.codes.shape)
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight it stands for, [out, in]: computed in float32, some rows after the other."""
+        weight = torch.empty(self.codes.shape, dtype=dtype)
         for start in range(0, weight.shape[0], ROWS):
             rows = slice(start, start + ROWS)
-            codes = self.codes[rows].reshape(-1).int()
-            torch.index_select(self.codebook, 0, codes, out=weight[rows].view(-1))
-        return weight.mul_(spread(self.output_scale, weight.shape[1])).mul_(self.input_scale)
+            values = torch.index_select(self.codebook, 0, self.codes[rows].reshape(-1).int())
+            values = values.view(-1, weight.shape[1])
+            values.mul_(spread(self.output_scale[rows], weight.shape[1])).mul_(self.input_scale)
+            weight[rows] = values
+        return weight

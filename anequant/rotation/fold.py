@@ -46,33 +46,47 @@ def fold_and_rotate_linear(
     weight [out, in], bias [out] or None, gain [in] or None; returns weight and bias of the same shapes. Both
     are contiguous, since products of float32 are not the same for every memory layout.
     """
-    weight = weight.double()
-    if gain is not None:
-        weight = weight * gain.double()
-    weight = rotate_axis(weight, plan.read(linear.input.space, layer))
-    turn_output = plan.written(linear.output.space, layer)
-    weight = rotate_axis(weight.T, turn_output).T.contiguous()
-    if bias is not None:
-        bias = rotate_axis(bias.double(), turn_output)
-    return weight, bias
+    turned = None if bias is None else _rotated_bias(linear, bias, plan, layer)
+    return _rotated_weight(linear, weight, gain, plan, layer), turned
+
+
+def fold_and_rotate_tensor(
+    spec: ModelSpec, tensors: Mapping[str, Tensor], plan: RotationPlan, layer: int, name: str
+) -> Tensor:
+    """One of a layer's tensors, by name relative to the layer, folded and rotated in float64.
+
+    Beside `tensors` it holds at most two float64 copies of the one that it is asked for.
+    """
+    module, _, kind = name.rpartition(".")
+    if module in spec.norms:
+        return torch.ones(spec.hidden_size, dtype=torch.float64)
+    linear = next((linear for linear in spec.architecture.linears if linear.name == module), None)
+    if linear is None:
+        return tensors[name].double()
+    if kind == "bias":
+        return _rotated_bias(linear, tensors[name], plan, layer)
+    gain = tensors[f"{linear.norm}.weight"] if linear.norm else None
+    return _rotated_weight(linear, tensors[name], gain, plan, layer)
 
 
 def fold_and_rotate_layer(
     spec: ModelSpec, tensors: Mapping[str, Tensor], plan: RotationPlan, layer: int
 ) -> dict[str, Tensor]:
     """All tensors of one layer, by name relative to the layer, folded and rotated in float64."""
-    result = {f"{name}.weight": torch.ones(spec.hidden_size, dtype=torch.float64) for name in spec.norms}
-    for name in spec.architecture.head_norms:
-        result[f"{name}.weight"] = tensors[f"{name}.weight"].double()
-    for linear in spec.architecture.linears:
-        gain = tensors[f"{linear.norm}.weight"] if linear.norm else None
-        weight, bias = fold_and_rotate_linear(
-            linear, tensors[f"{linear.name}.weight"], tensors.get(f"{linear.name}.bias"), gain, plan, layer
-        )
-        result[f"{linear.name}.weight"] = weight
-        if bias is not None:
-            result[f"{linear.name}.bias"] = bias
-    return result
+    return {name: fold_and_rotate_tensor(spec, tensors, plan, layer, name) for name in spec.layer_tensors()}
+
+
+def _rotated_weight(
+    linear: Linear, weight: Tensor, gain: Tensor | None, plan: RotationPlan, layer: int | None
+) -> Tensor:
+    weight = weight.double() if gain is None else weight * gain.double()
+    weight = rotate_axis(weight, plan.read(linear.input.space, layer))
+    weight = rotate_axis(weight.T, plan.written(linear.output.space, layer))
+    return weight.T.contiguous()
+
+
+def _rotated_bias(linear: Linear, bias: Tensor, plan: RotationPlan, layer: int | None) -> Tensor:
+    return rotate_axis(bias.double(), plan.written(linear.output.space, layer))
 
 
 def rotate_embedding(rows: Tensor, plan: RotationPlan) -> Tensor:

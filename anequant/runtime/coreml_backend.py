@@ -7,7 +7,7 @@ output through the head. Every later token is one `infer` and one head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 from anequant.coreml.decoder import INFER, PREFILL
 from anequant.coreml.device import DevicePackage
 from anequant.coreml.interpreter import Package
-from anequant.coreml.meta import read_meta
+from anequant.coreml.meta import PackageSet, read_meta
+from anequant.coreml.storage import damage
 from anequant.errors import InputError
+from anequant.progress import Progress
 from anequant.runtime.generate import check_fits
 
 OpenPackage = Callable[[Path], Package | DevicePackage]
@@ -28,13 +30,13 @@ class PackageModel:
 
     def __init__(self, folder: Path, open_package: OpenPackage = Package.open) -> None:
         self.packages = read_meta(folder)
+        self._where = str(folder)
         if self.packages.argmax and not self.packages.head_sizes:
             raise InputError("arg-max heads need 'vocab_size' in meta.yaml", where=str(folder))
         self._embeddings = _open(folder, self.packages.embeddings, open_package)
         self._chunks = [_open(folder, name, open_package) for name in self.packages.chunk_names]
         self._head = _open(folder, self.packages.head, open_package)
-        context = self.packages.context
-        self._mask = torch.full((context, context), float("-inf"), dtype=torch.float16).triu(1)
+        self._mask = _causal_mask(self.packages.context)
         self.reset()
 
     def reset(self) -> None:
@@ -57,6 +59,10 @@ class PackageModel:
         Raises UsageError when they do not fit into the context.
         """
         check_fits(self, len(tokens))
+        with damage(self._where):
+            return self._feed(tokens)
+
+    def _feed(self, tokens: Sequence[int]) -> Tensor:
         batch = self.packages.batch
         ids = torch.tensor(tokens, dtype=torch.int32)
         blocks = len(tokens) // batch
@@ -77,30 +83,73 @@ class PackageModel:
     def _forward(self, ids: Tensor, function: str) -> Tensor:
         length, start = len(ids), self.position
         hidden = self._embeddings.run({"input_ids": ids[None]})["hidden_states"]
-        positions = torch.arange(start, start + length, dtype=torch.int32)
         for chunk in self._chunks:
-            inputs = {
-                "hidden_states": hidden,
-                "position_ids": positions,
-                "causal_mask": self._mask[None, None, start : start + length],
-                "current_pos": positions[:1],
-            }
+            inputs = _decoder_inputs(hidden, start, self._mask)
             hidden = chunk.run(inputs, self.state, function)["output_hidden_states"]
         self.position = start + length
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        outputs = self._head.run({"hidden_states": hidden})
-        if self.packages.argmax:
-            return self._best_logits(outputs["argmax_idx"].long(), outputs["argmax_val"].float())
-        parts = [outputs[f"logits{part + 1}"] for part in range(self.packages.head_parts)]
-        return torch.cat(parts, dim=-1).reshape(-1).float()
+        return _whole_logits(self.packages, self._head.run({"hidden_states": hidden}))
 
-    def _best_logits(self, choices: Tensor, values: Tensor) -> Tensor:
-        sizes = torch.tensor(self.packages.head_sizes)
-        logits = torch.full((int(sizes.sum()),), float("-inf"))
-        logits[choices + sizes.cumsum(0) - sizes] = values
-        return logits
+
+def package_by_package(
+    folder: Path, tokens: Tensor, prompt: int, progress: Progress, open_package: OpenPackage = Package.open
+) -> Tensor:
+    """What `PackageModel` says of known tokens, with a single package in memory at a time.
+
+    The first `prompt` tokens, whole batches, go through `prefill`, the others one by one: logits
+    [1 + len(tokens) - prompt, vocab] from the prompt's end on.
+    """
+    packages = read_meta(folder)
+    ids = tokens.to(torch.int32)
+    steps = [(start, packages.batch, PREFILL) for start in range(0, prompt, packages.batch)]
+    steps += [(position, 1, INFER) for position in range(prompt - 1, len(tokens))]
+    mask = _causal_mask(packages.context)
+    embeddings = _open(folder, packages.embeddings, open_package)
+    hidden = [
+        embeddings.run({"input_ids": ids[None, start : start + length]})["hidden_states"]
+        for start, length, _ in steps
+    ]
+    del embeddings
+    state: dict[str, Tensor] = {}
+    for number, name in enumerate(packages.chunk_names):
+        chunk = _open(folder, name, open_package)
+        state = state or chunk.new_state()
+        for place, (start, _, function) in enumerate(steps):
+            progress(f"{name}, step {place + 1} of {len(steps)}", number / len(packages.chunk_names))
+            inputs = _decoder_inputs(hidden[place], start, mask)
+            hidden[place] = chunk.run(inputs, state, function)["output_hidden_states"]
+        del chunk
+    head = _open(folder, packages.head, open_package)
+    last = [part for part, (_, _, function) in zip(hidden, steps, strict=True) if function == INFER]
+    return torch.stack([_whole_logits(packages, head.run({"hidden_states": part})) for part in last])
+
+
+def _causal_mask(context: int) -> Tensor:
+    return torch.full((context, context), float("-inf"), dtype=torch.float16).triu(1)
+
+
+def _decoder_inputs(hidden: Tensor, start: int, mask: Tensor) -> dict[str, Tensor]:
+    """What a chunk takes for hidden states [1, S, hidden_size] of the positions from `start` on."""
+    positions = torch.arange(start, start + hidden.shape[1], dtype=torch.int32)
+    return {
+        "hidden_states": hidden,
+        "position_ids": positions,
+        "causal_mask": mask[None, None, start : start + hidden.shape[1]],
+        "current_pos": positions[:1],
+    }
+
+
+def _whole_logits(packages: PackageSet, outputs: Mapping[str, Tensor]) -> Tensor:
+    """Logits float32 [vocab] of a head's outputs; -inf where a head that chooses does not tell them."""
+    if not packages.argmax:
+        parts = [outputs[f"logits{part + 1}"] for part in range(packages.head_parts)]
+        return torch.cat(parts, dim=-1).reshape(-1).float()
+    sizes = torch.tensor(packages.head_sizes)
+    logits = torch.full((int(sizes.sum()),), float("-inf"))
+    logits[outputs["argmax_idx"].long() + sizes.cumsum(0) - sizes] = outputs["argmax_val"].float()
+    return logits
 
 
 def _open(folder: Path, name: str, open_package: OpenPackage) -> Package | DevicePackage:

@@ -1,0 +1,85 @@
+"""A model on the hub without its weights: config.json and the shards' headers, fetched by range requests.
+
+What is fetched becomes a folder whose shards hold their header and nothing behind it (sparse files of the
+full size), so that the readers of a real folder check and open it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from anequant.checkpoints.online import INDEX_SUFFIX, STEM
+from anequant.checkpoints.source import TOKENIZER_FILES, Source, hub_id, resolve_source
+from anequant.errors import InputError
+
+_SHARD = re.compile(r"[\w.-]+\.safetensors")
+
+
+@contextmanager
+def headers_only(model: str | None) -> Iterator[Source]:
+    """As `resolve_source`, but of a hub id nothing is downloaded except config.json and the shards'
+    headers, into a folder that is gone afterwards. Offline, the cache has to hold the model.
+
+    Raises InputError as `resolve_source` does, and for a repository without safetensors.
+    """
+    from huggingface_hub import constants
+
+    named = None if model is None or Path(model).expanduser().exists() else hub_id(model)
+    if named is None or constants.HF_HUB_OFFLINE:
+        yield resolve_source(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="anequant-headers-") as folder:
+        yield _fetch(Path(folder), *named)
+
+
+def _fetch(folder: Path, repo: str, revision: str | None) -> Source:
+    from huggingface_hub import HfApi
+    from huggingface_hub import errors as hub
+
+    api = HfApi()
+    try:
+        info = api.model_info(repo, revision=revision)
+        api.hf_hub_download(repo, "config.json", revision=info.sha, local_dir=folder)
+        metadata = api.get_safetensors_metadata(repo, revision=info.sha)
+    except (
+        hub.HTTPError,  # type: ignore[attr-defined]
+        hub.HFValidationError,
+        hub.NotASafetensorsRepoError,
+        hub.SafetensorsParsingError,
+        OSError,
+    ) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"'{repo}' is no folder here and its headers could not be had from the hub: {reason}",
+            remedy="check the name, the revision and the network, or download it and name the folder",
+        ) from error
+    for name, shard in metadata.files_metadata.items():
+        if _SHARD.fullmatch(name) is None:
+            raise InputError(f"'{repo}' has a shard with the impossible name {name!r}")
+        _write_header(folder / name, shard)
+    if metadata.sharded:
+        index = {"metadata": metadata.metadata, "weight_map": metadata.weight_map}
+        (folder / f"{STEM}{INDEX_SUFFIX}").write_text(json.dumps(index), encoding="utf-8")
+    present = {sibling.rfilename for sibling in info.siblings or ()}
+    for name in present & set(TOKENIZER_FILES):
+        (folder / name).touch()
+    return Source(folder, repo.split("/")[1], info.sha, repo)
+
+
+def _write_header(path: Path, shard: Any) -> None:
+    """A safetensors file of this header, and a hole in the place of its tensors."""
+    header = {
+        name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+        for name, info in shard.tensors.items()
+    }
+    text = json.dumps(header).encode()
+    end = max((info.data_offsets[1] for info in shard.tensors.values()), default=0)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)

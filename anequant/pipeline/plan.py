@@ -1,0 +1,169 @@
+"""What a run would do: every job with its bytes, its peak memory and its time, and what stays in float.
+
+Everything follows from config.json and the shards' headers; no weight is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from anequant.checkpoints.reader import Checkpoint
+from anequant.checkpoints.source import Source
+from anequant.errors import ResourceError, UnsupportedError, UsageError
+from anequant.pipeline.footprint import base_bytes
+from anequant.pipeline.jobs import (
+    LOWER,
+    QUANTIZE,
+    TUNE,
+    Job,
+    lowering,
+    planned_checkpoint,
+    quantizing,
+    verifying,
+)
+from anequant.pipeline.lowerable import check_lowering
+from anequant.pipeline.rotated import open_float
+from anequant.pipeline.skips import Kept, kept_in_float
+from anequant.pipeline.work import Speed, measure_speed
+from anequant.quantization.online import plan_online
+from anequant.recipe import Calibration, LowerOptions, Recipe
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes written: those that stay, and the second copy of a package while it is written, or the checkpoint
+    that is yet to be tuned."""
+
+    checkpoint: int
+    packages: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.checkpoint + self.packages + self.temporary
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Jobs in their order; `base` are the resident bytes of the imports alone."""
+
+    base: int
+    jobs: tuple[Job, ...]
+    kept: tuple[Kept, ...]
+    disk: Disk
+
+    @property
+    def largest(self) -> Job:
+        return max(self.jobs, key=lambda job: job.peak)
+
+    def peaks(self) -> dict[str, int]:
+        """Of every step."""
+        steps = dict.fromkeys(job.step for job in self.jobs)
+        return {step: max(job.peak for job in self.jobs if job.step == step) for step in steps}
+
+    def to_dict(self, speed: Speed) -> dict[str, Any]:
+        jobs = [
+            {
+                **{key: value for key, value in vars(job).items() if key != "work"},
+                "seconds": speed.seconds(job.work),
+            }
+            for job in self.jobs
+        ]
+        return {
+            "base_bytes": self.base,
+            "peak_bytes": self.largest.peak,
+            "peak_job": self.largest.name,
+            "peak_bytes_by_step": self.peaks(),
+            "seconds": sum(speed.seconds(job.work) for job in self.jobs),
+            "disk": {**asdict(self.disk), "total": self.disk.total},
+            "jobs": jobs,
+            "kept": [asdict(row) for row in self.kept],
+        }
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Calibration,
+    options: LowerOptions | None,
+    base: int,
+    max_memory: int | None = None,
+) -> Plan:
+    """The plan of `quantize`, or with `options` of `convert`; with `max_memory`, in bytes, the one that stays
+    within it without changing a byte of the output.
+
+    Raises ResourceError naming the least `max_memory` that works, and what the jobs raise for an impossible
+    recipe or lowering.
+    """
+    written = planned_checkpoint(checkpoint, recipe)
+    jobs = list(quantizing(checkpoint, written, recipe, calibration, base, max_memory))
+    kept = kept_in_float(checkpoint, recipe, options)
+    if options is not None:
+        check_lowering(checkpoint.spec, options, plan_online(checkpoint.spec, recipe))
+        if 16 in recipe.widths:
+            problem = "recipe key 'bits' is 16, and packages hold palettized weights"
+            raise UsageError(problem, remedy="use fewer")
+        packages = list(lowering(written, options, base))
+        jobs += [*packages, *verifying(checkpoint, written, packages, options, base)]
+    return _within(Plan(base, tuple(jobs), kept, _disk(jobs)), max_memory)
+
+
+def lowering_plan(checkpoint: Checkpoint, options: LowerOptions, base: int, max_memory: int | None) -> Plan:
+    """The plan of `lower` for a quantized checkpoint; raises as `make_plan`."""
+    jobs = tuple(lowering(checkpoint, options, base))
+    return _within(Plan(base, jobs, (), _disk(jobs)), max_memory)
+
+
+def require_memory(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Calibration,
+    options: LowerOptions | None,
+    max_memory: int | None,
+) -> None:
+    """Raises ResourceError as `make_plan` unless the job stays within `max_memory`; None allows all."""
+    if max_memory is not None:
+        base = base_bytes(checkpoint.spec)
+        make_plan(checkpoint, recipe, calibration, options, base, max_memory)
+
+
+def require_lowering_memory(checkpoint: Checkpoint, options: LowerOptions, max_memory: int | None) -> None:
+    """As `require_memory`, for `lower`."""
+    if max_memory is not None:
+        lowering_plan(checkpoint, options, base_bytes(checkpoint.spec), max_memory)
+
+
+def _within(plan: Plan, max_memory: int | None) -> Plan:
+    job = plan.largest
+    if max_memory is not None and job.peak > max_memory:
+        least = math.ceil(job.peak / 1e7) / 100
+        raise ResourceError(
+            f"'{job.name}' needs {job.peak / 1e9:.2f} GB, and --max-memory allows {max_memory / 1e9:.2f} GB",
+            remedy=f"the least that works is --max-memory {least:.2f}GB",
+        )
+    return plan
+
+
+def _disk(jobs: Sequence[Job]) -> Disk:
+    quantized = sum(job.bytes_out for job in jobs if job.step == QUANTIZE and job.name != TUNE)
+    packages = [job.bytes_out for job in jobs if job.step == LOWER]
+    untuned = sum(job.bytes_out for job in jobs if job.name == TUNE)
+    return Disk(quantized, sum(packages), max([untuned, *packages]))
+
+
+def plan_source(
+    source: Source, recipe: Recipe, calibration: Calibration, options: LowerOptions, max_memory: int | None
+) -> tuple[Plan, Speed]:
+    """The plan of `convert` for a float model, or that of `quantize` where the model that `recipe` makes
+    cannot be lowered, which is then among what is kept; and how fast this machine is."""
+    checkpoint = open_float(source)
+    base = base_bytes(checkpoint.spec)
+    try:
+        plan = make_plan(checkpoint, recipe, calibration, options, base, max_memory)
+    except UnsupportedError as error:
+        plan = make_plan(checkpoint, recipe, calibration, None, base, max_memory)
+        plan = replace(plan, kept=(*plan.kept, Kept("packages", "not made", error.what)))
+    return plan, measure_speed()

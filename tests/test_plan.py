@@ -1,0 +1,241 @@
+"""`anequant plan` and --max-memory: what is planned against what then happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from measure_memory import NEAREST, Shape, compare, limited_run, write_random_model
+
+from anequant.architectures.spec import EMBEDDING, HEAD
+from anequant.calibration.sample import sample_windows
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint
+from anequant.checkpoints.source import BUNDLED_MODEL, Source
+from anequant.cli import main
+from anequant.errors import ResourceError, UnsupportedError
+from anequant.pipeline import kept
+from anequant.pipeline.footprint import samples_resident
+from anequant.pipeline.jobs import LOWER, QUANTIZE, RESIDENT, STREAMED
+from anequant.pipeline.lower import lower
+from anequant.pipeline.plan import Plan, lowering_plan, make_plan
+from anequant.pipeline.quantize import quantize
+from anequant.progress import Control
+from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.recipe_files import load_recipe
+
+GIGABYTE = 10**9
+CALIBRATION = Calibration("self", samples=4, length=32)
+LLAMA_8B = Shape("llama", 4096, 14336, 32, 8, 128256, 4)
+
+
+def planned(folder: Path, recipe: Recipe, **options: Any) -> Plan:
+    values: dict[str, Any] = {"calibration": CALIBRATION, "options": LowerOptions(context=128), "base": 0}
+    return make_plan(open_checkpoint(folder), recipe, **{**values, **options})
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.fixture
+def without_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Checkpoint, name: str, rows: slice | None = None) -> None:
+        raise AssertionError(f"'{name}' was read")
+
+    monkeypatch.setattr(Checkpoint, "read", refuse)
+
+
+@pytest.mark.usefixtures("without_reading")
+def test_a_plan_is_one_object_with_every_job_and_reads_no_weight() -> None:
+    result = invoke("plan", str(BUNDLED_MODEL), "--recipe", "w4-ane", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    names = [job["name"] for job in plan["jobs"]]
+    layers = open_checkpoint(BUNDLED_MODEL).spec.num_layers
+    assert names[: layers + 3] == [
+        *("sample", "embedding"),
+        *[f"layer {number + 1}" for number in range(layers)],
+        "head",
+    ]
+    assert names[layers + 3 :] == [
+        *("ranges", "embedding package", "chunk 1 of 1", "head package"),
+        *("checkpoint", "packages", "quality"),
+    ]
+    for job in plan["jobs"]:
+        assert job["peak"] >= plan["base_bytes"] > 0 and job["seconds"] > 0, job
+    assert plan["peak_bytes"] == max(job["peak"] for job in plan["jobs"])
+    assert plan["seconds"] == pytest.approx(sum(job["seconds"] for job in plan["jobs"]))
+
+
+def test_planned_bytes_are_those_that_are_written(tmp_path: Path, eight_bits: Recipe) -> None:
+    quantized, packages = tmp_path / "quantized", tmp_path / "packages"
+    quantize(Source(BUNDLED_MODEL, "tiny"), quantized, eight_bits)
+    lower(quantized, packages, LowerOptions(context=128))
+    plan = planned(BUNDLED_MODEL, eight_bits)
+    written = quantized / "model.safetensors"
+    header = 8 + int.from_bytes(written.read_bytes()[:8], "little")
+    assert plan.disk.checkpoint == written.stat().st_size - header
+    assert plan.disk.packages == pytest.approx(
+        sum(file.stat().st_size for file in packages.glob("*.mlpackage/Data/**/*") if file.is_file()),
+        rel=0.05,
+    )
+    read = sum(job.bytes_in for job in plan.jobs if job.step == QUANTIZE)
+    source = BUNDLED_MODEL / "model.safetensors"
+    table = math.prod(open_checkpoint(BUNDLED_MODEL).tensors[f"{EMBEDDING}.weight"].shape)
+    assert read == pytest.approx(source.stat().st_size + 2 * table, rel=0.01)  # tied: the embedding twice
+    lowering = lowering_plan(open_checkpoint(quantized), LowerOptions(context=128), 0, None)
+    assert [job for job in plan.jobs if job.step == LOWER] == list(lowering.jobs)
+
+
+@pytest.fixture
+def eight_bits() -> Recipe:
+    return load_recipe("w8-nearest", {"head_bits": 8, "embedding_bits": 8})
+
+
+def test_everything_in_float_has_a_row_with_its_reason(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "model", "qwen3", True, vocab_size=1024)
+    rows = {row.what: row for row in planned(folder, load_recipe("w4-nearest")).kept}
+    assert rows[EMBEDDING].reason == "embedding_bits is 16"
+    assert "tied" in rows[HEAD].reason
+    assert "RoPE" in rows["self_attn.q_norm, self_attn.k_norm"].reason
+    assert rows["KV cache"].form == "fp16 state"
+    assert any(what.startswith("biases of self_attn.q_proj") for what in rows)
+    more = {"activation_bits": 8, "activation_prefix": 4, "activation_overrides": "down_proj=16"}
+    rows = {row.what: row for row in planned(folder, load_recipe("w4-nearest", more), options=None).kept}
+    assert rows["the first 4 positions"].reason == "activation_prefix is 4"
+    assert rows["input of down_proj"].form == "float"
+    assert "activations" not in rows
+
+
+def test_a_model_that_cannot_be_lowered_is_planned_without_packages() -> None:
+    result = invoke("plan", str(BUNDLED_MODEL), "--recipe", "w4a4kv4", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert {job["step"] for job in plan["jobs"]} == {QUANTIZE}
+    assert [row["reason"] for row in plan["kept"] if row["what"] == "packages"]
+    with pytest.raises(UnsupportedError):
+        planned(BUNDLED_MODEL, load_recipe("w4a4kv4"))
+
+
+def test_a_plan_for_people_has_a_line_for_each_job() -> None:
+    result = invoke("plan", str(BUNDLED_MODEL), "--recipe", "w4-nearest")
+    lines = result.stdout.splitlines()
+    assert lines[0].split("\t") == ["step", "job", "in", "out", "peak memory", "time, about"]
+    assert sum(line.startswith("quantize\tlayer") for line in lines) == 4
+    assert any(line.startswith("peak memory") for line in lines)
+    assert "estimate" in result.stdout
+
+
+def test_the_least_memory_that_is_named_is_the_least(tmp_path: Path) -> None:
+    folder = _headers(tmp_path / "model", LLAMA_8B)
+    recipe = load_recipe("w4-nearest")
+    with pytest.raises(ResourceError, match=r"needs .* GB, and --max-memory allows 1\.00 GB") as error:
+        planned(folder, recipe, options=None, max_memory=GIGABYTE, base=GIGABYTE // 2)
+    found = re.search(r"--max-memory ([\d.]+)GB", error.value.remedy)
+    assert found is not None
+    least = int(float(found[1]) * GIGABYTE)
+    assert planned(folder, recipe, options=None, max_memory=least, base=GIGABYTE // 2).largest.peak <= least
+    with pytest.raises(ResourceError):
+        planned(folder, recipe, options=None, max_memory=least - GIGABYTE // 50, base=GIGABYTE // 2)
+
+
+def test_the_peak_of_a_llama_3_8b_stays_below_4_gb_and_does_not_grow_with_layers(tmp_path: Path) -> None:
+    peaks = [
+        planned(
+            _headers(tmp_path / f"{layers}", dataclasses.replace(LLAMA_8B, layers=layers)),
+            load_recipe("w4-nearest"),
+            options=None,
+            base=600_000_000,
+        ).largest.peak
+        for layers in (4, 12, 32)
+    ]
+    assert len(set(peaks)) == 1
+    assert peaks[0] < 4 * GIGABYTE
+
+
+def test_less_memory_samples_without_the_model_in_memory(tmp_path: Path) -> None:
+    folder = _headers(tmp_path / "model", dataclasses.replace(LLAMA_8B, layers=32))
+    recipe = load_recipe("w4-nearest", {"target_bits": 5.0})
+    plan = planned(folder, recipe, options=None)
+    assert plan.jobs[0].name == RESIDENT and plan.jobs[0].peak > 30 * GIGABYTE
+    plan = planned(folder, recipe, options=None, max_memory=16 * GIGABYTE)
+    assert plan.jobs[0].name == STREAMED and plan.jobs[0].peak < 4 * GIGABYTE
+    checkpoint = open_checkpoint(folder)
+    assert not samples_resident(checkpoint, CALIBRATION, 16 * GIGABYTE, 0)
+    assert samples_resident(checkpoint, CALIBRATION, None, 0)
+
+
+def test_max_memory_changes_no_byte_of_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, recipe = Source(BUNDLED_MODEL, "tiny"), load_recipe("w4-ane", {"descent": 0, "refinement": 0})
+    quantize(source, tmp_path / "free", recipe, CALIBRATION)
+    asked: list[bool] = []
+
+    def streamed(*arguments: Any, **options: Any) -> bool:
+        asked.append(samples_resident(*arguments, **options))
+        return False
+
+    monkeypatch.setattr(kept, "samples_resident", streamed)
+    control = Control(max_memory=64 * GIGABYTE)
+    quantize(source, tmp_path / "bounded", recipe, CALIBRATION, control=control)
+    assert asked == [True]
+    files = sorted(path.name for path in (tmp_path / "free").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "bounded").iterdir())
+    for name in files:
+        assert (tmp_path / "free" / name).read_bytes() == (tmp_path / "bounded" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_a_model_that_is_read_again_for_every_token_writes_the_same(
+    make_model: Callable[..., Path], tmp_path: Path, model_type: str
+) -> None:
+    checkpoint = open_checkpoint(make_model(tmp_path / "model", model_type, model_type != "llama"))
+    one, other = (
+        sample_windows(checkpoint, 1, count=3, length=8, seed=5, resident=resident)
+        for resident in (True, False)
+    )
+    assert one.tolist() == other.tolist()
+
+
+@pytest.mark.parametrize("command", ["quantize", "convert"])
+def test_too_little_memory_is_refused_before_anything_is_done(tmp_path: Path, command: str) -> None:
+    output = tmp_path / "output"
+    result = invoke(command, str(BUNDLED_MODEL), "-o", str(output), "--max-memory", "0.1GB")
+    assert result.exit_code == ResourceError.exit_code
+    assert "the least that works is --max-memory" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("size", "good"), [("4GB", True), ("512MiB", True), ("7e9", False), ("four", False)])
+def test_sizes(size: str, good: bool, tmp_path: Path) -> None:
+    result = invoke("plan", str(tmp_path / "gone"), "--max-memory", size)
+    assert result.exit_code == (3 if good else 2)
+    assert ("is no size" in result.stderr) != good
+
+
+def test_the_planned_peak_is_within_a_quarter_of_the_measured_one(tmp_path: Path) -> None:
+    ratio = compare("tiny-qwen2", BUNDLED_MODEL, tmp_path, "quantize", "--recipe", NEAREST)
+    assert 0.75 < ratio < 1.25
+
+
+def test_a_model_is_quantized_within_its_planned_peak(tmp_path: Path) -> None:
+    shape = Shape("llama", 1024, 4096, 16, 4, 16384, 3)
+    write_random_model(tmp_path / "model", shape)
+    peak, run = limited_run(tmp_path / "model", tmp_path / "output")
+    assert run.code == 0
+    _, refused = limited_run(tmp_path / "model", tmp_path / "output", data_limit=peak // 2)
+    assert refused.code not in (0, 2, 3, 4, 6)
+
+
+def _headers(folder: Path, shape: Shape) -> Path:
+    """A model of that shape whose weights are holes."""
+    write_random_model(folder, shape, holes=True)
+    return folder

@@ -1,0 +1,236 @@
+"""Peak memory as `anequant plan` predicts it and as a run then takes it, on models of several shapes.
+
+    python tools/measure_memory.py run [MODEL ...] [--work FOLDER]     predicted, measured, their ratio
+    python tools/measure_memory.py limited [--layers 4 12]             under RLIMIT_DATA at the planned peak
+
+Measured is ru_maxrss of the child that does the work. This process stays small, since a child starts with
+the peak of what it was forked from. RLIMIT_DATA counts private writable memory, used or not; RLIMIT_AS would
+also count mapped shards, libraries and thread stacks, none of which the machine has to hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+BUNDLED = Path(__file__).parent.parent / "anequant" / "bundled" / "tiny-qwen2"
+SHARED = Path(os.environ.get("ANEQUANT_SHARED", Path(__file__).parent.parent.parent / "shared"))
+SEED = 2026
+NEAREST, GPTQ = "w4-nearest", "w4-ane"
+RANDOM_CALIBRATION = ("--calib-samples", "24", "--calib-length", "512")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """model_type, hidden and intermediate size, heads, key-value heads, vocabulary, layers."""
+
+    model_type: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    layers: int
+
+
+SHAPES = {
+    "small": Shape("llama", 1024, 4096, 16, 4, 32768, 4),
+    "qwen2.5-0.5b": Shape("qwen2", 896, 4864, 14, 2, 151936, 2),
+    "llama-3-8b": Shape("llama", 4096, 14336, 32, 8, 128256, 2),
+}
+
+
+def write_random_model(folder: Path, shape: Shape, *, rows: int = 4096, holes: bool = False) -> None:
+    """A float16 checkpoint with an untied head, written some rows at a time; the same bytes every time. With
+    `holes` it is headers alone."""
+    import torch
+
+    from anequant.architectures import read_spec
+    from anequant.checkpoints.writer import CheckpointWriter, Entry, write_json
+
+    config = {
+        "model_type": shape.model_type,
+        "architectures": [f"{shape.model_type.capitalize()}ForCausalLM"],
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "num_hidden_layers": shape.layers,
+        "vocab_size": shape.vocab,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 8192,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    }
+    spec = read_spec(config, str(folder))
+    shapes = dict(spec.outer_tensors())
+    for layer in range(spec.num_layers):
+        shapes |= {f"model.layers.{layer}.{name}": size for name, size in spec.layer_tensors().items()}
+    generator = torch.Generator().manual_seed(SEED)
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", config)
+    if holes:
+        write_holes(folder / "model.safetensors", shapes)
+        return
+    entries = [Entry(name, torch.float16, size) for name, size in shapes.items()]
+    with CheckpointWriter(folder, entries) as writer:
+        for entry in entries:
+            for start in range(0, entry.shape[0], rows):
+                size = (min(rows, entry.shape[0] - start), *entry.shape[1:])
+                values = torch.randn(size, generator=generator) * 0.02
+                writer.write(entry.name, (values + ("norm" in entry.name)).half())
+
+
+def write_holes(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A safetensors file of float16 tensors that takes no room on disk."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        target.truncate(8 + len(text) + end)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished child: its exit code, its peak resident bytes and its seconds."""
+
+    code: int
+    peak: int
+    seconds: float
+
+
+def run_child(arguments: Sequence[str], data_limit: int | None = None) -> Run:
+    """`python arguments...` with nothing on stdout; `data_limit` is its RLIMIT_DATA in bytes."""
+    start = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if data_limit is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
+        os.execv(sys.executable, [sys.executable, *arguments])
+    _, status, usage = os.wait4(pid, 0)
+    return Run(os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024, time.monotonic() - start)
+
+
+def in_child(work: Callable[[], None]) -> None:
+    """Do it without making this process large."""
+    pid = os.fork()
+    if pid == 0:
+        work()
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, "the child failed"
+
+
+def cli(*arguments: str) -> list[str]:
+    return ["-c", "from anequant.cli import main; main()", *arguments]
+
+
+def planned(model: Path, *options: str) -> dict[str, Any]:
+    """What `anequant plan --json` says, by a process of its own."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(write, 1)
+        os.execv(sys.executable, [sys.executable, *cli("plan", str(model), "--json", *options)])
+    os.close(write)
+    with os.fdopen(read) as output:
+        text = output.read()
+    os.waitpid(pid, 0)
+    plan: dict[str, Any] = json.loads(text.splitlines()[-1])
+    return plan
+
+
+def compare(name: str, model: Path, work: Path, command: str, *options: str) -> float:
+    """Run `command` on a model and print its planned peak, its measured one and their ratio."""
+    plan = planned(model, *options)
+    predicted = plan["peak_bytes"] if command == "convert" else plan["peak_bytes_by_step"][command]
+    output = work / "output"
+    run = run_child(cli(command, str(model), "-o", str(output), "--quiet", *options))
+    shutil.rmtree(output, ignore_errors=True)
+    ratio: float = predicted / run.peak
+    label = f"{name} {command} {' '.join(options)}"
+    print(f"{label:<90} {predicted / 1e6:7.0f} MB {run.peak / 1e6:7.0f} MB {ratio:5.2f}", flush=True)
+    assert run.code == 0, f"{label} ended with {run.code}"
+    return ratio
+
+
+def compare_all(work: Path, names: Sequence[str]) -> None:
+    """The figures of the README: the models that are asked for, or all."""
+    known: dict[str, tuple[tuple[str, ...], ...]] = {
+        "tiny-qwen2": (("quantize", NEAREST), ("quantize", GPTQ), ("convert", GPTQ)),
+        "qwen2-29m": (("quantize", NEAREST), ("quantize", GPTQ), ("convert", NEAREST)),
+        "small": (("quantize", NEAREST), ("convert", NEAREST)),
+        "qwen2.5-0.5b": (("quantize", NEAREST), ("quantize", GPTQ), ("convert", NEAREST)),
+        "llama-3-8b": (("quantize", NEAREST),),
+    }
+    print(f"{'model and job':<90} {'planned':>10} {'measured':>10} ratio")
+    for name in names or known:
+        model = {"tiny-qwen2": BUNDLED, "qwen2-29m": SHARED / "models" / name}.get(name, work / name)
+        if not model.is_dir():
+            in_child(partial(write_random_model, model, SHAPES[name]))
+        for command, recipe in known[name]:
+            options = ("--recipe", recipe, *(RANDOM_CALIBRATION if recipe == GPTQ else ()))
+            compare(name, model, work, command, *options)
+
+
+def limited_run(model: Path, output: Path, data_limit: int | None = None) -> tuple[int, Run]:
+    """Quantize with RLIMIT_DATA, by default the planned peak; that, and how it went."""
+    peak: int = data_limit or planned(model, "--recipe", NEAREST)["peak_bytes_by_step"]["quantize"]
+    arguments = ("quantize", str(model), "-o", str(output), "--quiet", "--recipe", NEAREST)
+    run = run_child(cli(*arguments), peak)
+    shutil.rmtree(output, ignore_errors=True)
+    return peak, run
+
+
+def limited(work: Path, layers: Sequence[int]) -> None:
+    """A Llama-3-8B of so many layers, quantized with RLIMIT_DATA at its planned peak."""
+    for count in layers:
+        model = work / f"llama-3-8b-{count}"
+        if not model.is_dir():
+            shape = replace(SHAPES["llama-3-8b"], layers=count)
+            in_child(partial(write_random_model, model, shape))
+        peak, run = limited_run(model, work / "output")
+        shutil.rmtree(model)
+        print(
+            f"{count} layers: RLIMIT_DATA {peak / 1e9:.2f} GB, peak {run.peak / 1e9:.2f} GB, "
+            f"exit {run.code}, {run.seconds:.0f} s",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=("run", "limited"))
+    parser.add_argument("models", nargs="*", metavar="MODEL")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 12])
+    parser.add_argument("--work", type=Path, help="where random models go, 25 GB for 12 layers")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="anequant-memory-") as scratch:
+        work = arguments.work or Path(scratch)
+        if arguments.what == "run":
+            compare_all(work, arguments.models)
+        else:
+            limited(work, arguments.layers)
+
+
+if __name__ == "__main__":
+    main()
