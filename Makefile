@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint fuzz clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -18,10 +18,20 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+.venv/fuzz: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	touch $@
+
+# Seconds for all readers together; what escapes one is kept in fuzz-crashes/.
+FUZZ_SECONDS ?= 600
+
+fuzz: .venv/fuzz
+	$(BIN)/python tools/fuzz.py --seconds $(FUZZ_SECONDS)
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv demo-output fuzz-crashes

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from anequant.errors import UsageError
+from anequant.errors import UsageError, shown
 
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 WIDTHS = (2, 3, 4, 6, 8)
@@ -153,8 +153,7 @@ class Recipe:
 class Calibration:
     """Which tokens a calibrated recipe sees: `samples` windows of `length` tokens.
 
-    `source` is self (sampled from the model), wikitext2, a text file or a JSON file of token ids.
-    """
+    `source` is self (sampled from the model), wikitext2, a text file or a JSON file of token ids."""
 
     source: str = "self"
     samples: int = 48
@@ -186,11 +185,11 @@ def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
     default: Any = item.default
     if type(value) is not type(default):
         wanted = TYPE_NAMES[type(default)]
-        raise UsageError(f"recipe key '{item.name}' must be {wanted}, not {value!r}")
+        raise UsageError(f"recipe key '{item.name}' must be {wanted}, not {shown(value)}")
     choices, most = item.metadata["choices"], item.metadata["most"]
     if choices is not None and value not in choices:
         raise UsageError(
-            f"recipe key '{item.name}' cannot be {value!r}",
+            f"recipe key '{item.name}' cannot be {shown(value)}",
             remedy="choose from " + ", ".join(str(choice) for choice in choices),
         )
     if most is not None and not 0 <= value <= most:
@@ -207,7 +206,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "recipe key 'restarts' is 0", "use 1 or more"
     if recipe.target_bits and not all(width in WIDTHS for width in recipe.widths):
         yield (
-            f"recipe key 'mixed_bits' is {recipe.mixed_bits!r}",
+            f"recipe key 'mixed_bits' is {shown(recipe.mixed_bits)}",
             f"list two or more of {', '.join(map(str, WIDTHS))}, separated by commas",
         )
     if recipe.fold_input_scales and recipe.scales != "balanced":
@@ -233,7 +232,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     for name, bits in recipe.activation_exceptions.items():
         if bits not in (16, 8, 4):
-            yield f"activation_overrides gives '{name}' {bits} bits", "use 16, 8 or 4, as in down_proj=16"
+            yield f"activation_overrides gives {shown(name)} {bits} bits", "use 16, 8 or 4"
     if recipe.tune and (recipe.bits == 16 or recipe.static_activations):
         yield (
             "tune moves scales of quantized weights, and static activations depend on them",

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from anequant.errors import UsageError, did_you_mean
+from anequant.errors import UsageError, did_you_mean, shown
 from anequant.recipe import Recipe
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from anequant.strict import parse_json, parse_toml, parse_yaml, read_plain
 
 DEFAULT_RECIPE = "w4-ane"
 RECIPE_SUFFIXES = (".toml", ".json", ".yaml", ".yml")
+LARGEST_RECIPE = 100_000
 ROTATION_KEYS = ("r1", "r1_block", "r2", "r3", "r4", "r4_block", "seed", "restarts", "learn")
 """The recipe's keys that say how a float model is rotated, before anything is rounded."""
 
@@ -31,8 +25,14 @@ def load_recipe(name_or_path: str | None = None, overrides: Mapping[str, Any] | 
     Raises UsageError for an unknown recipe, an unreadable file, an unknown key (with a suggestion),
     a wrong type or a value outside the choices.
     """
-    values = _read_recipe_file(_find_recipe(name_or_path or DEFAULT_RECIPE))
-    return recipe_from_dict({**values, **(overrides or {})})
+    path = _find_recipe(name_or_path or DEFAULT_RECIPE)
+    values = _read_recipe_file(path)
+    try:
+        return recipe_from_dict({**values, **(overrides or {})})
+    except UsageError as error:
+        raise UsageError(
+            error.what, where=f"recipe '{path}'" if _to_blame(values) else "", remedy=error.remedy
+        ) from error
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
@@ -40,7 +40,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     known = [item.name for item in dataclasses.fields(Recipe)]
     for key in values:
         if key not in known:
-            raise UsageError(f"unknown recipe key '{key}'", remedy=did_you_mean(str(key), known))
+            raise UsageError(f"unknown recipe key {shown(str(key))}", remedy=did_you_mean(str(key), known))
     return Recipe(**values)
 
 
@@ -56,29 +56,32 @@ def _configs_folder() -> Path:
 
 def _find_recipe(name_or_path: str) -> Path:
     path = Path(name_or_path)
-    if path.suffix in RECIPE_SUFFIXES or path.is_file():
-        if not path.is_file():
+    there = os.path.isfile(path)
+    if path.suffix in RECIPE_SUFFIXES or there:
+        if not there:
             raise UsageError(f"recipe file '{name_or_path}' does not exist")
         return path
     recipes = named_recipes()
     if name_or_path not in recipes:
-        raise UsageError(f"unknown recipe '{name_or_path}'", remedy=did_you_mean(name_or_path, recipes))
+        raise UsageError(f"unknown recipe {shown(name_or_path)}", remedy=did_you_mean(name_or_path, recipes))
     return recipes[name_or_path]
 
 
-def _read_recipe_file(path: Path) -> dict[str, Any]:
+def _to_blame(values: Mapping[str, Any]) -> bool:
+    """Whether a recipe file's values are no recipe by themselves."""
     try:
-        text = path.read_text(encoding="utf-8")
-        values: Any
-        if path.suffix == ".json":
-            values = json.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            values = yaml.safe_load(text)
-        else:
-            values = tomllib.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"recipe file '{path}' cannot be read: {reason}") from error
+        recipe_from_dict(values)
+    except UsageError:
+        return True
+    return False
+
+
+def _read_recipe_file(path: Path) -> dict[str, Any]:
+    parse = {".json": parse_json, ".yaml": parse_yaml, ".yml": parse_yaml}.get(path.suffix, parse_toml)
+    try:
+        values = parse(read_plain(path, LARGEST_RECIPE))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"recipe file '{path}' cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"recipe file '{path}' holds no table of keys and values")
     return values

@@ -9,8 +9,9 @@ from anequant.architectures.llama import LLAMA
 from anequant.architectures.mistral import MISTRAL
 from anequant.architectures.qwen2 import QWEN2
 from anequant.architectures.qwen3 import QWEN3
+from anequant.architectures.settings import check_settings
 from anequant.architectures.spec import ModelSpec, build_spec
-from anequant.errors import UnsupportedError
+from anequant.errors import UnsupportedError, shown
 
 ARCHITECTURES = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
@@ -18,14 +19,15 @@ ARCHITECTURES = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QW
 def read_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     """The ModelSpec of a parsed config.json; `where` names the file in errors.
 
-    Raises UnsupportedError for an unknown model_type (listing the known ones), and what `build_spec`
-    raises.
+    Raises UnsupportedError for an unknown model_type (listing the known ones), and what
+    `check_settings` and `build_spec` raise.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UnsupportedError(
-            f"unknown architecture: model_type {model_type!r}",
+            f"unknown architecture: model_type {shown(model_type)}",
             where=where,
             remedy=f"known: {', '.join(ARCHITECTURES)}",
         )
+    check_settings(config, where)
     return build_spec(ARCHITECTURES[model_type], config, where)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from anequant.errors import InputError, UnsupportedError
+from anequant.errors import InputError, UnsupportedError, shown
 
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
@@ -186,13 +186,15 @@ def build_spec(architecture: Architecture, config: Mapping[str, Any], where: str
         value = config.get(key)
         value = default if value is None else value
         if type(value) is not int or not 0 < value < 2**31:
-            raise InputError(f"config key '{key}' is {value!r}, not a positive whole number", where=where)
+            raise InputError(
+                f"config key '{key}' is {shown(value)}, not a positive whole number", where=where
+            )
         return value
 
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise UnsupportedError(
-            f"config key 'hidden_act' is {activation!r}, only 'silu' is known", where=where
+            f"config key 'hidden_act' is {shown(activation)}, only 'silu' is known", where=where
         )
     hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
     key_value_heads = number("num_key_value_heads", num_heads)
@@ -210,10 +212,12 @@ def build_spec(architecture: Architecture, config: Mapping[str, Any], where: str
         raise InputError(f"head_dim {head_dim} is odd, RoPE needs pairs", where=where)
     eps = config.get("rms_norm_eps", 1e-6)
     if not isinstance(eps, float) or not 0 <= eps < 1:
-        raise InputError(f"config key 'rms_norm_eps' is {eps!r}, not a small positive number", where=where)
+        raise InputError(
+            f"config key 'rms_norm_eps' is {shown(eps)}, not a small positive number", where=where
+        )
     tied = config.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
-        raise InputError(f"config key 'tie_word_embeddings' is {tied!r}, not true or false", where=where)
+        raise InputError(f"config key 'tie_word_embeddings' is {shown(tied)}, not true or false", where=where)
     return ModelSpec(
         architecture=architecture,
         config=config,

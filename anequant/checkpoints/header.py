@@ -7,7 +7,6 @@ bytes lie behind the header; the tensors must fill the rest of the file without 
 
 from __future__ import annotations
 
-import json
 import math
 import stat
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.errors import InputError
+from anequant.errors import InputError, shown
+from anequant.strict import parse_json
 
 LARGEST_HEADER = 16_000_000
 MOST_TENSORS = 100_000
@@ -50,9 +50,12 @@ IMPOSTORS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
+    """A tensor in a shard; its bytes begin at byte `start` of the file."""
+
     shard: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
 
 def read_header(shard: Path) -> dict[str, TensorInfo]:
@@ -66,15 +69,14 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"'{shard.name}' is not a regular file", where=where)
         header, start = _parse(shard, status.st_size)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"'{shard.name}' cannot be read: {error}", where=where) from error
     if not isinstance(header, dict):
         raise InputError(f"the header of '{shard.name}' holds no object", where=where)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"'{shard.name}' has metadata that are not words", where=where)
-    if len(header) > MOST_TENSORS:
-        raise InputError(f"'{shard.name}' announces {len(header)} tensors", where=where)
+    _require_few(len(header), shard)
     spans = []
     for name, entry in header.items():
         problem = _problem(name, entry)
@@ -83,18 +85,10 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
         spans.append((*entry["data_offsets"], name))
     for problem in _gaps(sorted(spans), status.st_size - start):
         raise InputError(f"'{shard.name}' {problem}", where=where, remedy="download it again")
-    return {name: TensorInfo(shard, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-
-
-def parse_json(text: str | bytes) -> Any:
-    """JSON without NaN, without infinities and without a key twice; raises ValueError."""
-    return json.loads(text, object_pairs_hook=_once, parse_constant=_not_finite)
-
-
-def shown(name: str) -> str:
-    """A name in quotes for a message: short, and without characters that a terminal would obey."""
-    text = name if len(name) <= 80 else f"{name[:60]}... ({len(name)} characters)"
-    return f"'{text}'" if text.isprintable() else ascii(text)
+    return {
+        name: TensorInfo(shard, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def _parse(shard: Path, size: int) -> tuple[Any, int]:
@@ -102,7 +96,7 @@ def _parse(shard: Path, size: int) -> tuple[Any, int]:
     with shard.open("rb") as file:
         beginning = file.read(32)
         for magic, what in IMPOSTORS.items():
-            if beginning.startswith(magic):
+            if beginning.startswith(magic) and beginning[8:9] != b"{":
                 raise InputError(
                     f"'{shard.name}' is {what}", where=str(shard), remedy="download the file itself"
                 )
@@ -114,7 +108,14 @@ def _parse(shard: Path, size: int) -> tuple[Any, int]:
                 remedy="download it again",
             )
         file.seek(8)
-        return parse_json(file.read(length)), 8 + length
+        text = file.read(length)
+        _require_few(text.count(b'"data_offsets"'), shard)
+        return parse_json(text), 8 + length
+
+
+def _require_few(count: int, shard: Path) -> None:
+    if count > MOST_TENSORS:
+        raise InputError(f"'{shard.name}' announces {count} tensors", where=str(shard))
 
 
 def _problem(name: str, entry: Any) -> str | None:
@@ -148,16 +149,3 @@ def _gaps(spans: list[tuple[int, int, str]], size: int) -> Iterator[str]:
         end = stop
     if end != size:
         yield f"is {'truncated' if size < end else 'longer than it says'}: {size} bytes of tensors, not {end}"
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise ValueError(f"key {shown(key)} appears twice")
-        values[key] = value
-    return values
-
-
-def _not_finite(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")

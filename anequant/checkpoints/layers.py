@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from anequant.checkpoints.layout import projection_names
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import InputError
-from anequant.quantization.linear import QuantizedLinear
+from anequant.quantization.linear import FloatTable, QuantizedLinear
 from anequant.recipe import WIDTHS
 
 
@@ -47,11 +48,12 @@ def load_layer(checkpoint: Checkpoint, layer: int) -> QuantizedLayer:
     return QuantizedLayer(layer, linears, {name: checkpoint.read(f"{prefix}{name}.weight") for name in norms})
 
 
-def load_table(checkpoint: Checkpoint, name: str) -> QuantizedLinear | Tensor:
-    """The embedding or the head: quantized where it has a codebook, else float16 [vocab, hidden]."""
+def load_table(checkpoint: Checkpoint, name: str) -> QuantizedLinear | FloatTable:
+    """The embedding or the head: quantized where it has a codebook, else float16, yet to be read."""
     if f"{name}.codebook" in checkpoint.tensors:
         return load(name, checkpoint.read, checkpoint.tensors)
-    return checkpoint.read(f"{name}.weight").half()
+    rows, columns = checkpoint.tensors[f"{name}.weight"].shape
+    return FloatTable(range(rows), columns, partial(checkpoint.read, f"{name}.weight"))
 
 
 def projection_bits(checkpoint: Checkpoint) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.config import plain_config
-from anequant.errors import InputError, UsageError
+from anequant.errors import InputError, UsageError, shown
 from anequant.quantization.online import NOTHING, Online, plan_online
 from anequant.recipe import Recipe
 from anequant.recipe_files import recipe_from_dict
@@ -73,7 +73,7 @@ def read_online(config: Mapping[str, Any], spec: ModelSpec, where: str) -> Onlin
     method = values.get("quant_method", "unknown") if isinstance(values, dict) else "unknown"
     if method != METHOD:
         raise InputError(
-            f"'{Path(where).parent}' is already quantized (quantization_config: {method})",
+            f"'{Path(where).parent}' is already quantized (quantization_config: {shown(method)})",
             where=where,
             remedy="start from the original float checkpoint",
         )

@@ -49,7 +49,7 @@ def store(name: str, quantized: QuantizedLinear, *, bias: bool) -> dict[str, Ten
         f"{name}.input_scales": quantized.input_scale[None, :],
         f"{name}.output_scales": quantized.output_scale.reshape(len(quantized.codes), -1),
         f"{name}.codebook": quantized.codebook,
-        f"{name}.weight": quantized.dequantize().half(),
+        f"{name}.weight": quantized.dequantize(torch.float16),
     }
     if bias:
         value = torch.zeros(len(quantized.codes)) if quantized.bias is None else quantized.bias

@@ -6,6 +6,7 @@ name, since a hub cache holds symlinks that point elsewhere).
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from itertools import chain
@@ -13,7 +14,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anequant.architectures import read_spec
@@ -25,12 +25,24 @@ from anequant.architectures.spec import (
     ModelSpec,
     layer_prefix,
 )
-from anequant.checkpoints.header import TensorInfo, parse_json, read_header, shown
+from anequant.checkpoints.header import TensorInfo, read_header
 from anequant.checkpoints.online import INDEX_SUFFIX, SUFFIX, read_online, weights_stem
-from anequant.errors import InputError
+from anequant.errors import InputError, shown
 from anequant.quantization.online import NOTHING, Online
+from anequant.strict import parse_json, read_plain
 
 FLOATS = ("F16", "BF16", "F32", "F64")
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 LARGEST_JSON = 16_000_000
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 
@@ -59,12 +71,8 @@ class Checkpoint:
         """One tensor, or some of its rows, as stored. Raises InputError naming file and tensor."""
         info = self.tensors[name]
         try:
-            with safe_open(info.shard, framework="pt") as file:
-                if rows is None:
-                    tensor: Tensor = file.get_tensor(name)
-                else:
-                    tensor = file.get_slice(name)[rows]
-        except (SafetensorError, OSError) as error:
+            tensor = _bytes_of(info, rows)
+        except (OSError, ValueError) as error:
             raise InputError(f"'{name}' cannot be read: {error}", where=str(info.shard)) from error
         if not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
             count = int((~torch.isfinite(tensor)).sum())
@@ -116,24 +124,50 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
+def _bytes_of(info: TensorInfo, rows: slice | None) -> Tensor:
+    """A tensor, or some consecutive rows, in memory of its own: a mapped shard stays as long as any of its
+    tensors. Raises OSError, and ValueError for a dtype that is not in torch or a file that ends too early."""
+    if info.dtype not in DTYPES:
+        raise ValueError(f"{info.dtype} is no dtype to compute with")
+    shape, start = info.shape, info.start
+    if rows is not None:
+        first, stop, _ = rows.indices(shape[0])
+        shape = (max(stop - first, 0), *shape[1:])
+        start += first * math.prod(shape[1:]) * DTYPES[info.dtype].itemsize
+    tensor = torch.empty(shape, dtype=DTYPES[info.dtype])
+    into = tensor.view(-1).view(torch.uint8).numpy()
+    with info.shard.open("rb", buffering=0) as file:
+        file.seek(start)
+        done = 0
+        while done < into.nbytes:
+            count = file.readinto(into[done:].data)
+            if not count:
+                raise ValueError("the file ends too early")
+            done += count
+    return tensor
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"model folder '{folder}' does not exist")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise InputError("config.json holds no object", where=str(folder / "config.json"))
-    return config
+    return read_object(folder / "config.json")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """As `read_json`; raises InputError too for JSON that is not an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"'{path.name}' holds no object", where=str(path.parent))
+    return value
 
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file; raises InputError naming it, also for keys that appear twice and NaN."""
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise InputError(f"'{path.name}' has more than {LARGEST_JSON} bytes", where=str(path.parent))
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(read_plain(path, LARGEST_JSON))
     except FileNotFoundError as error:
         raise InputError(f"'{path.name}' is missing", where=str(path.parent)) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"'{path.name}' cannot be read: {error}", where=str(path.parent)) from error
 
 

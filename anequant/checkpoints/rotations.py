@@ -6,6 +6,7 @@ activation row x of the float model is x @ r1 in the rotated one, and a value he
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anequant.checkpoints.header import TensorInfo, read_header, shown
-from anequant.errors import InputError, UsageError
+from anequant.checkpoints.header import TensorInfo, read_header
+from anequant.errors import InputError, UsageError, shown
 
 ROTATIONS = "rotations.safetensors"
 METADATA = {
@@ -41,7 +42,7 @@ def read_rotations(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     file, lacks a matrix, or holds one of another size or dtype, or one that is not orthogonal to 1e-6. A
     matrix in float32, orthogonal only to its last digit, is replaced by the nearest orthogonal one.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"rotations file '{path}' does not exist")
     header, where = read_header(path), str(path)
     for name, size in sizes.items():

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from anequant.errors import InputError
+from anequant.checkpoints.license import CARD, LICENSE_FILES
+from anequant.errors import InputError, shown
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -20,7 +21,10 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-DOWNLOADED = ("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
+DOWNLOADED = (
+    *("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES),
+    *(CARD, *LICENSE_FILES),
+)
 BUNDLED_MODEL = Path(__file__).parent.parent / "bundled" / "tiny-qwen2"
 SAMPLE_TEXT = Path(__file__).parent.parent / "bundled" / "sample.txt"
 
@@ -33,11 +37,13 @@ def has_tokenizer(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder on this machine; `revision` is the hub commit it was downloaded from, or None."""
+    """A model folder on this machine; `revision` is the hub commit it was downloaded from, `repo` the hub's
+    name of it, or None."""
 
     folder: Path
     name: str
     revision: str | None = None
+    repo: str | None = None
 
 
 def resolve_source(model: str | None) -> Source:
@@ -47,17 +53,26 @@ def resolve_source(model: str | None) -> Source:
     """
     if model is None:
         return Source(BUNDLED_MODEL, BUNDLED_MODEL.name)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return Source(folder, folder.resolve().name)
-    if folder.exists():
+    try:
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            return Source(folder, folder.resolve().name)
+        there = folder.exists()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"model {shown(model)} cannot be opened: {error}") from error
+    if there:
         raise InputError(f"'{model}' is a file, not a model folder", remedy="name the folder it is in")
+    return _download(*hub_id(model))
+
+
+def hub_id(model: str) -> tuple[str, str | None]:
+    """The repository and the revision, if one is named; raises InputError for what is no hub id."""
     match = _HUB_ID.fullmatch(model)
     if match is None or model.startswith("."):
         raise InputError(
             f"model folder '{model}' does not exist", remedy="name a folder, or a hub id such as org/name"
         )
-    return _download(match["repo"], match["revision"])
+    return match["repo"], match["revision"]
 
 
 def _download(repo: str, revision: str | None) -> Source:
@@ -73,4 +88,4 @@ def _download(repo: str, revision: str | None) -> Source:
             f"'{repo}' is no folder here and could not be had from the hub: {reason}",
             remedy="check the name, the revision and the network, or download it and name the folder",
         ) from error
-    return Source(Path(folder), repo.split("/")[1], Path(folder).name)
+    return Source(Path(folder), repo.split("/")[1], Path(folder).name, repo)

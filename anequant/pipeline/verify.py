@@ -12,18 +12,28 @@ from torch import Tensor
 
 from anequant.calibration.forward import logits
 from anequant.checkpoints.layers import open_quantized
-from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, read_manifest
-from anequant.checkpoints.output import file_hashes
-from anequant.checkpoints.quantized import load
+from anequant.checkpoints.manifest import CHECKPOINT, ROTATED
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.coreml.interpreter import Package
+from anequant.coreml.meta import read_meta
+from anequant.coreml.storage import damage
 from anequant.errors import UsageError, VerificationError
 from anequant.pipeline.folders import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.pipeline.lower import checkpoint_hashes
 from anequant.pipeline.probe import probe_tokens
 from anequant.pipeline.verify_constants import verify_constants
-from anequant.progress import Progress, silent
-from anequant.runtime.coreml_backend import PackageModel
+from anequant.pipeline.verify_files import (
+    CONVERSION,
+    PACKAGES,
+    failing,
+    recipe_of,
+    verify_files,
+    written_manifest,
+)
+from anequant.pipeline.verify_packages import verify_package_folder
+from anequant.pipeline.verify_tensors import verify_layout, verify_numbers, verify_static_scales
+from anequant.progress import Progress, part_of, silent
+from anequant.runtime.coreml_backend import package_by_package
 
 PREFILL_TOKENS = 64
 DECODE_TOKENS = 64
@@ -70,35 +80,20 @@ class PackageCheck:
         return asdict(self)
 
 
-def verify_files(folder: Path) -> dict[str, Any]:
-    """Compare every file with the hash in the folder's anequant.json; returns that manifest.
-
-    Raises VerificationError naming the first file that is missing, changed or extra.
-    """
-    recorded = read_manifest(folder)
-    expected = dict(recorded.get("files", {}))
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    for name in sorted(set(expected) - present):
-        raise VerificationError(f"file '{name}' is missing", where=str(folder))
-    for name in sorted(present - set(expected) - {MANIFEST}):
-        raise VerificationError(f"file '{name}' is not one that anequant wrote", where=str(folder))
-    for name, digest in file_hashes(folder, sorted(expected)).items():
-        if digest != expected[name]:
-            raise VerificationError(f"file '{name}' has changed since it was written", where=str(folder))
-    return recorded
-
-
 def verify_checkpoint(folder: Path, *, progress: Progress = silent) -> CheckpointCheck:
-    """Check hashes, and that each stored weight is exactly output_scale * codebook[codes] * input_scale."""
+    """Check hashes, then every tensor: its place, dtype, shape and range, and that each stored weight is
+    exactly output_scale * codebook[codes] * input_scale."""
     progress("hashes", 0.0)
-    verify_files(folder)
-    checkpoint = open_checkpoint(folder)
-    names = [name.removesuffix(".codebook") for name in checkpoint.tensors if name.endswith(".codebook")]
-    for number, name in enumerate(names):
-        progress(name, number / len(names))
-        quantized = load(name, checkpoint.read, checkpoint.tensors)
-        if not torch.equal(checkpoint.read(f"{name}.weight"), quantized.dequantize().half()):
-            raise VerificationError(f"the weight of '{name}' is not what its codes say", where=str(folder))
+    recorded = verify_files(folder, CHECKPOINT, ROTATED)
+    with failing(folder):
+        checkpoint = open_checkpoint(folder)
+        rotated = recorded["kind"] == ROTATED
+        verify_layout(checkpoint, recipe_of(recorded), torch.float32 if rotated else torch.float16)
+        verify_static_scales(checkpoint)
+        names = [name.removesuffix(".codebook") for name in checkpoint.tensors if name.endswith(".codebook")]
+        for number, name in enumerate(names):
+            progress(name, number / len(names))
+            verify_numbers(checkpoint, name)
     return CheckpointCheck(len(names))
 
 
@@ -109,16 +104,17 @@ def verify_folder(
 
     Raises InputError for a folder that is none of these, VerificationError when a check fails.
     """
-    kind = read_manifest(folder).get("kind")
+    kind = written_manifest(folder)["kind"]
     if kind in (CHECKPOINT, ROTATED):
         return verify_checkpoint(folder, progress=progress), None
-    if kind == "packages":
+    if kind == PACKAGES:
         if checkpoint is None:
+            verify_package_folder(folder)
             raise UsageError(
                 f"'{folder}' holds packages only", remedy="name what they were made from with --checkpoint"
             )
         return None, verify_packages(folder, checkpoint, progress=progress)
-    verify_files(folder)
+    verify_files(folder, CONVERSION)
     written = folder / CHECKPOINT_FOLDER
     return (
         verify_checkpoint(written, progress=progress),
@@ -134,47 +130,39 @@ def verify_packages(folder: Path, checkpoint_folder: Path, *, progress: Progress
     the checkpoint says, or the logits are apart.
     """
     progress("hashes", 0.0)
-    recorded = verify_files(folder)
+    recorded = verify_package_folder(folder)
     checkpoint = open_quantized(checkpoint_folder)
     if recorded.get("checkpoint") != checkpoint_hashes(checkpoint):
         raise VerificationError(f"the packages were not made from '{checkpoint_folder}'", where=str(folder))
-    weights = verify_constants(folder, checkpoint, progress)
-    return _run_both(folder, checkpoint, weights, progress)
+    with failing(folder), damage(str(folder)):
+        weights = verify_constants(folder, checkpoint, progress)
+        return _run_both(folder, checkpoint, weights, progress)
 
 
 def _run_both(folder: Path, checkpoint: Checkpoint, weights: int, progress: Progress) -> PackageCheck:
     """Feed whole blocks as a prompt, then one token after the other; compare from the prompt's end on."""
     online = checkpoint.online
-    model = PackageModel(folder, partial(Package.open, rounding=False))
-    context, batch = model.packages.context, model.packages.batch
+    packages = read_meta(folder)
+    context, batch = packages.context, packages.batch
     prefill = max(min(PREFILL_TOKENS, context // 2) // batch, 1) * batch
     decode = min(DECODE_TOKENS, context - prefill)
     tokens = probe_tokens(checkpoint, prefill + decode)
     progress("checkpoint in transformers", 0.5)
+    running = part_of(progress, "run", 0.6, 1.0)
     plain = next(logits(replace(checkpoint, online=online.rotations), tokens[None]))[prefill - 1 :]
     result = compare_logits(
         weights,
         prefill,
-        _package_logits(model, tokens, prefill, progress),
+        package_by_package(folder, tokens, prefill, running, partial(Package.open, rounding=False)),
         plain,
         str(folder),
-        partial=model.packages.argmax,
+        partial=packages.argmax,
     )
     if not online.activations:
         return result
     expected = next(logits(checkpoint, tokens[None]))[prefill - 1 :]
-    ours = _package_logits(PackageModel(folder), tokens, prefill, progress)
+    ours = package_by_package(folder, tokens, prefill, running)
     return replace(result, rounding=compare_rounding(ours, expected, plain, str(folder)))
-
-
-def _package_logits(model: PackageModel, tokens: Tensor, prefill: int, progress: Progress) -> Tensor:
-    """Logits [1 + later tokens, vocab] from the prompt's end on."""
-    ours = [model.feed(tokens[:prefill].tolist())]
-    decode = len(tokens) - prefill
-    for step in range(decode):
-        progress(f"decode {step + 1} of {decode}", 0.6 + 0.4 * step / decode)
-        ours.append(model.feed([int(tokens[prefill + step])]))
-    return torch.stack(ours)
 
 
 def compare_rounding(ours: Tensor, expected: Tensor, plain: Tensor, where: str) -> float:

@@ -69,8 +69,9 @@ def moved(by: int) -> Damage:
     return header_of(change)
 
 
-def many(header: dict[str, Any]) -> None:
-    header |= {f"t{k}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for k in range(100_001)}
+def many(header: bytes) -> bytes:
+    entry = b'"t%d": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}'
+    return header[:-1] + b", " + b", ".join(entry % number for number in range(100_001)) + b"}"
 
 
 def cut(shard: Path) -> None:
@@ -121,7 +122,7 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "nan": (text(lambda header: header.replace(b"[0, ", b"[NaN, ", 1)), ("NaN is not JSON",)),
     "metadata of numbers": (header_of(lambda header: header.update(__metadata__={"a": 1})), ("metadata",)),
     "metadata a list": (header_of(lambda header: header.update(__metadata__=[])), ("metadata",)),
-    "too many tensors": (header_of(many), ("announces 1000",)),
+    "too many tensors": (text(many), ("announces 1000",)),
     "no dtype": (header_of(lambda header: header[NAME].pop("dtype")), (NAME, "must have a dtype")),
     "no shape": (header_of(lambda header: header[NAME].pop("shape")), (NAME, "must have a dtype, a shape")),
     "no offsets": (header_of(lambda header: header[NAME].pop("data_offsets")), (NAME, "data_offsets")),

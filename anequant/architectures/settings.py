@@ -1,0 +1,53 @@
+"""Settings of config.json that change what a layer computes: known to the tables, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anequant.errors import InputError, UnsupportedError, shown
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+"""Those of transformers. A length that RoPE changes with is refused where it matters."""
+
+OTHERS = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "query_pre_attn_scalar",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_scaling",
+    "num_experts",
+    "num_local_experts",
+)
+"""What other architectures compute; in a config of these transformers would silently leave it out."""
+
+
+def check_settings(config: Mapping[str, Any], where: str) -> None:
+    """Raises UnsupportedError for a setting or a type of RoPE that no table has, InputError for RoPE settings
+    that are no table."""
+    for key in OTHERS:
+        if config.get(key):
+            raise UnsupportedError(
+                f"config key '{key}' is {shown(config[key])}, which no known architecture has", where=where
+            )
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key) or {}
+        if not isinstance(rope, dict):
+            raise InputError(f"config key '{key}' is {shown(rope)}, not a table", where=where)
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ROPE_TYPES:
+            raise UnsupportedError(
+                f"config key '{key}' asks for RoPE of the unknown type {shown(kind)}",
+                where=where,
+                remedy=f"known: {', '.join(ROPE_TYPES)}",
+            )
+    for key, value in (("rope_theta", config.get("rope_theta")), *_thetas(config)):
+        if value is not None and not (type(value) in (int, float) and value > 0):
+            raise InputError(f"config key '{key}' is {shown(value)}, not a positive number", where=where)
+
+
+def _thetas(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    rope = config.get("rope_parameters") or {}
+    return [("rope_parameters.rope_theta", rope["rope_theta"])] if "rope_theta" in rope else []
