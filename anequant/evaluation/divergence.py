@@ -54,7 +54,7 @@ def evaluate(
 ) -> Quality:
     """Quality on token windows [n, length]; every window's first token is given, the rest are predicted."""
     if base is None:
-        return _summarise(tokens, logits(model, tokens, progress=progress), None)
+        return summarise(tokens, logits(model, tokens, progress=progress), None)
 
     def half(what: str, done: float) -> None:
         progress(what, done / 2)
@@ -62,7 +62,7 @@ def evaluate(
     def other_half(what: str, done: float) -> None:
         progress(f"base {what}", 0.5 + done / 2)
 
-    return _summarise(tokens, logits(model, tokens, progress=half), logits(base, tokens, progress=other_half))
+    return summarise(tokens, logits(model, tokens, progress=half), logits(base, tokens, progress=other_half))
 
 
 def token_nll(log_probabilities: Tensor, window: Tensor) -> Tensor:
@@ -70,7 +70,8 @@ def token_nll(log_probabilities: Tensor, window: Tensor) -> Tensor:
     return -log_probabilities[:-1].gather(-1, window[1:, None]).squeeze(-1)
 
 
-def _summarise(tokens: Tensor, ours: Iterable[Tensor], base: Iterable[Tensor] | None) -> Quality:
+def summarise(tokens: Tensor, ours: Iterable[Tensor], base: Iterable[Tensor] | None) -> Quality:
+    """Quality from logits [length, vocab], one window after the other; a base's come right after ours."""
     window_nll: list[float] = []
     base_nll = divergence = agreement = 0.0
     base_windows = iter(base) if base is not None else None
