@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from anequant.calibration.text import load_tokenizer, read_text, start_token, te
 from anequant.calibration.tokens import WIKITEXT2, wikitext2
 from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, made_as, read_manifest, rotation_keys
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
-from anequant.checkpoints.rotations import ROTATIONS, read_rotations
 from anequant.checkpoints.source import resolve_source
 from anequant.coreml.meta import META
 from anequant.errors import InputError, UsageError
@@ -21,11 +20,10 @@ from anequant.evaluation.divergence import Quality, evaluate
 from anequant.evaluation.layers import LayerError, embedding_error, layer_errors
 from anequant.evaluation.tasks import TaskScores, run_tasks
 from anequant.pipeline.generate import open_text_model
+from anequant.pipeline.written_rotations import written_rotations
 from anequant.progress import Progress, part_of, silent
 from anequant.recipe import Recipe
 from anequant.recipe_files import recipe_from_dict
-from anequant.rotation.orthogonal import Rotation
-from anequant.rotation.plan import R1, plan_rotations
 
 LAYER_WINDOWS = 8
 LARGEST_EMBEDDING_ERROR = 0.5
@@ -129,13 +127,7 @@ def _rotation(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
     recipe = _recipe(checkpoint)
     if recipe is None or recipe.r1 == "none":
         return lambda hidden: hidden
-    file = checkpoint.folder / ROTATIONS
-    if file.is_file():
-        matrix = read_rotations(file, {R1: checkpoint.spec.hidden_size})[R1]
-        return Rotation(checkpoint.spec.hidden_size, matrix=matrix).apply
-    if recipe.r1 in ("pca", "file") or recipe.restarts > 1 or recipe.learn:
-        raise InputError(f"'{ROTATIONS}' is missing, which holds R1", where=str(checkpoint.folder))
-    r1 = plan_rotations(checkpoint.spec, replace(recipe, r2="none")).r1
+    r1 = written_rotations(checkpoint, recipe).r1
     assert r1 is not None
     return r1.apply
 

@@ -7,6 +7,9 @@ from pathlib import Path
 from anequant.errors import InputError
 
 CHECKPOINT_FOLDER, PACKAGES_FOLDER = "checkpoint", "packages"
+REPORT_PAGE, REPORT_DATA = "report.html", "report.json"
+REPORTS = {f"{place}{name}" for place in ("", f"{CHECKPOINT_FOLDER}/") for name in (REPORT_PAGE, REPORT_DATA)}
+"""Beside what an output promises: they hold times, so they are no part of its hashes."""
 
 
 def packages_folder(folder: Path) -> Path:

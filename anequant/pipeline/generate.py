@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anequant.calibration.text import load_tokenizer
-from anequant.checkpoints.reader import read_json
+from anequant.checkpoints.reader import read_object
 from anequant.coreml.device import DevicePackage
 from anequant.coreml.interpreter import Package
 from anequant.errors import UsageError
@@ -55,7 +55,7 @@ def stop_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
     """The tokenizer's end token and those of generation_config.json."""
     ends = [tokenizer.eos_token_id]
     if (folder / "generation_config.json").is_file():
-        listed = read_json(folder / "generation_config.json").get("eos_token_id")
+        listed = read_object(folder / "generation_config.json").get("eos_token_id")
         ends += listed if isinstance(listed, list) else [listed]
     return frozenset(token for token in ends if isinstance(token, int))
 

@@ -127,7 +127,7 @@ def read_llmc(path: Path) -> LlmcFile:
 def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"LLMC file '{path}' cannot be read: {reason}") from error
     if not isinstance(values, dict):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anequant.checkpoints.custom_code import custom_code
 from anequant.checkpoints.output import file_hashes
 from anequant.checkpoints.source import TOKENIZER_FILES, Source
 from anequant.recipe import Calibration
@@ -23,10 +24,13 @@ def copy_tokenizer(source: Source, folder: Path) -> None:
 
 
 def source_record(source: Source, files: list[str]) -> dict[str, Any]:
-    """The source by name, revision and the hashes of its `files`; no folder is named."""
+    """The source by name, revision, the hashes of its `files` and the code that was ignored; no folder is
+    named."""
     return {
         "name": source.name,
+        "repo": source.repo,
         "revision": source.revision,
+        "ignored": list(custom_code(source.folder)),
         "files": file_hashes(source.folder, files),
     }
 
