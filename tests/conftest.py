@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +27,6 @@ from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import load_recipe
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
 

@@ -252,7 +252,8 @@ def test_convert_without_a_model_converts_the_bundled_one(
         assert any(line.startswith(word) for line in ran.stdout.splitlines()), word
     assert "convert: " not in ran.stdout and "bundled" not in ran.stdout
     assert {path.name for path in folder.parent.iterdir()} == {"out"}
-    assert {path.name for path in folder.iterdir()} == {"anequant.json", "checkpoint", "packages"}
+    files = {"README.md", "anequant.json", "report.html", "report.json"}
+    assert {path.name for path in folder.iterdir()} == {*files, "checkpoint", "packages"}
 
 
 def test_what_convert_wrote_verifies(converted: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -971,26 +972,35 @@ def interrupt_at(call: int, work: Callable[..., Any]) -> Callable[..., Any]:
     return interrupted
 
 
-def test_an_interrupt_leaves_nothing(
+def test_an_interrupt_keeps_what_is_done(
     model: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """tests/test_resume.py goes on from there."""
     work = interrupt_at(10, rounder.quantize_calibrated)
     monkeypatch.setattr(rounder, "quantize_calibrated", work)
-    before = snapshot(tmp_path)
     result = run("quantize", model, "-o", output)
     assert (result.exit_code, result.stdout) == (INTERRUPTED, "")
-    assert "interrupted" in result.stderr and "Traceback" not in result.stderr
-    assert snapshot(tmp_path) == before
+    assert result.stderr.startswith("interrupted; to go on: anequant ") and "Traceback" not in result.stderr
+    assert [path.name for path in output.parent.iterdir()] == [".out.partial"]
 
 
-def test_an_interrupt_between_packages_leaves_nothing(
-    checkpoint: Made, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupt_between_packages_keeps_those_that_are_done(
+    checkpoint: Made, packages: Made, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lower_module, "save_package", interrupt_at(2, lower_module.save_package))
-    before = snapshot(tmp_path, checkpoint.folder)
+    before = snapshot(checkpoint.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(lower_module, "save_package", interrupt_at(2, lower_module.save_package))
+        result = run("lower", checkpoint.folder, "-o", output, *SIZES)
+    assert result.exit_code == INTERRUPTED and not output.exists()
     result = run("lower", checkpoint.folder, "-o", output, *SIZES)
-    assert result.exit_code == INTERRUPTED
-    assert snapshot(tmp_path, checkpoint.folder) == before
+    note = f"resuming '{output}': 2 units are done, the last is 'qwen25_embeddings'\n"
+    assert (result.exit_code, result.stderr) == (SUCCESS, note)
+    assert snapshot(checkpoint.folder) == before
+    ours, whole = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (output, packages.folder)
+    )
+    assert ours == whole
 
 
 def test_running_out_of_memory_is_reported(

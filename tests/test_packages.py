@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,10 @@ from anequant.pipeline.lower import LowerResult, lower
 from anequant.pipeline.lowerable import head_parts
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.verify import compare_logits, verify_packages
+from anequant.progress import silent
 from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
-from anequant.runtime.coreml_backend import PackageModel
+from anequant.runtime.coreml_backend import PackageModel, package_by_package
 
 PREFILL = DECODE = 64
 WINDOWS = 4
@@ -89,6 +91,23 @@ def test_prefill_and_decode_agree_with_stock_transformers(trained: Written) -> N
         assert relative_error(ours, expected) <= 1e-2
         equal += int((ours.argmax(-1) == expected.argmax(-1)).sum())
     assert equal / (WINDOWS * (DECODE + 1)) >= 0.99
+
+
+def test_package_by_package_is_the_same_with_a_single_one_open(trained: Written, tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    lower(trained.checkpoint, packages, LowerOptions(context=64, batch=8, chunks=2))
+    tokens = torch.randint(8192, (20,), generator=torch.Generator().manual_seed(2))
+    opened: list[weakref.ref[Package]] = []
+
+    def alone(path: Path) -> Package:
+        assert not any(reference() for reference in opened), f"another package is open beside '{path.name}'"
+        package = Package.open(path)
+        opened.append(weakref.ref(package))
+        return package
+
+    ours = package_by_package(packages, tokens, 16, silent, alone)
+    assert len(opened) == 4
+    assert torch.equal(ours, package_logits(PackageModel(packages), tokens, 16))
 
 
 def test_blocks_of_prefill_leave_the_state_of_single_tokens(trained: Written) -> None:

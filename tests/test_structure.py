@@ -20,20 +20,20 @@ CONFIGS = PACKAGE.parent / "configs"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in MODULES}
 LAYERS = (
-    ("errors", "recipe", "recipe_files", "progress"),
+    ("errors", "strict", "recipe", "recipe_files", "progress"),
     ("architectures",),
     ("rotation", "quantization"),
     ("checkpoints", "calibration"),
     ("coreml", "runtime", "evaluation"),
     ("pipeline",),
     ("report",),
-    ("console", "cli_options", "cli"),
+    ("console", "cli_options", "cli_inspect", "cli_jobs", "cli_plan", "cli_push", "cli_report", "cli"),
     ("__init__",),
 )
 RANKS = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 FILE_MODULES = {"pathlib", "os", "io", "json", "shutil", "safetensors", "tempfile", "glob"}
 HEAVY = ("torch", "coremltools", "transformers")
-COMMANDS = ("convert", "eval", "generate", "lower", "quantize", "rotate", "verify")
+COMMANDS = ("convert", "eval", "generate", "lower", "plan", "push", "quantize", "rotate", "verify")
 MOST_LINES = 260
 
 
