@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class AnequantError(Exception):
@@ -53,11 +53,28 @@ class VerificationError(AnequantError):
     exit_code = 6
 
 
+def as_error(failure: AnequantError | MemoryError | OSError) -> AnequantError:
+    """The error itself, or what the system refused as a ResourceError."""
+    if isinstance(failure, AnequantError):
+        return failure
+    if isinstance(failure, MemoryError):
+        return ResourceError("not enough memory", where=str(failure), remedy="close other programs")
+    return ResourceError(failure.strerror or str(failure), where=str(failure.filename or ""))
+
+
 INTERRUPTED = 130
 
 
 class Interrupted(KeyboardInterrupt):
-    """An interrupt after which the same job goes on where it stopped."""
+    """An interrupt after which the same job goes on where it stopped.
+
+    `kept` says what is there of it, and `command` are the words that go on, None for those of the job itself.
+    """
+
+    def __init__(self, kept: str, command: Sequence[str] | None = None) -> None:
+        super().__init__(kept)
+        self.kept = kept
+        self.command = command
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -67,9 +84,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
 
 
+LONGEST_NAME = 200
+
+
 def shown(value: object) -> str:
     """A value for a message: a name in quotes; short, and without characters that a terminal would obey."""
     if not isinstance(value, str):
         return reprlib.repr(value)
-    text = value if len(value) <= 80 else f"{value[:60]}... ({len(value)} characters)"
+    text = value if len(value) <= LONGEST_NAME else f"{value[:60]}... ({len(value)} characters)"
     return f"'{text}'" if text.isprintable() else ascii(text)

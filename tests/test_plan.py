@@ -6,13 +6,16 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measure_memory
 import pytest
 from click.testing import CliRunner
-from measure_memory import NEAREST, Shape, compare, limited_run, write_random_model
+from measure_memory import Shape, limited_run, write_random_model
 
 from anequant.architectures.spec import EMBEDDING, HEAD
 from anequant.calibration.sample import sample_windows
@@ -222,8 +225,20 @@ def test_sizes(size: str, good: bool, tmp_path: Path) -> None:
 
 
 def test_the_planned_peak_is_within_a_quarter_of_the_measured_one(tmp_path: Path) -> None:
-    ratio = compare("tiny-qwen2", BUNDLED_MODEL, tmp_path, "quantize", "--recipe", NEAREST)
-    assert 0.75 < ratio < 1.25
+    """By a process of its own, since a child's peak starts with that of the process it was forked from."""
+    script = (
+        "import measure_memory as m, pathlib, sys\n"
+        "model, work = map(pathlib.Path, sys.argv[1:])\n"
+        "print(m.compare('tiny-qwen2', model, work, 'quantize', '--recipe', m.NEAREST))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(BUNDLED_MODEL), str(tmp_path)],
+        cwd=Path(measure_memory.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 0.75 < float(done.stdout.split()[-1]) < 1.25
 
 
 def test_a_model_is_quantized_within_its_planned_peak(tmp_path: Path) -> None:

@@ -524,7 +524,7 @@ def test_static_activations_of_llmc(model: Path, calibration: Path, tmp_path: Pa
         (STEP_2, {**OFFLINE, "calib": REMOVE}, USAGE, "no section 'calib'"),
         (STEP_2, {**OFFLINE, "calib.path": REMOVE}, USAGE, "key 'calib.path' is missing"),
         (STEP_2, {**OFFLINE, "calib.download": True, "calib.name": "c4"}, UNSUPPORTED, "'calib.name'"),
-        (STEP_2, {**OFFLINE, "calib.path": "no.txt"}, INPUT, "no tokenizer"),
+        (STEP_2, {**OFFLINE, "calib.path": "no.txt"}, USAGE, "'no.txt' does not exist"),
         (STEP_2, {}, USAGE, "does not run R4"),
     ],
 )

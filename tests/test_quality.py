@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from quality_peers import affine_groups
 
 from anequant.checkpoints.source import SAMPLE_TEXT, resolve_source
 from anequant.pipeline.evaluate import evaluate_text
+from anequant.pipeline.peers import affine_groups
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
@@ -51,8 +51,8 @@ def test_extra_nll_of_qwen2_29m(
     most: float,
 ) -> None:
     quantize(resolve_source(str(qwen2_29m)), tmp_path / "out", load_recipe(recipe, overrides))
-    quality = evaluate_text(str(tmp_path / "out"), eval_text, str(qwen2_29m), windows=32, length=512)
-    assert (quality.windows, quality.tokens) == (32, 32 * 511)
+    quality = evaluate_text(str(tmp_path / "out"), eval_text, str(qwen2_29m), windows=12, length=512)
+    assert (quality.windows, quality.tokens) == (12, 12 * 511)
     assert quality.extra_nll is not None and least <= quality.extra_nll <= most
 
 
@@ -64,20 +64,20 @@ def calibrated(model: Path, output: Path, source: str, windows: int) -> None:
 def test_w4_ane_beats_groups_of_32(
     qwen2_29m: Path, eval_text: Path, calibration_text: Path, tmp_path: Path
 ) -> None:
-    """One codebook per tensor against what the Neural Engine cannot run fast, calibrated on 24 windows."""
-    calibrated(qwen2_29m, tmp_path / "ours", str(calibration_text), 24)
-    affine_groups(qwen2_29m, tmp_path / "groups", torch.empty(0))
+    """One codebook per tensor against what the Neural Engine cannot run fast, calibrated on 8 windows."""
+    calibrated(qwen2_29m, tmp_path / "ours", str(calibration_text), 8)
+    affine_groups(qwen2_29m, tmp_path / "groups")
     ours, groups = (
-        evaluate_text(str(tmp_path / name), eval_text, str(qwen2_29m), windows=32, length=512)
+        evaluate_text(str(tmp_path / name), eval_text, str(qwen2_29m), windows=12, length=512)
         for name in ("ours", "groups")
     )
     assert ours.extra_nll is not None and ours.kl is not None
-    assert ours.extra_nll <= 0.018 and ours.kl <= 0.034
+    assert ours.extra_nll <= 0.021 and ours.kl <= 0.038
     assert groups.extra_nll is not None and groups.kl is not None
     assert ours.extra_nll < groups.extra_nll and ours.kl < groups.kl
 
 
 def test_the_bundled_model_survives_w4_ane(tiny_qwen2: Path, tmp_path: Path) -> None:
-    calibrated(tiny_qwen2, tmp_path / "out", "self", 24)
+    calibrated(tiny_qwen2, tmp_path / "out", "self", 12)
     quality = evaluate_text(str(tmp_path / "out"), SAMPLE_TEXT, str(tiny_qwen2), windows=8, length=256)
     assert quality.extra_nll is not None and quality.extra_nll <= 0.05

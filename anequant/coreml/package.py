@@ -55,7 +55,7 @@ def _scratch_at(scratch: Path) -> Iterator[None]:
     """
     before = tempfile.tempdir
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    scratch.mkdir(parents=True)
     tempfile.tempdir = str(scratch)
     try:
         yield

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from damage import parts, write
 
 from anequant.cli import main
+from attacks.damage import parts, write
 
 
 @pytest.fixture(scope="session")

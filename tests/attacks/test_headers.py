@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from damage import assert_refused, parts, raw
 
 from anequant.errors import InputError
+from attacks.damage import assert_refused, parts, raw
 
 NAME = "model.norm.weight"
 WEIGHTS = "model.safetensors"

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damage import assert_refused, parts, raw, write
 
 from anequant.errors import InputError, UnsupportedError
+from attacks.damage import assert_refused, parts, raw, write
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from damage import assert_refused, parts, raw
 
 from anequant.cli import main
 from anequant.coreml.package import MODEL_FILE, WEIGHT_FILE
 from anequant.coreml.toolkit import Model_pb2
 from anequant.errors import InputError, VerificationError
+from attacks.damage import assert_refused, parts, raw
 
 FAILED, BAD = VerificationError.exit_code, InputError.exit_code
 MANIFEST, SHARD, META = "anequant.json", "model.safetensors", "meta.yaml"

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from damage import assert_refused, fingerprint
 from safetensors import safe_open
 
 from anequant.checkpoints import reader
 from anequant.cli import main
 from anequant.errors import InputError, ResourceError, UsageError
+from attacks.damage import assert_refused, fingerprint
 
 BAD, USAGE = InputError.exit_code, UsageError.exit_code
 SHARD = "model.safetensors"

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from damage import assert_refused, parts, raw, write
 from safetensors.torch import load_file
 
 from anequant.cli import main
 from anequant.errors import InputError, UnsupportedError, UsageError
+from attacks.damage import assert_refused, parts, raw, write
 
 BAD, UNSUPPORTED, USAGE = InputError.exit_code, UnsupportedError.exit_code, UsageError.exit_code
 UP, GAIN = "model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"
