@@ -16,7 +16,7 @@ demo: .venv/installed
 	$(BIN)/anequant generate demo-output --prompt "In the morning they went down to the" --max-tokens 20
 
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .venv/fuzz: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'

@@ -2,8 +2,13 @@
 
 Importing the package registers its quantizer with transformers, now or when transformers is imported.
 
-    load(folder)              the transformers model of a checkpoint
-    QuantizedCache(config)    a KV cache of small integers, for a checkpoint that asks for one
+    convert(model, output)       a model quantized, lowered, verified and reported on
+    quantize(model, output)      a model as a quantized checkpoint
+    lower(checkpoint, output)    a checkpoint as Core ML packages
+    verify(folder)               whether what was written is what was meant
+    evaluate(model, text)        perplexity, and the divergence from a float model
+    load(folder)                 the transformers model of a checkpoint
+    QuantizedCache(config)       a KV cache of small integers, for a checkpoint that asks for one
 """
 
 from __future__ import annotations
@@ -15,15 +20,20 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
+    from anequant.api import convert, evaluate, lower, quantize, verify
     from anequant.runtime.cache import QuantizedCache
     from anequant.runtime.opening import load
 
-__all__ = ["QuantizedCache", "load"]
+__all__ = ["QuantizedCache", "convert", "evaluate", "load", "lower", "quantize", "verify"]
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 """Idle threads sleep. Spinning ones make small operations 5 times slower on a busy machine."""
 
-_PLACES = {"load": "anequant.runtime.opening", "QuantizedCache": "anequant.runtime.cache"}
+_PLACES = {
+    **dict.fromkeys(("convert", "evaluate", "lower", "quantize", "verify"), "anequant.api"),
+    "load": "anequant.runtime.opening",
+    "QuantizedCache": "anequant.runtime.cache",
+}
 """Imported when first used, for they import torch and transformers."""
 
 

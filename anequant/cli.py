@@ -8,9 +8,11 @@ from typing import Any
 
 import click
 
+from anequant.cli_compare import compare
+from anequant.cli_completion import completion
 from anequant.cli_inspect import diff, doctor, inspect
 from anequant.cli_jobs import convert, lower, quantize, rotate
-from anequant.cli_options import backend_option, command, generation_options
+from anequant.cli_options import backend_option, command, generation_options, window_options
 from anequant.cli_plan import plan
 from anequant.cli_push import push
 from anequant.cli_report import report
@@ -18,10 +20,24 @@ from anequant.console import Console
 from anequant.errors import UsageError, VerificationError
 
 FOLDER = click.Path(path_type=Path)
-EPILOG = (
-    "Exit codes: 0 ok, 1 diff found a difference, 2 usage, 3 bad input, 4 unsupported, 5 no disk or memory, "
-    "6 verification failed, 130 interrupted."
-)
+EPILOG = """\b
+Examples:
+  anequant convert -o OUT                  the bundled model, in a minute
+  anequant plan org/name                   what convert would do, before it does
+  anequant convert org/name -o OUT
+  anequant generate OUT/packages --prompt "The old house"
+
+\b
+Exit codes:
+  0    ok
+  1    diff found a difference
+  2    wrong usage: an option, a recipe or the output folder
+  3    bad input: the model is missing, damaged or contradicts itself
+  4    unsupported: a sound input that this version cannot handle
+  5    not enough disk or memory
+  6    verification failed
+  130  interrupted; the command that goes on is printed
+"""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
@@ -35,7 +51,7 @@ def main() -> None:
 
 for job in (quantize, rotate, lower, convert, push):
     main.add_command(job)
-for look in (plan, inspect, report, diff, doctor):
+for look in (plan, inspect, report, compare, diff, doctor, completion):
     main.add_command(look)
 
 
@@ -44,7 +60,12 @@ for look in (plan, inspect, report, diff, doctor):
 @click.option("--checkpoint", type=FOLDER, help="The checkpoint that packages in FOLDER were made from.")
 @command
 def verify(console: Console, folder: Path, checkpoint: Path | None) -> None:
-    """Read a written FOLDER back and check it: an output of convert, quantize or lower."""
+    """Read a written FOLDER back and check it: an output of convert, quantize or lower.
+
+    \b
+    anequant verify OUT
+    anequant verify PACKAGES --checkpoint CHECKPOINT
+    """
     from anequant.pipeline.verify import verify_folder
     from anequant.report import text
 
@@ -62,7 +83,11 @@ def verify(console: Console, folder: Path, checkpoint: Path | None) -> None:
 @click.option("--chip", default="any", show_default=True, help="For one generation: a14 to a19, m1 to m6.")
 @command
 def lint(console: Console, path: Path, chip: str) -> None:
-    """What the packages in PATH do that the Neural Engine cannot run, or runs slowly."""
+    """What the packages in PATH do that the Neural Engine cannot run, or runs slowly.
+
+    \b
+    anequant lint OUT/packages --chip m1
+    """
     from dataclasses import asdict
 
     from anequant.coreml.lint import errors_of
@@ -80,7 +105,11 @@ def lint(console: Console, path: Path, chip: str) -> None:
 @click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to decode.")
 @command
 def profile(console: Console, packages: Path, tokens: int) -> None:
-    """Where and how fast PACKAGES run, and whether they compute what the interpreter does; on a Mac."""
+    """Where and how fast PACKAGES run, and whether they compute what the interpreter does; on a Mac.
+
+    \b
+    anequant profile OUT/packages --tokens 128
+    """
     from anequant.pipeline.profile import profile as run
     from anequant.report import text
 
@@ -93,8 +122,7 @@ def profile(console: Console, packages: Path, tokens: int) -> None:
 @click.argument("checkpoint")
 @click.option("--text", metavar="FILE|wikitext2", help="Text to evaluate on.")
 @click.option("--base", metavar="MODEL", help="Float model to compare with: extra NLL, KL, top-1, layers.")
-@click.option("--windows", type=click.IntRange(1), default=32, show_default=True, help="Most windows.")
-@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens a window.")
+@window_options
 @click.option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, .yaml files or folders.")
 @backend_option("transformers", help="What runs the tasks of --lm-eval.")
 @command
@@ -108,7 +136,12 @@ def evaluate(
     lm_eval: str | None,
     backend: str,
 ) -> None:
-    """Perplexity of CHECKPOINT on a text, its divergence from a base model, and its score in tasks."""
+    """Perplexity of CHECKPOINT on a text, its divergence from a base model, and its score in tasks.
+
+    \b
+    anequant eval CHECKPOINT --text wikitext2 --base org/name
+    anequant eval CHECKPOINT --lm-eval arc_easy
+    """
     if text is None and lm_eval is None:
         raise UsageError("nothing to evaluate on", remedy="name a text with --text or tasks with --lm-eval")
     if text is None and base is not None:
@@ -141,7 +174,11 @@ def evaluate(
 def generate(
     console: Console, folder: Path, prompt: str, max_tokens: int, backend: str, **sampling: Any
 ) -> None:
-    """Continue a text with the packages or the checkpoint in FOLDER."""
+    """Continue a text with the packages or the checkpoint in FOLDER.
+
+    \b
+    anequant generate OUT/packages --prompt 'The old house'
+    """
     from anequant.pipeline.generate import continue_text, open_text_model
     from anequant.runtime.sampling import Sampling
 
@@ -165,7 +202,12 @@ def generate(
 def chat(
     console: Console, folder: Path, system: str | None, max_tokens: int, backend: str, **sampling: Any
 ) -> None:
-    """Talk with the model in FOLDER: one turn a line, until the input ends."""
+    """Talk with the model in FOLDER: one turn a line, until the input ends.
+
+    \b
+    anequant chat OUT/packages
+    anequant chat CHECKPOINT --backend transformers --temperature 0.7 --top-p 0.9
+    """
     from anequant.pipeline.generate import Chat, open_text_model
     from anequant.runtime.sampling import Sampling
 

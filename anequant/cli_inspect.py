@@ -79,6 +79,9 @@ def doctor(console: Console) -> None:
 
     Looks at versions, libraries, cores, memory, disk, and on a Mac its tools. Exit code 4 when something is
     missing or of a wrong version; warnings do not count.
+
+    \b
+    anequant doctor
     """
     from anequant.pipeline.doctor import diagnose, failed
     from anequant.report.diagnosed import diagnosed

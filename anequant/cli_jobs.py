@@ -37,12 +37,17 @@ def quantize(
     max_memory: int | None,
     **options: Any,
 ) -> None:
-    """Fold, rotate and quantize MODEL into a new checkpoint folder."""
+    """Fold, rotate and quantize MODEL into a new checkpoint folder.
+
+    \b
+    anequant quantize org/name -o CHECKPOINT
+    anequant quantize FOLDER -o CHECKPOINT --recipe w4-nearest --head-bits 6
+    """
     source, recipe, calibration, rotations = read_job(console, model, options)
     from anequant.pipeline.quantize import quantize as run
     from anequant.report import text
 
-    with console.progress("quantize") as progress, console.control(resume, max_memory) as control:
+    with console.job("quantize", resume, max_memory) as job:
         result = run(
             source,
             output,
@@ -50,8 +55,8 @@ def quantize(
             calibration,
             rotations,
             force=force,
-            progress=progress,
-            control=control,
+            progress=job.progress,
+            control=job.control,
         )
     console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
 
@@ -66,12 +71,16 @@ def rotate(console: Console, model: str, output: Path, force: bool, resume: bool
     """Fold and rotate MODEL into a new float checkpoint, which quantize then takes.
 
     --restarts and --learn measure rotations on what --recipe would quantize.
+
+    \b
+    anequant rotate org/name -o ROTATED --r1 hadamard --restarts 8
+    anequant quantize ROTATED -o CHECKPOINT
     """
     source, recipe, calibration, rotations = read_job(console, model, options)
     from anequant.pipeline.rotate import rotate as run
     from anequant.report import text
 
-    with console.progress("rotate") as progress, console.control(resume) as control:
+    with console.job("rotate", resume) as job:
         result = run(
             source,
             output,
@@ -79,8 +88,8 @@ def rotate(console: Console, model: str, output: Path, force: bool, resume: bool
             calibration,
             rotations,
             force=force,
-            progress=progress,
-            control=control,
+            progress=job.progress,
+            control=job.control,
         )
     console.result({"output": str(output), **result.to_dict()}, text.rotated(output, result))
 
@@ -100,13 +109,18 @@ def lower(
     max_memory: int | None,
     **options: Any,
 ) -> None:
-    """Lower a quantized CHECKPOINT to Core ML packages in a new folder."""
+    """Lower a quantized CHECKPOINT to Core ML packages in a new folder.
+
+    \b
+    anequant lower CHECKPOINT -o PACKAGES
+    anequant lower CHECKPOINT -o PACKAGES --context 2048 --batch 64 --chunks 2
+    """
     from anequant.pipeline.lower import lower as run
     from anequant.report import text
 
     sizes = read_lowering(options)
-    with console.progress("lower") as progress, console.control(resume, max_memory) as control:
-        result = run(checkpoint, output, sizes, force=force, progress=progress, control=control)
+    with console.job("lower", resume, max_memory) as job:
+        result = run(checkpoint, output, sizes, force=force, progress=job.progress, control=job.control)
     console.result({"output": str(output), **result.to_dict()}, text.lowered(output, result))
 
 
@@ -127,20 +141,21 @@ def convert(
     max_memory: int | None,
     **options: Any,
 ) -> None:
-    """Quantize MODEL, lower it, verify the packages and write a report; without MODEL, the bundled one."""
+    """Quantize MODEL, lower it, verify the packages and write a report; without MODEL, the bundled one.
+
+    \b
+    anequant convert -o OUT
+    anequant convert org/name@revision -o OUT --recipe w6-ane --max-memory 8GB
+    """
     source, recipe, calibration, rotations = read_job(console, model, options)
-    from anequant.pipeline.convert import convert as run
-    from anequant.progress import part_of
     from anequant.report import text
-    from anequant.report.run import Stopwatch
-    from anequant.report.write import write_report
+    from anequant.report.converted import convert_and_report
 
     if model is None:
         console.note(f"no model named: converting the bundled {source.name}")
     sizes = read_lowering(options)
-    watch = Stopwatch()
-    with console.progress("convert") as progress, console.control(resume, max_memory) as control:
-        result = run(
+    with console.job("convert", resume, max_memory) as job:
+        result, report = convert_and_report(
             source,
             output,
             recipe,
@@ -148,10 +163,8 @@ def convert(
             sizes,
             rotations,
             force=force,
-            progress=watch.listen(progress),
-            control=control,
+            progress=job.progress,
+            control=job.control,
         )
-        reporting = part_of(progress, "report", 0.99, 1.0)
-        report = write_report(output, source, run=watch.result(), progress=reporting)
     rows = [*text.converted(output, result), *report.rows()]
     console.result({"model": source.name, "output": str(output), **result.to_dict()}, rows)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from anequant.console import Console
-from anequant.errors import INTERRUPTED, AnequantError, Interrupted, ResourceError
+from anequant.errors import INTERRUPTED, AnequantError, Interrupted, as_error
+from anequant.evaluation.windows import LENGTH, WINDOWS
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from anequant.checkpoints.source import Source
 
 Run = Callable[..., None]
+PROGRAM = "anequant"
 NO_RESUME = "--no-resume"
 
 
@@ -41,12 +44,13 @@ def command(run: Run) -> Run:
         except (AnequantError, MemoryError, OSError) as failure:
             if debug or isinstance(failure, BrokenPipeError):  # click ends quietly when a pipe is closed
                 raise
-            error = failure if isinstance(failure, AnequantError) else _resource_error(failure)
+            error = as_error(failure)
             console.error(error)
             sys.exit(error.exit_code)
-        except Interrupted:
-            words = [word for word in sys.argv[1:] if word != NO_RESUME]
-            console.note(f"interrupted; to go on: {shlex.join(['anequant', *words])}")
+        except Interrupted as stop:
+            words = stop.command or [word for word in sys.argv[1:] if word != NO_RESUME]
+            console.note(f"interrupted; {stop.kept}")
+            console.command("to go on", [PROGRAM, *words])
             sys.exit(INTERRUPTED)
         except KeyboardInterrupt:
             console.note("interrupted; no output was left behind")
@@ -101,10 +105,25 @@ def _recipe_options(run: Run, keys: Sequence[str]) -> Run:
             flags = (name, LUT_OPTIONS[item.name], item.name)
             run = click.option(*flags, callback=_width, metavar=metavar, help=text)(run)
         else:
-            run = click.option(name, type=type(item.default), metavar=metavar, help=text)(run)
+            complete = partial(_matching, [str(choice) for choice in choices or ()])
+            kind = type(item.default)
+            run = click.option(name, type=kind, metavar=metavar, help=text, shell_complete=complete)(run)
     names = ", ".join(named_recipes())
     text = f"One of {names}, or a file. Default: {DEFAULT_RECIPE}. The options below override it."
-    return click.option("--recipe", metavar="NAME|FILE", help=text)(run)
+    return click.option("--recipe", metavar="NAME|FILE", help=text, shell_complete=_recipes)(run)
+
+
+def _matching(
+    words: Sequence[str], context: click.Context, option: click.Parameter, begun: str
+) -> list[CompletionItem[str]]:
+    """The words that begin as what was typed."""
+    return [CompletionItem(word) for word in words if word.startswith(begun)]
+
+
+def _recipes(context: click.Context, option: click.Parameter, begun: str) -> list[CompletionItem[str]]:
+    """Names of recipes; files where none begins as what was typed."""
+    names = _matching(list(named_recipes()), context, option, begun)
+    return names or [CompletionItem(begun, type="file")]
 
 
 def read_recipe(options: dict[str, Any], rotated: Mapping[str, Any] | None = None) -> Recipe:
@@ -204,13 +223,18 @@ def generation_options(run: Run) -> Run:
     return backend_option("interpreter", help=text)(run)
 
 
+def window_options(run: Run) -> Run:
+    """--windows and --length."""
+    for name, least, default, text in (
+        ("--length", 2, LENGTH, "Tokens a window."),
+        ("--windows", 1, WINDOWS, "Most windows."),
+    ):
+        kind = click.IntRange(least)
+        run = click.option(name, type=kind, default=default, show_default=True, help=text)(run)
+    return run
+
+
 def backend_option(default: str, *, help: str) -> Callable[[Run], Run]:
     """--backend."""
     backends = click.Choice(["interpreter", "coreml", "transformers"])
     return click.option("--backend", type=backends, default=default, show_default=True, help=help)
-
-
-def _resource_error(error: MemoryError | OSError) -> ResourceError:
-    if isinstance(error, MemoryError):
-        return ResourceError("not enough memory", where=str(error), remedy="close other programs")
-    return ResourceError(error.strerror or str(error), where=str(error.filename or ""))

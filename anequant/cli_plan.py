@@ -49,6 +49,10 @@ def plan(console: Console, model: str | None, max_memory: int | None, **options:
 
     Of a hub id, no weights are downloaded. Peaks are given for quantize, lower and verify; times are an
     estimate.
+
+    \b
+    anequant plan org/name
+    anequant plan FOLDER --recipe w8a8-ane --max-memory 8GB
     """
     read_recipe(options)
     from anequant.checkpoints.hub_headers import headers_only

@@ -21,6 +21,10 @@ def push(console: Console, folder: Path, repo: str, private: bool, yes: bool) ->
 
     Without --yes it only tells what would be uploaded. Either way the files are first compared with their
     hashes. The token is that of `hf auth login`.
+
+    \b
+    anequant push OUT org/name
+    anequant push OUT org/name --private --yes
     """
     from anequant.pipeline.push import plan_upload
     from anequant.pipeline.push import push as run

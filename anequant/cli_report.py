@@ -22,6 +22,10 @@ def report(console: Console, folder: Path, base: str | None, text: Path | None) 
 
     What it cost, and where: sizes, quality, and for every projection the errors and outliers before and after
     rotation. convert writes them too.
+
+    \b
+    anequant report OUT
+    anequant report CHECKPOINT --base org/name --text FILE
     """
     from anequant.report.write import write_report
 

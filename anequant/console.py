@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import signal
 import sys
 import textwrap
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from anequant.errors import AnequantError
+from anequant.live import Display, Lines, Nothing, bar
 from anequant.progress import Control, Progress
 
 SHOW_AFTER = 2.0
 LINE_EVERY = 10.0
-LEAST_ROOM, CONTINUED = 30, 4
-"""Columns: a terminal with fewer for a text wraps by itself; the indentation of what is wrapped here."""
+LEAST_ROOM, CONTINUED, FALLBACK = 30, 4, 80
+"""Columns: a terminal with fewer for a text wraps by itself; the indentation of what is
+wrapped here; those of a terminal that does not tell."""
+
+UNLIMITED = 10_000
+"""Columns that any table fits into."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job that runs is given."""
+
+    progress: Progress
+    control: Control
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,7 @@ class Console:
         elif not self.quiet:
             width = max((len(label) for label, _ in rows), default=0)
             for label, text in rows:
-                for line in _row(f"{_printable(label):<{width}}  ", _printable(text)):
+                for line in _row(f"{_printable(label):<{width}}  ", _printable(text), sys.stdout):
                     print(line)
 
     def table(
@@ -75,22 +89,31 @@ class Console:
                 yield line.rstrip("\n")
 
     def note(self, text: str) -> None:
+        """A line on stderr, which a terminal that is too narrow gets in several."""
         if not self.quiet:
-            print(_printable(text), file=sys.stderr)
+            for line in _row("", _printable(text), sys.stderr):
+                print(line, file=sys.stderr)
+
+    def command(self, label: str, words: Sequence[str]) -> None:
+        """A command on stderr, in one line to be copied."""
+        if not self.quiet:
+            print(_printable(f"{label}: {shlex.join(words)}"), file=sys.stderr)
 
     def error(self, error: AnequantError) -> None:
         """What, where and what to do, a line each; with `json` also as an object on stdout."""
         if self.json:
             parts = {"what": error.what, "where": error.where, "remedy": error.remedy}
             print(_json({"error": {**parts, "exit_code": error.exit_code}}))
-        print(f"error: {_printable(error.what)}", file=sys.stderr)
-        for label, text in (("where", error.where), ("do", error.remedy)):
-            if text:
-                print(f"  {label}: {_printable(text)}", file=sys.stderr)
+        for label, text in (("error", error.what), ("  where", error.where), ("  do", error.remedy)):
+            for line in _row(f"{label}: ", _printable(text), sys.stderr) if text else ():
+                print(line, file=sys.stderr)
 
     @contextmanager
-    def control(self, resume: bool, max_memory: int | None = None) -> Iterator[Control]:
-        """A Control that stops after the unit of work in which Ctrl-C is pressed, at once after a second."""
+    def job(self, title: str, resume: bool, max_memory: int | None = None) -> Iterator[Job]:
+        """How a job that can be gone on with is seen and steered.
+
+        It stops after the unit of work in which Ctrl-C is pressed, and at once after a second time.
+        """
         pressed = False
 
         def press(number: int, frame: FrameType | None) -> None:
@@ -102,98 +125,69 @@ class Console:
 
         before = signal.signal(signal.SIGINT, press)
         try:
-            yield Control(resume, self.note, lambda: pressed, max_memory)
+            with self._display(title) as seen:
+                control = Control(resume, self.note, lambda: pressed, max_memory, seen.plan, seen.finished)
+                yield Job(seen.report, control)
         finally:
             signal.signal(signal.SIGINT, before)
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Progress]:
-        """A Progress that appears after two seconds: a bar on a terminal, else a line now and then."""
+        """A Progress for what has no units, or does not tell them."""
+        with self._display(title) as seen:
+            yield seen.report
+
+    def _line(self, text: str) -> None:
+        print(_printable(text), file=sys.stderr, flush=True)
+
+    def _display(self, title: str) -> AbstractContextManager[Display]:
+        """On a terminal a bar, else a line now and then; both after two seconds."""
         if self.quiet:
-            yield lambda what, done: None
-        elif sys.stderr.isatty():
-            with _bar(title) as report:
-                yield report
-        else:
-            yield _lines(title)
+            return nullcontext(Nothing())
+        if sys.stderr.isatty():
+            return bar(title, _printable, SHOW_AFTER)
+        return nullcontext(Lines(title, self._line, SHOW_AFTER, LINE_EVERY))
 
 
 def _draw(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """A table whose first two columns are words, and the others numbers."""
+    """A table whose first two columns are words, and the others numbers; a row of words for each line where
+    the terminal is too narrow for the longest."""
     from rich.console import Console as RichConsole
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
     table = Table()
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < 2 else "right")
+        table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
     for line in lines:
         table.add_row(*(Text(_printable(cell)) for cell in line))
-    RichConsole().print(table)
+    rich = RichConsole()
+    if Measurement.get(rich, rich.options.update(max_width=UNLIMITED), table).minimum <= rich.width:
+        rich.print(table)
+        return
+    for first, *others in lines:
+        named = (f"{column} {cell}" for column, cell in zip(columns[1:], others, strict=True) if cell)
+        for text in _row(f"{_printable(first)}  ", _printable(", ".join(named)), sys.stdout):
+            print(text)
 
 
-@contextmanager
-def _bar(title: str) -> Iterator[Progress]:
-    from rich.console import Console as RichConsole
-    from rich.progress import (
-        BarColumn,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as RichProgress
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    bar = RichProgress(*columns, console=RichConsole(stderr=True), transient=True)
-    task = bar.add_task(title, total=1.0)
-    begun = time.monotonic()
-    shown = False
-
-    def report(what: str, done: float) -> None:
-        nonlocal shown
-        bar.update(task, description=f"{title}: {_printable(what)}", completed=done)
-        if not shown and time.monotonic() - begun > SHOW_AFTER:
-            shown = True
-            bar.start()
-
-    try:
-        yield report
-    finally:
-        bar.stop()
-
-
-def _lines(title: str) -> Progress:
-    begun = time.monotonic()
-    due = begun + SHOW_AFTER
-
-    def report(what: str, done: float) -> None:
-        nonlocal due
-        now = time.monotonic()
-        if now < due:
-            return
-        due = now + LINE_EVERY
-        elapsed = now - begun
-        left = f", about {elapsed * (1 - done) / done:.0f} s left" if done > 0.02 else ""
-        print(f"{title}: {_printable(what)}, {done:.0%}, {elapsed:.0f} s{left}", file=sys.stderr)
-
-    return report
-
-
-def _row(label: str, text: str) -> list[str]:
+def _row(label: str, text: str, stream: TextIO) -> list[str]:
     """A label and its text, which a terminal that is too narrow gets in several indented lines."""
-    room = shutil.get_terminal_size().columns - len(label)
-    if not sys.stdout.isatty() or len(text) <= room or room < LEAST_ROOM:
+    room = _columns(stream) - len(label)
+    if not stream.isatty() or len(text) <= room or room < LEAST_ROOM:
         return [label + text]
     indent = " " * CONTINUED
     first, *others = textwrap.wrap(text, room, subsequent_indent=indent, break_on_hyphens=False)
     return [label + first, *(" " * len(label) + line for line in others)]
+
+
+def _columns(stream: TextIO) -> int:
+    """Of the terminal that `stream` is, which stdout need not be."""
+    if not os.environ.get("COLUMNS"):
+        with suppress(OSError):
+            return os.get_terminal_size(stream.fileno()).columns or FALLBACK
+    return shutil.get_terminal_size().columns
 
 
 def _json(values: dict[str, Any]) -> str:

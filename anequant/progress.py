@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Progress = Callable[[str, float], None]
 """(what is being done, share done from 0 to 1)"""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A unit of work that a job is going to do.
+
+    `weight` is in no particular measure: units of one `kind` are known to take time in proportion to it, and
+    those of others as far as is known.
+    """
+
+    name: str
+    kind: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of work that is done, here or (`replayed`) by the run that was interrupted.
+
+    `told` is what was measured, the most important first; `seconds` is what it took here, `memory` the bytes
+    that the process then held, and `share` what of the job is done with it.
+    """
+
+    name: str
+    told: tuple[str, ...]
+    seconds: float
+    memory: int
+    share: float
+    replayed: bool
 
 
 def silent(what: str, done: float) -> None:
@@ -22,8 +51,30 @@ def part_of(progress: Progress, step: str, start: float, end: float) -> Progress
     return report
 
 
+def step_of(progress: Progress, step: str) -> Progress:
+    """A Progress for one step of a job whose units know their shares of the whole."""
+    return part_of(progress, step, 0.0, 1.0)
+
+
+def shares(expected: Sequence[Expected]) -> dict[str, tuple[float, float]]:
+    """From where to where of the whole every unit is, by its weight."""
+    total, begun, found = sum(unit.weight for unit in expected), 0.0, {}
+    for unit in expected:
+        found[unit.name] = begun / total, (begun + unit.weight) / total
+        begun += unit.weight
+    return found
+
+
 def no_note(text: str) -> None:
     """Drops a line."""
+
+
+def no_plan(expected: Sequence[Expected]) -> None:
+    """Drops what a job is going to do."""
+
+
+def no_unit(unit: Unit) -> None:
+    """Drops what a job has done."""
 
 
 def never() -> bool:
@@ -33,18 +84,22 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class Control:
-    """How whoever starts a long job steers it.
+    """How whoever starts a long job steers it and watches it.
 
     resume      whether what an interrupted run has done is taken up, or else thrown away
     note        gets a line that is worth reading when progress is not shown
     stopping    asked when a unit of work is done: whether to stop there
     max_memory  bytes that the job is to stay within, None for as many as it is fastest with
+    planned     gets the units that the job is going to do, those included that an interrupted run did
+    finished    gets every unit that is done
     """
 
     resume: bool = True
     note: Callable[[str], None] = no_note
     stopping: Callable[[], bool] = never
     max_memory: int | None = None
+    planned: Callable[[Sequence[Expected]], None] = no_plan
+    finished: Callable[[Unit], None] = no_unit
 
 
 CONTROL = Control()

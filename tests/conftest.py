@@ -57,6 +57,14 @@ OWN: dict[str, dict[str, Any]] = {
 """Every bias an architecture can have; for qwen3 a head size that is not hidden_size / heads."""
 
 
+SLOWEST = ("test_quality", "test_resume", "test_cli", "test_packages", "test_recipes_end_to_end")
+"""Files that take longest. They start first, so that no worker is left alone with one in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOWEST.index(name) if (name := item.path.stem) in SLOWEST else len(SLOWEST))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with models and texts that are not part of the repository."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import measure_memory
 import pytest
+import torch
 from click.testing import CliRunner
 from measure_memory import Shape, limited_run, write_random_model
 
@@ -24,7 +25,7 @@ from anequant.checkpoints.source import BUNDLED_MODEL, Source
 from anequant.cli import main
 from anequant.errors import ResourceError, UnsupportedError
 from anequant.pipeline import kept
-from anequant.pipeline.footprint import samples_resident
+from anequant.pipeline.footprint import give_back_memory, resident_bytes, samples_resident
 from anequant.pipeline.jobs import LOWER, QUANTIZE, RESIDENT, STREAMED
 from anequant.pipeline.lower import lower
 from anequant.pipeline.plan import Plan, lowering_plan, make_plan
@@ -254,3 +255,13 @@ def _headers(folder: Path, shape: Shape) -> Path:
     """A model of that shape whose weights are holes."""
     write_random_model(folder, shape, holes=True)
     return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps freed memory in pieces")
+def test_freed_pieces_go_back_to_the_system() -> None:
+    pieces = [torch.ones(25_000) for _ in range(3000)]
+    kept = pieces[::20]
+    before = resident_bytes()
+    del pieces
+    give_back_memory()
+    assert resident_bytes() < before - 200 * 10**6 and len(kept) == 150

@@ -195,9 +195,11 @@ def test_ctrl_c_ends_the_unit_and_tells_how_to_go_on(
     monkeypatch.setattr(sys, "argv", ["anequant", *words])
     result = stopped_at(out, "layer 2 of 3", model, "--no-resume")
     assert result.stdout == ""
-    first, last = result.stderr.splitlines()
+    first, kept, last = result.stderr.splitlines()
     assert "press Ctrl-C again" in first
-    assert shlex.split(last.removeprefix("interrupted; to go on: ")) == ["anequant", *words[:-1]]
+    partial = out.parent / ".out.partial"
+    assert kept == f"interrupted; kept in '{partial}': 5 units are done, the last is 'layer 2 of 3'"
+    assert shlex.split(last.removeprefix("to go on: ")) == ["anequant", *words[:-1]]
     assert names(out.parent) == {".out.partial"}
     done = json.loads(WorkFolder(out).journal.read_text().splitlines()[-1])
     assert done["unit"] == "layer 2 of 3"

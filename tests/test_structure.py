@@ -27,13 +27,27 @@ LAYERS = (
     ("coreml", "runtime", "evaluation"),
     ("pipeline",),
     ("report",),
-    ("console", "cli_options", "cli_inspect", "cli_jobs", "cli_plan", "cli_push", "cli_report", "cli"),
+    ("api",),
+    (
+        "estimate",
+        "live",
+        "console",
+        "cli_options",
+        "cli_completion",
+        "cli_compare",
+        "cli_inspect",
+        "cli_jobs",
+        "cli_plan",
+        "cli_push",
+        "cli_report",
+        "cli",
+    ),
     ("__init__",),
 )
 RANKS = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 FILE_MODULES = {"pathlib", "os", "io", "json", "shutil", "safetensors", "tempfile", "glob"}
 HEAVY = ("torch", "coremltools", "transformers")
-COMMANDS = ("convert", "eval", "generate", "lower", "plan", "push", "quantize", "rotate", "verify")
+COMMANDS = ("compare", "convert", "eval", "generate", "lower", "plan", "push", "quantize", "rotate", "verify")
 MOST_LINES = 260
 
 

@@ -106,10 +106,11 @@ def _run_recipe(row: Row, seed: int, settings: Settings, output: Path) -> float:
 
 
 def _run_peer(row: Row, settings: Settings, output: Path) -> float:
-    from quality_peers import GROUP, PEERS
+    from quality_peers import PEERS
 
     from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
     from anequant.checkpoints.reader import open_checkpoint
+    from anequant.pipeline.peers import GROUP
 
     assert row.peer is not None
     folder = Path(settings.model)

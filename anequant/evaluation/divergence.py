@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from anequant.calibration.forward import Weights, logits
+from anequant.calibration.forward import Weights, final_hidden_states, head_logits, logits
 from anequant.progress import Progress, silent
 
 
@@ -63,6 +63,31 @@ def evaluate(
         progress(f"base {what}", 0.5 + done / 2)
 
     return summarise(tokens, logits(model, tokens, progress=half), logits(base, tokens, progress=other_half))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a base model says of token windows [n, length], to compare several models with: its normalised
+    hidden states [n, length, hidden_size] in float32 and its head [vocab, hidden_size]. Logits are wider by
+    far, and made again each time."""
+
+    hidden: Tensor
+    head: Tensor
+
+    def logits(self) -> Iterator[Tensor]:
+        """[length, vocab] of one window after the other, as `logits` of the base gives them."""
+        return (head_logits(self.head, window) for window in self.hidden)
+
+
+def refer(base: Weights, tokens: Tensor, *, progress: Progress = silent) -> Reference:
+    return Reference(final_hidden_states(base, tokens, progress=progress), base.read(base.head_name))
+
+
+def evaluate_against(
+    model: Weights, tokens: Tensor, base: Reference, *, progress: Progress = silent
+) -> Quality:
+    """What `evaluate` measures, with a base that was run on the same `tokens` before."""
+    return summarise(tokens, logits(model, tokens, progress=progress), base.logits())
 
 
 def token_nll(log_probabilities: Tensor, window: Tensor) -> Tensor:

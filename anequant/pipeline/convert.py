@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from anequant.pipeline.plan import require_memory
 from anequant.pipeline.quantize import QuantizeResult, quantize_into
 from anequant.pipeline.resume import checkpoint_bytes, fingerprint, resumable
 from anequant.pipeline.rotated import open_float
+from anequant.pipeline.schedule import QUALITY, VERIFY_CHECKPOINT, VERIFY_PACKAGES, converting_units
 from anequant.pipeline.verify import (
     CheckpointCheck,
     PackageCheck,
     verify_checkpoint,
     verify_packages,
 )
-from anequant.progress import CONTROL, Control, Progress, part_of, silent
+from anequant.progress import CONTROL, Control, Progress, silent, step_of
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, LowerOptions, Recipe
 
@@ -84,8 +86,9 @@ def convert(
     bits = dict.fromkeys(projection_names(spec), recipe.target_bits or recipe.bits)
     needed = checkpoint_bytes(spec, recipe)
     needed += packages_bytes(spec, bits, recipe.embedding_bits, recipe.head_bits)
+    units = converting_units(original, recipe, calibration, options, control.max_memory)
     with resumable(
-        output, identity, needed=needed, force=force, source=source.folder, control=control
+        output, identity, needed=needed, force=force, source=source.folder, control=control, units=units
     ) as journal:
         return _convert_into(
             journal.output, source, recipe, calibration, options, rotations_file, progress, journal
@@ -105,25 +108,31 @@ def _convert_into(
     checkpoint, packages = folder / CHECKPOINT_FOLDER, folder / PACKAGES_FOLDER
     for made in (checkpoint, packages):
         made.mkdir(exist_ok=True)
-    step = part_of(progress, "quantize", 0.0, 0.4)
+    step = step_of(progress, "quantize")
     quantized = quantize_into(checkpoint, source, recipe, calibration, step, journal, rotations_file)
-    step = part_of(progress, "lower", 0.4, 0.5)
+    step = step_of(progress, "lower")
     lowered = lower_into(packages, checkpoint, source.name, options, step, journal)
-    checking, verifying = part_of(progress, "verify", 0.5, 0.55), part_of(progress, "verify", 0.55, 0.8)
+    checking = journal.part(progress, "verify", VERIFY_CHECKPOINT)
     first = journal.unit(
-        "verify checkpoint", lambda: asdict(verify_checkpoint(checkpoint, progress=checking))
+        VERIFY_CHECKPOINT,
+        lambda: asdict(verify_checkpoint(checkpoint, progress=checking)),
+        lambda check: [f"{check['tensors']} weights as stored"],
     )
+    verifying = journal.part(progress, "verify", VERIFY_PACKAGES)
     second = journal.unit(
-        "verify packages", lambda: asdict(verify_packages(packages, checkpoint, progress=verifying))
+        VERIFY_PACKAGES,
+        lambda: asdict(verify_packages(packages, checkpoint, progress=verifying)),
+        lambda check: [f"arg-max agrees {check['agreement']:.1%}"],
     )
+    progress("lint", journal.share("lint")[0])
     findings = journal.unit("lint", lambda: [asdict(finding) for finding in require_clean(lint(packages))])
-    measuring = part_of(progress, "measure", 0.8, 1.0)
+    measuring = journal.part(progress, "measure", QUALITY)
 
     def measure() -> dict[str, Any] | None:
         quality = sample_quality(source.folder, checkpoint, measuring)
         return None if quality is None else asdict(quality)
 
-    quality = journal.unit("quality", measure)
+    quality = journal.unit(QUALITY, measure, _measured)
     result = ConvertResult(
         quantized,
         lowered,
@@ -136,6 +145,12 @@ def _convert_into(
     write_conversion_card(folder, asked, options, result.packages, result.quality)
     write_manifest(folder, "conversion", {"recipe": recipe.to_dict(), "measured": result.to_dict()})
     return result
+
+
+def _measured(quality: Mapping[str, float] | None) -> tuple[str, ...]:
+    if quality is None:
+        return ("not measured",)
+    return f"KL {quality['kl']:.4f}", f"top token {quality['top1']:.1%}"
 
 
 def sample_quality(base: Path, checkpoint: Path, progress: Progress) -> Quality | None:

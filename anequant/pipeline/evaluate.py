@@ -64,7 +64,7 @@ def evaluate_text(
     dataset's test split. Raises InputError, UsageError and ResourceError.
     """
     checkpoint, original = _open(model, base)
-    tokens = _windows(checkpoint, text, windows, length)
+    tokens = read_windows(checkpoint, text, windows, length)
     return evaluate(checkpoint, tokens, original, progress=progress)
 
 
@@ -79,7 +79,7 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """As `evaluate_text`, and with a base also the error after every layer, on the first windows."""
     checkpoint, original = _open(model, base)
-    tokens = _windows(checkpoint, text, windows, length)
+    tokens = read_windows(checkpoint, text, windows, length)
     quality = evaluate(checkpoint, tokens, original, progress=part_of(progress, "text", 0.0, 0.8))
     name = Path(text).name
     if original is None:
@@ -160,7 +160,8 @@ def _open(model: str, base: str | None) -> tuple[Checkpoint, Checkpoint | None]:
     return checkpoint, original
 
 
-def _windows(checkpoint: Checkpoint, text: Path | str, windows: int, length: int) -> Tensor:
+def read_windows(checkpoint: Checkpoint, text: Path | str, windows: int, length: int) -> Tensor:
+    """At most `windows` token windows of `length` of a text file, or of the test split of wikitext2."""
     content = wikitext2("test") if str(text) == WIKITEXT2 else read_text(Path(text))
     tokenizer = load_tokenizer(checkpoint.folder)
     first = start_token(tokenizer, checkpoint.spec.config)

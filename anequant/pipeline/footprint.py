@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
-import os
-import resource
 import sys
-from pathlib import Path
 
+import psutil
 import torch
 
 from anequant.architectures.spec import EMBEDDING, ModelSpec
@@ -15,8 +14,6 @@ from anequant.calibration.forward import ReferenceModel
 from anequant.checkpoints.reader import Checkpoint
 from anequant.pipeline import memory
 from anequant.recipe import Calibration
-
-STATM = Path("/proc/self/statm")
 
 
 def base_bytes(spec: ModelSpec) -> int:
@@ -29,12 +26,18 @@ def base_bytes(spec: ModelSpec) -> int:
 
 
 def resident_bytes() -> int:
-    """Now; where the system does not tell, the most so far."""
-    try:
-        return int(STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
+    return int(psutil.Process().memory_info().rss)
+
+
+def give_back_memory() -> None:
+    """Have glibc return what it keeps of freed memory: scattered pieces, to which every layer would add.
+
+    Other allocators are left alone.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def samples_resident(

@@ -14,14 +14,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anequant.checkpoints.work_folder import JOURNAL, LOCK, START_OVER, DamagedWork, WorkFolder, sync
 from anequant.errors import UsageError
-from anequant.progress import Control
+from anequant.pipeline.footprint import give_back_memory, resident_bytes
+from anequant.progress import Control, Expected, Progress, Unit, part_of, shares
 
 FINGERPRINT = "fingerprint"
 CHECK_LENGTH = 16
@@ -49,6 +51,8 @@ class Journal:
             work.clear()
         self._records, self._check = _read(work) if work.journal.is_file() else ([], "")
         self._next = 0
+        self._shares: dict[str, tuple[float, float]] = {}
+        self._done = 0.0
         work.output.mkdir(exist_ok=True)
         if self._records:
             begun = self._records[0].data if self._records[0].unit == FINGERPRINT else {}
@@ -73,8 +77,29 @@ class Journal:
         """The names of the units that are done."""
         return [record.unit for record in self._records[1:]]
 
-    def unit(self, name: str, run: Callable[[], Any]) -> Any:
+    def plan(self, expected: Sequence[Expected]) -> None:
+        """Tell which units the job is going to do."""
+        self._shares = shares(expected)
+        self._control.planned(expected)
+
+    def share(self, called: str) -> tuple[float, float]:
+        """From where to where of the job a unit is; one that is not planned takes none of it."""
+        return self._shares.get(called, (self._done, self._done))
+
+    def part(self, progress: Progress, step: str, called: str) -> Progress:
+        """A Progress for one unit of the job."""
+        return part_of(progress, step, *self.share(called))
+
+    def unit(
+        self,
+        name: str,
+        run: Callable[[], Any],
+        tell: Callable[[Any], Sequence[str]] = lambda data: (),
+        called: str | None = None,
+    ) -> Any:
         """What `run` returned, as JSON holds it, now or when it ran in an earlier process.
+
+        `tell` says of that what is worth showing, and `called` is the name that the plan has for the unit.
 
         Raises KeyboardInterrupt when the unit is done and the job is to stop, DamagedWork when an earlier run
         did another unit in this place.
@@ -84,13 +109,17 @@ class Journal:
             if record.unit != name:
                 raise _damaged(self._work, f"has '{record.unit}' where '{name}' is due")
             self._next += 1
+            self._finish(called or name, tell(record.data), 0.0, replayed=True)
             return record.data
+        begun = time.monotonic()
         data = _plain(run())
+        give_back_memory()
         self._sync_files()
         line, self._check = _line(name, data, self._check)
         append_line(self._work.journal, line)
         self._records.append(Record(name, data))
         self._next += 1
+        self._finish(called or name, tell(data), time.monotonic() - begun, replayed=False)
         if self._control.stopping():
             raise KeyboardInterrupt
         return data
@@ -98,6 +127,10 @@ class Journal:
     def done(self, name: str) -> bool:
         """Whether the unit is among those that are done."""
         return any(record.unit == name for record in self._records)
+
+    def _finish(self, called: str, told: Sequence[str], seconds: float, *, replayed: bool) -> None:
+        self._done = self.share(called)[1]
+        self._control.finished(Unit(called, tuple(told), seconds, resident_bytes(), self._done, replayed))
 
     def _sync_files(self) -> None:
         """Have the disk hold what is new since the last unit."""

@@ -17,6 +17,7 @@ from anequant.checkpoints.work_folder import DamagedWork
 from anequant.pipeline.footprint import resident_bytes, samples_resident
 from anequant.pipeline.journal import Journal
 from anequant.pipeline.rotations import RotationChoice, Rotations, choose_rotations
+from anequant.pipeline.schedule import CALIBRATION_TOKENS, ROTATING
 from anequant.progress import Progress
 from anequant.recipe import Calibration, Recipe
 from anequant.rotation.plan import matrix_sizes, plan_rotations
@@ -24,19 +25,33 @@ from anequant.rotation.plan import matrix_sizes, plan_rotations
 TOKENS = "tokens"
 
 
-def kept_tokens(
-    journal: Journal, calibration: Calibration, checkpoint: Checkpoint, progress: Progress
+def collect_tokens(
+    calibration: Calibration, checkpoint: Checkpoint, progress: Progress, max_memory: int | None = None
 ) -> Tensor:
-    """`calibration_tokens`, as a unit. Raises what it does, and DamagedWork for a damaged file."""
+    """`calibration_tokens`, the model in memory where there is room. Raises what it does."""
+    resident = samples_resident(checkpoint, calibration, max_memory, resident_bytes())
+    return calibration_tokens(calibration, checkpoint, progress, resident=resident)
+
+
+def kept_tokens(
+    journal: Journal,
+    calibration: Calibration,
+    checkpoint: Checkpoint,
+    progress: Progress,
+    collected: Tensor | None = None,
+) -> Tensor:
+    """`collect_tokens`, or what it `collected` before, as a unit. Raises what it does, and DamagedWork for a
+    damaged file."""
     path = journal.folder / f"{TOKENS}.safetensors"
 
     def run() -> list[int]:
-        resident = samples_resident(checkpoint, calibration, journal.max_memory, resident_bytes())
-        tokens = calibration_tokens(calibration, checkpoint, progress, resident=resident)
+        tokens = collected
+        if tokens is None:
+            tokens = collect_tokens(calibration, checkpoint, progress, journal.max_memory)
         save_file({TOKENS: tokens.contiguous()}, path)
         return list(tokens.shape)
 
-    shape = journal.unit("calibration tokens", run)
+    shape = journal.unit(CALIBRATION_TOKENS, run, lambda shape: [f"{shape[0]} windows of {shape[1]}"])
     try:
         tokens: Tensor = load_file(path)[TOKENS].view(shape)
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
@@ -62,7 +77,7 @@ def kept_rotations(
         write_rotations(journal.folder, chosen.matrices)
         return chosen.choice.to_dict()
 
-    choice = journal.unit("rotations", run)
+    choice = journal.unit(ROTATING, run)
     if choice is None:
         return Rotations(plan_rotations(spec, recipe))
     sizes = matrix_sizes(spec, recipe)

@@ -31,6 +31,7 @@ from anequant.pipeline.lowerable import check_lowering, head_parts
 from anequant.pipeline.plan import require_lowering_memory
 from anequant.pipeline.probe import probe_tokens
 from anequant.pipeline.resume import fingerprint, resumable
+from anequant.pipeline.schedule import EMBEDDING_PACKAGE, HEAD_PACKAGE, RANGES, lowering_units
 from anequant.progress import CONTROL, Control, Progress, silent
 from anequant.recipe import LowerOptions
 
@@ -76,8 +77,9 @@ def lower(
     identity = fingerprint("lower", checkpoint, name, lowering=options)
     tables = [_table_bits(checkpoint, name) or 16 for name in (EMBEDDING, HEAD)]
     needed = packages_bytes(checkpoint.spec, projection_bits(checkpoint), *tables)
+    units = lowering_units(checkpoint, options)
     with resumable(
-        output, identity, needed=needed, force=force, source=checkpoint_folder, control=control
+        output, identity, needed=needed, force=force, source=checkpoint_folder, control=control, units=units
     ) as journal:
         return lower_into(journal.output, checkpoint_folder, name, options, progress, journal)
 
@@ -94,7 +96,7 @@ def lower_into(
     checkpoint = open_quantized(checkpoint_folder)
     spec = checkpoint.spec
     check_lowering(spec, options, checkpoint.online)
-    progress("ranges", 0.0)
+    progress(RANGES, journal.share(RANGES)[0])
     headroom = plan_headroom(_ranges(checkpoint, journal))
     tables = lowered_rope_tables(spec, options.context)
     geometry = Geometry(
@@ -117,8 +119,9 @@ def lower_into(
     )
     sizes: list[PackageSize] = []
 
-    def save(package: str, make: Callable[[], tuple[Any, int]], **metadata: object) -> None:
+    def save(called: str, package: str, make: Callable[[], tuple[Any, int]], **metadata: object) -> None:
         """Write the package of what `make` yields, a program and the bytes of its constants, as a unit."""
+        progress(called, journal.share(called)[0])
 
         def run() -> dict[str, Any]:
             path = folder / f"{package}.mlpackage"
@@ -129,7 +132,10 @@ def lower_into(
             weights, graph = package_bytes(path)
             return asdict(PackageSize(package, weights, constants, graph))
 
-        sizes.append(PackageSize(**journal.unit(package, run)))
+        def tell(size: dict[str, Any]) -> list[str]:
+            return [f"{(size['weight_bytes'] + size['graph_bytes']) / 1e6:.1f} MB"]
+
+        sizes.append(PackageSize(**journal.unit(package, run, tell, called)))
 
     def embeddings() -> tuple[Any, int]:
         table = fitted_table(load_table(checkpoint, EMBEDDING), headroom)
@@ -152,19 +158,18 @@ def lower_into(
         constants += table_bytes(spec, options.context, checkpoint.online)
         return chunk_program(geometry, loaded, gain), constants
 
-    progress("embeddings", 0.0)
-    save(packages.embeddings, embeddings, lut_bits=packages.lut_embeddings)
+    save(EMBEDDING_PACKAGE, packages.embeddings, embeddings, lut_bits=packages.lut_embeddings)
     for number, layers in enumerate(chunk_ranges(spec.num_layers, chunks)):
-        progress(f"chunk {number + 1} of {chunks}", (number + 1) / (chunks + 2))
         save(
+            f"chunk {number + 1} of {chunks}",
             packages.chunk_names[number],
             partial(chunk, layers),
             lut_bits=packages.lut_ffn,
             chunk_no=number + 1,
             functions="infer,prefill",
         )
-    progress("head", (chunks + 1) / (chunks + 2))
     save(
+        HEAD_PACKAGE,
         packages.head,
         head,
         lut_bits=packages.lut_head,
@@ -195,7 +200,7 @@ def _ranges(checkpoint: Checkpoint, journal: Journal) -> list[LayerRange]:
         tokens = probe_tokens(checkpoint, RANGE_TOKENS)[None]
         return [asdict(layer) for layer in layer_ranges(checkpoint, tokens)]
 
-    return [LayerRange(**layer) for layer in journal.unit("ranges", run)]
+    return [LayerRange(**layer) for layer in journal.unit(RANGES, run)]
 
 
 def checkpoint_hashes(checkpoint: Checkpoint) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,9 +33,10 @@ from anequant.pipeline.resume import checkpoint_bytes, fingerprint, resumable
 from anequant.pipeline.rotated import check_rotated, open_float
 from anequant.pipeline.rotations import RotationChoice, Rotations, check_rotations
 from anequant.pipeline.rounder import PassResult
+from anequant.pipeline.schedule import CALIBRATION_TOKENS, ROTATING, SENSITIVITY, TUNING, quantizing_units
 from anequant.pipeline.tune_pass import tune_checkpoint
 from anequant.pipeline.turned import TurnedModel
-from anequant.progress import CONTROL, Control, Progress, part_of, silent
+from anequant.progress import CONTROL, Control, Progress, silent, step_of
 from anequant.quantization.mixed import allocate_bits
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, Recipe
@@ -79,10 +81,12 @@ def quantize(
     force: bool = False,
     progress: Progress = silent,
     control: Control = CONTROL,
+    collected: Tensor | None = None,
 ) -> QuantizeResult:
     """Write the quantized checkpoint of `source` to the new folder `output`.
 
-    `calibration` says which tokens a calibrated recipe sees, `rotations_file` where an r1 or r2 of file is.
+    `calibration` says which tokens a calibrated recipe sees, and `collected` are these where somebody has
+    them already; `rotations_file` says where an r1 or r2 of file is.
     A source that is rotated already is not rotated again, and the recipe has to say what it was rotated with.
 
     Raises UsageError when `output` exists (without `force`), for a recipe that contradicts the source's
@@ -92,7 +96,15 @@ def quantize(
     """
     require_memory(open_float(source), recipe, calibration, None, control.max_memory)
     with quantize_job(source, output, recipe, calibration, rotations_file, force, control) as journal:
-        return quantize_into(journal.output, source, recipe, calibration, progress, journal, rotations_file)
+        return quantize_into(
+            journal.output, source, recipe, calibration, progress, journal, rotations_file, collected
+        )
+
+
+def calibrates(source: Source, recipe: Recipe) -> bool:
+    """Whether quantizing needs calibration tokens; a source that is rotated already needs none for that."""
+    rotated = rotation_keys(source.folder) is not None
+    return (replace(recipe, **UNROTATED) if rotated else recipe).calibrated
 
 
 def quantize_job(
@@ -108,7 +120,10 @@ def quantize_job(
     checkpoint = open_float(source)
     identity = fingerprint("quantize", checkpoint, source.name, recipe, calibration, rotations_file)
     needed = checkpoint_bytes(checkpoint.spec, recipe)
-    return resumable(output, identity, needed=needed, force=force, source=source.folder, control=control)
+    units = quantizing_units(checkpoint, recipe, calibration, control.max_memory)
+    return resumable(
+        output, identity, needed=needed, force=force, source=source.folder, control=control, units=units
+    )
 
 
 def quantize_into(
@@ -119,6 +134,7 @@ def quantize_into(
     progress: Progress,
     journal: Journal,
     rotations_file: Path | None = None,
+    collected: Tensor | None = None,
 ) -> QuantizeResult:
     """As `quantize`, into a folder of a job's output."""
     checkpoint = open_float(source)
@@ -130,34 +146,35 @@ def quantize_into(
         check_rotated(checkpoint, keys, recipe, rotations_file)
     online = plan_online(spec, recipe)
     tokens = None
-    if (recipe if keys is None else replace(recipe, **UNROTATED)).calibrated:
-        tokens = kept_tokens(journal, calibration, checkpoint, part_of(progress, "calibrate", 0.0, 0.2))
+    if calibrates(source, recipe):
+        step = journal.part(progress, "calibrate", CALIBRATION_TOKENS)
+        tokens = kept_tokens(journal, calibration, checkpoint, step, collected)
     rotations = Rotations(RotationPlan())
     if keys is None:
-        choosing = part_of(progress, "rotations", 0.2, 0.25)
+        choosing = journal.part(progress, "rotations", ROTATING)
         rotations = kept_rotations(journal, checkpoint, recipe, tokens, rotations_file, choosing)
     model = TurnedModel(checkpoint, rotations.plan, recipe.fold_input_scales, online)
-    sensitivity = part_of(progress, "sensitivity", 0.25, 0.3)
-    bits = journal.unit("bits", lambda: _projection_bits(model, recipe, tokens, sensitivity))
+    sensitivity = journal.part(progress, "sensitivity", SENSITIVITY)
+    bits = journal.unit(SENSITIVITY, lambda: _projection_bits(model, recipe, tokens, sensitivity))
     entries = checkpoint_entries(spec, recipe, bits)
     written = journal.folder / UNTUNED if recipe.tune else folder
     for made in (folder, written):
         made.mkdir(exist_ok=True)
-    end, stem = 0.5 if recipe.tune else 1.0, weights_stem(online)
+    stem = weights_stem(online)
     with CheckpointWriter(written, entries, stem=stem) as writer:
-        rounding = part_of(progress, "round", 0.3, end)
+        rounding = step_of(progress, "round")
         errors = QuantizePass(model, recipe, bits, writer, journal, rounding, tokens).run()
     config = quantized_config(spec, recipe, online.with_scales(errors.static_scales), writer.first_file)
     write_json(written / "config.json", config)
     tuning = None
     if recipe.tune:
-        step = part_of(progress, "tune", end, 1.0)
+        step = journal.part(progress, "tune", TUNING)
 
         def tune() -> dict[str, Any]:
             with CheckpointWriter(folder, entries, stem=stem) as writer:
                 return asdict(tune_checkpoint(written, checkpoint, writer, recipe.tune, calibration, step))
 
-        tuning = TuneResult(**journal.unit("tuning", tune))
+        tuning = TuneResult(**journal.unit(TUNING, tune, _tuned))
     result = QuantizeResult(errors, tuning, rotations.choice, keys is not None)
 
     def write_side_files() -> None:
@@ -168,9 +185,13 @@ def quantize_into(
             shutil.copyfile(source.folder / ROTATIONS, folder / ROTATIONS)
         _write_side_files(folder, checkpoint, source, recipe, result, calibration, tokens)
 
-    progress("hash", 1.0)
+    progress("hash", journal.share("checkpoint files")[0])
     journal.unit("checkpoint files", write_side_files)
     return result
+
+
+def _tuned(result: Mapping[str, float]) -> tuple[str, ...]:
+    return (f"held-out KL {result['held_out_before']:.4f} to {result['held_out_after']:.4f}",)
 
 
 def _projection_bits(

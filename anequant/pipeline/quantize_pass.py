@@ -29,7 +29,7 @@ from anequant.calibration.statistics import Walkers
 from anequant.checkpoints.layout import norm_names
 from anequant.checkpoints.writer import CheckpointWriter
 from anequant.pipeline.journal import Journal
-from anequant.pipeline.rounder import PassResult, Rounder
+from anequant.pipeline.rounder import PassResult, Rounder, told
 from anequant.pipeline.turned import ROWS, TurnedModel
 from anequant.progress import Progress
 from anequant.quantization.scales import balanced_scales
@@ -73,25 +73,23 @@ class QuantizePass:
     def run(self) -> PassResult:
         """Write what an interrupted run did not; what it did is walked through with what it wrote."""
         layers = self._spec.num_layers
-        self._progress("embedding", 0.0)
         self._unit("embedding", lambda: self._write_table(EMBEDDING, self._model.embedding(), None))
         complete = self._journal.done(LAST_UNIT)
         if self._tokens is not None and not complete:
             self._walkers = self._start_walkers(self._tokens)
         for layer in range(layers):
             name = f"layer {layer + 1} of {layers}"
-            self._progress(name, (layer + 0.5) / (layers + 1))
             done = self._journal.done(name)
             self._unit(name, partial(self._write_layer, layer))
             if done and not complete:
                 self._replay_layer(layer)
-        self._progress(LAST_UNIT, layers / (layers + 1))
         state = self._unit(LAST_UNIT, self._write_head)
         rounder = self._rounder
         return PassResult(state["equivalence"], rounder.bits_per_weight, tuple(rounder.errors), self._scales)
 
     def _unit(self, name: str, write: Callable[[], object]) -> dict[str, Any]:
         """Write a part, or take over what an earlier run wrote of it and measured."""
+        self._progress(name, self._journal.share(name)[0])
         known, scales = len(self._rounder.errors), set(self._scales)
 
         def run() -> dict[str, Any]:
@@ -105,7 +103,7 @@ class QuantizePass:
             }
 
         done = self._journal.done(name)
-        state: dict[str, Any] = self._journal.unit(name, run)
+        state: dict[str, Any] = self._journal.unit(name, run, lambda state: told(state["rounder"]))
         if done:
             self._writer.go_on(state["entries"])
             self._rounder.restore(state["rounder"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from anequant.checkpoints.source import TOKENIZER_FILES
 from anequant.checkpoints.work_folder import DamagedWork, is_full, work_folder
 from anequant.errors import Interrupted
 from anequant.pipeline.journal import Journal
-from anequant.progress import Control
+from anequant.progress import Control, Expected
 from anequant.recipe import Calibration, LowerOptions, Recipe
 
 
@@ -36,12 +36,13 @@ def resumable(
     force: bool,
     source: Path,
     control: Control,
+    units: Sequence[Expected],
 ) -> Iterator[Journal]:
     """The journal of a job; when the block ends well its output folder takes the name `output`.
 
     An interrupt or a full disk leaves the work folder, so that the next run with the same `fingerprint` goes
     on there, and DamagedWork leaves it as it is; any other error removes it. `needed` are the bytes that the
-    whole job writes.
+    whole job writes, `units` what it is going to do.
 
     Raises as `work_folder` and `Journal` do, ResourceError when the disk has less room than the rest of the
     job needs, and Interrupted in the place of KeyboardInterrupt when there is something to go on with.
@@ -55,10 +56,9 @@ def resumable(
             if fresh:
                 work.clear()
             raise
-        done = journal.units
-        if done:
-            units = f"{len(done)} unit{'s are' if len(done) > 1 else ' is'} done"
-            control.note(f"resuming '{output}': {units}, the last is '{done[-1]}'")
+        if journal.units:
+            control.note(f"resuming '{output}': {_done(journal)}")
+        journal.plan(units)
         try:
             yield journal
             work.publish()
@@ -66,7 +66,7 @@ def resumable(
             if not journal.units:
                 work.clear()
                 raise
-            raise Interrupted from stop
+            raise Interrupted(f"kept in '{work.folder}': {_done(journal)}") from stop
         except DamagedWork:
             raise
         except BaseException as error:
@@ -112,6 +112,11 @@ def checkpoint_bytes(spec: ModelSpec, recipe: Recipe, dtype: torch.dtype = torch
     bits = dict.fromkeys(projection_names(spec), recipe.bits)
     size = sum(entry.nbytes for entry in checkpoint_entries(spec, recipe, bits, dtype))
     return size * (2 if recipe.tune else 1)
+
+
+def _done(journal: Journal) -> str:
+    units = journal.units
+    return f"{len(units)} unit{'s are' if len(units) > 1 else ' is'} done, the last is '{units[-1]}'"
 
 
 def _state(path: Path) -> str:

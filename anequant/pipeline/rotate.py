@@ -24,8 +24,9 @@ from anequant.pipeline.records import calibration_record, copy_tokenizer, source
 from anequant.pipeline.resume import checkpoint_bytes, fingerprint, resumable
 from anequant.pipeline.rotated import open_float
 from anequant.pipeline.rotations import RotationChoice, check_rotations
+from anequant.pipeline.schedule import CALIBRATION_TOKENS, ROTATING, rotating_units
 from anequant.pipeline.turned import TurnedModel
-from anequant.progress import CONTROL, Control, Progress, part_of, silent
+from anequant.progress import CONTROL, Control, Progress, silent, step_of
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import ROTATION_KEYS, recipe_from_dict
@@ -69,8 +70,9 @@ def rotate(
     checkpoint = open_float(source)
     identity = fingerprint("rotate", checkpoint, source.name, recipe, calibration, rotations_file)
     needed = checkpoint_bytes(checkpoint.spec, recipe_from_dict(FLOAT), torch.float32)
+    units = rotating_units(checkpoint, recipe, _plain(recipe), calibration)
     with resumable(
-        output, identity, needed=needed, force=force, source=source.folder, control=control
+        output, identity, needed=needed, force=force, source=source.folder, control=control, units=units
     ) as journal:
         return _rotate_into(journal.output, source, recipe, calibration, rotations_file, progress, journal)
 
@@ -91,19 +93,20 @@ def _rotate_into(
             remedy="quantize it, or start from the original float checkpoint",
         )
     check_rotations(checkpoint.spec, recipe, rotations_file)
-    keys = {key: getattr(recipe, key) for key in ROTATION_KEYS}
-    plain = recipe_from_dict({**keys, **FLOAT})
+    plain = _plain(recipe)
     online = plan_online(checkpoint.spec, plain)
     tokens = None
     if plain.calibrated:
-        tokens = kept_tokens(journal, calibration, checkpoint, part_of(progress, "calibrate", 0.0, 0.2))
-    choosing = part_of(progress, "rotations", 0.2, 0.6)
+        tokens = kept_tokens(
+            journal, calibration, checkpoint, journal.part(progress, "calibrate", CALIBRATION_TOKENS)
+        )
+    choosing = journal.part(progress, "rotations", ROTATING)
     rotations = kept_rotations(journal, checkpoint, recipe, tokens, rotations_file, choosing)
     model = TurnedModel(checkpoint, rotations.plan, False, online)
     bits = dict.fromkeys(projection_names(checkpoint.spec), 16)
     entries = checkpoint_entries(checkpoint.spec, plain, bits, torch.float32)
     with CheckpointWriter(folder, entries, stem=weights_stem(online)) as writer:
-        step = part_of(progress, "rotate", 0.6, 1.0)
+        step = step_of(progress, "rotate")
         passed = QuantizePass(model, plain, bits, writer, journal, step, None, torch.float32).run()
     config = quantized_config(checkpoint.spec, plain, online, writer.first_file, dtype="float32")
     result = RotateResult(passed.equivalence, rotations.choice)
@@ -116,7 +119,7 @@ def _rotate_into(
         seen = calibration_record(calibration, tokens)
         write_rotated_card(folder, Asked(source, recipe, calibration), seen, result.equivalence)
         contents = {
-            "recipe": keys,
+            "recipe": {key: getattr(recipe, key) for key in ROTATION_KEYS},
             "calibration": seen,
             "source": source_record(source, checkpoint.files),
             "measured": result.to_dict(),
@@ -125,3 +128,8 @@ def _rotate_into(
 
     journal.unit("checkpoint files", write_side_files)
     return result
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    """The rotations of a recipe, and nothing quantized."""
+    return recipe_from_dict({**{key: getattr(recipe, key) for key in ROTATION_KEYS}, **FLOAT})

@@ -158,6 +158,18 @@ class Rounder:
         self._weights += weight.numel()
 
 
+def told(state: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is worth showing of a unit, from its `Rounder.state`: the mean error, and the worst of several."""
+    errors = [TensorError(**error) for error in state["errors"]]
+    if not errors:
+        return ("not quantized",)
+    mean = sum(error.relative_error for error in errors) / len(errors)
+    if len(errors) == 1:
+        return (f"error {mean:.2%}",)
+    worst = max(errors, key=lambda error: error.relative_error)
+    return f"error {mean:.2%}", f"worst {worst.name.rpartition('.')[2]} {worst.relative_error:.2%}"
+
+
 def _relative_error(stored: Tensor, weight: Tensor) -> float:
     """||stored - weight|| / ||weight||, squares summed in float64 over row blocks."""
     difference = size = 0.0

@@ -116,15 +116,14 @@ def line_chart(series: Mapping[str, Values], *, percent: bool = False) -> LineCh
     low, high = min(known), max(known)
     powers = low > 0 and high / low > LOGARITHMIC
     ticks = (
-        _power_ticks(low, high)
+        power_ticks(low, high)
         if powers
-        else _even_ticks(min(low, 0.0) if percent or low < high / 2 else low, high)
+        else even_ticks(min(low, 0.0) if percent or low < high / 2 else low, high)
     )
     bottom, top = (min(ticks[0], low), max(ticks[-1], high))
 
     def y(value: float) -> float:
-        ends = [math.log(part) if powers else part for part in (bottom, value, top)]
-        share = (ends[1] - ends[0]) / (ends[2] - ends[0]) if ends[2] > ends[0] else 0.5
+        share = share_of(value, bottom, top, powers=powers)
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
     def x(place: int) -> float:
@@ -168,7 +167,13 @@ def _line(kind: str, places: Sequence[tuple[float, float] | None]) -> Line:
     return Line(kind, tuple(place for place in places if place is not None), path)
 
 
-def _even_ticks(low: float, high: float) -> list[float]:
+def share_of(value: float, low: float, high: float, *, powers: bool) -> float:
+    """How far a value is from one end of an axis to the other; in the middle of one without length."""
+    ends = [math.log(part) if powers else part for part in (low, value, high)]
+    return (ends[1] - ends[0]) / (ends[2] - ends[0]) if ends[2] > ends[0] else 0.5
+
+
+def even_ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers that span the values."""
     span = (high - low) or abs(high) or 1.0
     rough = span / 4
@@ -178,7 +183,7 @@ def _even_ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
-def _power_ticks(low: float, high: float) -> list[float]:
+def power_ticks(low: float, high: float) -> list[float]:
     """Powers of ten that span the values; with 2 and 5 between them where they are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1.0,) if last - first > 2 else (1.0, 2.0, 5.0)

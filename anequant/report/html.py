@@ -22,8 +22,8 @@ NOTHING = "–"
 BEFORE, AFTER, WRITTEN = "before", "after", "written"
 
 
-def render(data: dict[str, Any]) -> str:
-    """The page for the data that `collect` returns."""
+def page(template: str, **values: Any) -> str:
+    """A template beside this module, filled in."""
     environment = Environment(
         loader=PackageLoader("anequant", "report"),
         autoescape=True,
@@ -43,10 +43,16 @@ def render(data: dict[str, Any]) -> str:
         "bars": charts.code_bars,
         "entropy": charts.entropy,
     }
+    return environment.get_template(template).render(chart=charts, **values).strip() + "\n"
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page for the data that `collect` returns."""
     layers: list[dict[str, Any]] = data["layers"]
     inputs = _by_projection(layers, "inputs", (BEFORE, AFTER), "kurtosis")
     groups = {names[0]: ", ".join(map(short_name, names)) for names in data["model"]["input_groups"]}
-    page = environment.get_template(TEMPLATE).render(
+    return page(
+        TEMPLATE,
         data=data,
         missing=data["missing"],
         layers=layers,
@@ -60,9 +66,7 @@ def render(data: dict[str, Any]) -> str:
         residual=_residual(data),
         findings=_grouped(data["lint"] or ()),
         choices=_choices(data["recipe"]),
-        chart=charts,
     )
-    return page.strip() + "\n"
 
 
 def number(value: float | None) -> str:

@@ -67,12 +67,13 @@ def write_report(
     origin = _find_origin(folder, base) if source is None else Origin(source)
     data = collect(folder, origin, text, run, _former(folder), progress)
     page = render(data)
-    _replace(folder / REPORT_DATA, json_text(data))
-    _replace(folder / REPORT_PAGE, page)
+    replace_file(folder / REPORT_DATA, json_text(data))
+    replace_file(folder / REPORT_PAGE, page)
     return Written(folder, data)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
     unfinished = path.with_name(f".{path.name}")
     try:
         unfinished.write_text(text, encoding="utf-8")

@@ -1,0 +1,170 @@
+"""Several recipes, and other people's rounding, on one model and one text: what each costs and brings.
+
+Calibration tokens are collected once, and the float model is run once.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from anequant.architectures.spec import ModelSpec
+from anequant.checkpoints.reader import open_checkpoint
+from anequant.checkpoints.source import SAMPLE_TEXT, Source
+from anequant.checkpoints.work_folder import staged_folder
+from anequant.errors import AnequantError, Interrupted, UnsupportedError, UsageError, as_error
+from anequant.evaluation.divergence import Reference, evaluate_against, refer, summarise
+from anequant.pipeline.evaluate import read_windows
+from anequant.pipeline.inspect_checkpoint import PROJECTIONS, WHOLE, checkpoint_facts
+from anequant.pipeline.kept import collect_tokens
+from anequant.pipeline.peers import FLOAT, PEERS, Peer, projection_bits
+from anequant.pipeline.quantize import calibrates, quantize
+from anequant.pipeline.records import calibration_record
+from anequant.pipeline.rotated import open_float
+from anequant.pipeline.trials import PEER, RECIPE, Comparison, StoredBits, Trial, with_front
+from anequant.progress import Progress, part_of, silent
+from anequant.recipe import Calibration, Recipe
+
+OFF_ANE = "group"
+"""The scales that the Neural Engine does not run."""
+
+Run = Callable[[Path, Progress], StoredBits]
+"""Writes a checkpoint to a new folder."""
+
+
+def compare(
+    source: Source,
+    recipes: Mapping[str, Recipe],
+    calibration: Calibration,
+    text: Path | str | None = None,
+    *,
+    windows: int,
+    length: int,
+    peers: bool = False,
+    output: Path | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Comparison:
+    """Quantize with each of `recipes` by name, and measure on windows of a text (the bundled one for None).
+
+    With `peers` also by coremltools and the other PEERS, as far as they are installed. The recipes'
+    checkpoints are kept in `output`, each called as its recipe, or thrown away. What fails is a Trial that
+    says why; raises what goes wrong before the first: InputError and UnsupportedError for the model,
+    UsageError for the text, the calibration source, the output, or a model that peers cannot take.
+    """
+    base = open_float(source)
+    if peers and base.online.active:
+        raise UsageError(
+            "the model rotates while it runs, and peers do not",
+            remedy="compare with peers on the float model",
+        )
+    text = SAMPLE_TEXT if text is None else text
+    tokens = read_windows(base, text, windows, length)
+    collected = None
+    with _kept(output, force=force, source=source) as place, tempfile.TemporaryDirectory() as scratch:
+        reference = refer(base, tokens, progress=part_of(progress, "float model", 0.0, 0.1))
+        if any(calibrates(source, recipe) for recipe in recipes.values()):
+            collected = collect_tokens(calibration, base, part_of(progress, "calibrate", 0.1, 0.2))
+        runs: list[tuple[Trial, Run]] = []
+        for name, recipe in recipes.items():
+            trial = Trial(name, RECIPE, recipe.scales != OFF_ANE)
+            runs.append((trial, partial(_recipe, source, recipe, calibration, collected)))
+        for peer in PEERS if peers else ():
+            trial = Trial(peer.name, PEER, peer.on_ane, failed=peer.missing)
+            runs.append((trial, partial(_peer, peer, source)))
+        trials = []
+        for number, (trial, run) in enumerate(runs):
+            share = 0.8 / len(runs)
+            step = part_of(progress, trial.name, 0.2 + share * number, 0.2 + share * (number + 1))
+            home = Path(scratch) if place is None or trial.kind == PEER else place
+            trials.append(_try(trial, run, home / trial.name, tokens, reference, step))
+            if home != place:
+                shutil.rmtree(home / trial.name, ignore_errors=True)
+    return Comparison(
+        source.name,
+        Path(text).name,
+        length,
+        summarise(tokens, reference.logits(), None),
+        calibration_record(calibration, collected),
+        with_front(trials),
+    )
+
+
+@contextmanager
+def _kept(output: Path | None, *, force: bool, source: Source) -> Iterator[Path | None]:
+    """The folder that takes the name `output` in the end."""
+    if output is None:
+        yield None
+    else:
+        with staged_folder(output, force=force, source=source.folder) as staged:
+            yield staged
+
+
+def _try(
+    trial: Trial, run: Run, folder: Path, tokens: Tensor, reference: Reference, progress: Progress
+) -> Trial:
+    """The trial with what `run` and measuring it gave, or with why they did not; as it is if it cannot be."""
+    if trial.failed is not None:
+        return trial
+    try:
+        begun = time.monotonic()
+        bits = run(folder, part_of(progress, "quantize", 0.0, 0.7))
+        seconds = time.monotonic() - begun
+        measuring = part_of(progress, "measure", 0.7, 1.0)
+        quality = evaluate_against(open_checkpoint(folder), tokens, reference, progress=measuring)
+    except (AnequantError, MemoryError, OSError) as failure:
+        error = as_error(failure)
+        return replace(trial, failed=error.what, exit_code=error.exit_code)
+    return replace(trial, bits=bits, quality=quality, seconds=seconds)
+
+
+def _recipe(
+    source: Source,
+    recipe: Recipe,
+    calibration: Calibration,
+    collected: Tensor | None,
+    folder: Path,
+    progress: Progress,
+) -> StoredBits:
+    try:
+        quantize(source, folder, recipe, calibration, progress=progress, collected=collected)
+    except Interrupted as stop:
+        raise KeyboardInterrupt from stop
+    bits = checkpoint_facts(open_checkpoint(folder)).bits
+    whole, projections = bits[WHOLE], bits[PROJECTIONS]
+    assert whole.stored_bits is not None and projections.stored_bits is not None
+    return StoredBits(
+        whole.stored_bits, projections.stored_bits, math.ceil(whole.stored_bits * whole.weights / 8)
+    )
+
+
+def _peer(peer: Peer, source: Source, folder: Path, progress: Progress) -> StoredBits:
+    """Raises UnsupportedError for whatever goes wrong in the peer's own code."""
+    progress("whole model", 0.0)
+    try:
+        peer.run(source.folder, folder)
+    except (AnequantError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise UnsupportedError(f"{type(error).__name__} in '{peer.name}': {reason}") from error
+    spec = open_checkpoint(source.folder).spec
+    projections, tables = _weights(spec)
+    bits = projection_bits(peer, spec)
+    whole = bits + FLOAT * tables
+    return StoredBits(whole / (projections + tables), bits / projections, math.ceil(whole / 8))
+
+
+def _weights(spec: ModelSpec) -> tuple[int, int]:
+    """Those of all projections; those of embedding and head, which packages always hold both."""
+    shapes = [spec.shape(linear) for linear in spec.architecture.linears]
+    return spec.num_layers * sum(map(math.prod, shapes)), 2 * spec.vocab_size * spec.hidden_size

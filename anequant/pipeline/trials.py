@@ -1,0 +1,95 @@
+"""What a comparison of ways to quantize holds, and which of them are worth having."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from anequant.evaluation.divergence import Quality
+
+RECIPE, PEER = "recipe", "peer"
+MEMORY_MISSING = "all ran in one process; anequant plan tells the peak of a recipe"
+
+
+@dataclass(frozen=True)
+class StoredBits:
+    """Bits per weight with codebooks and scales in float16: of `whole`, that is all linears, embedding and
+    head, which together take `nbytes`, and of the projections alone."""
+
+    whole: float
+    projections: float
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to quantize; `kind` is recipe or peer, `on_ane` whether the Neural Engine runs its weights.
+
+    `seconds` are those of quantizing, without calibration tokens. `front`: among those that it runs, none has
+    both no more bits per weight and no larger KL. Where it could not be run `failed` says why and what is
+    measured is None; `exit_code` is that of the error, 0 for a peer that is not installed.
+    """
+
+    name: str
+    kind: str
+    on_ane: bool
+    bits: StoredBits | None = None
+    quality: Quality | None = None
+    seconds: float | None = None
+    front: bool = False
+    failed: str | None = None
+    exit_code: int = 0
+
+    @property
+    def point(self) -> tuple[float, float] | None:
+        """Bits per weight and KL."""
+        if self.bits is None or self.quality is None or self.quality.kl is None:
+            return None
+        return self.bits.whole, self.quality.kl
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "quality": None if self.quality is None else self.quality.to_dict()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`base` is the float model's own quality on `text`, in windows of `length` tokens; `calibration` says on
+    which tokens recipes were calibrated and is None where none needed any."""
+
+    model: str
+    text: str
+    length: int
+    base: Quality
+    calibration: Mapping[str, Any] | None
+    trials: tuple[Trial, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """That of the first error, 0 when all ran."""
+        return next((trial.exit_code for trial in self.trials if trial.exit_code), 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "text": self.text,
+            "length": self.length,
+            "base": self.base.to_dict(),
+            "calibration": self.calibration,
+            "trials": [trial.to_dict() for trial in self.trials],
+            "missing": {"peak_memory": MEMORY_MISSING},
+        }
+
+
+def with_front(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """The trials, those marked that are on the Pareto front of bits per weight and KL."""
+    points = [trial.point if trial.on_ane else None for trial in trials]
+
+    def beaten(point: tuple[float, float]) -> bool:
+        others = (other for other in points if other is not None and other != point)
+        return any(other[0] <= point[0] and other[1] <= point[1] for other in others)
+
+    return tuple(
+        replace(trial, front=point is not None and not beaten(point))
+        for trial, point in zip(trials, points, strict=True)
+    )
