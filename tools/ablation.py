@@ -23,6 +23,7 @@ DYNAMIC4 = {"activation_bits": 4}
 ASYMMETRIC = {"activation_symmetric": False}
 CLIP = {"activation_clip": 0.9}
 KV4 = {"kv_bits": 4}
+W4A4 = {"r1": "hadamard", **DYNAMIC4, **R4}
 UNIFORM = {"codebook": "uniform"}
 
 
@@ -77,6 +78,10 @@ ROWS = [
     Row("W4A4 dynamic, R4", "", "w4-ane", {**DYNAMIC4, **R4}),
     Row("W4A4 dynamic, R4, asymmetric, clip 0.9", "", "w4-ane", {**DYNAMIC4, **R4, **ASYMMETRIC, **CLIP}),
     Row("W4A4KV4, R3, R4", "the whole QuaRot", "w4-ane", {**DYNAMIC4, **R4, **KV4, "r3": "hadamard"}),
+    Row("W4A4 nearest, eight seeds", "R1 over the whole width", "w4-nearest", W4A4, seeds=tuple(range(8))),
+    Row("W4A4 nearest, best of eight", "`--restarts 8`: the least KL", "w4-nearest", {**W4A4, "restarts": 8}),
+    Row("W4A4 nearest, learned", "`--learn 36` from seed 0", "w4-nearest", {**W4A4, "learn": 36}),
+    Row("W4A4 nearest, PCA", "`--r1 pca`", "w4-nearest", {**W4A4, "r1": "pca"}),
     *(
         Row(
             f"W4 in groups of {group}",
