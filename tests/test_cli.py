@@ -979,7 +979,8 @@ def test_an_interrupt_keeps_what_is_done(
     """tests/test_resume.py goes on from there."""
     work = interrupt_at(10, rounder.quantize_calibrated)
     monkeypatch.setattr(rounder, "quantize_calibrated", work)
-    result = run("quantize", model, "-o", output)
+    monkeypatch.setattr(sys, "argv", ["anequant", "quantize", str(model), "-o", str(output)])
+    result = run(*sys.argv[1:])
     assert (result.exit_code, result.stdout) == (INTERRUPTED, "")
     kept, command = result.stderr.splitlines()
     assert kept.startswith(f"interrupted; kept in '{output.parent / '.out.partial'}': ")

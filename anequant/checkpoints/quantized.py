@@ -66,9 +66,7 @@ def load(name: str, read: Callable[[str], Tensor], names: Mapping[str, object]) 
     order, and have negative output scales or no biases. Raises InputError naming the tensor for a missing
     part, a wrong shape or a zero scale.
     """
-    for suffix in ("weight", "input_scales", "output_scales"):
-        if f"{name}.{suffix}" not in names:
-            raise InputError(f"tensor '{name}.{suffix}' is missing", remedy="quantize the model again")
+    require_parts(name, names)
     tensors = {
         f"{name}.{suffix}": read(f"{name}.{suffix}")
         for suffix in ("weight", "input_scales", "output_scales", "codebook", "bias")
@@ -95,6 +93,13 @@ def load(name: str, read: Callable[[str], Tensor], names: Mapping[str, object]) 
         output_scale=tensors[f"{name}.output_scales"].float().reshape(rows, groups).squeeze(1),
         bias=None if bias is None or not bool(bias.any()) else bias.float(),
     )
+
+
+def require_parts(name: str, names: Mapping[str, object]) -> None:
+    """Raises InputError naming what a quantized tensor lacks."""
+    for suffix in ("weight", "input_scales", "output_scales"):
+        if f"{name}.{suffix}" not in names:
+            raise InputError(f"tensor '{name}.{suffix}' is missing", remedy="quantize the model again")
 
 
 def _groups(output_scales: Tensor, columns: int) -> int:

@@ -14,8 +14,10 @@ from anequant.calibration.forward import lowered_rope_tables
 from anequant.calibration.ranges import LayerRange, layer_ranges
 from anequant.checkpoints.foreign import whole_codebook
 from anequant.checkpoints.layers import load_layer, load_table, open_quantized, projection_bits
+from anequant.checkpoints.layout import projection_names
 from anequant.checkpoints.manifest import write_manifest
 from anequant.checkpoints.output import file_hashes
+from anequant.checkpoints.quantized import require_parts
 from anequant.checkpoints.reader import Checkpoint, read_object
 from anequant.checkpoints.source import TOKENIZER_FILES
 from anequant.checkpoints.writer import write_json
@@ -73,6 +75,9 @@ def lower(
     for what cannot be lowered. See `resumable` for what an interrupt and a full disk leave.
     """
     checkpoint, name = open_quantized(checkpoint_folder), checkpoint_folder.resolve().name
+    check_lowering(checkpoint.spec, options, checkpoint.online)
+    for projection in projection_names(checkpoint.spec):
+        require_parts(projection, checkpoint.tensors)
     require_lowering_memory(checkpoint, options, control.max_memory)
     identity = fingerprint("lower", checkpoint, name, lowering=options)
     tables = [_table_bits(checkpoint, name) or 16 for name in (EMBEDDING, HEAD)]

@@ -136,9 +136,19 @@ def line_chart(series: Mapping[str, Values], *, percent: bool = False) -> LineCh
             for kind, values in series.items()
         ),
         tuple(Tick(x(place), str(place)) for place in range(0, count, step)),
-        tuple(Tick(y(value), f"{100 * value:.6g}%" if percent else f"{value:.6g}") for value in ticks),
+        tuple(Tick(y(value), label) for value, label in zip(ticks, _labels(ticks, percent), strict=True)),
         count <= MOST_MARKERS,
     )
+
+
+def _labels(ticks: Sequence[float], percent: bool) -> list[str]:
+    """Each tick's number, with as many digits as it takes to tell them apart."""
+    factor, sign = (100, "%") if percent else (1, "")
+    for digits in range(6, 18):
+        labels = [f"{factor * value:.{digits}g}{sign}" for value in ticks]
+        if len(set(labels)) == len(ticks):
+            break
+    return labels
 
 
 def code_bars(counts: Sequence[int]) -> str:
