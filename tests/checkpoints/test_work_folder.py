@@ -110,7 +110,7 @@ def test_a_crash_between_the_renames_loses_nothing(home: Path, source: Path) -> 
     work = half_done(home / "out")
     old(work.replaced)
     with pytest.raises(UsageError, match="exists"), work_folder(home / "out", force=False, source=source):
-        pass
+        pytest.fail("it was let in")
     assert contents(home / "out") == {"old": "old"}
     with work_folder(home / "out", force=True, source=source) as found:
         assert contents(found.output) == {"new": "new"}
@@ -124,7 +124,7 @@ def test_a_crash_after_the_renames_leaves_the_new_output(home: Path, source: Pat
     (home / "out").mkdir()
     (home / "out" / "new").write_text("new")
     with pytest.raises(UsageError, match="exists"), work_folder(home / "out", force=False, source=source):
-        pass
+        pytest.fail("it was let in")
     assert contents(home) == {"out": None, "out/new": "new"}
 
 
@@ -134,7 +134,7 @@ def test_an_old_output_outlives_work_that_is_thrown_away(home: Path, source: Pat
     work.journal.unlink()
     old(work.replaced)
     with pytest.raises(UsageError, match="exists"), work_folder(home / "out", force=False, source=source):
-        pass
+        pytest.fail("it was let in")
     assert contents(home) == {"out": None, "out/old": "old"}
 
 
@@ -169,7 +169,7 @@ def test_one_process_at_a_time(home: Path, source: Path) -> None:
             pytest.raises(UsageError, match="out' is being written by another process"),
             work_folder(home / "out", force=True, source=source),
         ):
-            pass
+            pytest.fail("it was let in")
         assert contents(home) == before
         other.communicate()
     with work_folder(home / "out", force=False, source=source) as found:
@@ -180,7 +180,7 @@ def test_work_is_not_done_behind_a_link(home: Path, source: Path) -> None:
     (home / "elsewhere").mkdir()
     (home / ".out.partial").symlink_to(home / "elsewhere")
     with pytest.raises(UsageError, match="is a link"), work_folder(home / "out", force=False, source=source):
-        pass
+        pytest.fail("it was let in")
     assert contents(home / "elsewhere") == {}
 
 
@@ -195,7 +195,7 @@ def test_a_place_that_cannot_be_written(home: Path, source: Path, monkeypatch: p
         pytest.raises(UsageError, match="out' cannot be created: Read-only file system"),
         work_folder(home / "out", force=False, source=source),
     ):
-        pass
+        pytest.fail("it was let in")
     assert contents(home) == {}
 
 
@@ -227,7 +227,7 @@ def test_a_disk_that_is_read_only(small_disk: Path, source: Path) -> None:
         pytest.raises(UsageError, match="cannot be created: Read-only file system"),
         work_folder(small_disk / "out", force=False, source=source),
     ):
-        pass
+        pytest.fail("it was let in")
 
 
 def test_libraries_say_that_a_disk_is_full_in_their_own_words(small_disk: Path) -> None:
