@@ -28,6 +28,7 @@ from anequant.calibration.on_demand import OnDemand
 from anequant.calibration.statistics import Walkers
 from anequant.checkpoints.layout import norm_names
 from anequant.checkpoints.writer import CheckpointWriter
+from anequant.pipeline.footprint import give_back_memory
 from anequant.pipeline.journal import Journal
 from anequant.pipeline.rounder import PassResult, Rounder, told
 from anequant.pipeline.turned import ROWS, TurnedModel
@@ -151,6 +152,7 @@ class QuantizePass:
 
     def _write_layer(self, layer: int) -> None:
         floats, current = self._turned(layer)
+        give_back_memory()
         prefix = layer_prefix(layer)
         for name in norm_names(self._spec):
             self._rounder.write(prefix + name, floats[name])
@@ -160,6 +162,7 @@ class QuantizePass:
                 statistics = self._walkers.input_statistics(layer, floats, current, group[0].name)
             for linear in group:
                 self._write_linear(layer, linear, floats, current, statistics)
+            give_back_memory()
         if self._walkers is None:
             return
         if self._recipe.static_activations:
