@@ -79,14 +79,7 @@ def convert(
     suffice, VerificationError when a check fails.
     """
     source, read = _job(None if model is None else str(model), recipe, keys)
-    options = LowerOptions(
-        context=context,
-        batch=batch,
-        chunks=chunks,
-        max_chunk_mb=max_chunk_mb,
-        argmax=argmax,
-        prefix=prefix,
-    )
+    options = LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix)
     result, _ = convert_and_report(
         source,
         Path(output),
@@ -153,14 +146,7 @@ def lower(
 
     Options and errors as of `convert`; InputError also for a checkpoint that is not quantized.
     """
-    options = LowerOptions(
-        context=context,
-        batch=batch,
-        chunks=chunks,
-        max_chunk_mb=max_chunk_mb,
-        argmax=argmax,
-        prefix=prefix,
-    )
+    options = LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix)
     return run_lower(
         Path(checkpoint),
         Path(output),

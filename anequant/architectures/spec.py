@@ -145,6 +145,19 @@ class ModelSpec:
             groups.setdefault(linear.norm or linear.name, []).append(linear)
         return tuple(tuple(group) for group in groups.values())
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The numbers that make this model's shapes."""
+        return {
+            "layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "heads": self.num_heads,
+            "key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+        }
+
     def has_bias(self, linear: Linear) -> bool:
         return bool(self.config.get(linear.bias, False)) if isinstance(linear.bias, str) else linear.bias
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from anequant.architectures.spec import EMBEDDING, INPUT_SCALES, ModelSpec
 from anequant.calibration.empty_model import empty_model
-from anequant.calibration.hooks import ATTENTION, attach, register_attention, set_input_scale
+from anequant.calibration.hooks import attach_all, set_input_scale
 from anequant.calibration.on_demand import borrow
 from anequant.calibration.text import require_known
 from anequant.errors import UnsupportedError
@@ -66,11 +66,7 @@ class ReferenceModel:
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, online: Online = NOTHING) -> None:
         self._model, config = empty_model(spec)
-        if online.r3 is not None:
-            register_attention()
-            config._attn_implementation = ATTENTION
-        for number, layer in enumerate(self._model.model.layers if online.active else ()):
-            attach(layer, number, spec, online)
+        attach_all(self._model, spec, online)
         self._linears = [linear.name for linear in spec.architecture.linears]
         self._config = config
         self._dtype = dtype

@@ -24,6 +24,15 @@ ATTENTION_MODULE = "self_attn"
 R3 = "anequant_r3"
 
 
+def attach_all(model: Any, spec: ModelSpec, online: Online) -> None:
+    """Make every decoder layer of transformers' model do what `online` says."""
+    if online.r3 is not None:
+        register_attention()
+        model.config._attn_implementation = ATTENTION
+    for number, layer in enumerate(model.model.layers if online.active else ()):
+        attach(layer, number, spec, online)
+
+
 def attach(layer: torch.nn.Module, number: int, spec: ModelSpec, online: Online) -> None:
     """Make a decoder layer do what `online` says. `set_input_scale` completes linears that have one."""
     place = _Place()
@@ -36,7 +45,6 @@ def attach(layer: torch.nn.Module, number: int, spec: ModelSpec, online: Online)
             module.register_forward_pre_hook(_rounding(format_, online.prefix, place))
     attention = layer.get_submodule(ATTENTION_MODULE)
     if online.r3 is not None:
-        register_attention()
         setattr(attention, R3, online.r3)
     attention.register_forward_pre_hook(_entering(number, online, place), with_kwargs=True)
 

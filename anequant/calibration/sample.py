@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
 from anequant.calibration.empty_model import empty_model
-from anequant.calibration.hooks import ATTENTION, attach, register_attention
+from anequant.calibration.hooks import attach_all
 from anequant.calibration.on_demand import OnDemand, borrow
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError
@@ -38,12 +38,8 @@ def sample_windows(
     Raises InputError when the logits are not finite.
     """
     spec = checkpoint.spec
-    model, config = empty_model(spec)
-    if checkpoint.online.r3 is not None:
-        register_attention()
-        config._attn_implementation = ATTENTION
-    for number, layer in enumerate(model.model.layers if checkpoint.online.active else ()):
-        attach(layer, number, spec, checkpoint.online)
+    model, _ = empty_model(spec)
+    attach_all(model, spec, checkpoint.online)
     names = [f"{EMBEDDING}.weight", f"{FINAL_NORM}.weight"]
     names += [layer_prefix(layer) + name for layer in range(spec.num_layers) for name in spec.layer_tensors()]
     stored = checkpoint.tensors[f"{EMBEDDING}.weight"].dtype

@@ -79,14 +79,15 @@ def checkpoint_facts(checkpoint: Checkpoint) -> CheckpointFacts:
     """Raises InputError for an anequant.json that is damaged, and what `read_stored` raises."""
     kind = TURNED if made_as(checkpoint.folder) == ROTATED else FLOAT
     recorded = read_manifest(checkpoint.folder) if (checkpoint.folder / MANIFEST).is_file() else {}
-    linears = [*projection_names(checkpoint.spec), *PARTS]
+    spec = checkpoint.spec
+    linears = [*projection_names(spec), *PARTS]
     quantized = [name for name in linears if f"{name}.output_scales" in checkpoint.tensors]
     scales, codebooks = _scales_and_codebooks(checkpoint, quantized)
     version = recorded.get("versions", {}).get("anequant")
     return CheckpointFacts(
         QUANTIZED if quantized else kind,
         f"anequant {version}" if version else None,
-        _sizes(checkpoint),
+        {"model_type": spec.architecture.model_type, **spec.sizes, "tied": spec.tied},
         tensor_files(checkpoint.tensors),
         dict(_bits(checkpoint, linears)),
         scales,
@@ -94,21 +95,6 @@ def checkpoint_facts(checkpoint: Checkpoint) -> CheckpointFacts:
         online_facts(checkpoint.online),
         recorded.get("recipe"),
     )
-
-
-def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
-    spec = checkpoint.spec
-    return {
-        "model_type": spec.architecture.model_type,
-        "layers": spec.num_layers,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "heads": spec.num_heads,
-        "key_value_heads": spec.num_key_value_heads,
-        "head_dim": spec.head_dim,
-        "vocab_size": spec.vocab_size,
-        "tied": spec.tied,
-    }
 
 
 def online_facts(online: Online) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD
+from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
 from anequant.checkpoints.reader import Checkpoint
 from anequant.recipe import LowerOptions, Recipe
 
@@ -52,7 +52,7 @@ def _weights(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[Kept]:
 def _layer_names(checkpoint: Checkpoint) -> Iterator[str]:
     spec = checkpoint.spec
     for layer in range(spec.num_layers):
-        yield from (f"model.layers.{layer}.{name}" for name in spec.layer_tensors())
+        yield from (layer_prefix(layer) + name for name in spec.layer_tensors())
 
 
 def _activations(checkpoint: Checkpoint, recipe: Recipe, options: LowerOptions | None) -> Iterator[Kept]:

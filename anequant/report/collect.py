@@ -118,13 +118,7 @@ def _model(spec: ModelSpec, source: dict[str, Any]) -> dict[str, Any]:
         "revision": source["revision"],
         "model_type": spec.architecture.model_type,
         "parameters": _parameters(spec),
-        "layers": spec.num_layers,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "heads": spec.num_heads,
-        "key_value_heads": spec.num_key_value_heads,
-        "head_dim": spec.head_dim,
-        "vocab_size": spec.vocab_size,
+        **spec.sizes,
         "input_groups": [[linear.name for linear in group] for group in spec.input_groups],
     }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from anequant.calibration.hooks import ATTENTION, attach, set_input_scale
+from anequant.calibration.hooks import attach_all, set_input_scale
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.quantization.activations import ActivationFormat, rounded_activations
 from anequant.quantization.kv_cache import rounded_states
@@ -38,11 +38,8 @@ def attached(folder: Path) -> Callable[[Online], Any]:
     spec = open_checkpoint(folder).spec
 
     def run(online: Online) -> Any:
-        attention = ATTENTION if online.r3 else "sdpa"
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-        model.config._attn_implementation = attention
-        for number, layer in enumerate(model.model.layers):
-            attach(layer, number, spec, online)
+        attach_all(model, spec, online)
         return model
 
     return run
