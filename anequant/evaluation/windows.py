@@ -4,3 +4,6 @@ from __future__ import annotations
 
 WINDOWS, LENGTH = 32, 512
 """Most windows, and the tokens of each."""
+
+SAMPLE_WINDOWS, SAMPLE_LENGTH = 4, 256
+"""Of the bundled text, which `convert` ends with."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -37,7 +37,7 @@ def least_chunks(checkpoint: Checkpoint, context: int, most_megabytes: int) -> i
     spec = checkpoint.spec
     most = most_megabytes * MEGABYTE
     for name in (EMBEDDING, HEAD):
-        size = _table_bytes(checkpoint, name)
+        size = vocabulary_bytes(checkpoint, name)
         if size > most:
             option = "--embedding-bits" if name == EMBEDDING else "--head-bits"
             raise UnsupportedError(
@@ -77,21 +77,8 @@ def layer_bytes(checkpoint: Checkpoint) -> Sequence[int]:
     return sizes
 
 
-def packages_bytes(
-    spec: ModelSpec, bits: Mapping[str, float], embedding_bits: float, head_bits: float
-) -> int:
-    """About what all packages take: codes and graphs, without scales; `bits` are the projections' by name."""
-    sizes = {linear.name: math.prod(spec.shape(linear)) for linear in spec.architecture.linears}
-    weights = sum(
-        sizes[linear.name] * bits[layer_prefix(layer) + linear.name]
-        for layer in range(spec.num_layers)
-        for linear in spec.architecture.linears
-    )
-    tables = spec.vocab_size * spec.hidden_size * (embedding_bits + head_bits)
-    return int((weights + tables) / 8) + GRAPH_BYTES_PER_LAYER * spec.num_layers
-
-
-def _table_bytes(checkpoint: Checkpoint, name: str) -> int:
+def vocabulary_bytes(checkpoint: Checkpoint, name: str) -> int:
+    """Of the embedding or the head in its package."""
     spec = checkpoint.spec
     entries = spec.vocab_size * spec.hidden_size
     codebook = checkpoint.tensors.get(f"{name}.codebook")

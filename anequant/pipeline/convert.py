@@ -8,26 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
-from anequant.checkpoints.layout import projection_names
 from anequant.checkpoints.manifest import write_manifest
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
 from anequant.checkpoints.work_folder import check_target
 from anequant.coreml.lint import Finding
-from anequant.errors import UsageError
 from anequant.evaluation.divergence import Quality, evaluate
+from anequant.evaluation.windows import SAMPLE_LENGTH, SAMPLE_WINDOWS
 from anequant.pipeline.card import Asked, write_conversion_card
-from anequant.pipeline.chunks import packages_bytes
 from anequant.pipeline.folders import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.pipeline.journal import Journal
 from anequant.pipeline.lint import lint, require_clean
 from anequant.pipeline.lower import LowerResult, lower_into
-from anequant.pipeline.lowerable import check_lowering
-from anequant.pipeline.plan import require_memory
+from anequant.pipeline.plan import base_of, make_plan
 from anequant.pipeline.quantize import QuantizeResult, quantize_into
-from anequant.pipeline.resume import checkpoint_bytes, fingerprint, resumable
+from anequant.pipeline.resume import fingerprint, resumable
 from anequant.pipeline.rotated import open_float
-from anequant.pipeline.schedule import QUALITY, VERIFY_CHECKPOINT, VERIFY_PACKAGES, converting_units
+from anequant.pipeline.schedule import QUALITY, VERIFY_CHECKPOINT, VERIFY_PACKAGES, report_unit, units_of
 from anequant.pipeline.verify import (
     CheckpointCheck,
     PackageCheck,
@@ -35,10 +32,7 @@ from anequant.pipeline.verify import (
     verify_packages,
 )
 from anequant.progress import CONTROL, Control, Progress, silent, step_of
-from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, LowerOptions, Recipe
-
-SAMPLE_WINDOWS, SAMPLE_LENGTH = 4, 256
 
 
 @dataclass(frozen=True)
@@ -78,17 +72,16 @@ def convert(
     check_target(output, force=force, source=source.folder)
     original = open_float(source)
     spec = original.spec
-    check_lowering(spec, options, plan_online(spec, recipe))
-    if 16 in recipe.widths:
-        raise UsageError("recipe key 'bits' is 16, and packages hold palettized weights", remedy="use fewer")
-    require_memory(original, recipe, calibration, options, control.max_memory)
-    identity = fingerprint("convert", original, source.name, recipe, calibration, rotations_file, options)
-    bits = dict.fromkeys(projection_names(spec), recipe.target_bits or recipe.bits)
-    needed = checkpoint_bytes(spec, recipe)
-    needed += packages_bytes(spec, bits, recipe.embedding_bits, recipe.head_bits)
-    units = converting_units(original, recipe, calibration, options, control.max_memory)
+    base = base_of(spec, control.max_memory)
+    plan = make_plan(original, recipe, calibration, options, base, control.max_memory)
     with resumable(
-        output, identity, needed=needed, force=force, source=source.folder, control=control, units=units
+        output,
+        fingerprint("convert", original, source.name, recipe, calibration, rotations_file, options),
+        needed=plan.disk.total,
+        force=force,
+        source=source.folder,
+        control=control,
+        units=[*units_of(plan.jobs, spec), report_unit(spec, recipe)],
     ) as journal:
         return _convert_into(
             journal.output, source, recipe, calibration, options, rotations_file, progress, journal

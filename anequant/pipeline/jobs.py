@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
 from anequant.calibration.tokens import SELF
@@ -14,11 +16,13 @@ from anequant.checkpoints.layout import checkpoint_entries, projection_names
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.source import has_tokenizer
 from anequant.checkpoints.writer import DTYPE_NAMES
+from anequant.evaluation.windows import SAMPLE_LENGTH, SAMPLE_WINDOWS
 from anequant.pipeline import memory, work
-from anequant.pipeline.chunks import chunk_ranges, layer_bytes, least_chunks, table_bytes
+from anequant.pipeline.chunks import chunk_ranges, layer_bytes, least_chunks, table_bytes, vocabulary_bytes
 from anequant.pipeline.footprint import samples_resident
 from anequant.pipeline.lowerable import head_parts
 from anequant.pipeline.work import Work
+from anequant.quantization.linear import ROWS
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, LowerOptions, Recipe
 
@@ -26,7 +30,8 @@ QUANTIZE, LOWER, VERIFY = "quantize", "lower", "verify"
 RESIDENT, STREAMED = "sample", "sample, reading the model for every token"
 """What sampling is called with the whole model in memory, and without."""
 
-TUNE = "tune"
+ROTATING, TUNE = "rotations", "tune"
+RANGES, EMBEDDING_PACKAGE, HEAD_PACKAGE = "ranges", "embedding package", "head package"
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,34 @@ class Job:
     work: Work
 
 
-def planned_checkpoint(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
-    """The checkpoint that quantizing writes, as its headers will say."""
+@dataclass(frozen=True)
+class Disk:
+    """Bytes written: those that stay, and the second copy of a package while it is written, or the checkpoint
+    that is yet to be tuned."""
+
+    checkpoint: int
+    packages: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.checkpoint + self.packages + self.temporary
+
+
+def disk(jobs: Sequence[Job]) -> Disk:
+    quantized = sum(job.bytes_out for job in jobs if job.step == QUANTIZE and job.name != TUNE)
+    packages = [job.bytes_out for job in jobs if job.step == LOWER]
+    untuned = sum(job.bytes_out for job in jobs if job.name == TUNE)
+    return Disk(quantized, sum(packages), max([untuned, *packages]))
+
+
+def planned_checkpoint(
+    checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype = torch.float16
+) -> Checkpoint:
+    """The checkpoint that quantizing writes, as its headers will say; `dtype` of what is not quantized."""
     spec = replace(checkpoint.spec, tied=False)
     width = recipe.bits if not recipe.target_bits else max(recipe.widths)
-    entries = checkpoint_entries(spec, recipe, dict.fromkeys(projection_names(spec), width))
+    entries = checkpoint_entries(spec, recipe, dict.fromkeys(projection_names(spec), width), dtype)
     tensors = {
         entry.name: TensorInfo(Path("model.safetensors"), DTYPE_NAMES[entry.dtype], entry.shape, 0)
         for entry in entries
@@ -82,7 +110,7 @@ def quantizing(
     if windows and (recipe.r1 == "pca" or recipe.learn or recipe.restarts > 1):
         peak = memory.rotations(spec, recipe, windows, source)
         todo = work.rotations(spec, recipe, windows)
-        yield Job(QUANTIZE, "rotations", whole, 0, memory.resident(base, peak), todo)
+        yield Job(QUANTIZE, ROTATING, whole, 0, memory.resident(base, peak), todo)
     if windows and recipe.target_bits:
         peak = memory.sensitivity(spec, windows, source)
         yield Job(
@@ -120,7 +148,7 @@ def lowering(written: Checkpoint, options: LowerOptions, base: int) -> Iterator[
     """`written` is quantized: one that is there, or that is planned."""
     spec = written.spec
     everything = _bytes(written, "model.layers.")
-    yield Job(LOWER, "ranges", everything, 0, memory.resident(base, memory.ranges(spec)), work.ranges(spec))
+    yield Job(LOWER, RANGES, everything, 0, memory.resident(base, memory.ranges(spec)), work.ranges(spec))
     sizes, shared = layer_bytes(written), table_bytes(spec, options.context, written.online)
     chunks = options.chunks or least_chunks(written, options.context, options.max_chunk_mb)
     layer = [math.prod(spec.shape(linear)) for linear in spec.architecture.linears]
@@ -137,11 +165,9 @@ def lowering(written: Checkpoint, options: LowerOptions, base: int) -> Iterator[
 def _table_job(written: Checkpoint, name: str, base: int) -> Job:
     spec, codebook = written.spec, written.tensors.get(f"{name}.codebook")
     size = spec.vocab_size * spec.hidden_size
-    out, peak = memory.FLOAT16 * size, memory.STREAMED_ROWS * memory.FLOAT32 * spec.hidden_size
-    if codebook is not None:
-        out = size * (math.prod(codebook.shape) - 1).bit_length() // 8 + 2 * spec.vocab_size
-        peak = memory.packed([size])
-    label = f"{'embedding' if name == EMBEDDING else 'head'} package"
+    peak = ROWS * memory.FLOAT32 * spec.hidden_size if codebook is None else memory.packed([size])
+    label = EMBEDDING_PACKAGE if name == EMBEDDING else HEAD_PACKAGE
+    out = vocabulary_bytes(written, name)
     return Job(
         LOWER, label, _bytes(written, f"{name}."), out, memory.resident(base, peak), work.packing(size)
     )
@@ -178,5 +204,5 @@ def verifying(
     if has_tokenizer(checkpoint.folder):
         source = BITS[checkpoint.tensors[f"{EMBEDDING}.weight"].dtype] // 8
         read = size + _bytes(checkpoint, "model.", "lm_head.")
-        todo = work.forward(spec, (memory.QUALITY_WINDOWS, memory.QUALITY_LENGTH), passes=2)
+        todo = work.forward(spec, (SAMPLE_WINDOWS, SAMPLE_LENGTH), passes=2)
         yield Job(VERIFY, "quality", read, 0, memory.resident(base, memory.comparison(spec, source)), todo)

@@ -15,9 +15,10 @@ from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotations import ROTATIONS, read_rotations, write_rotations
 from anequant.checkpoints.work_folder import DamagedWork
 from anequant.pipeline.footprint import resident_bytes, samples_resident
+from anequant.pipeline.jobs import ROTATING
 from anequant.pipeline.journal import Journal
 from anequant.pipeline.rotations import RotationChoice, Rotations, choose_rotations
-from anequant.pipeline.schedule import CALIBRATION_TOKENS, ROTATING
+from anequant.pipeline.schedule import CALIBRATION_TOKENS
 from anequant.progress import Progress
 from anequant.recipe import Calibration, Recipe
 from anequant.rotation.plan import matrix_sizes, plan_rotations

@@ -27,17 +27,16 @@ from anequant.coreml.meta import PackageSet, write_meta
 from anequant.coreml.package import package_bytes, save_package
 from anequant.coreml.parts import embeddings_program, head_program
 from anequant.coreml.program import forget_names
-from anequant.pipeline.chunks import chunk_ranges, constant_bytes, least_chunks, packages_bytes, table_bytes
+from anequant.pipeline.chunks import chunk_ranges, constant_bytes, least_chunks, table_bytes
+from anequant.pipeline.jobs import EMBEDDING_PACKAGE, HEAD_PACKAGE, RANGES
 from anequant.pipeline.journal import Journal
 from anequant.pipeline.lowerable import check_lowering, head_parts
-from anequant.pipeline.plan import require_lowering_memory
-from anequant.pipeline.probe import probe_tokens
+from anequant.pipeline.plan import base_of, lowering_plan
+from anequant.pipeline.probe import RANGE_TOKENS, probe_tokens
 from anequant.pipeline.resume import fingerprint, resumable
-from anequant.pipeline.schedule import EMBEDDING_PACKAGE, HEAD_PACKAGE, RANGES, lowering_units
+from anequant.pipeline.schedule import units_of
 from anequant.progress import CONTROL, Control, Progress, silent
 from anequant.recipe import LowerOptions
-
-RANGE_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -75,16 +74,18 @@ def lower(
     for what cannot be lowered. See `resumable` for what an interrupt and a full disk leave.
     """
     checkpoint, name = open_quantized(checkpoint_folder), checkpoint_folder.resolve().name
-    check_lowering(checkpoint.spec, options, checkpoint.online)
     for projection in projection_names(checkpoint.spec):
         require_parts(projection, checkpoint.tensors)
-    require_lowering_memory(checkpoint, options, control.max_memory)
-    identity = fingerprint("lower", checkpoint, name, lowering=options)
-    tables = [_table_bits(checkpoint, name) or 16 for name in (EMBEDDING, HEAD)]
-    needed = packages_bytes(checkpoint.spec, projection_bits(checkpoint), *tables)
-    units = lowering_units(checkpoint, options)
+    base = base_of(checkpoint.spec, control.max_memory)
+    plan = lowering_plan(checkpoint, options, base, control.max_memory)
     with resumable(
-        output, identity, needed=needed, force=force, source=checkpoint_folder, control=control, units=units
+        output,
+        fingerprint("lower", checkpoint, name, lowering=options),
+        needed=plan.disk.total,
+        force=force,
+        source=checkpoint_folder,
+        control=control,
+        units=units_of(plan.jobs, checkpoint.spec),
     ) as journal:
         return lower_into(journal.output, checkpoint_folder, name, options, progress, journal)
 

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from anequant.architectures.spec import Linear, ModelSpec, Space
 from anequant.calibration.forward import HEAD_ROWS, WINDOWS_AT_ONCE
 from anequant.checkpoints.header import BITS
+from anequant.evaluation.windows import SAMPLE_LENGTH, SAMPLE_WINDOWS
 from anequant.pipeline.turned import ROWS
 from anequant.quantization.refine import CODEBOOK_ROWS, LARGEST_CODEBOOK
 from anequant.recipe import Calibration, Recipe
@@ -29,9 +30,6 @@ ALLOCATOR = 64 << 20
 """Bytes of freed blocks that glibc does not give back: those below its threshold, which grows to 32 MB."""
 
 CORE_AND_CODES = FLOAT32 + 1
-QUALITY_WINDOWS = 4
-QUALITY_LENGTH = 256
-STREAMED_ROWS = 1024
 CHANCES = 4
 """Tables [windows, vocab] that sampling holds at once."""
 
@@ -167,8 +165,8 @@ def interpreted(sizes: Iterable[int]) -> int:
 def comparison(spec: ModelSpec, source: int) -> int:
     """Of the quality on a text: both heads, the rows that are widened, and predictions of one window."""
     heads = (source + FLOAT16) * spec.vocab_size * spec.hidden_size
-    window = PROBABILITIES * FLOAT32 * QUALITY_LENGTH * spec.vocab_size
-    states = 2 * FLOAT32 * QUALITY_WINDOWS * QUALITY_LENGTH * spec.hidden_size
+    window = PROBABILITIES * FLOAT32 * SAMPLE_LENGTH * spec.vocab_size
+    states = 2 * FLOAT32 * SAMPLE_WINDOWS * SAMPLE_LENGTH * spec.hidden_size
     rows = FLOAT32 * min(HEAD_ROWS, spec.vocab_size) * spec.hidden_size
     return max(heads + max(window, rows) + states, tokens_in_transformers(spec, source))
 

@@ -6,19 +6,18 @@ Everything follows from config.json and the shards' headers; no weight is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.source import Source
 from anequant.errors import ResourceError, UnsupportedError, UsageError
 from anequant.pipeline.footprint import base_bytes
 from anequant.pipeline.jobs import (
-    LOWER,
-    QUANTIZE,
-    TUNE,
+    Disk,
     Job,
+    disk,
     lowering,
     planned_checkpoint,
     quantizing,
@@ -30,20 +29,6 @@ from anequant.pipeline.skips import Kept, kept_in_float
 from anequant.pipeline.work import Speed, measure_speed
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, LowerOptions, Recipe
-
-
-@dataclass(frozen=True)
-class Disk:
-    """Bytes written: those that stay, and the second copy of a package while it is written, or the checkpoint
-    that is yet to be tuned."""
-
-    checkpoint: int
-    packages: int
-    temporary: int
-
-    @property
-    def total(self) -> int:
-        return self.checkpoint + self.packages + self.temporary
 
 
 @dataclass(frozen=True)
@@ -98,42 +83,30 @@ def make_plan(
     Raises ResourceError naming the least `max_memory` that works, and what the jobs raise for an impossible
     recipe or lowering.
     """
-    written = planned_checkpoint(checkpoint, recipe)
-    jobs = list(quantizing(checkpoint, written, recipe, calibration, base, max_memory))
-    kept = kept_in_float(checkpoint, recipe, options)
     if options is not None:
         check_lowering(checkpoint.spec, options, plan_online(checkpoint.spec, recipe))
         if 16 in recipe.widths:
             problem = "recipe key 'bits' is 16, and packages hold palettized weights"
             raise UsageError(problem, remedy="use fewer")
+    written = planned_checkpoint(checkpoint, recipe)
+    jobs = list(quantizing(checkpoint, written, recipe, calibration, base, max_memory))
+    kept = kept_in_float(checkpoint, recipe, options)
+    if options is not None:
         packages = list(lowering(written, options, base))
         jobs += [*packages, *verifying(checkpoint, written, packages, options, base)]
-    return _within(Plan(base, tuple(jobs), kept, _disk(jobs)), max_memory)
+    return _within(Plan(base, tuple(jobs), kept, disk(jobs)), max_memory)
 
 
 def lowering_plan(checkpoint: Checkpoint, options: LowerOptions, base: int, max_memory: int | None) -> Plan:
     """The plan of `lower` for a quantized checkpoint; raises as `make_plan`."""
+    check_lowering(checkpoint.spec, options, checkpoint.online)
     jobs = tuple(lowering(checkpoint, options, base))
-    return _within(Plan(base, jobs, (), _disk(jobs)), max_memory)
+    return _within(Plan(base, jobs, (), disk(jobs)), max_memory)
 
 
-def require_memory(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    calibration: Calibration,
-    options: LowerOptions | None,
-    max_memory: int | None,
-) -> None:
-    """Raises ResourceError as `make_plan` unless the job stays within `max_memory`; None allows all."""
-    if max_memory is not None:
-        base = base_bytes(checkpoint.spec)
-        make_plan(checkpoint, recipe, calibration, options, base, max_memory)
-
-
-def require_lowering_memory(checkpoint: Checkpoint, options: LowerOptions, max_memory: int | None) -> None:
-    """As `require_memory`, for `lower`."""
-    if max_memory is not None:
-        lowering_plan(checkpoint, options, base_bytes(checkpoint.spec), max_memory)
+def base_of(spec: ModelSpec, max_memory: int | None) -> int:
+    """`base_bytes` for a job that is about to run: nothing where no limit asks for its peaks."""
+    return 0 if max_memory is None else base_bytes(spec)
 
 
 def _within(plan: Plan, max_memory: int | None) -> Plan:
@@ -145,13 +118,6 @@ def _within(plan: Plan, max_memory: int | None) -> Plan:
             remedy=f"the least that works is --max-memory {least:.2f}GB",
         )
     return plan
-
-
-def _disk(jobs: Sequence[Job]) -> Disk:
-    quantized = sum(job.bytes_out for job in jobs if job.step == QUANTIZE and job.name != TUNE)
-    packages = [job.bytes_out for job in jobs if job.step == LOWER]
-    untuned = sum(job.bytes_out for job in jobs if job.name == TUNE)
-    return Disk(quantized, sum(packages), max([untuned, *packages]))
 
 
 def plan_source(

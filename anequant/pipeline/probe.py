@@ -10,6 +10,11 @@ from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 
 SEED = 7
+RANGE_TOKENS = 128
+"""That magnitudes are looked at on, for what packages have to hold."""
+
+PREFILL_TOKENS, DECODE_TOKENS = 64, 64
+"""That packages are compared on, at once and one after the other; at most, and as batch and context allow."""
 
 
 def probe_tokens(checkpoint: Checkpoint, length: int) -> Tensor:

@@ -24,16 +24,17 @@ from anequant.checkpoints.rotations import ROTATIONS, write_rotations
 from anequant.checkpoints.source import Source
 from anequant.checkpoints.writer import CheckpointWriter, write_json
 from anequant.pipeline.card import Asked, write_checkpoint_card
+from anequant.pipeline.jobs import ROTATING
 from anequant.pipeline.journal import Journal
 from anequant.pipeline.kept import kept_rotations, kept_tokens
-from anequant.pipeline.plan import require_memory
+from anequant.pipeline.plan import base_of, make_plan
 from anequant.pipeline.quantize_pass import QuantizePass
 from anequant.pipeline.records import calibration_record, copy_tokenizer, source_record
-from anequant.pipeline.resume import checkpoint_bytes, fingerprint, resumable
+from anequant.pipeline.resume import fingerprint, resumable
 from anequant.pipeline.rotated import check_rotated, open_float
 from anequant.pipeline.rotations import RotationChoice, Rotations, check_rotations
 from anequant.pipeline.rounder import PassResult
-from anequant.pipeline.schedule import CALIBRATION_TOKENS, ROTATING, SENSITIVITY, TUNING, quantizing_units
+from anequant.pipeline.schedule import CALIBRATION_TOKENS, SENSITIVITY, TUNING, units_of
 from anequant.pipeline.tune_pass import tune_checkpoint
 from anequant.pipeline.turned import TurnedModel
 from anequant.progress import CONTROL, Control, Progress, silent, step_of
@@ -94,7 +95,6 @@ def quantize(
     read or handled, VerificationError when a check fails; nothing is left behind then. See
     `resumable` for what an interrupt and a full disk leave.
     """
-    require_memory(open_float(source), recipe, calibration, None, control.max_memory)
     with quantize_job(source, output, recipe, calibration, rotations_file, force, control) as journal:
         return quantize_into(
             journal.output, source, recipe, calibration, progress, journal, rotations_file, collected
@@ -118,11 +118,16 @@ def quantize_job(
 ) -> AbstractContextManager[Journal]:
     """What `resumable` says of a job that is `quantize_into` alone."""
     checkpoint = open_float(source)
-    identity = fingerprint("quantize", checkpoint, source.name, recipe, calibration, rotations_file)
-    needed = checkpoint_bytes(checkpoint.spec, recipe)
-    units = quantizing_units(checkpoint, recipe, calibration, control.max_memory)
+    base = base_of(checkpoint.spec, control.max_memory)
+    plan = make_plan(checkpoint, recipe, calibration, None, base, control.max_memory)
     return resumable(
-        output, identity, needed=needed, force=force, source=source.folder, control=control, units=units
+        output,
+        fingerprint("quantize", checkpoint, source.name, recipe, calibration, rotations_file),
+        needed=plan.disk.total,
+        force=force,
+        source=source.folder,
+        control=control,
+        units=units_of(plan.jobs, checkpoint.spec),
     )
 
 

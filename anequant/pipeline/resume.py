@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from anequant.architectures.spec import ModelSpec
-from anequant.checkpoints.layout import checkpoint_entries, projection_names
 from anequant.checkpoints.license import CARD, LICENSE_FILES
 from anequant.checkpoints.manifest import MANIFEST, versions
 from anequant.checkpoints.output import require_space
@@ -105,13 +103,6 @@ def fingerprint(
         "versions": versions(),
         "threads": torch.get_num_threads(),
     }
-
-
-def checkpoint_bytes(spec: ModelSpec, recipe: Recipe, dtype: torch.dtype = torch.float16) -> int:
-    """Bytes of the tensors that quantizing writes, twice where they are tuned."""
-    bits = dict.fromkeys(projection_names(spec), recipe.bits)
-    size = sum(entry.nbytes for entry in checkpoint_entries(spec, recipe, bits, dtype))
-    return size * (2 if recipe.tune else 1)
 
 
 def _done(journal: Journal) -> str:

@@ -11,20 +11,22 @@ import torch
 from anequant.checkpoints.layout import checkpoint_entries, projection_names
 from anequant.checkpoints.manifest import ROTATED, rotation_keys, write_manifest
 from anequant.checkpoints.online import quantized_config, weights_stem
+from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotations import write_rotations
 from anequant.checkpoints.source import Source
 from anequant.checkpoints.writer import CheckpointWriter, write_json
 from anequant.errors import InputError
 from anequant.pipeline.card import Asked, write_rotated_card
+from anequant.pipeline.jobs import ROTATING, Job, disk, planned_checkpoint, quantizing
 from anequant.pipeline.journal import Journal
 from anequant.pipeline.kept import kept_rotations, kept_tokens
 from anequant.pipeline.quantize import DEFAULT_CALIBRATION
 from anequant.pipeline.quantize_pass import QuantizePass
 from anequant.pipeline.records import calibration_record, copy_tokenizer, source_record
-from anequant.pipeline.resume import checkpoint_bytes, fingerprint, resumable
+from anequant.pipeline.resume import fingerprint, resumable
 from anequant.pipeline.rotated import open_float
 from anequant.pipeline.rotations import RotationChoice, check_rotations
-from anequant.pipeline.schedule import CALIBRATION_TOKENS, ROTATING, rotating_units
+from anequant.pipeline.schedule import CALIBRATION_TOKENS, units_of
 from anequant.pipeline.turned import TurnedModel
 from anequant.progress import CONTROL, Control, Progress, silent, step_of
 from anequant.quantization.online import plan_online
@@ -68,11 +70,15 @@ def rotate(
     Raises as `quantize`, and InputError for a model that is rotated already.
     """
     checkpoint = open_float(source)
-    identity = fingerprint("rotate", checkpoint, source.name, recipe, calibration, rotations_file)
-    needed = checkpoint_bytes(checkpoint.spec, recipe_from_dict(FLOAT), torch.float32)
-    units = rotating_units(checkpoint, recipe, _plain(recipe), calibration)
+    jobs = _planned(checkpoint, recipe, calibration)
     with resumable(
-        output, identity, needed=needed, force=force, source=source.folder, control=control, units=units
+        output,
+        fingerprint("rotate", checkpoint, source.name, recipe, calibration, rotations_file),
+        needed=disk(jobs).total,
+        force=force,
+        source=source.folder,
+        control=control,
+        units=units_of(jobs, checkpoint.spec),
     ) as journal:
         return _rotate_into(journal.output, source, recipe, calibration, rotations_file, progress, journal)
 
@@ -128,6 +134,17 @@ def _rotate_into(
 
     journal.unit("checkpoint files", write_side_files)
     return result
+
+
+def _planned(checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration) -> list[Job]:
+    """The jobs: those of a recipe that quantizes nothing, but rotations are searched for by the whole one."""
+    plain = _plain(recipe)
+    written = planned_checkpoint(checkpoint, plain, torch.float32)
+    jobs = {
+        chosen: {job.name: job for job in quantizing(checkpoint, written, chosen, calibration, 0, None)}
+        for chosen in (plain, recipe)
+    }
+    return [jobs[recipe][name] if name == ROTATING else job for name, job in jobs[plain].items()]
 
 
 def _plain(recipe: Recipe) -> Recipe:

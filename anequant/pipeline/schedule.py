@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from anequant.checkpoints.reader import Checkpoint
-from anequant.pipeline import jobs, memory, work
+from anequant.architectures.spec import ModelSpec
+from anequant.evaluation.windows import SAMPLE_LENGTH, SAMPLE_WINDOWS
+from anequant.pipeline import jobs, work
 from anequant.pipeline.jobs import Job
 from anequant.pipeline.work import Speed, Work
 from anequant.progress import Expected
-from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.recipe import Recipe
 
 NOMINAL = Speed(flops=6e10, bytes=2e10)
 """One core of a server of 2023."""
 
-CALIBRATION_TOKENS, ROTATING, SENSITIVITY, TUNING = "calibration tokens", "rotations", "bits", "tuning"
-RANGES, EMBEDDING_PACKAGE, HEAD_PACKAGE = "ranges", "embedding package", "head package"
+CALIBRATION_TOKENS, SENSITIVITY, TUNING = "calibration tokens", "bits", "tuning"
 VERIFY_CHECKPOINT, VERIFY_PACKAGES, QUALITY = "verify checkpoint", "verify packages", "quality"
 REPORT = "report"
 REPORT_PASSES = 4
@@ -33,52 +33,9 @@ _UNITS = {
 _CHECKS = {"checkpoint": VERIFY_CHECKPOINT, "packages": VERIFY_PACKAGES}
 
 
-def quantizing_units(
-    checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration, max_memory: int | None
-) -> list[Expected]:
-    """What `quantize` does with a float model."""
-    written = jobs.planned_checkpoint(checkpoint, recipe)
-    return _units(jobs.quantizing(checkpoint, written, recipe, calibration, 0, max_memory), checkpoint)
-
-
-def rotating_units(
-    checkpoint: Checkpoint, recipe: Recipe, plain: Recipe, calibration: Calibration
-) -> list[Expected]:
-    """What `rotate` does; `plain` is the recipe without what it quantizes."""
-    units = quantizing_units(checkpoint, plain, calibration, None)
-    searching = jobs.quantizing(checkpoint, checkpoint, recipe, calibration, 0, None)
-    found = [unit for unit in _units(searching, checkpoint) if unit.name == ROTATING]
-    return [found[0] if unit.name == ROTATING else unit for unit in units]
-
-
-def lowering_units(checkpoint: Checkpoint, options: LowerOptions) -> list[Expected]:
-    """What `lower` does with a quantized checkpoint, written or planned."""
-    return _units(jobs.lowering(checkpoint, options, 0), checkpoint)
-
-
-def converting_units(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    calibration: Calibration,
-    options: LowerOptions,
-    max_memory: int | None,
-) -> list[Expected]:
-    """What `convert` does, and the report that the command line writes after it."""
-    spec, written = checkpoint.spec, jobs.planned_checkpoint(checkpoint, recipe)
-    packages = list(jobs.lowering(written, options, 0))
-    checks = list(jobs.verifying(checkpoint, written, packages, options, 0))
-    rounding = [work.layer(spec, recipe, None)] * spec.num_layers
-    windows = (memory.QUALITY_WINDOWS, memory.QUALITY_LENGTH)
-    reporting = sum(rounding, work.forward(spec, windows, REPORT_PASSES))
-    return [
-        *quantizing_units(checkpoint, recipe, calibration, max_memory),
-        *_units([*packages, *checks], checkpoint),
-        _unit(REPORT, REPORT, reporting),
-    ]
-
-
-def _units(planned: Iterable[Job], checkpoint: Checkpoint) -> list[Expected]:
-    layers, units = checkpoint.spec.num_layers, []
+def units_of(planned: Iterable[Job], spec: ModelSpec) -> list[Expected]:
+    """The units of a model's planned jobs, in their order."""
+    layers, units = spec.num_layers, []
     for job in planned:
         kind, name = job.name, job.name
         if job.step == jobs.QUANTIZE and name.startswith("layer "):
@@ -96,3 +53,9 @@ def _units(planned: Iterable[Job], checkpoint: Checkpoint) -> list[Expected]:
 
 def _unit(name: str, kind: str, todo: Work) -> Expected:
     return Expected(name, kind, NOMINAL.seconds(todo))
+
+
+def report_unit(spec: ModelSpec, recipe: Recipe) -> Expected:
+    """The report that follows a conversion: layers rounded again, and some windows through both models."""
+    todo = work.forward(spec, (SAMPLE_WINDOWS, SAMPLE_LENGTH), REPORT_PASSES)
+    return _unit(REPORT, REPORT, sum([work.layer(spec, recipe, None)] * spec.num_layers, todo))

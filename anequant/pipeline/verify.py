@@ -20,7 +20,7 @@ from anequant.coreml.storage import damage
 from anequant.errors import UsageError, VerificationError
 from anequant.pipeline.folders import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.pipeline.lower import checkpoint_hashes
-from anequant.pipeline.probe import probe_tokens
+from anequant.pipeline.probe import DECODE_TOKENS, PREFILL_TOKENS, probe_tokens
 from anequant.pipeline.verify_constants import verify_constants
 from anequant.pipeline.verify_files import (
     CONVERSION,
@@ -35,8 +35,6 @@ from anequant.pipeline.verify_tensors import verify_layout, verify_numbers, veri
 from anequant.progress import Progress, part_of, silent
 from anequant.runtime.coreml_backend import package_by_package
 
-PREFILL_TOKENS = 64
-DECODE_TOKENS = 64
 LEAST_AGREEMENT = 0.99
 LARGEST_ERROR = 1e-2
 FLOAT16_STEP = 2.0**-10

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 import torch
 
 from anequant.architectures.spec import ModelSpec
+from anequant.calibration.equivalence import PROBE_LENGTH
+from anequant.pipeline.probe import DECODE_TOKENS, PREFILL_TOKENS, RANGE_TOKENS
 from anequant.recipe import Calibration, LowerOptions, Recipe
 
 MEASURED = 0.2
 """Seconds that each of the two rates is measured for."""
 SIDE, ELEMENTS = 1024, 1 << 24
-PROBE_TOKENS = 32
 TURNING_PASSES, ROUNDING_PASSES = 24, 60
 """Times that turning and rounding go over a weight, in float32: measured on weights of 4096 x 4096."""
 FEEDBACK, PACKING_PASSES = 46, 12
 """Products that gptq, its dampings and its refinement take for each weight and column."""
-RANGE_TOKENS, DECODED = 128, 66
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ def rotations(spec: ModelSpec, recipe: Recipe, windows: tuple[int, int]) -> Work
 def table(spec: ModelSpec, bits: int) -> Work:
     size = spec.vocab_size * spec.hidden_size
     passes = TURNING_PASSES + (0 if bits == 16 else ROUNDING_PASSES)
-    return Work(4 * PROBE_TOKENS * size, 4 * passes * size)
+    return Work(4 * PROBE_LENGTH * size, 4 * passes * size)
 
 
 def layer(spec: ModelSpec, recipe: Recipe, windows: tuple[int, int] | None) -> Work:
     """Turning, the float64 probe, rounding, and what calibration adds."""
     size = _weights(spec)
-    probe = Work(2 * 2 * 2 * PROBE_TOKENS * size)
+    probe = Work(2 * 2 * 2 * PROBE_LENGTH * size)
     passes = TURNING_PASSES + (0 if recipe.bits == 16 else ROUNDING_PASSES)
     todo = probe + Work(0, 4 * passes * size)
     if windows is None:
@@ -126,5 +126,5 @@ def packing(size: int) -> Work:
 def verification(spec: ModelSpec, options: LowerOptions) -> Work:
     """Constants compared, a prompt and single tokens through the packages, and transformers beside them."""
     size = spec.num_layers * _weights(spec) + spec.vocab_size * spec.hidden_size
-    steps = min(DECODED, options.context)
-    return packing(2 * size) + Work(2 * 4 * RANGE_TOKENS * size, 4 * steps * size)
+    steps = min(DECODE_TOKENS, options.context)
+    return packing(2 * size) + Work(2 * 2 * (PREFILL_TOKENS + DECODE_TOKENS) * size, 4 * steps * size)
