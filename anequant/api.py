@@ -12,7 +12,8 @@ result goes to the logger "anequant".
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from anequant.pipeline.lower import LowerResult
 from anequant.pipeline.lower import lower as run_lower
 from anequant.pipeline.quantize import QuantizeResult
 from anequant.pipeline.quantize import quantize as run_quantize
+from anequant.pipeline.scheduler import open_scheduler
 from anequant.pipeline.verify import CheckpointCheck, PackageCheck, verify_folder
 from anequant.progress import Control, Progress, silent
 from anequant.recipe import Calibration, LowerOptions, Recipe
@@ -61,6 +63,7 @@ def convert(
     argmax: bool = False,
     prefix: str | None = None,
     max_memory: int | None = None,
+    scheduler: str = "local",
     force: bool = False,
     resume: bool = True,
     progress: Progress = silent,
@@ -71,8 +74,9 @@ def convert(
     The bundled model where `model` is None. `calib` is self, wikitext2, a text file or a .json file of token
     ids, of which `calib_samples` windows of `calib_length` tokens are taken. `context` and `batch` are in
     tokens, `chunks` None takes as few packages as `max_chunk_mb` (megabytes) allows, `max_memory` is bytes.
-    With `resume` a run that was interrupted is gone on with. `progress` is called with what is being done and
-    the share that is done.
+    `scheduler` is local, or dask://host:port for a cluster that shares the folders (docs/cluster.md). With
+    `resume` a run that was interrupted is gone on with. `progress` is called with what is being done and the
+    share that is done.
 
     Raises UsageError for options that are wrong or an `output` that exists (without `force`), InputError or
     UnsupportedError for a model that cannot be read or handled, ResourceError where disk or memory do not
@@ -80,17 +84,18 @@ def convert(
     """
     source, read = _job(None if model is None else str(model), recipe, keys)
     options = LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix)
-    result, _ = convert_and_report(
-        source,
-        Path(output),
-        read,
-        Calibration(str(calib), calib_samples, calib_length, calib_seed),
-        options,
-        None if rotations is None else Path(rotations),
-        force=force,
-        progress=progress,
-        control=_control(resume, max_memory),
-    )
+    with _control(resume, max_memory, scheduler) as control:
+        result, _ = convert_and_report(
+            source,
+            Path(output),
+            read,
+            Calibration(str(calib), calib_samples, calib_length, calib_seed),
+            options,
+            None if rotations is None else Path(rotations),
+            force=force,
+            progress=progress,
+            control=control,
+        )
     return result
 
 
@@ -105,6 +110,7 @@ def quantize(
     calib_length: int = Calibration.length,
     calib_seed: int = Calibration.seed,
     max_memory: int | None = None,
+    scheduler: str = "local",
     force: bool = False,
     resume: bool = True,
     progress: Progress = silent,
@@ -115,16 +121,17 @@ def quantize(
     Options and errors as of `convert`.
     """
     source, read = _job(str(model), recipe, keys)
-    return run_quantize(
-        source,
-        Path(output),
-        read,
-        Calibration(str(calib), calib_samples, calib_length, calib_seed),
-        None if rotations is None else Path(rotations),
-        force=force,
-        progress=progress,
-        control=_control(resume, max_memory),
-    )
+    with _control(resume, max_memory, scheduler) as control:
+        return run_quantize(
+            source,
+            Path(output),
+            read,
+            Calibration(str(calib), calib_samples, calib_length, calib_seed),
+            None if rotations is None else Path(rotations),
+            force=force,
+            progress=progress,
+            control=control,
+        )
 
 
 def lower(
@@ -138,6 +145,7 @@ def lower(
     argmax: bool = False,
     prefix: str | None = None,
     max_memory: int | None = None,
+    scheduler: str = "local",
     force: bool = False,
     resume: bool = True,
     progress: Progress = silent,
@@ -147,14 +155,10 @@ def lower(
     Options and errors as of `convert`; InputError also for a checkpoint that is not quantized.
     """
     options = LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix)
-    return run_lower(
-        Path(checkpoint),
-        Path(output),
-        options,
-        force=force,
-        progress=progress,
-        control=_control(resume, max_memory),
-    )
+    with _control(resume, max_memory, scheduler) as control:
+        return run_lower(
+            Path(checkpoint), Path(output), options, force=force, progress=progress, control=control
+        )
 
 
 def verify(
@@ -208,5 +212,7 @@ def _recipe(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
     return load_recipe(str(recipe), overrides)
 
 
-def _control(resume: bool, max_memory: int | None) -> Control:
-    return Control(resume, LOG.info, max_memory=max_memory)
+@contextmanager
+def _control(resume: bool, max_memory: int | None, scheduler: str) -> Iterator[Control]:
+    with open_scheduler(scheduler, LOG.info) as tasks:
+        yield Control(resume, LOG.info, max_memory=max_memory, scheduler=tasks)

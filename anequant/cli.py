@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from anequant.cli_batch import batch
 from anequant.cli_compare import compare
 from anequant.cli_completion import completion
 from anequant.cli_inspect import diff, doctor, inspect
@@ -49,7 +50,7 @@ def main() -> None:
     """
 
 
-for job in (quantize, rotate, lower, convert, push):
+for job in (quantize, rotate, lower, convert, batch, push):
     main.add_command(job)
 for look in (plan, inspect, report, compare, diff, doctor, completion):
     main.add_command(look)

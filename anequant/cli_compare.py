@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from anequant.cli_options import calibration_options, command, read_calibration, read_recipe, window_options
+from anequant.cli_options import (
+    calibration_options,
+    command,
+    complete_recipes,
+    read_calibration,
+    read_recipe,
+    window_options,
+)
+from anequant.cli_scheduler import scheduler_option
 from anequant.console import Console
 from anequant.errors import UsageError
 
@@ -18,7 +27,13 @@ FILE = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("model")
-@click.option("--recipes", required=True, metavar="NAME|FILE,...", help="Recipes to run, in this order.")
+@click.option(
+    "--recipes",
+    required=True,
+    metavar="NAME|FILE,...",
+    help="Recipes to run, in this order.",
+    shell_complete=complete_recipes,
+)
 @click.option("--text", metavar="FILE|wikitext2", help="Text to measure on, instead of the bundled one.")
 @window_options
 @calibration_options
@@ -26,6 +41,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--html", type=FILE, metavar="FILE", help="Also write a page with the table and a plot.")
 @click.option("-o", "--output", type=FILE, help="New folder to keep the checkpoints in.")
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
+@scheduler_option
 @command
 def compare(
     console: Console,
@@ -38,6 +54,7 @@ def compare(
     html: Path | None,
     output: Path | None,
     force: bool,
+    scheduler: str,
     **options: Any,
 ) -> None:
     """What several recipes cost and bring on MODEL: one table of sizes, divergence from float, and times.
@@ -54,16 +71,21 @@ def compare(
         read_recipe({"recipe": name})
     if force and output is None:
         raise UsageError("--force replaces an output folder", remedy="name it with --output")
+    if scheduler != "local" and output is None:
+        raise UsageError(
+            "workers write into the output folder", remedy="name one that they share with --output"
+        )
     if html is not None:
         _check_page(html)
     from anequant.checkpoints.manifest import rotation_keys
     from anequant.checkpoints.source import resolve_source
     from anequant.pipeline.compare import compare as run
+    from anequant.pipeline.scheduler import open_scheduler
     from anequant.report import comparison as shown
 
     source = resolve_source(model)
     rotated = rotation_keys(source.folder)
-    with console.progress("compare") as progress:
+    with open_scheduler(scheduler, console.note) as tasks, console.watched("compare") as job:
         result = run(
             source,
             {label: read_recipe({"recipe": name}, rotated) for label, name in names.items()},
@@ -74,7 +96,8 @@ def compare(
             peers=peers,
             output=output,
             force=force,
-            progress=progress,
+            progress=job.progress,
+            control=replace(job.control, scheduler=tasks),
         )
     rows = shown.summary(result)
     if html is not None:

@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import (
+    BashComplete,
+    CompletionItem,
+    FishComplete,
+    ShellComplete,
+    ZshComplete,
+    add_completion_class,
+    get_completion_class,
+)
 
 from anequant.cli_options import PROGRAM, command
 from anequant.console import Console
 
-SHELLS = ("bash", "zsh", "fish")
 VARIABLE = f"_{PROGRAM.upper()}_COMPLETE"
 """Set, it makes the command print completions: click's convention."""
+
+
+class JoinedValues(ShellComplete):
+    """As click's, and it completes `--option=value` too."""
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem[str]]:
+        """bash tells the `=` as a word of its own, between name and value; the others complete the whole."""
+        name, joined, _ = incomplete.partition("=")
+        items = super().get_completions([word for word in args if word != "="], incomplete)
+        if name.startswith("--") and joined:
+            for item in items:
+                item.value = f"{name}={item.value}"
+        return items
+
+
+class Bash(JoinedValues, BashComplete): ...
+
+
+class Zsh(JoinedValues, ZshComplete): ...
+
+
+class Fish(JoinedValues, FishComplete):
+    """Its script takes a completion apart at the first comma alone: recipes are a list of several."""
+
+    source_template = FishComplete.source_template.replace('split ","', 'split --max 1 ","')
+
+
+SHELLS = tuple(add_completion_class(kind).name for kind in (Bash, Zsh, Fish))
 
 
 @click.command()

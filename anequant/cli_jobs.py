@@ -18,6 +18,7 @@ from anequant.cli_options import (
     rotation_options,
 )
 from anequant.cli_plan import memory_option
+from anequant.cli_scheduler import scheduled_job, scheduler_option
 from anequant.console import Console
 
 
@@ -27,6 +28,7 @@ from anequant.console import Console
 @recipe_options
 @calibration_options
 @memory_option
+@scheduler_option
 @command
 def quantize(
     console: Console,
@@ -35,6 +37,7 @@ def quantize(
     force: bool,
     resume: bool,
     max_memory: int | None,
+    scheduler: str,
     **options: Any,
 ) -> None:
     """Fold, rotate and quantize MODEL into a new checkpoint folder.
@@ -47,7 +50,7 @@ def quantize(
     from anequant.pipeline.quantize import quantize as run
     from anequant.report import text
 
-    with console.job("quantize", resume, max_memory) as job:
+    with scheduled_job(console, "quantize", resume, max_memory, scheduler) as job:
         result = run(
             source,
             output,
@@ -99,6 +102,7 @@ def rotate(console: Console, model: str, output: Path, force: bool, resume: bool
 @output_options
 @lowering_options
 @memory_option
+@scheduler_option
 @command
 def lower(
     console: Console,
@@ -107,6 +111,7 @@ def lower(
     force: bool,
     resume: bool,
     max_memory: int | None,
+    scheduler: str,
     **options: Any,
 ) -> None:
     """Lower a quantized CHECKPOINT to Core ML packages in a new folder.
@@ -119,7 +124,7 @@ def lower(
     from anequant.report import text
 
     sizes = read_lowering(options)
-    with console.job("lower", resume, max_memory) as job:
+    with scheduled_job(console, "lower", resume, max_memory, scheduler) as job:
         result = run(checkpoint, output, sizes, force=force, progress=job.progress, control=job.control)
     console.result({"output": str(output), **result.to_dict()}, text.lowered(output, result))
 
@@ -131,6 +136,7 @@ def lower(
 @calibration_options
 @lowering_options
 @memory_option
+@scheduler_option
 @command
 def convert(
     console: Console,
@@ -139,6 +145,7 @@ def convert(
     force: bool,
     resume: bool,
     max_memory: int | None,
+    scheduler: str,
     **options: Any,
 ) -> None:
     """Quantize MODEL, lower it, verify the packages and write a report; without MODEL, the bundled one.
@@ -154,7 +161,7 @@ def convert(
     if model is None:
         console.note(f"no model named: converting the bundled {source.name}")
     sizes = read_lowering(options)
-    with console.job("convert", resume, max_memory) as job:
+    with scheduled_job(console, "convert", resume, max_memory, scheduler) as job:
         result, report = convert_and_report(
             source,
             output,

@@ -7,6 +7,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from glob import escape, glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +62,16 @@ def command(run: Run) -> Run:
 
 def output_options(run: Run) -> Run:
     """-o/--output, --force and --resume."""
-    text = "Whether to go on where an interrupted run to the same folder stopped, or to start over."
-    run = click.option(f"--resume/{NO_RESUME}", default=True, show_default=True, help=text)(run)
-    run = click.option("--force", is_flag=True, help="Replace an existing output folder.")(run)
+    run = resume_options(run, force="Replace an existing output folder.")
     path = click.Path(path_type=Path)
     return click.option("-o", "--output", required=True, type=path, help="New folder to write.")(run)
+
+
+def resume_options(run: Run, *, force: str) -> Run:
+    """--force, which does what `force` says, and --resume."""
+    text = "Whether to go on where an interrupted run to the same folder stopped, or to start over."
+    run = click.option(f"--resume/{NO_RESUME}", default=True, show_default=True, help=text)(run)
+    return click.option("--force", is_flag=True, help=force)(run)
 
 
 LUT_OPTIONS = {"embedding_bits": "--lut-embeddings", "bits": "--lut-ffn", "head_bits": "--lut-head"}
@@ -124,6 +130,19 @@ def _recipes(context: click.Context, option: click.Parameter, begun: str) -> lis
     """Names of recipes; files where none begins as what was typed."""
     names = _matching(list(named_recipes()), context, option, begun)
     return names or [CompletionItem(begun, type="file")]
+
+
+def complete_recipes(
+    context: click.Context, option: click.Parameter, begun: str
+) -> list[CompletionItem[str]]:
+    """As for --recipe, of the last of several between commas; those before it are not offered again. A shell
+    completes a file's name alone, so beginnings of files after a comma are looked up here."""
+    *before, last = begun.split(",")
+    names = [name for name in named_recipes() if name.startswith(last) and name not in before]
+    if not names and not before:
+        return [CompletionItem(begun, type="file")]
+    files = [] if names else sorted(glob(f"{escape(last)}*"))
+    return [CompletionItem(",".join([*before, found])) for found in names or files]
 
 
 def read_recipe(options: dict[str, Any], rotated: Mapping[str, Any] | None = None) -> Recipe:

@@ -132,6 +132,12 @@ class Console:
             signal.signal(signal.SIGINT, before)
 
     @contextmanager
+    def watched(self, title: str) -> Iterator[Job]:
+        """As `job`, for one that Ctrl-C ends at once; its units are few and each has a line."""
+        with self._display(title, each=True) as seen:
+            yield Job(seen.report, Control(note=self.note, planned=seen.plan, finished=seen.finished))
+
+    @contextmanager
     def progress(self, title: str) -> Iterator[Progress]:
         """A Progress for what has no units, or does not tell them."""
         with self._display(title) as seen:
@@ -140,13 +146,14 @@ class Console:
     def _line(self, text: str) -> None:
         print(_printable(text), file=sys.stderr, flush=True)
 
-    def _display(self, title: str) -> AbstractContextManager[Display]:
-        """On a terminal a bar, else a line now and then; both after two seconds."""
+    def _display(self, title: str, *, each: bool = False) -> AbstractContextManager[Display]:
+        """On a terminal a bar, else a line now and then; both after two seconds, or with `each` a line for
+        every unit from the first on."""
         if self.quiet:
             return nullcontext(Nothing())
         if sys.stderr.isatty():
-            return bar(title, _printable, SHOW_AFTER)
-        return nullcontext(Lines(title, self._line, SHOW_AFTER, LINE_EVERY))
+            return bar(title, _printable, 0.0 if each else SHOW_AFTER)
+        return nullcontext(Lines(title, self._line, SHOW_AFTER, LINE_EVERY, each=each))
 
 
 def _draw(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:

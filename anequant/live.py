@@ -56,7 +56,7 @@ class Nothing:
 
 class Lines:
     """Plain lines, which `say` prints: the first after `wait` seconds, one about units that are under way
-    every `every` seconds."""
+    every `every` seconds; with `each` every planned unit has one, however soon."""
 
     def __init__(
         self,
@@ -65,8 +65,10 @@ class Lines:
         wait: float,
         every: float,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        each: bool = False,
     ) -> None:
-        self._title, self._say, self._every, self._clock = title, say, every, clock
+        self._title, self._say, self._every, self._clock, self._each = title, say, every, clock, each
         self._estimate = Estimate(clock)
         self._begun = clock()
         self._first, self._last = self._begun + wait, self._begun + wait - every
@@ -87,11 +89,12 @@ class Lines:
         self._estimate.reached(unit.share)
         if unit.name in self._planned or unit.seconds >= WORTH_A_LINE:
             parts = [unit.name, *unit.told, _seconds(unit.seconds), _memory(unit.memory)]
-            self._line(parts, self._every / UNITS_FOR_LINE)
+            self._line(parts, None if self._each else self._every / UNITS_FOR_LINE)
 
-    def _line(self, parts: list[str], wait: float) -> None:
+    def _line(self, parts: list[str], wait: float | None) -> None:
+        """Unless the last one was less than `wait` ago; None for one that is due whenever it comes."""
         now = self._clock()
-        if now < max(self._first, self._last + wait):
+        if wait is not None and now < max(self._first, self._last + wait):
             return
         self._last = now
         whole = f"{self._estimate.share:.0%} after {_hours(now - self._begun)}"

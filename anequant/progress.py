@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from anequant.tasks import Schedulers, local
+
 Progress = Callable[[str, float], None]
 """(what is being done, share done from 0 to 1)"""
 
@@ -92,6 +94,7 @@ class Control:
     max_memory  bytes that the job is to stay within, None for as many as it is fastest with
     planned     gets the units that the job is going to do, those included that an interrupted run did
     finished    gets every unit that is done
+    scheduler   who does the parts of the job that are independent of each other
     """
 
     resume: bool = True
@@ -100,6 +103,7 @@ class Control:
     max_memory: int | None = None
     planned: Callable[[Sequence[Expected]], None] = no_plan
     finished: Callable[[Unit], None] = no_unit
+    scheduler: Schedulers = local
 
 
 CONTROL = Control()

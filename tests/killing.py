@@ -25,8 +25,7 @@ from anequant.checkpoints.source import resolve_source
 from anequant.checkpoints.work_folder import WorkFolder
 from anequant.errors import AnequantError
 from anequant.pipeline import convert as convert_module
-from anequant.pipeline import journal
-from anequant.pipeline import lower as lower_module
+from anequant.pipeline import journal, lower_package
 from anequant.pipeline.convert import convert
 from anequant.pipeline.quantize import quantize
 from anequant.progress import Control
@@ -185,7 +184,7 @@ def _kill_in_tensor(name: str) -> None:
 
 
 def _kill_in_package(number: int) -> None:
-    save, count = lower_module.save_package, 0
+    save, count = lower_package.save_package, 0
 
     def broken(program: Any, path: Path, metadata: Any) -> None:
         nonlocal count
@@ -196,7 +195,7 @@ def _kill_in_package(number: int) -> None:
             os.truncate(weights, weights.stat().st_size // 2)
             _die()
 
-    lower_module.save_package = broken
+    lower_package.save_package = broken
 
 
 def _kill_in_publish() -> None:

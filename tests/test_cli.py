@@ -26,8 +26,7 @@ from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.cli import main
 from anequant.coreml.interpreter import Package
 from anequant.errors import InputError
-from anequant.pipeline import lower as lower_module
-from anequant.pipeline import rounder
+from anequant.pipeline import lower_package, rounder
 from anequant.recipe import Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, load_recipe
 
@@ -993,7 +992,7 @@ def test_an_interrupt_between_packages_keeps_those_that_are_done(
 ) -> None:
     before = snapshot(checkpoint.folder)
     with monkeypatch.context() as patch:
-        patch.setattr(lower_module, "save_package", interrupt_at(2, lower_module.save_package))
+        patch.setattr(lower_package, "save_package", interrupt_at(2, lower_package.save_package))
         result = run("lower", checkpoint.folder, "-o", output, *SIZES)
     assert result.exit_code == INTERRUPTED and not output.exists()
     result = run("lower", checkpoint.folder, "-o", output, *SIZES)

@@ -15,6 +15,7 @@ import torch
 from browser import browser
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
+from test_console import on_terminal, rows
 from test_report_page import HIDDEN, OUTSIDE, SMALL, WIDER, Tree, violations
 
 from anequant import console
@@ -215,6 +216,44 @@ def test_peers_that_are_missing_or_break_are_rows(monkeypatch: pytest.MonkeyPatc
     assert affine["bits"]["whole"] == pytest.approx(whole, rel=1e-12)
     assert (absent["failed"], absent["exit_code"]) == ("not installed: pip install no_such_package", 0)
     assert (failed["failed"], failed["exit_code"]) == ("ZeroDivisionError in 'broken': by zero", 4)
+
+
+def said(trial: dict[str, Any]) -> str:
+    """What a line tells of a trial of the result."""
+    quality, bits = trial["quality"], trial["bits"]
+    numbers = f"KL {quality['kl']:.4f}, extra NLL {quality['extra_nll']:+.4f}"
+    return f"{numbers}, {bits['whole']:.2f} bits per weight"
+
+
+def test_a_line_for_whatever_is_finished(tmp_path: Path) -> None:
+    """Also for what takes no time, where there is no terminal and nothing else would be told so soon."""
+    (tmp_path / "wide.toml").write_text('rounding = "nearest"\nr1_block = 128\n')
+    result = run("--recipes", f"w4-nearest,{tmp_path / 'wide.toml'}", *SIZES, "--json")
+    assert result.exit_code == 2
+    values = json.loads(result.stdout)
+    ours, wide = values["trials"]
+    base, first, second = result.stderr.splitlines()
+    tail = r"\d+\.\d s, \d+ MB, \d+% after 0:00:\d\d(, (estimating|about \d+ s left))?"
+    assert re.fullmatch(rf"compare: float model, perplexity {values['base']['perplexity']:.3f}, {tail}", base)
+    assert re.fullmatch(rf"compare: w4-nearest, {re.escape(said(ours))}, {tail}", first)
+    assert f"{ours['seconds']:.1f} s" in first and "100%" in second
+    assert re.fullmatch(rf"compare: wide, not run, {re.escape(wide['failed'])}, {tail}", second)
+
+
+def test_quiet_tells_nothing() -> None:
+    result = run("--recipes", "w4-nearest", *SIZES, "--quiet")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("columns", [100, 50])
+def test_lines_on_a_terminal(columns: int) -> None:
+    words = ["compare", str(BUNDLED_MODEL), "--recipes", "w4-nearest", *map(str, SIZES), "--json"]
+    code, written = on_terminal(columns, lambda: main(words))
+    assert code == 0, written
+    seen = [row for row in rows(written) if re.search(r"\d s +\d+ MB$", row)]
+    assert [row.split("  ")[0] for row in seen] == ["float model", "w4-nearest"]
+    assert len({len(row) for row in seen}) == 1 and len(seen[0]) <= columns
+    assert re.search(r"  KL 0\.\d{4}", seen[1]) and ("bits per weight" in seen[1]) == (columns == 100)
 
 
 @pytest.mark.parametrize(

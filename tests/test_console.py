@@ -32,7 +32,7 @@ from anequant.cli import main
 from anequant.estimate import Estimate, told
 from anequant.live import Lines
 from anequant.pipeline import convert as convert_module
-from anequant.pipeline import lower as lower_module
+from anequant.pipeline import lower_package
 from anequant.progress import Expected, Unit, shares
 from anequant.recipe_files import named_recipes
 from anequant.report import converted as converted_module
@@ -409,7 +409,7 @@ def test_an_interrupted_conversion_says_what_is_kept(tmp_path: Path, monkeypatch
     words = ["convert", "-o", str(output), *NEAREST, *SIZES]
     monkeypatch.setattr(sys, "argv", ["anequant", *words])
     for module, name, times, last in (
-        (lower_module, "save_package", 1, "qwen25_embeddings"),
+        (lower_package, "save_package", 1, "qwen25_embeddings"),
         (convert_module, "verify_packages", 2, "verify checkpoint"),
     ):
         with monkeypatch.context() as patch:

@@ -18,8 +18,8 @@ from anequant.calibration.forward import (
     final_hidden_states,
     head_logits,
     logits,
-    lowered_rope_tables,
 )
+from anequant.calibration.rope import lowered_rope_tables
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import UnsupportedError
 

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from anequant.architectures.spec import EMBEDDING, INPUT_SCALES, ModelSpec
 from anequant.calibration.empty_model import empty_model
-from anequant.calibration.hooks import attach_all, set_input_scale
+from anequant.calibration.hooks import ATTENTION_MODULE, attach_all, set_input_scale
 from anequant.calibration.on_demand import borrow
 from anequant.calibration.text import require_known
 from anequant.errors import UnsupportedError
@@ -68,6 +68,9 @@ class ReferenceModel:
         self._model, config = empty_model(spec)
         attach_all(self._model, spec, online)
         self._linears = [linear.name for linear in spec.architecture.linears]
+        self._norms = {
+            linear.name.partition(".")[0]: linear.norm for linear in spec.architecture.linears if linear.norm
+        }
         self._config = config
         self._dtype = dtype
         self._rotary = self._model.model.rotary_emb
@@ -105,10 +108,13 @@ class ReferenceModel:
         name: str,
         *,
         arriving: bool = False,
+        within: bool = False,
     ) -> Iterator[Tensor]:
         """The input [tokens, in] of the layer's linear `name`, for one part [n, length, hidden] after the
-        other; the layer runs no further than that. `arriving`: before it is turned and rounded."""
-        with self._loaded(layer, tensors, parts[0].shape[1], but=name) as run:
+        other; the layer runs no further than that. `arriving`: before it is turned and rounded. `within`: the
+        parts are what enters the half of the layer, attention or MLP, that the linear is in."""
+        half = name.partition(".")[0] if within else None
+        with self._loaded(layer, tensors, parts[0].shape[1], but=name, half=half) as run:
             linear = self._model.model.layers[layer].get_submodule(name)
             hook = linear.register_forward_pre_hook(_stop_at_input, prepend=arriving)
             try:
@@ -160,8 +166,10 @@ class ReferenceModel:
         *,
         whole: bool = False,
         but: str | None = None,
+        half: str | None = None,
     ) -> Iterator[Callable[[Tensor], Tensor]]:
-        """The layer with these weights, as a function of hidden states; on meta again afterwards.
+        """The layer with these weights, or the half of it of that name without the sum that ends it, as a
+        function of hidden states; on meta again afterwards.
 
         A linear's weight comes when it runs and goes after it, that of the linear `but` never; with `whole`
         all are there from the start.
@@ -181,13 +189,20 @@ class ReferenceModel:
             set_input_scale(module.get_submodule(name), tensors.get(f"{name}.{INPUT_SCALES}"))
             if name in late and name != but:
                 hooks += borrow(late[name], tensors, name, self._dtype)
-        embeddings = self.rope_tables(length)
-        positions = torch.arange(length)[None]
+        context = {
+            "position_embeddings": self.rope_tables(length),
+            "position_ids": torch.arange(length)[None],
+            "attention_mask": None,
+        }
 
         def run(part: Tensor) -> Tensor:
-            result: Tensor = module(
-                part, position_embeddings=embeddings, position_ids=positions, attention_mask=None
-            )
+            result: Tensor
+            if half is None:
+                result = module(part, **context)
+            else:
+                normed = module.get_submodule(self._norms[half])(part)
+                inner = module.get_submodule(half)
+                result = inner(normed, **context)[0] if half == ATTENTION_MODULE else inner(normed)
             return result
 
         try:
@@ -202,27 +217,6 @@ class ReferenceModel:
         weights = {"weight": gain.to(self._dtype)}
         result: Tensor = torch.func.functional_call(self._model.model.norm, weights, (hidden,))
         return result
-
-
-def lowered_rope_tables(spec: ModelSpec, context: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [context, head_dim] that hold for every prompt of up to `context` tokens.
-
-    Raises UnsupportedError where RoPE depends on the prompt's length (dynamic and longrope beyond the
-    original context), or covers only a part of the head, or attention slides within the context.
-    """
-    model = ReferenceModel(spec, torch.float32)
-    model.check_window(context)
-    cos, sin = model.rope_tables(context)
-    short = max(1, min(context, 8))
-    short_cos, _ = ReferenceModel(spec, torch.float32).rope_tables(short)
-    if not torch.equal(short_cos, cos[:, :short]):
-        raise UnsupportedError(
-            f"this model's RoPE changes with the prompt's length within {context} tokens",
-            remedy="choose a context of at most the model's original one",
-        )
-    if cos.shape[-1] != spec.head_dim:
-        raise UnsupportedError(f"RoPE turns {cos.shape[-1]} of {spec.head_dim} coordinates, all are needed")
-    return cos[0], sin[0]
 
 
 def final_hidden_states(

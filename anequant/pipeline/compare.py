@@ -9,7 +9,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from anequant.checkpoints.work_folder import staged_folder
 from anequant.errors import AnequantError, Interrupted, UnsupportedError, UsageError, as_error
 from anequant.evaluation.divergence import Reference, evaluate_against, refer, summarise
 from anequant.pipeline.evaluate import read_windows
+from anequant.pipeline.footprint import resident_bytes
 from anequant.pipeline.inspect_checkpoint import PROJECTIONS, WHOLE, checkpoint_facts
 from anequant.pipeline.kept import collect_tokens
 from anequant.pipeline.peers import FLOAT, PEERS, Peer, projection_bits
@@ -31,14 +32,24 @@ from anequant.pipeline.quantize import calibrates, quantize
 from anequant.pipeline.records import calibration_record
 from anequant.pipeline.rotated import open_float
 from anequant.pipeline.trials import PEER, RECIPE, Comparison, StoredBits, Trial, with_front
-from anequant.progress import Progress, part_of, silent
+from anequant.progress import CONTROL, Control, Expected, Progress, Unit, part_of, shares, silent
 from anequant.recipe import Calibration, Recipe
+from anequant.tasks import Schedulers
 
 OFF_ANE = "group"
 """The scales that the Neural Engine does not run."""
 
-Run = Callable[[Path, Progress], StoredBits]
-"""Writes a checkpoint to a new folder."""
+FLOAT_MODEL, TOKENS = "float model", "calibration tokens"
+"""Units of work, before that of each trial."""
+
+TRIALS, BEFORE = 8.0, 1.0
+"""Weights of all trials together, and of each unit before them."""
+
+Run = Callable[[Tensor | None, Path, Progress], StoredBits]
+"""Writes a checkpoint to a new folder; calibration tokens are None where no recipe needs any."""
+
+Written = Callable[[Path, Progress], StoredBits]
+"""The same, with the tokens."""
 
 
 def compare(
@@ -53,13 +64,17 @@ def compare(
     output: Path | None = None,
     force: bool = False,
     progress: Progress = silent,
+    control: Control = CONTROL,
 ) -> Comparison:
     """Quantize with each of `recipes` by name, and measure on windows of a text (the bundled one for None).
 
     With `peers` also by coremltools and the other PEERS, as far as they are installed. The recipes'
-    checkpoints are kept in `output`, each called as its recipe, or thrown away. What fails is a Trial that
-    says why; raises what goes wrong before the first: InputError and UnsupportedError for the model,
-    UsageError for the text, the calibration source, the output, or a model that peers cannot take.
+    checkpoints are kept in `output`, each called as its recipe, or thrown away. `control` is told what is
+    planned and what is finished, and asked for its scheduler alone.
+
+    What fails is a Trial that says why; raises what goes wrong before the first: InputError and
+    UnsupportedError for the model, UsageError for the text, the calibration source, the output, or a model
+    that peers cannot take.
     """
     base = open_float(source)
     if peers and base.online.active:
@@ -69,34 +84,75 @@ def compare(
         )
     text = SAMPLE_TEXT if text is None else text
     tokens = read_windows(base, text, windows, length)
-    collected = None
+    calibrated = any(calibrates(source, recipe) for recipe in recipes.values())
+    runs = _runs(source, recipes, calibration, control.scheduler, peers=peers)
+    expected = _expected([trial for trial, _ in runs], recipes, calibrated=calibrated)
+    control.planned(expected)
+    ends = shares(expected)
+
+    def step(name: str) -> Progress:
+        return part_of(progress, name, *ends[name])
+
+    def finished(name: str, seconds: float, *told: str) -> None:
+        control.finished(Unit(name, told, seconds, resident_bytes(), ends[name][1], replayed=False))
+
+    collected, trials = None, []
     with _kept(output, force=force, source=source) as place, tempfile.TemporaryDirectory() as scratch:
-        reference = refer(base, tokens, progress=part_of(progress, "float model", 0.0, 0.1))
-        if any(calibrates(source, recipe) for recipe in recipes.values()):
-            collected = collect_tokens(calibration, base, part_of(progress, "calibrate", 0.1, 0.2))
-        runs: list[tuple[Trial, Run]] = []
-        for name, recipe in recipes.items():
-            trial = Trial(name, RECIPE, recipe.scales != OFF_ANE)
-            runs.append((trial, partial(_recipe, source, recipe, calibration, collected)))
-        for peer in PEERS if peers else ():
-            trial = Trial(peer.name, PEER, peer.on_ane, failed=peer.missing)
-            runs.append((trial, partial(_peer, peer, source)))
-        trials = []
-        for number, (trial, run) in enumerate(runs):
-            share = 0.8 / len(runs)
-            step = part_of(progress, trial.name, 0.2 + share * number, 0.2 + share * (number + 1))
+        begun = time.monotonic()
+        reference = refer(base, tokens, progress=step(FLOAT_MODEL))
+        quality = summarise(tokens, reference.logits(), None)
+        finished(FLOAT_MODEL, time.monotonic() - begun, f"perplexity {quality.perplexity:.3f}")
+        if calibrated:
+            begun = time.monotonic()
+            collected = collect_tokens(calibration, base, step(TOKENS))
+            finished(TOKENS, time.monotonic() - begun, f"{len(collected)} windows of {collected.shape[1]}")
+        for trial, run in runs:
             home = Path(scratch) if place is None or trial.kind == PEER else place
-            trials.append(_try(trial, run, home / trial.name, tokens, reference, step))
+            begun = time.monotonic()
+            write, folder = partial(run, collected), home / trial.name
+            done = _try(trial, write, folder, tokens, reference, step(trial.name))
+            finished(trial.name, done.seconds or time.monotonic() - begun, *done.told)
+            trials.append(done)
             if home != place:
-                shutil.rmtree(home / trial.name, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
     return Comparison(
         source.name,
         Path(text).name,
         length,
-        summarise(tokens, reference.logits(), None),
+        quality,
         calibration_record(calibration, collected),
         with_front(trials),
     )
+
+
+def _runs(
+    source: Source,
+    recipes: Mapping[str, Recipe],
+    calibration: Calibration,
+    scheduler: Schedulers,
+    *,
+    peers: bool,
+) -> list[tuple[Trial, Run]]:
+    """What is to be tried, in this order, and how."""
+    runs: list[tuple[Trial, Run]] = []
+    for name, recipe in recipes.items():
+        trial = Trial(name, RECIPE, recipe.scales != OFF_ANE)
+        runs.append((trial, partial(_recipe, source, recipe, calibration, scheduler)))
+    for peer in PEERS if peers else ():
+        trial = Trial(peer.name, PEER, peer.on_ane, failed=peer.missing)
+        runs.append((trial, partial(_peer, peer, source)))
+    return runs
+
+
+def _expected(trials: Sequence[Trial], recipes: Mapping[str, Recipe], *, calibrated: bool) -> list[Expected]:
+    """Recipes that round in the same way take about the same time; what cannot be run takes none."""
+    names = (FLOAT_MODEL, TOKENS) if calibrated else (FLOAT_MODEL,)
+    expected = [Expected(name, name, BEFORE) for name in names]
+    for trial in trials:
+        kind = recipes[trial.name].rounding if trial.kind == RECIPE else trial.name
+        weight = TRIALS / len(trials) if trial.failed is None else 0.0
+        expected.append(Expected(trial.name, kind, weight))
+    return expected
 
 
 @contextmanager
@@ -110,7 +166,7 @@ def _kept(output: Path | None, *, force: bool, source: Source) -> Iterator[Path 
 
 
 def _try(
-    trial: Trial, run: Run, folder: Path, tokens: Tensor, reference: Reference, progress: Progress
+    trial: Trial, run: Written, folder: Path, tokens: Tensor, reference: Reference, progress: Progress
 ) -> Trial:
     """The trial with what `run` and measuring it gave, or with why they did not; as it is if it cannot be."""
     if trial.failed is not None:
@@ -131,14 +187,21 @@ def _recipe(
     source: Source,
     recipe: Recipe,
     calibration: Calibration,
+    scheduler: Schedulers,
     collected: Tensor | None,
     folder: Path,
     progress: Progress,
 ) -> StoredBits:
     try:
-        quantize(source, folder, recipe, calibration, progress=progress, collected=collected)
+        control = Control(scheduler=scheduler)
+        quantize(source, folder, recipe, calibration, progress=progress, control=control, collected=collected)
     except Interrupted as stop:
         raise KeyboardInterrupt from stop
+    return stored_bits(folder)
+
+
+def stored_bits(folder: Path) -> StoredBits:
+    """Those of a quantized checkpoint."""
     bits = checkpoint_facts(open_checkpoint(folder)).bits
     whole, projections = bits[WHOLE], bits[PROJECTIONS]
     assert whole.stored_bits is not None and projections.stored_bits is not None
@@ -147,7 +210,9 @@ def _recipe(
     )
 
 
-def _peer(peer: Peer, source: Source, folder: Path, progress: Progress) -> StoredBits:
+def _peer(
+    peer: Peer, source: Source, collected: Tensor | None, folder: Path, progress: Progress
+) -> StoredBits:
     """Raises UnsupportedError for whatever goes wrong in the peer's own code."""
     progress("whole model", 0.0)
     try:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
 from anequant.checkpoints.manifest import write_manifest
 from anequant.checkpoints.reader import open_checkpoint
@@ -67,8 +69,12 @@ def convert(
     force: bool = False,
     progress: Progress = silent,
     control: Control = CONTROL,
+    collected: Tensor | None = None,
 ) -> ConvertResult:
-    """Write `output`/checkpoint and `output`/packages, verified. Raises what its steps raise."""
+    """Write `output`/checkpoint and `output`/packages, verified. Raises what its steps raise.
+
+    `collected` are the tokens of `calibration` where somebody has them already.
+    """
     check_target(output, force=force, source=source.folder)
     original = open_float(source)
     spec = original.spec
@@ -84,7 +90,15 @@ def convert(
         units=[*units_of(plan.jobs, spec), report_unit(spec, recipe)],
     ) as journal:
         return _convert_into(
-            journal.output, source, recipe, calibration, options, rotations_file, progress, journal
+            journal.output,
+            source,
+            recipe,
+            calibration,
+            options,
+            rotations_file,
+            progress,
+            journal,
+            collected,
         )
 
 
@@ -97,12 +111,15 @@ def _convert_into(
     rotations_file: Path | None,
     progress: Progress,
     journal: Journal,
+    collected: Tensor | None,
 ) -> ConvertResult:
     checkpoint, packages = folder / CHECKPOINT_FOLDER, folder / PACKAGES_FOLDER
     for made in (checkpoint, packages):
         made.mkdir(exist_ok=True)
     step = step_of(progress, "quantize")
-    quantized = quantize_into(checkpoint, source, recipe, calibration, step, journal, rotations_file)
+    quantized = quantize_into(
+        checkpoint, source, recipe, calibration, step, journal, rotations_file, collected
+    )
     step = step_of(progress, "lower")
     lowered = lower_into(packages, checkpoint, source.name, options, step, journal)
     checking = journal.part(progress, "verify", VERIFY_CHECKPOINT)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from anequant.pipeline.footprint import give_back_memory, resident_bytes
 from anequant.progress import Control, Expected, Progress, Unit, part_of, shares
 
 FINGERPRINT = "fingerprint"
+TASKS = "tasks"
 CHECK_LENGTH = 16
 
 
@@ -42,7 +44,7 @@ class Journal:
         """Take up the journal of `work`, or begin one.
 
         Raises UsageError naming what changed when the job is not the one that was begun, DamagedWork for a
-        damaged journal; both leave it as it is.
+        damaged journal; both leave it as it is. Raises what connecting the scheduler with a folder does.
         """
         self._work = work
         self._control = control
@@ -54,14 +56,22 @@ class Journal:
         self._shares: dict[str, tuple[float, float]] = {}
         self._done = 0.0
         work.output.mkdir(exist_ok=True)
+        shutil.rmtree(self.tasks, ignore_errors=True)
+        self.tasks.mkdir()
+        self.scheduler = control.scheduler(self.tasks)
         if self._records:
             begun = self._records[0].data if self._records[0].unit == FINGERPRINT else {}
-            _compare(begun, _plain(fingerprint), work.target)
+            _compare(begun, plain(fingerprint), work.target)
         self.unit(FINGERPRINT, lambda: fingerprint)
 
     @property
     def max_memory(self) -> int | None:
         return self._control.max_memory
+
+    @property
+    def tasks(self) -> Path:
+        """Where tasks and the scheduler keep their files; no unit keeps anything there."""
+        return self._work.folder / TASKS
 
     @property
     def folder(self) -> Path:
@@ -112,7 +122,7 @@ class Journal:
             self._finish(called or name, tell(record.data), 0.0, replayed=True)
             return record.data
         begun = time.monotonic()
-        data = _plain(run())
+        data = plain(run())
         give_back_memory()
         self._sync_files()
         line, self._check = _line(name, data, self._check)
@@ -135,9 +145,9 @@ class Journal:
     def _sync_files(self) -> None:
         """Have the disk hold what is new since the last unit."""
         folders = set()
-        for path in self.folder.rglob("*"):
+        for path in self._files():
             state = path.stat().st_size, path.stat().st_mtime_ns
-            if path.name in (JOURNAL, LOCK) or self._synced.get(path) == state:
+            if self._synced.get(path) == state:
                 continue
             if path.is_file():
                 sync(path)
@@ -145,6 +155,13 @@ class Journal:
             folders |= {parent for parent in path.parents if parent.is_relative_to(self.folder)}
         for folder in sorted(folders, reverse=True):
             sync(folder)
+
+    def _files(self) -> Iterator[Path]:
+        """What units have written; in `tasks` others may be at work."""
+        for path in self.folder.iterdir():
+            if path.name not in (JOURNAL, LOCK, TASKS):
+                yield path
+                yield from path.rglob("*")
 
 
 def append_line(path: Path, line: str) -> None:
@@ -182,7 +199,7 @@ def _line(unit: str, data: Any, previous: str) -> tuple[str, str]:
     return json.dumps({"unit": unit, "data": data, "check": digest}) + "\n", digest
 
 
-def _plain(data: Any) -> Any:
+def plain(data: Any) -> Any:
     """The data as it comes back from the journal, so that a run that goes on sees what the first one saw."""
     return json.loads(json.dumps(data))
 
@@ -193,16 +210,23 @@ def _damaged(work: WorkFolder, problem: str) -> DamagedWork:
 
 def _compare(begun: Any, wanted: Any, target: Path) -> None:
     """Raises UsageError naming the first part of the fingerprint that is not what it was."""
-    before, now = dict(_leaves(begun)), dict(_leaves(wanted))
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
-        key = changed[0]
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    changed = difference(begun, wanted)
+    if changed is not None:
         raise UsageError(
-            f"an interrupted run for '{target}' had {key} {before.get(key)!r}, "
-            f"this one has {now.get(key)!r}{more}",
+            f"an interrupted run for '{target}' had {changed}",
             remedy=f"repeat the command that was interrupted, or {START_OVER}",
         )
+
+
+def difference(begun: Any, wanted: Any) -> str | None:
+    """The first part of a fingerprint that is not what it was, and how many there are; None for the same."""
+    before, now = dict(_leaves(begun)), dict(_leaves(wanted))
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if not changed:
+        return None
+    key = changed[0]
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    return f"{key} {before.get(key)!r}, this one has {now.get(key)!r}{more}"
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,19 +1,18 @@
-"""A quantized checkpoint becomes a set of Core ML packages, one chunk of layers in memory at a time."""
+"""A quantized checkpoint becomes a set of Core ML packages, each a task with a chunk of layers in memory."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
-from anequant.calibration.forward import lowered_rope_tables
+from anequant.architectures.spec import EMBEDDING, HEAD
 from anequant.calibration.ranges import LayerRange, layer_ranges
 from anequant.checkpoints.foreign import whole_codebook
-from anequant.checkpoints.layers import load_layer, load_table, open_quantized, projection_bits
+from anequant.checkpoints.layers import open_quantized, projection_bits
 from anequant.checkpoints.layout import projection_names
 from anequant.checkpoints.manifest import write_manifest
 from anequant.checkpoints.output import file_hashes
@@ -21,32 +20,20 @@ from anequant.checkpoints.quantized import require_parts
 from anequant.checkpoints.reader import Checkpoint, read_object
 from anequant.checkpoints.source import TOKENIZER_FILES
 from anequant.checkpoints.writer import write_json
-from anequant.coreml.decoder import Geometry, chunk_program
-from anequant.coreml.headroom import Headroom, fitted_layer, fitted_table, plan_headroom
+from anequant.coreml.headroom import Headroom, plan_headroom
 from anequant.coreml.meta import PackageSet, write_meta
-from anequant.coreml.package import package_bytes, save_package
-from anequant.coreml.parts import embeddings_program, head_program
-from anequant.coreml.program import forget_names
-from anequant.pipeline.chunks import chunk_ranges, constant_bytes, least_chunks, table_bytes
+from anequant.pipeline.chunks import chunk_ranges, least_chunks
 from anequant.pipeline.jobs import EMBEDDING_PACKAGE, HEAD_PACKAGE, RANGES
 from anequant.pipeline.journal import Journal
+from anequant.pipeline.lower_package import PackageSize, PackageTask, build_package
 from anequant.pipeline.lowerable import check_lowering, head_parts
 from anequant.pipeline.plan import base_of, lowering_plan
 from anequant.pipeline.probe import RANGE_TOKENS, probe_tokens
 from anequant.pipeline.resume import fingerprint, resumable
 from anequant.pipeline.schedule import units_of
+from anequant.pipeline.task_files import passing_folder
 from anequant.progress import CONTROL, Control, Progress, silent
 from anequant.recipe import LowerOptions
-
-
-@dataclass(frozen=True)
-class PackageSize:
-    """A package's weight file and graph on disk, and what one copy of each of its constants takes."""
-
-    name: str
-    weight_bytes: int
-    constant_bytes: int
-    graph_bytes: int
 
 
 @dataclass(frozen=True)
@@ -104,10 +91,6 @@ def lower_into(
     check_lowering(spec, options, checkpoint.online)
     progress(RANGES, journal.share(RANGES)[0])
     headroom = plan_headroom(_ranges(checkpoint, journal))
-    tables = lowered_rope_tables(spec, options.context)
-    geometry = Geometry(
-        spec, options.context, options.batch, *tables, headroom.residual_scale, checkpoint.online
-    )
     chunks = options.chunks or least_chunks(checkpoint, options.context, options.max_chunk_mb)
     packages = PackageSet(
         model=name,
@@ -123,66 +106,12 @@ def lower_into(
         vocab_size=spec.vocab_size,
         argmax=options.argmax,
     )
-    sizes: list[PackageSize] = []
-
-    def save(called: str, package: str, make: Callable[[], tuple[Any, int]], **metadata: object) -> None:
-        """Write the package of what `make` yields, a program and the bytes of its constants, as a unit."""
-        progress(called, journal.share(called)[0])
-
-        def run() -> dict[str, Any]:
-            path = folder / f"{package}.mlpackage"
-            shutil.rmtree(path, ignore_errors=True)
-            forget_names()
-            program, constants = make()
-            save_package(program, path, _metadata(packages, metadata))
-            weights, graph = package_bytes(path)
-            return asdict(PackageSize(package, weights, constants, graph))
-
-        def tell(size: dict[str, Any]) -> list[str]:
-            return [f"{(size['weight_bytes'] + size['graph_bytes']) / 1e6:.1f} MB"]
-
-        sizes.append(PackageSize(**journal.unit(package, run, tell, called)))
-
-    def embeddings() -> tuple[Any, int]:
-        table = fitted_table(load_table(checkpoint, EMBEDDING), headroom)
-        return embeddings_program(table, options.batch), constant_bytes(table)
-
-    def head() -> tuple[Any, int]:
-        table = load_table(checkpoint, HEAD)
-        return head_program(spec, table, packages.head_parts, argmax=options.argmax), constant_bytes(table)
-
-    def chunk(layers: range) -> tuple[Any, int]:
-        loaded = [fitted_layer(spec, load_layer(checkpoint, layer), headroom) for layer in layers]
-        gain = checkpoint.read(f"{FINAL_NORM}.weight") if layers[-1] == spec.num_layers - 1 else None
-        constants = sum(
-            constant_bytes(
-                weight, rounded=layer_prefix(layer.index) + linear in checkpoint.online.activations
-            )
-            for layer in loaded
-            for linear, weight in layer.linears.items()
-        )
-        constants += table_bytes(spec, options.context, checkpoint.online)
-        return chunk_program(geometry, loaded, gain), constants
-
-    save(EMBEDDING_PACKAGE, packages.embeddings, embeddings, lut_bits=packages.lut_embeddings)
-    for number, layers in enumerate(chunk_ranges(spec.num_layers, chunks)):
-        save(
-            f"chunk {number + 1} of {chunks}",
-            packages.chunk_names[number],
-            partial(chunk, layers),
-            lut_bits=packages.lut_ffn,
-            chunk_no=number + 1,
-            functions="infer,prefill",
-        )
-    save(
-        HEAD_PACKAGE,
-        packages.head,
-        head,
-        lut_bits=packages.lut_head,
-        argmax_in_model=options.argmax or None,
-        vocab_size=spec.vocab_size if options.argmax else None,
-        lm_head_chunk_sizes=packages.head_sizes if options.argmax else None,
-    )
+    with passing_folder(journal.tasks) as home:
+        tasks = [
+            PackageTask(package, part, checkpoint_folder, home, options, headroom, metadata)
+            for package, part, metadata in _parts(packages, spec.num_layers)
+        ]
+        sizes = _build(folder, tasks, progress, journal)
 
     def write_side_files() -> None:
         write_meta(folder, packages)
@@ -197,6 +126,57 @@ def lower_into(
 
     journal.unit("package files", write_side_files)
     return LowerResult(tuple(sizes), headroom)
+
+
+def _parts(packages: PackageSet, layers: int) -> Iterator[tuple[str, str | range, dict[str, str]]]:
+    """Name, part and metadata of every package, in running order."""
+    yield packages.embeddings, EMBEDDING, _metadata(packages, lut_bits=packages.lut_embeddings)
+    for number, part in enumerate(chunk_ranges(layers, packages.chunks)):
+        metadata = _metadata(
+            packages, lut_bits=packages.lut_ffn, chunk_no=number + 1, functions="infer,prefill"
+        )
+        yield packages.chunk_names[number], part, metadata
+    argmax = packages.argmax
+    metadata = _metadata(
+        packages,
+        lut_bits=packages.lut_head,
+        argmax_in_model=argmax or None,
+        vocab_size=packages.vocab_size if argmax else None,
+        lm_head_chunk_sizes=packages.head_sizes if argmax else None,
+    )
+    yield packages.head, HEAD, metadata
+
+
+def _build(
+    folder: Path, tasks: Sequence[PackageTask], progress: Progress, journal: Journal
+) -> list[PackageSize]:
+    """The packages of all tasks in `folder`, a unit each; what an interrupted run made is there."""
+    missing = [task for task in tasks if not journal.done(task.name)]
+    sizes = []
+    with closing(journal.scheduler.map(build_package, missing)) as built:
+
+        def take() -> dict[str, Any]:
+            package = next(built)
+            shutil.rmtree(folder / package.path.name, ignore_errors=True)
+            package.path.rename(folder / package.path.name)
+            return asdict(package.size)
+
+        for number, task in enumerate(tasks):
+            called = _called(task.part, number, len(tasks) - 2)
+            progress(called, journal.share(called)[0])
+            sizes.append(PackageSize(**journal.unit(task.name, take, _told, called)))
+    return sizes
+
+
+def _called(part: str | range, number: int, chunks: int) -> str:
+    """What the plan calls the package of a part, the one after the first `number`."""
+    if isinstance(part, range):
+        return f"chunk {number} of {chunks}"
+    return EMBEDDING_PACKAGE if part == EMBEDDING else HEAD_PACKAGE
+
+
+def _told(size: Mapping[str, Any]) -> list[str]:
+    return [f"{(size['weight_bytes'] + size['graph_bytes']) / 1e6:.1f} MB"]
 
 
 def _ranges(checkpoint: Checkpoint, journal: Journal) -> list[LayerRange]:
@@ -222,7 +202,7 @@ def _table_bits(checkpoint: Checkpoint, name: str) -> int | None:
     return (entries - 1).bit_length()
 
 
-def _metadata(packages: PackageSet, more: dict[str, object]) -> dict[str, str]:
+def _metadata(packages: PackageSet, **more: object) -> dict[str, str]:
     values = {
         "info": "Converted by anequant",
         "context_length": packages.context,

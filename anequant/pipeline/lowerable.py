@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from anequant.architectures.spec import ModelSpec
-from anequant.calibration.forward import lowered_rope_tables
+from anequant.calibration.rope import lowered_rope_tables
 from anequant.errors import UnsupportedError, UsageError
 from anequant.quantization.online import Online
 from anequant.recipe import LowerOptions

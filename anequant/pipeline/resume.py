@@ -23,6 +23,7 @@ from anequant.errors import Interrupted
 from anequant.pipeline.journal import Journal
 from anequant.progress import Control, Expected
 from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.tasks import TasksLost
 
 
 @contextmanager
@@ -38,9 +39,9 @@ def resumable(
 ) -> Iterator[Journal]:
     """The journal of a job; when the block ends well its output folder takes the name `output`.
 
-    An interrupt or a full disk leaves the work folder, so that the next run with the same `fingerprint` goes
-    on there, and DamagedWork leaves it as it is; any other error removes it. `needed` are the bytes that the
-    whole job writes, `units` what it is going to do.
+    An interrupt, a full disk or a lost cluster leaves the work folder, so that the next run with the same
+    `fingerprint` goes on there, and DamagedWork leaves it as it is; any other error removes it. `needed` are
+    the bytes that the whole job writes, `units` what it is going to do.
 
     Raises as `work_folder` and `Journal` do, ResourceError when the disk has less room than the rest of the
     job needs, and Interrupted in the place of KeyboardInterrupt when there is something to go on with.
@@ -68,7 +69,8 @@ def resumable(
         except DamagedWork:
             raise
         except BaseException as error:
-            if not is_full(error) or not journal.units:
+            kept = is_full(error) or isinstance(error, TasksLost)
+            if not kept or not journal.units:
                 work.clear()
             raise
 

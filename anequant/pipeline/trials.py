@@ -48,6 +48,18 @@ class Trial:
             return None
         return self.bits.whole, self.quality.kl
 
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What is worth showing of it in a line, the most important first."""
+        if self.bits is None or self.quality is None:
+            return "not run", str(self.failed)
+        quality = self.quality
+        return (
+            f"KL {quality.kl:.4f}",
+            f"extra NLL {quality.extra_nll:+.4f}",
+            f"{self.bits.whole:.2f} bits per weight",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "quality": None if self.quality is None else self.quality.to_dict()}
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from anequant.checkpoints.source import Source
 from anequant.errors import Interrupted
 from anequant.pipeline.convert import ConvertResult, convert
@@ -29,6 +31,7 @@ def convert_and_report(
     force: bool = False,
     progress: Progress = silent,
     control: Control = CONTROL,
+    collected: Tensor | None = None,
 ) -> tuple[ConvertResult, Written]:
     """As `convert`, and then as `write_report` with the time and memory of it. Raises what they raise."""
     watch = Stopwatch()
@@ -49,6 +52,7 @@ def convert_and_report(
         force=force,
         progress=watch.listen(progress),
         control=replace(control, planned=planned),
+        collected=collected,
     )
     begun = time.monotonic()
     reporting = part_of(progress, REPORT, start, 1.0)

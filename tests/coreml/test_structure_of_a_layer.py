@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from anequant.architectures.spec import ModelSpec
-from anequant.calibration.forward import lowered_rope_tables
+from anequant.calibration.rope import lowered_rope_tables
 from anequant.checkpoints.layers import QuantizedLayer, load_layer, open_quantized
 from anequant.coreml.decoder import STATE, Geometry, chunk_program
 from anequant.coreml.graph import Graph, Node, package_graphs
