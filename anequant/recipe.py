@@ -56,7 +56,7 @@ class Recipe:
     )
     descent: int = _choice(2, None, "Passes of coordinate descent over the codes after gptq.", most=100)
     refinement: int = _choice(
-        4, None, "Rounds of least squares for codebook and scales, each with another pass.", most=100
+        2, None, "Rounds of least squares for codebook and scales, before such passes.", most=100
     )
     fold_input_scales: bool = _choice(
         False, None, "Move every input scale into the norm or the linear before it."

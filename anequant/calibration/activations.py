@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from anequant.architectures.spec import INPUT_SCALES, ModelSpec
+from anequant.architectures.spec import INPUT_SCALES
 from anequant.quantization.activations import BINS, static_scale
 
-Inputs = Callable[[str], Iterable[Tensor]]
-"""Inputs [n, length, in] of the linear of that name, some windows at a time; may be asked for repeatedly."""
+Inputs = Callable[[], Iterable[Tensor]]
+"""Inputs [n, length, in] of some linears, some windows at a time; may be asked for repeatedly."""
 
 
 def largest_magnitudes(inputs: Iterable[Tensor], prefix: int) -> Tensor:
@@ -24,33 +24,23 @@ def largest_magnitudes(inputs: Iterable[Tensor], prefix: int) -> Tensor:
 
 
 def static_scales(
-    spec: ModelSpec,
-    tensors: Mapping[str, Tensor],
-    inputs: Inputs,
-    widths: Mapping[str, int],
-    kind: str,
-    prefix: int,
+    tensors: Mapping[str, Tensor], inputs: Inputs, widths: Mapping[str, int], kind: str, prefix: int
 ) -> dict[str, float]:
-    """The static scale of each linear in `widths` (bits), by name relative to the layer.
+    """The static scale of each linear in `widths` (bits), by name relative to the layer; all read `inputs`.
 
     tensors are the layer's, with the input scales [1, in] of linears that have them.
     """
-    scales = {}
-    for group in spec.input_groups:
-        names = [linear.name for linear in group if linear.name in widths]
-        if not names:
-            continue
-        factors = {name: tensors.get(f"{name}.{INPUT_SCALES}", torch.ones(1)) for name in names}
-        channels = largest_magnitudes(inputs(group[0].name), prefix)
-        largest = {name: float((channels * factor).max()) for name, factor in factors.items()}
-        counts = {name: torch.zeros(BINS) for name in names}
-        for part in inputs(group[0].name) if kind != "absmax" else ():
-            later = part[:, prefix:].abs()
-            for name, factor in factors.items():
-                counts[name] += torch.histc(later * factor, BINS, 0, largest[name] or 1.0)
-        for name in names:
-            scales[name] = static_scale(counts[name], largest[name], widths[name], kind)
-    return scales
+    if not widths:
+        return {}
+    factors = {name: tensors.get(f"{name}.{INPUT_SCALES}", torch.ones(1)) for name in widths}
+    channels = largest_magnitudes(inputs(), prefix)
+    largest = {name: float((channels * factor).max()) for name, factor in factors.items()}
+    counts = {name: torch.zeros(BINS) for name in widths}
+    for part in inputs() if kind != "absmax" else ():
+        later = part[:, prefix:].abs()
+        for name, factor in factors.items():
+            counts[name] += torch.histc(later * factor, BINS, 0, largest[name] or 1.0)
+    return {name: static_scale(counts[name], largest[name], bits, kind) for name, bits in widths.items()}
 
 
 def smoothed_scale(balanced: Tensor, magnitudes: Tensor, strength: float) -> Tensor:

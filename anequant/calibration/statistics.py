@@ -1,20 +1,27 @@
 """Input statistics of a layer's linears, from windows that walk through two models side by side.
 
 One walker goes through the float model (folded and rotated), the other through the model as quantized so
-far. For each group of linears that read the same input, both run the layer up to that input, some
-windows at a time, so that nothing but the hidden states and one pair of moments is held.
+far. A layer is two halves, attention and MLP, of the form
+
+    hidden + last(inner(first(norm(hidden)))),
+
+and both walkers stop before `first` and before `last`: for the moments of their inputs, and for the quantized
+walker until what it goes through is quantized. So everything runs once, some windows at a time, and beside
+hidden states and moments only the quantized input of `last` is held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from anequant.architectures.spec import ModelSpec
+from anequant.architectures.spec import Linear, ModelSpec
 from anequant.calibration.forward import WINDOWS_AT_ONCE, ReferenceModel
 from anequant.quantization.online import NOTHING, Online
+from anequant.quantization.products import add_square, product
 from anequant.quantization.statistics import InputStatistics, Moments
 
 HELD_OUT = 6
@@ -23,76 +30,116 @@ HELD_OUT = 6
 class Walkers:
     """Hidden states [n, length, hidden_size] of the same windows in the float and the quantized model.
 
-    The last sixth of the windows, at least one of two or more, is held out.
+    The last sixth of the windows, at least one of two or more, is held out. Every group of linears that read
+    the same input takes a `read` and, with what they have become, a `write`, in their order.
     """
 
     def __init__(
         self, spec: ModelSpec, embedded: Tensor, quantized: Tensor, online: Online = NOTHING
     ) -> None:
         self._models = [ReferenceModel(spec, torch.float32, online.rotations) for _ in range(2)]
-        self._hidden = [embedded.float(), quantized.float()]
+        self._hidden = [embedded.float().clone(), quantized.float().clone()]
         count = len(embedded)
-        cut = count - max(1, count // HELD_OUT)
-        self._fit, self._held_out = slice(0, max(1, cut)), slice(cut, count)
+        self._cut = max(1, count - max(1, count // HELD_OUT))
+        bounds = [*range(0, self._cut, WINDOWS_AT_ONCE), *range(self._cut, count, WINDOWS_AT_ONCE), count]
+        self._parts = [slice(*ends) for ends in itertools.pairwise(bounds)]
+        self._inner: list[Tensor] = []
 
-    def input_statistics(
-        self, layer: int, original: Mapping[str, Tensor], quantized: Mapping[str, Tensor], name: str
-    ) -> InputStatistics:
-        """Moments of the input of the linear `name`; both mappings hold all tensors of the layer."""
-        fit, held_out = (
-            self._moments(layer, original, quantized, name, windows)
-            for windows in (self._fit, self._held_out)
-        )
-        return InputStatistics(fit, held_out)
-
-    def advance(self, layer: int, original: Mapping[str, Tensor], quantized: Mapping[str, Tensor]) -> None:
-        """Both walkers through the whole layer."""
-        for side, tensors in enumerate((original, quantized)):
-            self._hidden[side] = self._models[side].run_layer(layer, tensors, self._hidden[side])
-
-    def quantized_inputs(self, layer: int, quantized: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
-        """The inputs [n, length, in] of the linear `name` in the quantized model, some windows at a time."""
-        parts = torch.split(self._hidden[1], WINDOWS_AT_ONCE)
-        for part, inputs in zip(parts, self._models[1].inputs(layer, quantized, parts, name), strict=True):
-            yield inputs.view(*part.shape[:2], -1)
-
-    def head_statistics(self, gain: Tensor) -> InputStatistics:
-        """Moments of the head's input, after the last layer; `gain` [hidden_size] is the final norm's."""
-        float_input, quantized_input = (
-            model.final_norm(hidden, gain) for model, hidden in zip(self._models, self._hidden, strict=True)
-        )
-        fit, held_out = (
-            _moments(float_input[windows].flatten(0, 1), quantized_input[windows].flatten(0, 1))
-            for windows in (self._fit, self._held_out)
-        )
-        return InputStatistics(fit, held_out)
-
-    def _moments(
+    def read(
         self,
         layer: int,
         original: Mapping[str, Tensor],
         quantized: Mapping[str, Tensor],
-        name: str,
-        windows: slice,
-    ) -> Moments:
-        width = original[f"{name}.weight"].shape[1]
-        hessian, cross = torch.zeros(width, width), torch.zeros(width, width)
-        tokens = 0
-        sides = [torch.split(hidden[windows], WINDOWS_AT_ONCE) for hidden in self._hidden]
-        pairs = zip(
-            self._models[0].inputs(layer, original, sides[0], name),
-            self._models[1].inputs(layer, quantized, sides[1], name),
-            strict=True,
-        )
-        for float_input, quantized_input in pairs:
-            tokens += len(quantized_input)
-            hessian.addmm_(quantized_input.T, quantized_input)
-            cross.addmm_(float_input.T, quantized_input)
-        return Moments(hessian / tokens, cross / tokens, tokens)
+        group: Sequence[Linear],
+        *,
+        moments: bool,
+    ) -> InputStatistics | None:
+        """Walk to the input of a group; its moments where they are wanted. Both mappings hold all tensors of
+        the layer."""
+        name, ends = group[0].name, group[0].norm is None
+        if not (ends or moments):
+            return None
+        weight, bias = original[f"{name}.weight"], original.get(f"{name}.bias")
+        sums = [_Sums(weight.shape if ends else (weight.shape[1], weight.shape[1])) for _ in range(2)]
+        inner = []
+        sides = (original, quantized)
+        inputs = [
+            self._models[side].inputs(layer, sides[side], self._views(side), name, within=True)
+            for side in range(2)
+        ]
+        for part, float_input, quantized_input in zip(self._parts, *inputs, strict=True):
+            seen = float_input
+            if ends:
+                seen = product(float_input, weight.T)
+                self._advance(0, part, seen, bias)
+                inner.append(quantized_input)
+            if moments:
+                sums[part.start >= self._cut].add(seen, quantized_input)
+        self._inner = inner
+        if not moments:
+            return None
+        fit, held_out = (total.moments(outputs=ends) for total in sums)
+        return InputStatistics(fit, held_out if held_out.tokens else fit)
+
+    def write(self, quantized: Mapping[str, Tensor], group: Sequence[Linear]) -> None:
+        """Walk the quantized model through a group that ends its half of the layer."""
+        name = group[0].name
+        if group[0].norm is not None:
+            return
+        weight, bias = quantized[f"{name}.weight"].float(), quantized.get(f"{name}.bias")
+        for part, inner in zip(self._parts, self._inner, strict=True):
+            self._advance(1, part, product(inner, weight.T), bias)
+        self._inner = []
+
+    def quantized_inputs(
+        self, layer: int, quantized: Mapping[str, Tensor], group: Sequence[Linear]
+    ) -> Iterator[Tensor]:
+        """The inputs [n, length, in] of the group that was read last, in the quantized model, some windows at
+        a time."""
+        inputs: Iterator[Tensor] = iter(self._inner)
+        if group[0].norm is not None:
+            inputs = self._models[1].inputs(layer, quantized, self._views(1), group[0].name, within=True)
+        length = self._hidden[1].shape[1]
+        return (values.view(-1, length, values.shape[1]) for values in inputs)
+
+    def head_statistics(self, gain: Tensor) -> InputStatistics:
+        """Moments of the head's input, after the last layer; `gain` [hidden_size] is the final norm's."""
+        sums = [_Sums((len(gain), len(gain))) for _ in range(2)]
+        for part in self._parts:
+            seen, quantized = (
+                model.final_norm(hidden[part], gain).flatten(0, 1)
+                for model, hidden in zip(self._models, self._hidden, strict=True)
+            )
+            sums[part.start >= self._cut].add(seen, quantized)
+        fit, held_out = (total.moments(outputs=False) for total in sums)
+        return InputStatistics(fit, held_out if held_out.tokens else fit)
+
+    def _views(self, side: int) -> list[Tensor]:
+        return [self._hidden[side][part] for part in self._parts]
+
+    def _advance(self, side: int, part: slice, output: Tensor, bias: Tensor | None) -> None:
+        """Add a half's output [tokens, hidden_size] to the hidden states of some windows."""
+        hidden = self._hidden[side][part].flatten(0, 1)
+        hidden += output
+        if bias is not None:
+            hidden += bias
 
 
-def _moments(float_input: Tensor, quantized_input: Tensor) -> Moments:
-    tokens = len(quantized_input)
-    return Moments(
-        quantized_input.T @ quantized_input / tokens, float_input.T @ quantized_input / tokens, tokens
-    )
+class _Sums:
+    """Sums over tokens: of x x^T, and of something in the float model times x^T."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self._square, self._mixed = torch.zeros(shape[1], shape[1]), torch.zeros(*shape)
+        self._tokens = 0
+
+    def add(self, seen: Tensor, x: Tensor) -> None:
+        """seen [tokens, m], x [tokens, in]."""
+        add_square(self._square, x)
+        self._mixed += product(seen.T, x)
+        self._tokens += len(x)
+
+    def moments(self, *, outputs: bool) -> Moments:
+        count = max(1, self._tokens)
+        square, mixed = self._square.div_(count), self._mixed.div_(count)
+        cross, wanted = (None, mixed) if outputs else (mixed, None)
+        return Moments(square, self._tokens, cross, wanted)

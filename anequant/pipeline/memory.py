@@ -5,11 +5,14 @@ tools/measure_memory.py. n is a weight's size, [out, w] its shape, N a layer's s
 
     turned      a weight as read and two float64 copies of it, beside the layer's float32 so far
     nearest     the float32 that is still to be rounded, and of the weight at hand its core and its codes
-    statistics  for the input width w: Hessian and cross moment, of fit and of held-out windows, float32 w^2
-    gptq        beside these: their mean over all windows, and the largest of
-                the target's float64 system (Hessian, its factor, three n), damping the Hessian (three float64
-                w^2), and refinement (members of codebook entries for some rows, pulls of both)
-    walkers     hidden states of T tokens in two models; of a few windows, what attention or the MLP holds
+    statistics  of fit and of held-out windows: the Hessian, w^2, and a cross moment, w^2, or, of a linear
+                that reads its input alone, the moment of its outputs, n; float32
+    gptq        beside these: their mean over all windows; the factors of two Hessians (for each of two
+                dampings where several linears share them); the damped Hessian; and for refinement the system
+                of the input scales with its factor, target, steps, errors and pulls, and members of codebook
+                entries for some rows
+    walkers     hidden states of T tokens in two models, and in the quantized one what the last linear of
+                attention or MLP reads; of a few windows, what attention or the MLP holds
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from anequant.calibration.forward import HEAD_ROWS, WINDOWS_AT_ONCE
 from anequant.checkpoints.header import BITS
 from anequant.evaluation.windows import SAMPLE_LENGTH, SAMPLE_WINDOWS
 from anequant.pipeline.turned import ROWS
-from anequant.quantization.refine import CODEBOOK_ROWS, LARGEST_CODEBOOK
+from anequant.quantization.refine import CODEBOOK_ROWS, CODEBOOK_WEIGHTS, LARGEST_CODEBOOK
 from anequant.recipe import Calibration, Recipe
 
 FLOAT16, FLOAT32, FLOAT64 = 2, 4, 8
@@ -93,32 +96,36 @@ def layer(spec: ModelSpec, recipe: Recipe, tokens: tuple[int, int] | None, sourc
         )
         return max(turned, rounding)
     windows, length = tokens
-    states = 2 * FLOAT32 * windows * length * spec.hidden_size
+    inner = max(spec.query_size, spec.intermediate_size)
+    states = FLOAT32 * windows * length * (2 * spec.hidden_size + inner)
     weights = (FLOAT32 + FLOAT16) * total
-    running = max(_running(spec, group[0], length) for group in spec.input_groups)
-    running = max(running, _advancing(spec, windows, length)) + FLOAT32 * largest
+    running = max(_running(spec, group[0], length) for group in spec.input_groups) + FLOAT32 * largest
     rounding = CORE_AND_CODES * largest
     if recipe.feeds_back:
         rounding = max(
-            max(_statistics(spec.width(linear.input)) + _running(spec, linear, length), _gptq(spec, linear))
+            max(_statistics(spec, linear) + _running(spec, linear, length), _gptq(spec, linear))
             for linear in spec.architecture.linears
         )
     return states + max(turned, weights + max(rounding, running))
 
 
-def _statistics(width: int) -> int:
-    return 4 * FLOAT32 * width**2
+def _moments(spec: ModelSpec, linear: Linear) -> int:
+    rows, width = spec.shape(linear)
+    return FLOAT32 * (width**2 + (rows * width if linear.norm is None else width**2))
+
+
+def _statistics(spec: ModelSpec, linear: Linear) -> int:
+    """Of all tokens, beside the sums over a few windows that are added."""
+    return 3 * _moments(spec, linear)
 
 
 def _gptq(spec: ModelSpec, linear: Linear) -> int:
     rows, width = spec.shape(linear)
     size, square = rows * width, width**2
-    chosen = range(0, rows, max(1, rows // CODEBOOK_ROWS))
-    members = LARGEST_CODEBOOK * len(chosen) * width
-    system = 2 * FLOAT64 * square + 3 * FLOAT64 * size
-    damping = 3 * FLOAT64 * square + FLOAT64 * size
-    refining = FLOAT32 * (4 * square + 4 * size + 3 * members)
-    return _statistics(width) + 2 * FLOAT32 * square + FLOAT32 * size + max(system, damping, refining)
+    factors = 2 if linear.norm is None else 4
+    chosen = min(rows, CODEBOOK_ROWS, max(1, CODEBOOK_WEIGHTS // width))
+    refining = 2 * square + 8 * size + 3 * LARGEST_CODEBOOK * chosen * width
+    return 3 * _moments(spec, linear) + FLOAT32 * ((factors + 1) * square + refining)
 
 
 def _running(spec: ModelSpec, linear: Linear, length: int) -> int:

@@ -6,7 +6,7 @@ rotating and quantizing in two steps gives the bytes that one step does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,21 +19,19 @@ from anequant.architectures.spec import (
     HEAD,
     INPUT_SCALES,
     Linear,
-    Space,
     layer_prefix,
 )
-from anequant.calibration.activations import largest_magnitudes, smoothed_scale, static_scales
 from anequant.calibration.equivalence import EquivalenceProbe
 from anequant.calibration.on_demand import OnDemand
 from anequant.calibration.statistics import Walkers
 from anequant.checkpoints.layout import norm_names
 from anequant.checkpoints.writer import CheckpointWriter
+from anequant.pipeline.activation_scales import measured, smoothed
 from anequant.pipeline.footprint import give_back_memory
 from anequant.pipeline.journal import Journal
-from anequant.pipeline.rounder import PassResult, Rounder, told
+from anequant.pipeline.rounder import PassResult, Rounder, RoundingTask, round_linear, told
 from anequant.pipeline.turned import ROWS, TurnedModel
 from anequant.progress import Progress
-from anequant.quantization.scales import balanced_scales
 from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Recipe
 
@@ -115,7 +113,7 @@ class QuantizePass:
         gain = torch.ones(self._spec.hidden_size)
         self._rounder.write(f"{FINAL_NORM}.weight", gain)
         statistics = None
-        if self._walkers is not None and self._recipe.head_bits < 16:
+        if self._walkers is not None and self._recipe.feeds_back and self._recipe.head_bits < 16:
             statistics = self._walkers.head_statistics(gain)
         self._write_table(HEAD, self._head_blocks(), statistics)
 
@@ -142,79 +140,69 @@ class QuantizePass:
         floats, current = self._turned(layer)
         if self._walkers is None:
             return
-        for linear in self._spec.architecture.linears:
-            name = layer_prefix(layer) + linear.name
-            if not self._rounder.keeps(name):
-                current[f"{linear.name}.weight"] = self._writer.read(f"{name}.weight")
-            if self._recipe.static_activations and f"{name}.{INPUT_SCALES}" in self._writer:
-                current[f"{linear.name}.{INPUT_SCALES}"] = self._writer.read(f"{name}.{INPUT_SCALES}")
-        self._walkers.advance(layer, floats, current)
+        for group in self._spec.input_groups:
+            self._walkers.read(layer, floats, current, group, moments=False)
+            for linear in group:
+                name = layer_prefix(layer) + linear.name
+                if not self._rounder.keeps(name):
+                    current[f"{linear.name}.weight"] = self._writer.read(f"{name}.weight")
+            self._walkers.write(current, group)
 
     def _write_layer(self, layer: int) -> None:
         floats, current = self._turned(layer)
         give_back_memory()
-        prefix = layer_prefix(layer)
         for name in norm_names(self._spec):
-            self._rounder.write(prefix + name, floats[name])
-        for group in self._spec.input_groups:
-            statistics = None
-            if self._walkers is not None and self._recipe.feeds_back:
-                statistics = self._walkers.input_statistics(layer, floats, current, group[0].name)
-            for linear in group:
-                self._write_linear(layer, linear, floats, current, statistics)
-            give_back_memory()
+            self._rounder.write(layer_prefix(layer) + name, floats[name])
         if self._walkers is None:
+            self._write_linears(layer, self._spec.architecture.linears, floats, current, None)
             return
-        if self._recipe.static_activations:
-            self._measure_activations(layer, current)
-        self._walkers.advance(layer, floats, current)
+        for group in self._spec.input_groups:
+            statistics = self._walkers.read(layer, floats, current, group, moments=self._recipe.feeds_back)
+            self._write_linears(layer, group, floats, current, statistics)
+            inputs = partial(self._walkers.quantized_inputs, layer, current, group)
+            self._scales |= measured(self._recipe, self._model.online, layer, group, current, inputs)
+            self._walkers.write(current, group)
+            give_back_memory()
 
-    def _write_linear(
+    def _write_linears(
         self,
         layer: int,
-        linear: Linear,
+        linears: Sequence[Linear],
         floats: dict[str, Tensor],
         current: dict[str, Tensor],
         statistics: InputStatistics | None,
     ) -> None:
-        """Round one projection and put what was stored into `current`; at 16 bits it stays as it is."""
-        name = layer_prefix(layer) + linear.name
-        weight, bias = floats[f"{linear.name}.weight"], floats.get(f"{linear.name}.bias")
-        if self._walkers is None:
-            del floats[f"{linear.name}.weight"]
-        input_scale = None
-        if self._recipe.smooth and linear.input.space is Space.FFN and self._walkers is not None:
-            inputs = self._walkers.quantized_inputs(layer, current, linear.name)
-            magnitudes = largest_magnitudes(inputs, self._recipe.activation_prefix)
-            _, balanced = balanced_scales(weight)
-            input_scale = smoothed_scale(balanced, magnitudes, self._recipe.smooth)
-        if self._rounder.keeps(name):
-            self._rounder.keep(name, weight, bias, input_scale)
-        else:
-            stored, input_scale = self._rounder.quantize(name, weight, bias, statistics, input_scale)
-            if self._walkers is not None:
-                current[f"{linear.name}.weight"] = stored
-        if input_scale is not None and self._recipe.static_activations:
-            current[f"{linear.name}.{INPUT_SCALES}"] = input_scale[None]
+        """Round projections, and put what was stored into `current`; at 16 bits they stay as they are."""
+        names, walkers = {linear: layer_prefix(layer) + linear.name for linear in linears}, self._walkers
+        scales: dict[Linear, Tensor | None] = dict.fromkeys(linears)
+        if walkers is not None:
+            inputs = partial(walkers.quantized_inputs, layer, current, linears)
+            for linear in linears:
+                scales[linear] = smoothed(self._recipe, linear, floats[f"{linear.name}.weight"], inputs)
 
-    def _measure_activations(self, layer: int, current: Mapping[str, Tensor]) -> None:
-        walkers, prefix = self._walkers, layer_prefix(layer)
-        assert walkers is not None
-        formats = self._model.online.activations
-        widths = {
-            linear.name: formats[prefix + linear.name].bits
-            for linear in self._spec.architecture.linears
-            if prefix + linear.name in formats
-        }
-        scales = static_scales(
-            self._spec,
-            current,
-            lambda name: walkers.quantized_inputs(layer, current, name),
-            widths,
-            self._recipe.activation_range,
-            self._recipe.activation_prefix,
-        )
-        self._scales.update({prefix + name: scale for name, scale in scales.items()})
+        def tasks() -> Iterator[RoundingTask]:
+            for linear, name in names.items():
+                if self._rounder.keeps(name):
+                    continue
+                weight, bias = floats[f"{linear.name}.weight"], floats.get(f"{linear.name}.bias")
+                if self._walkers is None:
+                    del floats[f"{linear.name}.weight"]
+                yield self._rounder.task(name, weight, bias, statistics, scales[linear])
+
+        results = self._journal.scheduler.map(round_linear, tasks())
+        for linear, name in names.items():
+            input_scale = scales[linear]
+            if self._rounder.keeps(name):
+                weight, bias = floats[f"{linear.name}.weight"], floats.get(f"{linear.name}.bias")
+                self._rounder.keep(name, weight, bias, input_scale)
+            else:
+                rounded = next(results)
+                self._rounder.take(rounded)
+                input_scale = rounded.input_scale
+                if self._walkers is not None:
+                    current[f"{linear.name}.weight"] = rounded.tensors[f"{name}.weight"]
+            if input_scale is not None and self._recipe.static_activations:
+                current[f"{linear.name}.{INPUT_SCALES}"] = input_scale[None]
 
     def _write_table(
         self, name: str, blocks: Iterable[Tensor], statistics: InputStatistics | None
@@ -230,7 +218,9 @@ class QuantizePass:
         table = torch.empty(self._spec.vocab_size, self._spec.hidden_size)
         for start, block in zip(range(0, table.shape[0], ROWS), blocks, strict=True):
             table[start : start + ROWS] = block
-        return self._rounder.quantize(name, table, None, statistics)[0]
+        rounded = round_linear(self._rounder.task(name, table, None, statistics))
+        self._rounder.take(rounded)
+        return rounded.tensors[f"{name}.weight"]
 
     def _start_walkers(self, tokens: Tensor) -> Walkers:
         """Embed the tokens as the float model does and as the written one does."""

@@ -60,6 +60,29 @@ class PassResult:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class RoundingTask:
+    """A linear or table `name` to be rounded to `bits`: weight [out, in] and bias [out] float32; statistics
+    of its input where rounding is calibrated, and input_scale [in] where that is fixed."""
+
+    recipe: Recipe
+    bits: int
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    statistics: InputStatistics | None
+    input_scale: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedLinear:
+    """The tensors that are stored, by name, the input scale [in], and the weight's error."""
+
+    tensors: Mapping[str, Tensor]
+    input_scale: Tensor
+    error: TensorError
+
+
 class Rounder:
     """Writes weights as the recipe says; `bits` are the widths by full name, 16 for what stays in `dtype`."""
 
@@ -96,7 +119,7 @@ class Rounder:
     ) -> None:
         """Write a weight [rows, in] (some rows after the other), its bias and input scale as they are."""
         self.write(f"{name}.weight", weight)
-        self._count(weight, 16)
+        self._count(weight.numel(), 16)
         if bias is not None:
             self.write(f"{name}.bias", bias)
         if scale is not None:
@@ -109,53 +132,60 @@ class Rounder:
             raise UnsupportedError(f"'{tensor}' holds {largest:.3g}, {self._dtype} ends at {end:.5g}")
         self._writer.write(tensor, values.to(self._dtype))
 
-    def quantize(
+    def task(
         self,
         name: str,
         weight: Tensor,
-        bias: Tensor | None,
-        statistics: InputStatistics | None,
+        bias: Tensor | None = None,
+        statistics: InputStatistics | None = None,
         input_scale: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Quantize and write one linear or table; its weight as it was stored, float16, and input scale."""
-        recipe, bits, projection = self._recipe, self._bits_of[name], name not in (EMBEDDING, HEAD)
-        codebook, scales = recipe.codebook, recipe.linear_scales if projection else "output"
-        damping: float | None = None
-        if statistics is None:
-            quantized = quantize_linear(
-                weight,
-                bias,
-                bits=bits,
-                codebook=codebook,
-                scales=scales,
-                group=recipe.group_size,
-                name=name,
-                input_scale=input_scale,
-            )
-        else:
-            steps = (recipe.correction, recipe.descent, recipe.refinement)
-            rounding = Rounding(bits, codebook, scales, *steps, recipe.group_size)
-            quantized, damping = quantize_calibrated(
-                weight, bias, statistics, rounding, name, input_scale=input_scale
-            )
-        if recipe.premultiply_scales and projection:
-            quantized = premultiply_scales(quantized, name)
-        if recipe.static_activations and projection:
-            quantized = replace(quantized, codebook=integer_codebook(quantized.codebook))
-        tensors = store(name, quantized, bias=projection)
-        stored = tensors[f"{name}.weight"]
-        dead = None if statistics is None else statistics.dead_inputs
-        self.errors.append(
-            TensorError(name, bits, weight.numel(), _relative_error(stored, weight), damping, dead)
-        )
-        self._count(weight, bits)
-        for tensor_name, tensor in tensors.items():
-            self._writer.write(tensor_name, tensor)
-        return stored, quantized.input_scale
+    ) -> RoundingTask:
+        """What rounding one linear or table needs."""
+        return RoundingTask(self._recipe, self._bits_of[name], name, weight, bias, statistics, input_scale)
 
-    def _count(self, weight: Tensor, bits: int) -> None:
-        self._bits += weight.numel() * bits
-        self._weights += weight.numel()
+    def take(self, rounded: RoundedLinear) -> None:
+        """Write what a task came to."""
+        self.errors.append(rounded.error)
+        self._count(rounded.error.weights, rounded.error.bits)
+        for name, tensor in rounded.tensors.items():
+            self._writer.write(name, tensor)
+
+    def _count(self, weights: int, bits: int) -> None:
+        self._bits += weights * bits
+        self._weights += weights
+
+
+def round_linear(task: RoundingTask) -> RoundedLinear:
+    """Quantize one linear or table."""
+    recipe, projection = task.recipe, task.name not in (EMBEDDING, HEAD)
+    codebook, scales = recipe.codebook, recipe.linear_scales if projection else "output"
+    damping: float | None = None
+    if task.statistics is None:
+        quantized = quantize_linear(
+            task.weight,
+            task.bias,
+            bits=task.bits,
+            codebook=codebook,
+            scales=scales,
+            group=recipe.group_size,
+            name=task.name,
+            input_scale=task.input_scale,
+        )
+    else:
+        steps = (recipe.correction, recipe.descent, recipe.refinement)
+        rounding = Rounding(task.bits, codebook, scales, *steps, recipe.group_size)
+        quantized, damping = quantize_calibrated(
+            task.weight, task.bias, task.statistics, rounding, task.name, input_scale=task.input_scale
+        )
+    if recipe.premultiply_scales and projection:
+        quantized = premultiply_scales(quantized, task.name)
+    if recipe.static_activations and projection:
+        quantized = replace(quantized, codebook=integer_codebook(quantized.codebook))
+    tensors = store(task.name, quantized, bias=projection)
+    relative = _relative_error(tensors[f"{task.name}.weight"], task.weight)
+    dead = None if task.statistics is None else task.statistics.dead_inputs
+    error = TensorError(task.name, task.bits, task.weight.numel(), relative, damping, dead)
+    return RoundedLinear(tensors, quantized.input_scale, error)
 
 
 def told(state: Mapping[str, Any]) -> tuple[str, ...]:

@@ -23,8 +23,10 @@ MEASURED = 0.2
 SIDE, ELEMENTS = 1024, 1 << 24
 TURNING_PASSES, ROUNDING_PASSES = 24, 60
 """Times that turning and rounding go over a weight, in float32: measured on weights of 4096 x 4096."""
-FEEDBACK, PACKING_PASSES = 46, 12
-"""Products that gptq, its dampings and its refinement take for each weight and column."""
+FEEDBACK, REFITTING, FACTORS = 5.0, 1.5, 4
+"""Products of a weight with a Hessian that gptq and its target take, and a round of refinement without its
+descent; Cholesky factors of a Hessian."""
+PACKING_PASSES = 12
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,36 @@ def layer(spec: ModelSpec, recipe: Recipe, windows: tuple[int, int] | None) -> W
     todo = probe + Work(0, 4 * passes * size)
     if windows is None:
         return todo
-    tokens = math.prod(windows)
-    todo += Work(2 * 2 * 3 * tokens * size)
-    if recipe.feeds_back:
-        widths = [spec.width(group[0].input) for group in spec.input_groups]
-        todo += Work(sum(4 * tokens * width**2 for width in widths))
-        for linear in spec.architecture.linears:
-            rows, width = spec.shape(linear)
-            todo += Work(2 * FEEDBACK * rows * width**2 / 2 + 16 * width**3 / 3)
+    todo += walking(spec, windows)
+    return todo + moments(spec, windows) + feedback(spec, recipe) if recipe.feeds_back else todo
+
+
+def walking(spec: ModelSpec, windows: tuple[int, int]) -> Work:
+    """A layer, once in each of two models."""
+    count, length = windows
+    attention = 2 * count * length**2 * spec.query_size
+    return Work(2 * (2 * count * length * _weights(spec) + attention))
+
+
+def moments(spec: ModelSpec, windows: tuple[int, int]) -> Work:
+    """Hessians, which are symmetric, and cross moments or moments of outputs, of a layer's inputs."""
+    todo = Work()
+    for group in spec.input_groups:
+        rows, width = spec.shape(group[0])
+        mixed = rows if group[0].norm is None else width
+        todo += Work(math.prod(windows) * width * (width + 2 * mixed))
+    return todo
+
+
+def feedback(spec: ModelSpec, recipe: Recipe) -> Work:
+    """Factors and calibrated rounding of a layer's linears."""
+    products = FEEDBACK + recipe.refinement * (REFITTING + max(1, recipe.descent))
+    todo = Work()
+    for group in spec.input_groups:
+        todo += Work(FACTORS * spec.width(group[0].input) ** 3 / 3)
+    for linear in spec.architecture.linears:
+        rows, width = spec.shape(linear)
+        todo += Work(2 * products * rows * width**2 + recipe.refinement * width**3 / 3)
     return todo
 
 

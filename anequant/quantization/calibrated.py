@@ -8,26 +8,26 @@ section 3). With few tokens the whole step overfits, so only a part of it is tak
 Damping. Few tokens per input channel make the Hessian noisy and error feedback overfit, so every tensor
 chooses among dampings, and no feedback at all, by the output error on held-out windows.
 
-Refinement. In turn, least squares give codebook and scales for the codes (refine.py), and a pass of
-coordinate descent gives codes for those; it ends when the layer's error no longer falls.
+Refinement. In turn, least squares give codebook and scales for the codes (refine.py), and passes of
+coordinate descent give codes for those; it ends when the layer's error no longer falls.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from anequant.errors import UnsupportedError
 from anequant.quantization.codebook import nearest_codes
-from anequant.quantization.gptq import damped, descend, gptq_codes
+from anequant.quantization.gptq import Grid, Rounded, damped, descend, gptq, rounded
 from anequant.quantization.linear import QuantizedLinear
+from anequant.quantization.products import product
 from anequant.quantization.quantize import FittedCore, bound_bias, checked_bias, fit_core
 from anequant.quantization.refine import refit
 from anequant.quantization.statistics import InputStatistics, Moments, output_loss
 
-DAMPINGS = (0.05, 0.2, 1.0)
+DAMPINGS = (0.2, 1.0)
 TARGET_DAMPING = 0.2
 TRIAL_ROWS = 256
 
@@ -37,8 +37,8 @@ class Rounding:
     """A recipe's choices for calibrated rounding.
 
     correction  share of the target correction
-    descent     passes of coordinate descent after gptq
-    refinement  rounds of least squares and another pass, at most
+    descent     passes of coordinate descent after gptq, or after every least squares
+    refinement  rounds of least squares and such passes, at least one, at most
     group       columns that share a scale where scales is group
     """
 
@@ -67,7 +67,7 @@ def quantize_calibrated(
     """
     bias = checked_bias(bias, name)
     moments = statistics.everything
-    if not bool(moments.hessian.isfinite().all() and moments.cross.isfinite().all()):
+    if not moments.finite:
         raise UnsupportedError(
             f"the inputs of '{name}' during calibration are not all finite",
             remedy="check the checkpoint for a damaged tensor",
@@ -83,22 +83,27 @@ def quantize_calibrated(
         input_scale=input_scale,
     )
     damping = _choose_damping(weight, fitted, statistics, rounding)
-    codes = _round(target, fitted, moments, damping, rounding.descent)
-    if damping is not None:
-        if input_scale is not None and rounding.scales == "balanced":
-            rounding = replace(rounding, scales="output")
-        fitted, codes = _refine(target, fitted, codes, moments, damping, rounding)
-    return bound_bias(fitted.linear(codes, bias), name), damping
+    if damping is None:
+        codes = nearest_codes(fitted.core(target), fitted.codebook)
+        return bound_bias(fitted.linear(codes, bias), name), None
+    grid = _grid(target, fitted)
+    factor = moments.factor(damping)
+    hessian = damped(moments.hessian, factor.ridge)
+    current = rounded(grid, hessian, gptq(grid, factor))
+    if not rounding.refinement:
+        _descend(grid, hessian, current, rounding.descent)
+    if input_scale is not None and rounding.scales == "balanced":
+        rounding = replace(rounding, scales="output")
+    fitted, codes = _refine(grid, fitted, hessian, current, rounding)
+    return bound_bias(fitted.linear(codes.T.contiguous(), bias), name), damping
 
 
-def corrected_target(weight: Tensor, moments: Moments, share: float) -> Tensor:
-    """W + share * W (C - H) (H + damping)^-1 for weight [out, in], float32."""
+def corrected_target(weight: Tensor, moments: Moments, share: float, rows: slice = slice(None)) -> Tensor:
+    """W + share * W (C - H) (H + damping)^-1 for some rows of weight [out, in], float32."""
     if share == 0:
-        return weight
-    hessian, _ = damped(moments.hessian.double(), TARGET_DAMPING)
-    missing = weight.double() @ (moments.cross - moments.hessian).double()
-    step: Tensor = torch.linalg.solve(hessian, missing.T).T
-    return weight + (share * step).float()
+        return weight[rows]
+    missing = moments.wanted(weight, rows) - product(weight[rows], moments.hessian)
+    return weight[rows] + share * moments.factor(TARGET_DAMPING).solve(missing.T).T
 
 
 def _choose_damping(
@@ -106,56 +111,47 @@ def _choose_damping(
 ) -> float | None:
     """The damping with the least output error on held-out windows, tried with the fit windows' moments."""
     rows = slice(0, None, max(1, weight.shape[0] // TRIAL_ROWS))
-    weight, trial = weight[rows], fitted.rows(rows)
-    target = corrected_target(weight, statistics.fit, rounding.correction)
+    target = corrected_target(weight, statistics.fit, rounding.correction, rows)
+    wanted, trial = statistics.held_out.wanted(weight, rows), fitted.rows(rows)
 
     def loss(damping: float | None) -> float:
-        codes = _round(target, trial, statistics.fit, damping, rounding.descent)
-        return output_loss(weight, trial.linear(codes, None).dequantize(), statistics.held_out)
+        if damping is None:
+            codes = nearest_codes(trial.core(target), trial.codebook)
+        else:
+            codes = gptq(_grid(target, trial), statistics.fit.factor(damping)).T
+        return output_loss(trial.linear(codes, None).dequantize(), wanted, statistics.held_out.hessian)
 
     return min((None, *DAMPINGS), key=loss)
 
 
-def _round(
-    target: Tensor, fitted: FittedCore, moments: Moments, damping: float | None, descent: int
-) -> Tensor:
-    """Codes of target [out, in]; its core's input has the Hessian diag(d) H diag(d)."""
-    if damping is None:
-        return nearest_codes(fitted.core(target), fitted.codebook)
-    hessian = _core_hessian(fitted, moments, damping)
-    wanted = fitted.target(target)
-    codes = gptq_codes(wanted, fitted.codebook, hessian, fitted.step)
-    for _ in range(descent):
-        codes = descend(wanted, fitted.codebook, hessian, codes, fitted.step)
-    return codes
+def _grid(target: Tensor, fitted: FittedCore) -> Grid:
+    return Grid(target.T.contiguous(), fitted.step.T.contiguous(), fitted.codebook)
 
 
-def _core_hessian(fitted: FittedCore, moments: Moments, damping: float) -> Tensor:
-    scale = fitted.input_scale
-    hessian, _ = damped(scale[:, None] * moments.hessian * scale, damping)
-    return hessian
+def _descend(grid: Grid, hessian: Tensor, current: Rounded, passes: int) -> None:
+    for _ in range(passes):
+        descend(grid, hessian, current)
 
 
 def _refine(
-    target: Tensor, fitted: FittedCore, codes: Tensor, moments: Moments, damping: float, rounding: Rounding
+    grid: Grid, fitted: FittedCore, hessian: Tensor, current: Rounded, rounding: Rounding
 ) -> tuple[FittedCore, Tensor]:
-    """Better scales and codebook and codes, for the damped Hessian that gptq saw."""
-    scale = fitted.input_scale
-    hessian = _core_hessian(fitted, moments, damping) / scale[:, None] / scale
-    least = weighted_loss(target, fitted, codes, hessian)
+    """Better scales and codebook and codes uint8 [in, out], for the damped Hessian that gptq saw."""
+    target, weight_pull = grid.target.T, product(hessian, grid.target).T
     for _ in range(rounding.refinement):
-        refitted = refit(target, codes, fitted, hessian, codebook=rounding.codebook, scales=rounding.scales)
-        scale = refitted.input_scale
-        seen = scale[:, None] * hessian * scale
-        moved = descend(refitted.target(target), refitted.codebook, seen, codes, refitted.step)
-        loss = weighted_loss(target, refitted, moved, hessian)
-        if loss >= least:
+        refitted = refit(
+            weight_pull,
+            current.pull.T,
+            current.codes.T,
+            fitted,
+            hessian,
+            codebook=rounding.codebook,
+            scales=rounding.scales,
+        )
+        grid = _grid(target, refitted)
+        moved = rounded(grid, hessian, current.codes)
+        _descend(grid, hessian, moved, max(1, rounding.descent))
+        if moved.loss >= current.loss:
             break
-        least, fitted, codes = loss, refitted, moved
-    return fitted, codes
-
-
-def weighted_loss(weight: Tensor, fitted: FittedCore, codes: Tensor, hessian: Tensor) -> float:
-    """tr(E H E^T) of the error E [out, in] that the codes leave."""
-    error = weight - fitted.linear(codes, None).dequantize()
-    return float((error * (error @ hessian)).sum(dtype=torch.float64))
+        fitted, current = refitted, moved
+    return fitted, current.codes

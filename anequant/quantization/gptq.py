@@ -1,22 +1,20 @@
 """Rounding a whole matrix against a Hessian: GPTQ on a codebook, and coordinate descent on its codes.
 
-Let C [out, in] be the core of a weight (the weight divided by both scale vectors), q(C) its rounded
-form, E = C - q(C), and H [in, in] the second moment of the core's input. The error of the linear's output
+Let W [out, in] be the weight to be met, q(W) = step * codebook[codes] its rounded form with a step [out, in]
+made of scales, E = W - q(W), and H [in, in] the second moment of the linear's input. The error of the output
 is tr(E H E^T). With H = L L^T (L lower triangular) and U = L / diag(L), unit lower triangular,
 
     tr(E H E^T) = sum_j L_jj^2 ||E_j + sum_{k>j} U_kj E_k||^2          (E_j a column),
 
 so going from the last column to the first, the best value for column j given the columns after it is
-the codebook entry nearest to C_j + sum_{k>j} U_kj E_k: error feedback. This is GPTQ (Frantar et al.
-2022) in the LDL form of QuIP (Chee et al. 2023, theorem 6 proves them equal); it needs one Cholesky
+the step times the entry nearest to (W_j + sum_{k>j} U_kj E_k) / step_j: error feedback. This is GPTQ (Frantar
+et al. 2022) in the LDL form of QuIP (Chee et al. 2023, theorem 6 proves them equal); it needs one Cholesky
 factor and no inverse. Columns are taken in the order of descending H_jj (act-order): those that matter
-most are rounded first, while the others can still make up for them.
-
-Scales of groups differ by row within a column, and then no core has one Hessian for all rows. The same steps
-hold for the weight itself: C is the weight, and q(C) = step * codebook entry with a step [out, in].
+most are rounded first, while the others can still make up for them. Neither the order nor the factor depends
+on the weight: all linears that read one input share them.
 
 Coordinate descent afterwards revisits every column with all others fixed: the best value is then the
-entry nearest to C_j + sum_{k!=j} H_jk E_k / H_jj. No step raises the error.
+step times the entry nearest to (W_j + sum_{k!=j} H_jk E_k / H_jj) / step_j. No step raises the error.
 
 Everything works on transposed matrices [in, out], whose columns are contiguous, in blocks of columns with
 one matrix product between blocks.
@@ -24,89 +22,123 @@ one matrix product between blocks.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-BLOCK = 64
+from anequant.quantization import kernels
+from anequant.quantization.products import product
+
+BLOCK = 256
 DAMPING_GROWTH = 10.0
+SMALLEST_DAMPING = 1e-9
 
 
-def gptq_codes(core: Tensor, codebook: Tensor, hessian: Tensor, step: Tensor | None = None) -> Tensor:
-    """Round core [out, in] to codes uint8 [out, in] with error feedback.
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """The Cholesky factor of a damped Hessian [in, in] whose columns are in the order of their diagonal.
 
-    codebook float32 [K], ascending; hessian float32 [in, in], positive definite (see `damped`); step
-    [out, in], positive, multiplies the entries where scales are of groups.
+    order    int64 [in]        ascending
+    lower    float32 [in, in]  L of (hessian + ridge I)[order][:, order]
+    ridge    what was added to the diagonal: `damping` times its mean
     """
-    order = hessian.diagonal().argsort(stable=True)
-    feedback = _feedback(hessian[order][:, order])
-    target, steps = core.T[order], None if step is None else step.T[order]
-    boundaries = (codebook[1:] + codebook[:-1]) / 2
-    codes = torch.empty(target.shape, dtype=torch.uint8)
-    error = torch.empty_like(target)
-    for end in range(target.shape[0], 0, -BLOCK):
-        start = max(0, end - BLOCK)
-        wanted = torch.addmm(target[start:end], feedback[end:, start:end].T, error[end:])
-        for column in range(end - 1, start - 1, -1):
-            inside = slice(column + 1, end)
-            value = wanted[column - start]
-            value.addmv_(error[inside].T, feedback[inside, column])
-            codes[column], entry = _nearest(value, boundaries, codebook, steps, column)
-            torch.sub(target[column], entry, out=error[column])
-    return codes[order.argsort()].T.contiguous()
+
+    order: Tensor
+    lower: Tensor
+    ridge: float
+    damping: float
+
+    def solve(self, right: Tensor) -> Tensor:
+        """(hessian + ridge I)^-1 @ right, for right [in, n]."""
+        solved = torch.empty_like(right)
+        solved[self.order] = torch.cholesky_solve(right[self.order], self.lower)
+        return solved
 
 
-def descend(
-    core: Tensor, codebook: Tensor, hessian: Tensor, codes: Tensor, step: Tensor | None = None
-) -> Tensor:
-    """One pass of coordinate descent over the columns of `codes`; shapes as in `gptq_codes`."""
-    target, steps = core.T.contiguous(), None if step is None else step.T.contiguous()
-    boundaries = (codebook[1:] + codebook[:-1]) / 2
-    result = codes.T.contiguous()
-    error = target - (codebook[result.int()] if steps is None else codebook[result.int()] * steps)
-    for start in range(0, target.shape[0], BLOCK):
-        rows = hessian[start : start + BLOCK]
-        pull = rows @ error
-        for offset in range(rows.shape[0]):
-            column = start + offset
-            weight = rows[offset, column]
-            wanted = pull[offset].div_(weight).add_(target[column]).sub_(error[column])
-            result[column], entry = _nearest(wanted, boundaries, codebook, steps, column)
-            moved = target[column] - entry
-            change = moved - error[column]
-            later = slice(offset + 1, rows.shape[0])
-            pull[later].addr_(rows[later, column], change)
-            error[column] = moved
-    return result.T.contiguous()
-
-
-def damped(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """hessian + damping * mean(diagonal) on the diagonal, and the damping that made it positive definite.
+def factorize(hessian: Tensor, damping: float = 0.0) -> Factor:
+    """The factor of hessian [in, in] with the least damping of `damping` times a power of ten for which
+    there is one.
 
     Inputs that never fired have a zero diagonal; damping makes them independent of all others, so they
     are rounded to the nearest entry.
     """
+    order = hessian.diagonal().argsort(stable=True)
     mean = float(hessian.diagonal().mean()) or 1.0
+    ordered = hessian[order][:, order]
+    ridge = 0.0
     while True:
-        result = hessian.clone()
-        result.diagonal().add_(damping * mean)
-        if int(torch.linalg.cholesky_ex(result).info) == 0:
-            return result, damping
-        damping *= DAMPING_GROWTH
+        ordered.diagonal().add_(damping * mean - ridge)
+        ridge = damping * mean
+        lower, failed = torch.linalg.cholesky_ex(ordered)
+        if not failed:
+            return Factor(order, lower, ridge, damping)
+        damping = damping * DAMPING_GROWTH or SMALLEST_DAMPING
 
 
-def _nearest(
-    wanted: Tensor, boundaries: Tensor, codebook: Tensor, steps: Tensor | None, column: int
-) -> tuple[Tensor, Tensor]:
-    """Codes [out] of the entries nearest to `wanted` [out], and the values they stand for."""
-    if steps is None:
-        chosen = torch.bucketize(wanted, boundaries)
-        return chosen, codebook[chosen]
-    chosen = torch.bucketize(wanted / steps[column], boundaries)
-    return chosen, codebook[chosen] * steps[column]
+def damped(hessian: Tensor, ridge: float) -> Tensor:
+    """hessian [in, in] with `ridge` on its diagonal."""
+    result = hessian.clone()
+    result.diagonal().add_(ridge)
+    return result
 
 
-def _feedback(hessian: Tensor) -> Tensor:
-    """U of the derivation: unit lower triangular [in, in]."""
-    factor: Tensor = torch.linalg.cholesky(hessian)
-    unit: Tensor = factor / factor.diagonal()
-    return unit
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """What target [in, out] is rounded to: the entries of codebook [K], ascending, times step [in, out]."""
+
+    target: Tensor
+    step: Tensor
+    codebook: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """codes uint8, the error that they leave and pull, the Hessian times that error: all [in, out]."""
+
+    codes: Tensor
+    error: Tensor
+    pull: Tensor
+
+    @property
+    def loss(self) -> float:
+        """tr(E H E^T)."""
+        return float((self.error * self.pull).sum(dtype=torch.float64))
+
+
+def gptq(grid: Grid, factor: Factor) -> Tensor:
+    """Round with error feedback: codes uint8 [in, out]."""
+    target, step = grid.target[factor.order], grid.step[factor.order]
+    codes, error = torch.empty(target.shape, dtype=torch.uint8), torch.empty_like(target)
+    diagonal = factor.lower.diagonal()
+    for end in range(len(target), 0, -BLOCK):
+        block = slice(max(0, end - BLOCK), end)
+        wanted = target[block].clone()
+        if end < len(target):
+            wanted += product(factor.lower[end:, block].T, error[end:]) / diagonal[block, None]
+        unit = factor.lower[block, block] / diagonal[block]
+        kernels.feed_back(wanted, target[block], step[block], unit, grid.codebook, codes[block], error[block])
+    return codes[factor.order.argsort()]
+
+
+def rounded(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
+    """What codes uint8 [in, out] leave, with hessian [in, in]."""
+    error = grid.target - grid.codebook[codes.int()] * grid.step
+    return Rounded(codes.clone(), error, product(hessian, error))
+
+
+def descend(grid: Grid, hessian: Tensor, current: Rounded) -> None:
+    """One pass of coordinate descent over the columns, in place."""
+    for start in range(0, len(grid.target), BLOCK):
+        block = slice(start, start + BLOCK)
+        before = current.error[block].clone()
+        kernels.descend(
+            current.pull[block],
+            grid.target[block],
+            grid.step[block],
+            hessian[block, block],
+            grid.codebook,
+            current.codes[block],
+            current.error[block],
+        )
+        current.pull.add_(product(hessian[:, block], current.error[block] - before))

@@ -40,14 +40,9 @@ class FittedCore:
         return divided(weight, self.output_scale, self.input_scale)
 
     @property
-    def step(self) -> Tensor | None:
-        """What multiplies each entry [out, in] where scales are of groups, and input scales are ones."""
-        return None if self.output_scale.ndim == 1 else spread(self.output_scale, len(self.input_scale))
-
-    def target(self, weight: Tensor) -> Tensor:
-        """What gptq rounds: the core, whose input has the Hessian diag(d) H diag(d). With scales of groups
-        rows would differ in it, so it is the weight itself, in entries times `step`."""
-        return self.core(weight) if self.step is None else weight
+    def step(self) -> Tensor:
+        """What multiplies each entry: [out, in]."""
+        return spread(self.output_scale, len(self.input_scale)) * self.input_scale
 
     def rows(self, rows: slice) -> FittedCore:
         return FittedCore(self.codebook, self.input_scale, self.output_scale[rows])

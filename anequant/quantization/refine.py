@@ -12,7 +12,8 @@ system says; GANQ (Zhao et al. 2025, section 3) solves the codebook of one row s
     d   solves (H * F^T F) d = diag(F^T W H)                                         F = diag(o) B
     T   solves A T = y,  A_kl = sum_r <m_rk, m_rl>,  y_k = sum_r <m_rk, w_r>
 
-with m_rk [in] equal to o_r d where row r has code k, else 0. None of the steps raises L.
+with m_rk [in] equal to o_r d where row r has code k, else 0. None of the steps raises L. W H stays the same,
+and coordinate descent leaves E H, so one product with H serves <w_r, .> and another <o_r b_r * d, .>.
 """
 
 from __future__ import annotations
@@ -21,18 +22,30 @@ import torch
 from torch import Tensor
 
 from anequant.quantization.codebook import separate
+from anequant.quantization.products import add_square, product
 from anequant.quantization.quantize import FittedCore
 from anequant.quantization.scales import SMALLEST_INPUT_SCALE, float16_scales, spread
 
 RIDGE = 1e-6
+CODEBOOK_WEIGHTS = 1 << 16
 CODEBOOK_ROWS = 256
 LARGEST_CODEBOOK = 16
 
 
 def refit(
-    weight: Tensor, codes: Tensor, fitted: FittedCore, hessian: Tensor, *, codebook: str, scales: str
+    weight_pull: Tensor,
+    error_pull: Tensor,
+    codes: Tensor,
+    fitted: FittedCore,
+    hessian: Tensor,
+    *,
+    codebook: str,
+    scales: str,
 ) -> FittedCore:
-    """One round of the three steps for weight [out, in] and codes [out, in], with hessian [in, in].
+    """One round of the three steps for codes [out, in] of a weight, with hessian [in, in].
+
+    weight_pull [out, in] is the weight times hessian, and error_pull [out, in] that of the weight minus the
+    rounded one.
 
     The recipe's words say what is free: a uniform codebook stays, and so do input scales that are not
     balanced and a scale shared by all rows or by a group. A codebook of more than 16 entries stays too: its
@@ -41,11 +54,12 @@ def refit(
     """
     rows, columns, entries = fitted.output_scale, fitted.input_scale, fitted.codebook
     if scales not in ("tensor", "group"):
-        rows = refit_output_scale(weight, entries[codes.int()], rows, columns, hessian)
+        rounded = fitted.linear(codes, None).dequantize()
+        rows = refit_output_scale(rounded, weight_pull - error_pull, weight_pull, rows)
     if codebook == "lut" and len(entries) <= LARGEST_CODEBOOK:
-        entries = refit_codebook(weight, codes, entries, rows, columns, hessian)
+        entries = refit_codebook(codes, entries, rows, columns, hessian, weight_pull)
     if scales == "balanced":
-        columns = refit_input_scale(weight, entries[codes.int()], rows, columns, hessian)
+        columns = refit_input_scale(rows[:, None] * entries[codes.int()], columns, hessian, weight_pull)
         gauge = columns.log().mean().exp()
         columns = (columns / gauge).clamp_min(SMALLEST_INPUT_SCALE)
         rows = rows * gauge
@@ -54,45 +68,47 @@ def refit(
 
 
 def refit_output_scale(
-    weight: Tensor, values: Tensor, output_scale: Tensor, input_scale: Tensor, hessian: Tensor
+    rounded: Tensor, rounded_pull: Tensor, weight_pull: Tensor, output_scale: Tensor
 ) -> Tensor:
-    """o [out] for weight and values = codebook[codes], both [out, in]. Rows whose best scale is not
-    positive keep theirs."""
-    scaled = values * input_scale
-    pull = scaled @ hessian
-    best = (weight * pull).sum(1) / (scaled * pull).sum(1)
+    """o [out] where `output_scale` gave rounded [out, in]; the pulls [out, in] are products with H. Rows
+    whose best scale is not positive keep theirs."""
+    best = output_scale * (rounded * weight_pull).sum(1) / (rounded * rounded_pull).sum(1)
     return torch.where(best > 0, best, output_scale)
 
 
-def refit_input_scale(
-    weight: Tensor, values: Tensor, output_scale: Tensor, input_scale: Tensor, hessian: Tensor
-) -> Tensor:
-    """d [in]. Where the system leaves it free it stays; all of it does if an entry would not be positive."""
-    scaled = output_scale[:, None] * values
-    matrix = hessian * (scaled.T @ scaled)
-    wanted = (scaled * (weight @ hessian)).sum(0)
+def refit_input_scale(scaled: Tensor, input_scale: Tensor, hessian: Tensor, weight_pull: Tensor) -> Tensor:
+    """d [in] for scaled = diag(o) codebook[codes] [out, in]. Where the system leaves it free it stays; all of
+    it does if an entry would not be positive."""
+    matrix = torch.zeros_like(hessian)
+    add_square(matrix, scaled)
+    matrix *= hessian
     ridge = RIDGE * matrix.diagonal().mean()
     matrix.diagonal().add_(ridge)
-    best: Tensor = torch.linalg.solve(matrix, wanted + ridge * input_scale)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        return input_scale
+    wanted = (scaled * weight_pull).sum(0) + ridge * input_scale
+    best = torch.cholesky_solve(wanted[:, None], factor)[:, 0]
     return best if bool((best > 0).all()) else input_scale
 
 
 def refit_codebook(
-    weight: Tensor,
     codes: Tensor,
     codebook: Tensor,
     output_scale: Tensor,
     input_scale: Tensor,
     hessian: Tensor,
+    weight_pull: Tensor,
 ) -> Tensor:
-    """T [K], the best for evenly spaced rows, fewer than 2 CODEBOOK_ROWS. Entries that no code uses stay,
-    and all of them where their order would change."""
-    rows = slice(0, None, max(1, weight.shape[0] // CODEBOOK_ROWS))
+    """T [K], the best for some evenly spaced rows. Entries that no code uses stay, and all of them where
+    their order would change."""
+    most = min(CODEBOOK_ROWS, max(1, CODEBOOK_WEIGHTS // codes.shape[1]))
+    rows = slice(0, None, -(-codes.shape[0] // most))
     codes, scale = codes[rows], spread(output_scale[rows], codes.shape[1]) * input_scale
-    members = torch.stack([(codes == k) * scale for k in range(len(codebook))])
-    pulls = members @ hessian
-    matrix = (pulls.flatten(1) @ members.flatten(1).T).double()
-    wanted = (pulls.flatten(1) @ weight[rows].flatten()).double()
+    members = torch.stack([((codes == k) * scale).flatten() for k in range(len(codebook))])
+    pulls = product(members.view(-1, len(hessian)), hessian).view_as(members)
+    matrix = product(pulls, members.T).double()
+    wanted = product(members, weight_pull[rows].flatten()[:, None])[:, 0].double()
     ridge = RIDGE * matrix.diagonal().mean()
     matrix.diagonal().add_(ridge)
     best = torch.linalg.solve(matrix, wanted + ridge * codebook.double()).float()

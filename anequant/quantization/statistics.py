@@ -3,56 +3,95 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from anequant.quantization.gptq import Factor, factorize
+from anequant.quantization.products import product
+
 UNIT_FLOOR = 1e-30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moments:
-    """Second moments over some tokens, float32.
+    """Second moments over some tokens, float32, of the input x in the model quantized so far and the same
+    input x_float in the float model. Of the last two there is one, whichever is smaller.
 
-    hessian  [in, in]  E[x x^T] of the input x in the model quantized so far
-    cross    [in, in]  E[x_float x^T], with x_float the same input in the float model
-    tokens             how many were seen
+    hessian  [in, in]   E[x x^T]
+    tokens              how many were seen
+    cross    [in, in]   E[x_float x^T]
+    outputs  [out, in]  E[W x_float x^T], for the one linear W that reads x
     """
 
     hessian: Tensor
-    cross: Tensor
     tokens: int
+    cross: Tensor | None = None
+    outputs: Tensor | None = None
+
+    def wanted(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """E[W x_float x^T] [rows, in] for some rows of weight [out, in]."""
+        if self.outputs is not None:
+            return self.outputs[rows]
+        assert self.cross is not None
+        return product(weight[rows], self.cross)
+
+    @property
+    def finite(self) -> bool:
+        return all(
+            bool(part.isfinite().all())
+            for part in (self.hessian, self.cross, self.outputs)
+            if part is not None
+        )
+
+    def factor(self, damping: float) -> Factor:
+        """Of the Hessian. All are kept where several linears read the input, which is where `cross` is, else
+        the last."""
+        if damping not in self._factors:
+            if self.cross is None:
+                self._factors.clear()
+            self._factors[damping] = factorize(self.hessian, damping)
+        return self._factors[damping]
+
+    @cached_property
+    def _factors(self) -> dict[float, Factor]:
+        return {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InputStatistics:
     """`fit` rounds; `held_out`, from other windows, chooses how. `everything` is both together."""
 
     fit: Moments
     held_out: Moments
 
-    @property
+    @cached_property
     def everything(self) -> Moments:
         total = self.fit.tokens + self.held_out.tokens
         share = self.fit.tokens / total
-        return Moments(
-            torch.lerp(self.held_out.hessian, self.fit.hessian, share),
-            torch.lerp(self.held_out.cross, self.fit.cross, share),
-            total,
-        )
+
+        def together(part: str) -> Tensor | None:
+            held_out, fit = getattr(self.held_out, part), getattr(self.fit, part)
+            return None if fit is None else torch.lerp(held_out, fit, share)
+
+        hessian = together("hessian")
+        assert hessian is not None
+        return Moments(hessian, total, together("cross"), together("outputs"))
 
     @property
     def dead_inputs(self) -> int:
-        """Inputs that were zero at every token, in the float model or the quantized one."""
+        """Inputs that were zero at every token, in the quantized model or, as far as known, the float one."""
         seen = self.everything
-        energy = torch.minimum(seen.hessian.diagonal(), seen.cross.diagonal().abs())
+        energy = seen.hessian.diagonal()
+        if seen.cross is not None:
+            energy = torch.minimum(energy, seen.cross.diagonal().abs())
         return int((energy <= UNIT_FLOOR).sum())
 
 
-def output_loss(weight: Tensor, rounded: Tensor, moments: Moments) -> float:
+def output_loss(rounded: Tensor, wanted: Tensor, hessian: Tensor) -> float:
     """E||W x_float - Q x||^2 up to a constant that does not depend on Q: tr(Q H Q^T) - 2 tr(W C Q^T).
 
-    weight and rounded are [out, in].
+    rounded is Q [out, in], wanted W C [out, in] as of `Moments.wanted`, hessian H [in, in].
     """
-    pull = rounded @ moments.hessian - 2 * (weight @ moments.cross)
-    return float((rounded * pull).sum(dtype=torch.float64))
+    return float((rounded * (product(rounded, hessian) - 2 * wanted)).sum(dtype=torch.float64))

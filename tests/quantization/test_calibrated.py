@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rounding import descended, gptq_codes
 from torch import Tensor
 
 from anequant.errors import UnsupportedError
@@ -19,9 +20,9 @@ from anequant.quantization.calibrated import (
     quantize_calibrated,
 )
 from anequant.quantization.codebook import nearest_codes
-from anequant.quantization.gptq import damped, descend, gptq_codes
+from anequant.quantization.gptq import Grid, Rounded, damped, factorize
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.quantize import FittedCore, fit_core, quantize_linear
+from anequant.quantization.quantize import fit_core, quantize_linear
 from anequant.quantization.statistics import InputStatistics, Moments, output_loss
 
 PLAIN = Rounding(4, "lut", "balanced", correction=0.0, descent=0, refinement=0)
@@ -45,7 +46,7 @@ def tokens(count: int, seed: int, drift: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def moments(x: Tensor, x_float: Tensor) -> Moments:
-    return Moments(x.T @ x / len(x), x_float.T @ x / len(x), len(x))
+    return Moments(x.T @ x / len(x), len(x), x_float.T @ x / len(x))
 
 
 def statistics(count: int, drift: float = 0.0) -> InputStatistics:
@@ -94,24 +95,23 @@ def test_the_damping_is_the_best_on_held_out_tokens(
     seen = statistics(count)
     x, x_float = (value.double() for value in tokens(seen.held_out.tokens, 2))
     fitted = fit_core(weight(), 4, "lut", "balanced", "p")
-    core, scale = fitted.core(weight()), fitted.input_scale
 
-    def codes(damping: float | None, of: Moments) -> Tensor:
+    def codes(damping: float | None, of: Moments, passes: int) -> Tensor:
         if damping is None:
-            return nearest_codes(core, fitted.codebook)
-        hessian, _ = damped(scale[:, None] * of.hessian * scale, damping)
-        result = gptq_codes(core, fitted.codebook, hessian)
-        for _ in range(descent):
-            result = descend(core, fitted.codebook, hessian, result)
+            return nearest_codes(fitted.core(weight()), fitted.codebook)
+        hessian = damped(of.hessian, factorize(of.hessian, damping).ridge)
+        result = gptq_codes(weight(), fitted.codebook, hessian, fitted.step)
+        for _ in range(passes):
+            result = descended(weight(), fitted.codebook, hessian, result, fitted.step)
         return result
 
     def error(damping: float | None) -> float:
-        rounded = fitted.linear(codes(damping, seen.fit), None).dequantize().double()
+        rounded = fitted.linear(codes(damping, seen.fit, 0), None).dequantize().double()
         return float((x_float @ weight().double().T - x @ rounded.T)[:, rows].square().sum())
 
     result, chosen = quantize_calibrated(weight(), None, seen, replace(PLAIN, descent=descent), "p")
     assert chosen == min((None, *DAMPINGS), key=error)
-    assert torch.equal(result.codes, codes(chosen, seen.everything))
+    assert torch.equal(result.codes, codes(chosen, seen.everything, descent))
 
 
 def test_few_tokens_do_no_harm_on_fresh_ones() -> None:
@@ -124,7 +124,7 @@ def test_nearest_is_chosen_where_feedback_would_hurt() -> None:
     """Held-out tokens whose inputs are independent, when the fit saw one direction only."""
     x = torch.ones(8, COLUMNS) + 0.01 * torch.randn(8, COLUMNS, generator=torch.Generator().manual_seed(5))
     alone = torch.eye(COLUMNS)
-    seen = InputStatistics(moments(x, x), Moments(alone, alone, 10_000))
+    seen = InputStatistics(moments(x, x), Moments(alone, 10_000, alone))
     result, damping = quantize_calibrated(weight(), None, seen, PLAIN, "p")
     nearest = quantize_linear(weight(), None, bits=4, codebook="lut", scales="balanced", name="p")
     assert damping is None
@@ -136,16 +136,27 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
     """Forty rounds are more than it takes until one no longer helps."""
     losses: list[float] = []
     candidates: list[Tensor] = []
-    measure = calibrated.weighted_loss
+    start, passes = calibrated.rounded, calibrated._descend
 
-    def spy(target: Tensor, fitted: FittedCore, codes: Tensor, hessian: Tensor) -> float:
-        losses.append(measure(target, fitted, codes, hessian))
-        candidates.append(fitted.linear(codes, None).dequantize())
-        error = (target - candidates[-1]).double()
+    def note(grid: Grid, hessian: Tensor, current: Rounded) -> None:
+        candidates.append((grid.codebook[current.codes.int()] * grid.step).T)
+        error = (grid.target.T - candidates[-1]).double()
+        losses.append(current.loss)
         assert losses[-1] == pytest.approx(float((error @ hessian.double() * error).sum()), rel=1e-4)
-        return losses[-1]
 
-    monkeypatch.setattr(calibrated, "weighted_loss", spy)
+    def rounded(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
+        current = start(grid, hessian, codes)
+        if not losses:
+            note(grid, hessian, current)
+        return current
+
+    def descend(grid: Grid, hessian: Tensor, current: Rounded, count: int) -> None:
+        assert count == FULL.descent
+        passes(grid, hessian, current, count)
+        note(grid, hessian, current)
+
+    monkeypatch.setattr(calibrated, "rounded", rounded)
+    monkeypatch.setattr(calibrated, "_descend", descend)
     result = run(statistics(3000), replace(FULL, refinement=rounds))
     if rounds == 40:
         assert len(losses) < 1 + rounds and losses[-1] >= losses[-2]
@@ -153,7 +164,7 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
         assert len(losses) == 1 + rounds
     accepted = losses if losses[-1] < losses[-2] else losses[:-1]
     assert accepted == sorted(accepted, reverse=True) and accepted[-1] < accepted[0]
-    assert torch.equal(result.dequantize(), candidates[len(accepted) - 1])
+    torch.testing.assert_close(result.dequantize(), candidates[len(accepted) - 1], rtol=1e-6, atol=0)
     without = run(statistics(3000), Rounding(4, "lut", "balanced", 0.5, 2, 0))
     assert fresh_error(result) < fresh_error(without)
 
@@ -161,17 +172,17 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
 def test_the_correction_solves_its_normal_equations() -> None:
     x, x_float = (value.double() for value in tokens(2000, 1, 0.3))
     seen = moments(x, x_float)
-    target = corrected_target(weight(), Moments(seen.hessian.float(), seen.cross.float(), 2000), 1.0)
+    target = corrected_target(weight(), Moments(seen.hessian.float(), 2000, seen.cross.float()), 1.0)
     ridge = TARGET_DAMPING * float(seen.hessian.diagonal().mean())
     wanted = x_float @ weight().double().T
     free = target.double().requires_grad_()
     loss = (x @ free.T - wanted).square().sum() / len(x) + ridge * (free - weight().double()).square().sum()
     (gradient,) = torch.autograd.grad(loss, free)
     assert float(gradient.abs().max()) < 1e-4
-    half = corrected_target(weight(), Moments(seen.hessian.float(), seen.cross.float(), 2000), 0.5)
+    half = corrected_target(weight(), Moments(seen.hessian.float(), 2000, seen.cross.float()), 0.5)
     torch.testing.assert_close(half, (weight() + target) / 2, rtol=1e-4, atol=1e-5)
     assert torch.equal(
-        corrected_target(weight(), Moments(seen.hessian.float(), seen.cross.float(), 1), 0), weight()
+        corrected_target(weight(), Moments(seen.hessian.float(), 1, seen.cross.float()), 0), weight()
     )
 
 
@@ -189,7 +200,8 @@ def test_output_loss_is_the_squared_error_up_to_a_constant() -> None:
     generator = torch.Generator().manual_seed(7)
     candidates = [weight() + 0.1 * torch.randn(ROWS, COLUMNS, generator=generator) for _ in range(3)]
     literal = [float((x_float @ weight().T - x @ q.T).square().sum(1).mean()) for q in candidates]
-    ours = [output_loss(weight(), q, moments(x, x_float)) for q in candidates]
+    seen = moments(x, x_float)
+    ours = [output_loss(q, seen.wanted(weight()), seen.hessian) for q in candidates]
     constant = float((x_float @ weight().T).square().sum(1).mean())
     assert ours == pytest.approx([value - constant for value in literal], rel=1e-4)
 
@@ -209,7 +221,7 @@ def test_dead_inputs_are_counted_and_survive() -> None:
 def test_singular_statistics_are_no_obstacle(damaged: str) -> None:
     one = torch.outer(torch.arange(1.0, COLUMNS + 1), torch.arange(1.0, COLUMNS + 1))
     hessian = torch.zeros(COLUMNS, COLUMNS) if damaged == "zero" else one
-    seen = Moments(hessian, hessian.clone(), 100)
+    seen = Moments(hessian, 100, hessian.clone())
     result = run(InputStatistics(seen, seen), FULL)
     error = float((result.dequantize() - weight()).norm() / weight().norm())
     assert error < 0.2

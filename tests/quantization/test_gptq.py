@@ -1,17 +1,30 @@
-"""gptq_codes and descend against literal, column-by-column float64 versions."""
+"""gptq and descent against literal, column-by-column float64 versions."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rounding import descended, gptq_codes
 from torch import Tensor
 
+from anequant.quantization import gptq
 from anequant.quantization.codebook import nearest_codes
-from anequant.quantization.gptq import BLOCK, DAMPING_GROWTH, damped, descend, gptq_codes
+from anequant.quantization.gptq import DAMPING_GROWTH, damped, factorize
+
+BLOCK = 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks() -> Iterator[None]:
+    """Literal versions take long; what happens between blocks shows with small ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gptq, "BLOCK", BLOCK)
+        yield
 
 
 def problem(rows: int, columns: int, entries: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,8 +35,8 @@ def problem(rows: int, columns: int, entries: int, seed: int = 0) -> tuple[Tenso
     mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + 0.5 * torch.eye(columns)
     inputs = torch.randn(4 * columns, columns, generator=generator) @ mix
     inputs *= torch.rand(columns, generator=generator) * 3 + 0.1
-    hessian, _ = damped(inputs.T @ inputs / len(inputs), 0.01)
-    return core, codebook, hessian
+    hessian = inputs.T @ inputs / len(inputs)
+    return core, codebook, damped(hessian, factorize(hessian, 0.01).ridge)
 
 
 def objective(core: Tensor, codebook: Tensor, hessian: Tensor, codes: Tensor) -> float:
@@ -80,7 +93,7 @@ def test_independent_inputs_are_rounded_to_nearest() -> None:
     hessian = torch.diag(torch.rand(150, generator=torch.Generator().manual_seed(1)) + 0.1)
     assert torch.equal(gptq_codes(core, codebook, hessian), nearest_codes(core, codebook))
     assert torch.equal(
-        descend(core, codebook, hessian, torch.zeros(9, 150, dtype=torch.uint8)),
+        descended(core, codebook, hessian, torch.zeros(9, 150, dtype=torch.uint8)),
         nearest_codes(core, codebook),
     )
 
@@ -98,7 +111,7 @@ def test_error_feedback_beats_nearest_rounding(seed: int) -> None:
     nearest = objective(core, codebook, hessian, nearest_codes(core, codebook))
     fed = gptq_codes(core, codebook, hessian)
     assert objective(core, codebook, hessian, fed) < 0.9 * nearest
-    assert objective(core, codebook, hessian, descend(core, codebook, hessian, fed)) < objective(
+    assert objective(core, codebook, hessian, descended(core, codebook, hessian, fed)) < objective(
         core, codebook, hessian, fed
     )
 
@@ -121,7 +134,7 @@ def test_descent_is_the_literal_one(columns: int) -> None:
     generator = torch.Generator().manual_seed(columns)
     start = torch.randint(4, core.shape, generator=generator, dtype=torch.uint8)
     expected = literal_descent(core, codebook, hessian, start)
-    assert torch.equal(descend(core, codebook, hessian, start), expected)
+    assert torch.equal(descended(core, codebook, hessian, start), expected)
 
 
 @given(st.integers(1, 6), st.integers(1, 2 * BLOCK + 2), st.sampled_from([2, 4, 16]), st.integers(0, 10**6))
@@ -131,7 +144,7 @@ def test_descent_never_raises_the_error(rows: int, columns: int, entries: int, s
     codes = torch.randint(entries, (rows, columns), generator=generator, dtype=torch.uint8)
     before = objective(core, codebook, hessian, codes)
     for _ in range(3):
-        codes = descend(core, codebook, hessian, codes)
+        codes = descended(core, codebook, hessian, codes)
         after = objective(core, codebook, hessian, codes)
         assert after <= before * (1 + 1e-5)
         before = after
@@ -143,7 +156,7 @@ def test_the_best_codes_are_left_alone() -> None:
     best = torch.stack(
         [min(every, key=lambda codes: objective(row[None], codebook, hessian, codes[None])) for row in core]
     )
-    assert torch.equal(descend(core, codebook, hessian, best), best)
+    assert torch.equal(descended(core, codebook, hessian, best), best)
 
 
 # --- damping ------------------------------------------------------------------------------------------
@@ -151,8 +164,9 @@ def test_the_best_codes_are_left_alone() -> None:
 
 def test_damping_is_a_share_of_the_mean() -> None:
     _, _, hessian = problem(1, 40, 4)
-    result, used = damped(hessian, 0.1)
-    assert used == 0.1
+    factor = factorize(hessian, 0.1)
+    assert factor.damping == 0.1
+    result = damped(hessian, factor.ridge)
     expected = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(40)
     torch.testing.assert_close(result, expected)
 
@@ -161,19 +175,21 @@ def test_damping_is_a_share_of_the_mean() -> None:
 def test_damping_grows_only_until_the_hessian_is_definite(rank: int) -> None:
     inputs = torch.randn(rank, 30, generator=torch.Generator().manual_seed(rank)) * 10
     singular = inputs.T @ inputs
-    result, used = damped(singular, 1e-13)
+    factor = factorize(singular, 1e-13)
+    result, used = damped(singular, factor.ridge), factor.damping
     assert bool(torch.linalg.eigvalsh(result.double()).min() > 0)
     assert used > 1e-13
     less = singular + used / DAMPING_GROWTH * singular.diagonal().mean() * torch.eye(30)
     with pytest.raises(torch.linalg.LinAlgError):
-        torch.linalg.cholesky(less)
-    assert damped(singular, 0.05)[1] == 0.05
+        torch.linalg.cholesky(less[factor.order][:, factor.order])
+    assert factorize(singular, 0.05).damping == 0.05
 
 
 def test_a_hessian_of_zeros_becomes_a_multiple_of_the_identity() -> None:
     core, codebook, _ = problem(3, 30, 4)
-    result, used = damped(torch.zeros(30, 30), 0.05)
-    assert used == 0.05
+    factor = factorize(torch.zeros(30, 30), 0.05)
+    result = damped(torch.zeros(30, 30), factor.ridge)
+    assert factor.damping == 0.05
     assert torch.equal(result, 0.05 * torch.eye(30))
     assert torch.equal(gptq_codes(core, codebook, result), nearest_codes(core, codebook))
 
@@ -183,7 +199,7 @@ def test_dead_inputs_are_rounded_to_nearest() -> None:
     dead = [0, 13, BLOCK, 89]
     hessian[dead, :] = 0
     hessian[:, dead] = 0
-    used, _ = damped(hessian, 0.05)
+    used = damped(hessian, factorize(hessian, 0.05).ridge)
     codes = gptq_codes(core, codebook, used)
     assert torch.equal(codes[:, dead], nearest_codes(core[:, dead].contiguous(), codebook))
-    assert torch.equal(descend(core, codebook, used, codes)[:, dead], codes[:, dead])
+    assert torch.equal(descended(core, codebook, used, codes)[:, dead], codes[:, dead])

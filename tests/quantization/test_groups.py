@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import descended, gptq_codes
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.quantized import load, store
 from anequant.errors import InputError, UsageError
 from anequant.quantization.calibrated import Rounding, quantize_calibrated
-from anequant.quantization.gptq import descend, gptq_codes
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.quantize import quantize_linear
 from anequant.quantization.scales import group_scale, spread
@@ -38,7 +38,7 @@ def in_groups(weight: Tensor, group: int, codebook: str = "uniform", bits: int =
 
 def inputs_statistics(inputs: Tensor) -> InputStatistics:
     hessian = inputs.T @ inputs / len(inputs)
-    moments = Moments(hessian, hessian, len(inputs))
+    moments = Moments(hessian, len(inputs), hessian)
     return InputStatistics(moments, moments)
 
 
@@ -123,11 +123,11 @@ def test_rows_with_steps_are_rounded_as_each_row_alone_in_its_own_core() -> None
     weight = 3 * torch.randn(16, 8, generator=generator)
     codebook = torch.arange(-8.0, 8.0)
     codes = gptq_codes(weight, codebook, hessian, step)
-    descended = descend(weight, codebook, hessian, codes, step)
+    after = descended(weight, codebook, hessian, codes, step)
     for row in range(16):
         own, core = step[row][:, None] * hessian * step[row], (weight[row] / step[row])[None]
         assert torch.equal(codes[row], gptq_codes(core, codebook, own)[0])
-        assert torch.equal(descended[row], descend(core, codebook, own, codes[row][None])[0])
+        assert torch.equal(after[row], descended(core, codebook, own, codes[row][None])[0])
     assert not torch.equal(codes.float() - 8, (weight / step).round().clamp(-8, 7))
 
 

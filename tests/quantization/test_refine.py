@@ -51,18 +51,24 @@ def loss(p: dict[str, Tensor]) -> Tensor:
 
 def output_step(p: dict[str, Tensor]) -> Tensor:
     values = p["codebook"][p["codes"].int()]
-    return refit_output_scale(p["weight"], values, p["output_scale"], p["input_scale"], p["hessian"])
+    rounded = p["output_scale"][:, None] * values * p["input_scale"]
+    return refit_output_scale(rounded, rounded @ p["hessian"], p["weight"] @ p["hessian"], p["output_scale"])
 
 
 def input_step(p: dict[str, Tensor]) -> Tensor:
-    values = p["codebook"][p["codes"].int()]
-    return refit_input_scale(p["weight"], values, p["output_scale"], p["input_scale"], p["hessian"])
+    scaled = p["output_scale"][:, None] * p["codebook"][p["codes"].int()]
+    return refit_input_scale(scaled, p["input_scale"], p["hessian"], p["weight"] @ p["hessian"])
 
 
 def codebook_step(p: dict[str, Tensor]) -> Tensor:
-    return refit_codebook(
-        p["weight"], p["codes"], p["codebook"], p["output_scale"], p["input_scale"], p["hessian"]
-    )
+    scales, pull = (p["output_scale"], p["input_scale"]), p["weight"] @ p["hessian"]
+    return refit_codebook(p["codes"], p["codebook"], *scales, p["hessian"], pull)
+
+
+def all_steps(p: dict[str, Tensor], fitted: FittedCore, codebook: str, scales: str) -> FittedCore:
+    error = p["weight"] - fitted.linear(p["codes"], None).dequantize()
+    pulls = p["weight"] @ p["hessian"], error @ p["hessian"]
+    return refit(*pulls, p["codes"], fitted, p["hessian"], codebook=codebook, scales=scales)
 
 
 STEPS = {"output_scale": output_step, "input_scale": input_step, "codebook": codebook_step}
@@ -183,7 +189,7 @@ def test_refit_leaves_alone_what_the_recipe_fixes(codebook: str, scales: str) ->
     for part in STEPS:
         p[part] = p[part].half().float()
     fitted = FittedCore(p["codebook"], p["input_scale"], p["output_scale"])
-    result = refit(p["weight"], p["codes"], fitted, p["hessian"], codebook=codebook, scales=scales)
+    result = all_steps(p, fitted, codebook, scales)
     assert torch.equal(result.codebook, fitted.codebook) == (codebook == "uniform")
     assert torch.equal(result.output_scale, fitted.output_scale) == (scales == "tensor")
     assert torch.equal(result.input_scale, fitted.input_scale) == (scales != "balanced")
@@ -197,7 +203,7 @@ def test_refit_takes_the_steps_in_turn(codebook: str, scales: str) -> None:
     """Rows, entries, columns, each the best for what came before; then float16 rounds three numbers."""
     p = problem(4)
     fitted = FittedCore(p["codebook"], p["input_scale"], p["output_scale"])
-    result = refit(p["weight"], p["codes"], fitted, p["hessian"], codebook=codebook, scales=scales)
+    result = all_steps(p, fitted, codebook, scales)
     free = {"output_scale": scales != "tensor", "codebook": codebook == "lut"}
     for part in [*(part for part in free if free[part]), *(["input_scale"] if scales == "balanced" else [])]:
         p[part] = least_squares(p, part)
@@ -213,5 +219,5 @@ def test_a_codebook_of_many_entries_stays() -> None:
     assert not torch.equal(codebook_step(p), p["codebook"])
     assert len(p["codebook"]) > LARGEST_CODEBOOK
     fitted = FittedCore(p["codebook"].half().float(), p["input_scale"], p["output_scale"])
-    result = refit(p["weight"], p["codes"], fitted, p["hessian"], codebook="lut", scales="balanced")
+    result = all_steps(p, fitted, "lut", "balanced")
     assert torch.equal(result.codebook, fitted.codebook)

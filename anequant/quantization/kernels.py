@@ -1,0 +1,165 @@
+"""The inner loops of rounding, compiled: one column after the other of a block, all rows at once.
+
+Matrices are transposed, [columns, rows], so that the values of a column lie side by side. Rows do not depend
+on each other, so threads take tiles of them, and results are the same for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+compiled: Callable[..., Callable[[Callable[..., None]], Callable[..., None]]] = numba.njit
+
+TILE = 128
+MOST_COUNTED = 31
+"""Up to so many boundaries, comparing with all of them is faster than a search."""
+
+
+def feed_back(
+    wanted: Tensor, target: Tensor, step: Tensor, unit: Tensor, codebook: Tensor, codes: Tensor, error: Tensor
+) -> None:
+    """Round the columns of a block from the last to the first, each with the errors of those after it.
+
+    wanted    [b, rows]  target plus the feedback from beyond the block
+    target    [b, rows]  what codebook entries times `step` [b, rows] are to meet
+    unit      [b, b]     unit lower triangular
+    codes     [b, rows]  uint8, written: of the nearest entries
+    error     [b, rows]  written: target minus what the codes stand for
+
+    All but codes are float32 and contiguous.
+    """
+    _run(_feed_back, wanted, target, step, unit, codebook, codes, error)
+
+
+def descend(
+    pull: Tensor,
+    target: Tensor,
+    step: Tensor,
+    hessian: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    error: Tensor,
+) -> None:
+    """Give the columns of a block from the first to the last the entries that are best while all others stay.
+
+    pull      [b, rows]  Hessian times error
+    hessian   [b, b]     of the block's columns
+    codes, error         as in `feed_back`, of before; overwritten with those of after
+    """
+    _run(_descend, pull, target, step, hessian, codebook, codes, error)
+
+
+def _run(kernel: Callable[..., None], *arguments: Tensor) -> None:
+    """The kernel on tiles of rows, on as many threads as torch uses."""
+    *given, codebook, codes, error = (argument.numpy() for argument in arguments)
+    boundaries = (codebook[1:] + codebook[:-1]) / 2
+    rows, threads = error.shape[1], torch.get_num_threads()
+    share = -(-rows // (threads * TILE)) * TILE
+
+    def run(start: int) -> None:
+        kernel(start, min(rows, start + share), *given, boundaries, codebook, codes, error)
+
+    if share >= rows:
+        run(0)
+    else:
+        for _ in _pool(threads).map(run, range(0, rows, share)):
+            pass
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+@compiled(inline="always")
+def _nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
+    """How many boundaries lie below each value."""
+    if len(boundaries) <= MOST_COUNTED:
+        for row in range(count):
+            codes[row] = 0
+        for boundary in boundaries:
+            for row in range(count):
+                codes[row] += values[row] > boundary
+    else:
+        for row in range(count):
+            codes[row] = np.searchsorted(boundaries, values[row])
+
+
+@compiled(cache=True, nogil=True, error_model="numpy")
+def _feed_back(
+    begin: int,
+    end: int,
+    wanted: Any,
+    target: Any,
+    step: Any,
+    unit: Any,
+    boundaries: Any,
+    codebook: Any,
+    codes: Any,
+    error: Any,
+) -> None:
+    columns = len(wanted)
+    for start in range(begin, end, TILE):
+        count = min(TILE, end - start)
+        value, chosen = np.empty(TILE, np.float32), np.empty(TILE, np.int32)
+        errors = np.empty((columns, TILE), np.float32)
+        for column in range(columns - 1, -1, -1):
+            for row in range(count):
+                value[row] = wanted[column, start + row]
+            for later in range(column + 1, columns):
+                share = unit[later, column]
+                for row in range(count):
+                    value[row] += share * errors[later, row]
+            for row in range(count):
+                value[row] /= step[column, start + row]
+            _nearest(value, count, boundaries, chosen)
+            for row in range(count):
+                entry = codebook[chosen[row]] * step[column, start + row]
+                errors[column, row] = target[column, start + row] - entry
+                error[column, start + row] = errors[column, row]
+                codes[column, start + row] = chosen[row]
+
+
+@compiled(cache=True, nogil=True, error_model="numpy")
+def _descend(
+    begin: int,
+    end: int,
+    pull: Any,
+    target: Any,
+    step: Any,
+    hessian: Any,
+    boundaries: Any,
+    codebook: Any,
+    codes: Any,
+    error: Any,
+) -> None:
+    columns = len(pull)
+    for start in range(begin, end, TILE):
+        count = min(TILE, end - start)
+        value, chosen = np.empty(TILE, np.float32), np.empty(TILE, np.int32)
+        pulls = pull[:, start : start + count].copy()
+        for column in range(columns):
+            weight = hessian[column, column]
+            for row in range(count):
+                at = start + row
+                wanted = pulls[column, row] / weight + target[column, at] - error[column, at]
+                value[row] = wanted / step[column, at]
+            _nearest(value, count, boundaries, chosen)
+            for row in range(count):
+                at = start + row
+                moved = target[column, at] - codebook[chosen[row]] * step[column, at]
+                value[row] = moved - error[column, at]
+                error[column, at] = moved
+                codes[column, at] = chosen[row]
+            for later in range(column + 1, columns):
+                share = hessian[later, column]
+                for row in range(count):
+                    pulls[later, row] += share * value[row]
