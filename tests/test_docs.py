@@ -1,5 +1,5 @@
-"""docs/ says what the program does: every command runs, every key, file, tensor and message that it names is
-there, and its examples give the numbers that it prints.
+"""README and docs/ say what the program does: every command runs, every key, file, tensor and message that
+they name is there, and their examples give the numbers that they print.
 
 Commands run in this process on the bundled model. What cannot run here is marked in the page by
 `<!-- skip: reason -->`, and is listed as skipped with that reason.
@@ -16,6 +16,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import anequant
 from anequant import architectures
 from anequant.architectures import ARCHITECTURES
 from anequant.architectures.spec import Architecture
+from anequant.checkpoints.manifest import read_manifest
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import BUNDLED_MODEL, SAMPLE_TEXT
 from anequant.cli import main
@@ -41,7 +43,8 @@ from anequant.recipe_files import load_recipe, named_recipes, recipe_from_dict
 from anequant.strict import parse_toml
 
 DOCS = conftest.REPOSITORY / "docs"
-PAGES = {path.name: path for path in sorted(DOCS.glob("*.md"))}
+README = "../README.md"
+PAGES = {path.name: path for path in sorted(DOCS.glob("*.md"))} | {README: conftest.REPOSITORY / "README.md"}
 LANGUAGES = {"sh", "toml", "python", "pycon", "text"}
 QUICK = {"--calib-samples": "4", "--calib-length": "64", "--descent": "0", "--refinement": "0"}
 SMALL = {"--context": "64", "--batch": "16"}
@@ -129,11 +132,12 @@ def test_every_command_runs(
     for block in blocks(page):
         name = re.match(r"# (\S+\.toml)\n", block.body)
         if block.language == "toml" and name:
-            Path(name[1]).write_text(block.body, encoding="utf-8")
+            Path(name[1]).write_text(placed(block.body, converted), encoding="utf-8")
         if block.language != "sh" or block.skip:
             continue
         for program, *words in block.commands:
-            assert program == "anequant", f"{page}: {program} cannot be run here, say why"
+            name = program.removeprefix(".venv/bin/")
+            assert name == "anequant", f"{page}: {program} cannot be run here, say why"
             options: dict[str, str] = {}
             if words[0] in ("quantize", "convert"):
                 options |= QUICK
@@ -153,6 +157,9 @@ def test_what_cannot_run_here(block: Block) -> None:
             assert words[0] in main.commands
         elif program.startswith("tools/"):
             assert (conftest.REPOSITORY / program).is_file()
+        elif program == "make":
+            makefile = (conftest.REPOSITORY / "Makefile").read_text(encoding="utf-8")
+            assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE), words[0]
     pytest.skip(f"{block.page}: {block.skip}")
 
 
@@ -171,12 +178,26 @@ def test_python_of_the_formats_page_runs(converted: Path) -> None:
     exec(compile(placed(block.body, converted), "file-formats.md", "exec"), {})
 
 
+def test_python_of_the_readme_runs(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With packages of fewer tokens than it says: nothing else is small about the bundled model's."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block for block in blocks(README) if block.language == "python")
+    scope: dict[str, Any] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(anequant, "convert", partial(anequant.convert, context=64, batch=16))
+        exec(compile(placed(block.body, converted), README, "exec"), scope)
+    assert scope["model"].config.model_type == "qwen2"
+    assert read_manifest(tmp_path / "converted")["recipe"]["head_bits"] == 6
+
+
 # Words
 
 
 def test_every_option_that_is_named_exists() -> None:
     known = {"--meta", "--work", "--model", "--report"}
     """Of the scripts that the pages name."""
+    known |= {"--host", "--port", "--nthreads", "--nworkers", "--memory-limit"}
+    """Of dask."""
     for command in main.commands.values():
         for parameter in command.params:
             known |= {*parameter.opts, *parameter.secondary_opts}
@@ -195,16 +216,27 @@ def test_every_command_that_is_named_exists() -> None:
 
 def test_links_lead_somewhere_and_every_page_is_listed() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", text_of(page)):
-            assert (DOCS / target).exists(), f"{page}: {target}"
-    listed = re.findall(r"^\d\. \[.*?\]\((.*?)\)", text_of("README.md"), re.MULTILINE)
-    assert sorted([*listed, "README.md"]) == sorted(PAGES)
+        for target, place in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", text_of(page)):
+            path = PAGES[page].parent / target if target else PAGES[page]
+            assert path.exists(), f"{page}: {target}"
+            assert not place or place in anchors(path), f"{page}: {target}#{place}"
+    listed = re.findall(r"^\d+\. \[.*?\]\((.*?)\)", text_of("README.md"), re.MULTILINE)
+    assert sorted([*listed, "README.md", README]) == sorted(PAGES)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_pages_are_short() -> None:
-    """Ten minutes at most: 2200 words beside the code, at 220 a minute."""
+    """Ten minutes at most: 2200 words beside the code, at 220 a minute. The README's tables are no text."""
     for page in PAGES:
-        assert len(BLOCK.sub("", text_of(page)).split()) <= 2200, page
+        text = re.sub("<!--.*?-->", "", BLOCK.sub("", text_of(page)))
+        if page == README:
+            text = re.sub(r"^\|.*$", "", text, flags=re.MULTILINE)
+        assert len(text.split()) <= 2200, page
 
 
 # Recipes

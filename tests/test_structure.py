@@ -20,7 +20,7 @@ CONFIGS = PACKAGE.parent / "configs"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in MODULES}
 LAYERS = (
-    ("errors", "strict", "recipe", "recipe_files", "progress"),
+    ("errors", "strict", "recipe", "recipe_files", "tasks", "progress"),
     ("architectures",),
     ("rotation", "quantization"),
     ("checkpoints", "calibration"),
@@ -34,12 +34,14 @@ LAYERS = (
         "console",
         "cli_options",
         "cli_completion",
+        "cli_batch",
         "cli_compare",
         "cli_inspect",
         "cli_jobs",
         "cli_plan",
         "cli_push",
         "cli_report",
+        "cli_scheduler",
         "cli",
     ),
     ("__init__",),
@@ -47,7 +49,19 @@ LAYERS = (
 RANKS = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 FILE_MODULES = {"pathlib", "os", "io", "json", "shutil", "safetensors", "tempfile", "glob"}
 HEAVY = ("torch", "coremltools", "transformers")
-COMMANDS = ("compare", "convert", "eval", "generate", "lower", "plan", "push", "quantize", "rotate", "verify")
+COMMANDS = (
+    "batch",
+    "compare",
+    "convert",
+    "eval",
+    "generate",
+    "lower",
+    "plan",
+    "push",
+    "quantize",
+    "rotate",
+    "verify",
+)
 MOST_LINES = 260
 
 

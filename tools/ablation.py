@@ -9,6 +9,7 @@ input and of the cache; what is not named is float. Rotated rows have R1 in bloc
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from quality_runs import Row, run_table
@@ -25,6 +26,9 @@ CLIP = {"activation_clip": 0.9}
 KV4 = {"kv_bits": 4}
 W4A4 = {"r1": "hadamard", **DYNAMIC4, **R4}
 UNIFORM = {"codebook": "uniform"}
+SEEDS_OF_R1, BEST_SEED, LEARNED, PCA = (
+    f"W4A4 nearest, {how}" for how in ("eight seeds", "best of eight", "learned", "PCA")
+)
 
 
 def floats(label: str, shows: str, *parts: dict[str, Any]) -> Row:
@@ -78,10 +82,10 @@ ROWS = [
     Row("W4A4 dynamic, R4", "", "w4-ane", {**DYNAMIC4, **R4}),
     Row("W4A4 dynamic, R4, asymmetric, clip 0.9", "", "w4-ane", {**DYNAMIC4, **R4, **ASYMMETRIC, **CLIP}),
     Row("W4A4KV4, R3, R4", "the whole QuaRot", "w4-ane", {**DYNAMIC4, **R4, **KV4, "r3": "hadamard"}),
-    Row("W4A4 nearest, eight seeds", "R1 over the whole width", "w4-nearest", W4A4, seeds=tuple(range(8))),
-    Row("W4A4 nearest, best of eight", "`--restarts 8`: the least KL", "w4-nearest", {**W4A4, "restarts": 8}),
-    Row("W4A4 nearest, learned", "`--learn 36` from seed 0", "w4-nearest", {**W4A4, "learn": 36}),
-    Row("W4A4 nearest, PCA", "`--r1 pca`", "w4-nearest", {**W4A4, "r1": "pca"}),
+    Row(SEEDS_OF_R1, "R1 over the whole width", "w4-nearest", W4A4, seeds=tuple(range(8))),
+    Row(BEST_SEED, "`--restarts 8`: the least KL", "w4-nearest", {**W4A4, "restarts": 8}),
+    Row(LEARNED, "`--learn 36` from seed 0", "w4-nearest", {**W4A4, "learn": 36}),
+    Row(PCA, "`--r1 pca`", "w4-nearest", {**W4A4, "r1": "pca"}),
     *(
         Row(
             f"W4 in groups of {group}",
@@ -92,6 +96,30 @@ ROWS = [
         for group in (32, 64)
     ),
 ]
+
+
+def learned_rotations(results: dict[str, Any]) -> str:
+    """What a file's results say of seeds and of learned rotations, in words."""
+    seeds = [run for run in results["runs"] if run["row"] == SEEDS_OF_R1]
+    best, learned, pca = (
+        next(run for run in results["runs"] if run["row"] == label) for label in (BEST_SEED, LEARNED, PCA)
+    )
+    first = next(run for run in seeds if run["seed"] == 0)
+
+    def spread(key: str) -> str:
+        values = [run[key] for run in seeds]
+        return f"{min(values):.4f} to {max(values):.4f} (median {median(values):.4f})"
+
+    def both(run: dict[str, Any]) -> str:
+        return f"{run['extra_nll']:.4f} and {run['kl']:.4f}"
+
+    return (
+        f"What a learned rotation brings at W4A4 (nearest, R4): {len(seeds)} seeds cost "
+        f"{spread('extra_nll')} NLL and {spread('kl')} KL. `--learn 36` takes seed 0 from {both(first)} "
+        f"to {both(learned)} in {learned['seconds']:.0f} s. `--restarts {len(seeds)}`, which tries them all, "
+        f"finds {both(best)} in {best['seconds']:.0f} s, and `--r1 pca` gives {both(pca)}."
+    )
+
 
 if __name__ == "__main__":
     run_table(ROWS, __doc__)

@@ -9,6 +9,7 @@ Each stage runs in a process of its own, on random weights of that model's shape
     peer       the decoder stack as a torch module with 1x1 convolutions and a state: torch.jit.trace,
                coremltools.convert, palettize_weights (k-means, 4 bits, one codebook per tensor), package
                written; one decode function only
+    grouped    the same with one codebook for 16 channels, with `--grouped` only, as it takes long
 
 `ours` and `peer` are what a user waits for at that step, but they are not the same work. `ours` contains no
 clustering: its codes come from disk, and finding them is part of `quantize`. `peer` clusters, emits one
@@ -20,17 +21,14 @@ they wait for each other make times meaningless. `quantize` keeps the default. C
 the same reason. Imports come before the clock starts and are reported apart; peak memory is that of the
 process, imports and mapped files included. Nothing is asserted here. Linux only.
 
-    python tools/bench_lower.py [--layers 24] [--work DIR] [--json FILE]
+    python tools/bench_lower.py --json docs/bench_lower.json [--layers 24] [--work DIR]
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -40,6 +38,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from measured import machine, write_json
 
 # Only the standard library up here: a child's ru_maxrss starts at the size of the process it came from.
 
@@ -90,7 +90,7 @@ def ours_stage(work: Path, layers: int, lap: Lap) -> Path:
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401  (the RoPE tables come from it)
 
     from anequant.architectures.spec import FINAL_NORM
-    from anequant.calibration.forward import lowered_rope_tables
+    from anequant.calibration.rope import lowered_rope_tables
     from anequant.checkpoints.layers import load_layer
     from anequant.checkpoints.reader import open_checkpoint
     from anequant.coreml.decoder import Geometry, chunk_program
@@ -110,7 +110,11 @@ def ours_stage(work: Path, layers: int, lap: Lap) -> Path:
     return package
 
 
-def peer_stage(work: Path, layers: int, lap: Lap) -> Path:
+def grouped_stage(work: Path, layers: int, lap: Lap) -> Path:
+    return peer_stage(work, layers, lap, granularity="per_grouped_channel", group_size=16)
+
+
+def peer_stage(work: Path, layers: int, lap: Lap, **choice: Any) -> Path:
     import coremltools as ct
     import coremltools.optimize.coreml as cto
     import numpy as np
@@ -149,7 +153,7 @@ def peer_stage(work: Path, layers: int, lap: Lap) -> Path:
     )
     del traced, model
     lap("convert")
-    palettizer = cto.OpPalettizerConfig(mode="kmeans", nbits=4, granularity="per_tensor")
+    palettizer = cto.OpPalettizerConfig(mode="kmeans", nbits=4, **choice or {"granularity": "per_tensor"})
     palettized = cto.palettize_weights(converted, cto.OptimizationConfig(global_config=palettizer))
     lap("palettize")
     package = work / "peer.mlpackage"
@@ -163,6 +167,7 @@ STAGES: dict[str, Callable[[Path, int, Lap], Path]] = {
     "quantize": quantize_stage,
     "ours": ours_stage,
     "peer": peer_stage,
+    "grouped": grouped_stage,
 }
 
 
@@ -190,23 +195,23 @@ def spawn_stage(stage: str, work: Path, layers: int) -> Row:
     print(f"{stage} ...", file=sys.stderr, flush=True)
     command = [sys.executable, str(Path(__file__).resolve()), "--stage", stage]
     command += ["--layers", str(layers), "--work", str(work)]
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if stage in ("ours", "peer") else {})
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if stage in ("ours", "peer", "grouped") else {})
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if process.returncode != 0:
         raise SystemExit(f"stage '{stage}' failed\n{process.stderr}")
     return Row(**json.loads(process.stdout.splitlines()[-1]))
 
 
-def benchmark(work: Path, layers: int, json_file: Path | None) -> None:
-    """Make the checkpoint, run the three stages one after the other, print and write what they took."""
+def benchmark(work: Path, layers: int, json_file: Path | None, *, grouped: bool) -> None:
+    """Make the checkpoint, run the stages one after the other, print and write what they took."""
     spawn_stage("checkpoint", work, layers)
-    rows = {stage: spawn_stage(stage, work, layers) for stage in STAGES if stage != "checkpoint"}
-    about = _machine()
-    print(_report(rows, layers, about))
+    left_out = {"checkpoint"} if grouped else {"checkpoint", "grouped"}
+    rows = {stage: spawn_stage(stage, work, layers) for stage in STAGES if stage not in left_out}
+    measured = {"layers": layers, "context": CONTEXT, "batch": BATCH, "machine": machine()}
+    measured["stages"] = [asdict(row) for row in rows.values()]
+    print(report(measured))
     if json_file is not None:
-        measured = {"layers": layers, "context": CONTEXT, "batch": BATCH, "machine": about}
-        measured |= {"stages": [asdict(row) for row in rows.values()], "peer_over_ours": _ratios(rows)}
-        _write_json(json_file, measured)
+        write_json(json_file, measured)
 
 
 def main() -> None:
@@ -214,6 +219,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24, help="decoder layers; the real model has 24")
     parser.add_argument("--work", type=Path, help="new or empty folder to use and keep; default: temporary")
     parser.add_argument("--json", type=Path, help="write the measurements here too")
+    parser.add_argument("--grouped", action="store_true", help="also one codebook for 16 channels")
     parser.add_argument("--stage", choices=tuple(STAGES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage is not None:
@@ -222,55 +228,43 @@ def main() -> None:
         parser.error("--layers must be at least 1")
     elif arguments.work is None:
         with tempfile.TemporaryDirectory(prefix="bench-lower-") as folder:
-            benchmark(Path(folder), arguments.layers, arguments.json)
+            benchmark(Path(folder), arguments.layers, arguments.json, grouped=arguments.grouped)
     elif arguments.work.exists() and any(arguments.work.iterdir()):
         parser.error(f"'{arguments.work}' is not empty")
     else:
-        benchmark(arguments.work, arguments.layers, arguments.json)
+        benchmark(arguments.work, arguments.layers, arguments.json, grouped=arguments.grouped)
 
 
-def _report(rows: Mapping[str, Row], layers: int, about: Mapping[str, str]) -> str:
+def report(measured: Mapping[str, Any]) -> str:
+    """What a file's measurements are, as a Markdown table and in words."""
+    rows = {row["stage"]: Row(**row) for row in measured["stages"]}
     lines = ["| stage | seconds | CPU seconds | imports, seconds | peak memory, MB | size on disk, MB |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
     for row in rows.values():
         times = f"{row.seconds:.1f} | {row.cpu_seconds:.1f} | {row.import_seconds:.1f}"
         lines.append(f"| {row.stage} | {times} | {row.peak_bytes / 1e6:.0f} | {row.disk_bytes / 1e6:.1f} |")
-    lines += [
-        "",
-        "peer / ours: " + ", ".join(f"{name} {ratio:.1f}x" for name, ratio in _ratios(rows).items()),
+    said = [
+        f"{peer} / ours: " + ", ".join(f"{name} {ratio:.1f}x" for name, ratio in _ratios(rows, peer).items())
+        for peer in ("peer", "grouped")
+        if peer in rows
     ]
-    for stage in ("ours", "peer"):
-        steps = rows[stage].steps.items()
-        lines.append(f"{stage}: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in steps))
-    lines.append(f"Qwen2.5-0.5B's shape, {layers} layers, random weights, context {CONTEXT}, prefill {BATCH}")
-    return "\n".join([*lines, ", ".join(f"{name} {value}" for name, value in about.items())])
+    for stage in ("ours", "peer", "grouped"):
+        if stage in rows:
+            steps = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in rows[stage].steps.items())
+            said.append(f"{stage}: {steps}")
+    about = ", ".join(f"{name} {value}" for name, value in measured["machine"].items())
+    sizes = f"{measured['layers']} layers, context {measured['context']}, prefill {measured['batch']}"
+    words = f"{'. '.join(said)}. {sizes}; {about}."
+    return "\n".join([*lines, "", words])
 
 
-def _ratios(rows: Mapping[str, Row]) -> dict[str, float]:
-    peer, ours = rows["peer"], rows["ours"]
+def _ratios(rows: Mapping[str, Row], stage: str) -> dict[str, float]:
+    peer, ours = rows[stage], rows["ours"]
     return {
         "seconds": peer.seconds / ours.seconds,
         "CPU seconds": peer.cpu_seconds / ours.cpu_seconds,
         "peak memory": peer.peak_bytes / ours.peak_bytes,
     }
-
-
-def _machine() -> dict[str, str]:
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    models = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cores": str(os.cpu_count()),
-        "memory": f"{memory / 1e9:.0f} GB",
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "coremltools", "anequant")},
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

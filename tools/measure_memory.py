@@ -3,6 +3,8 @@
     python tools/measure_memory.py run [MODEL ...] [--work FOLDER]     predicted, measured, their ratio
     python tools/measure_memory.py limited [--layers 4 12]             under RLIMIT_DATA at the planned peak
 
+With --json docs/memory.json what is measured takes the place of what that file says of the same: `run` or
+`limited`.
 Measured is ru_maxrss of the child that does the work. This process stays small, since a child starts with
 the peak of what it was forked from. RLIMIT_DATA counts private writable memory, used or not; RLIMIT_AS would
 also count mapped shards, libraries and thread stacks, none of which the machine has to hold.
@@ -24,6 +26,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from measured import machine, write_json
 
 BUNDLED = Path(__file__).parent.parent / "anequant" / "bundled" / "tiny-qwen2"
 SHARED = Path(os.environ.get("ANEQUANT_SHARED", Path(__file__).parent.parent.parent / "shared"))
@@ -48,6 +52,7 @@ class Shape:
 SHAPES = {
     "small": Shape("llama", 1024, 4096, 16, 4, 32768, 4),
     "qwen2.5-0.5b": Shape("qwen2", 896, 4864, 14, 2, 151936, 2),
+    "qwen2.5-1.5b": Shape("qwen2", 1536, 8960, 12, 2, 151936, 2),
     "llama-3-8b": Shape("llama", 4096, 14336, 32, 8, 128256, 2),
 }
 
@@ -159,22 +164,22 @@ def planned(model: Path, *options: str) -> dict[str, Any]:
     return plan
 
 
-def compare(name: str, model: Path, work: Path, command: str, *options: str) -> float:
-    """Run `command` on a model and print its planned peak, its measured one and their ratio."""
+def compare(name: str, model: Path, work: Path, command: str, *options: str) -> dict[str, Any]:
+    """Run `command` on a model; its planned peak and its measured one, in bytes, and their ratio."""
     plan = planned(model, *options)
     predicted = plan["peak_bytes"] if command == "convert" else plan["peak_bytes_by_step"][command]
     output = work / "output"
     run = run_child(cli(command, str(model), "-o", str(output), "--quiet", *options))
     shutil.rmtree(output, ignore_errors=True)
-    ratio: float = predicted / run.peak
+    ratio = predicted / run.peak
     label = f"{name} {command} {' '.join(options)}"
     print(f"{label:<90} {predicted / 1e6:7.0f} MB {run.peak / 1e6:7.0f} MB {ratio:5.2f}", flush=True)
     assert run.code == 0, f"{label} ended with {run.code}"
-    return ratio
+    return {"job": label, "planned": predicted, "peak": run.peak, "ratio": ratio, "seconds": run.seconds}
 
 
-def compare_all(work: Path, names: Sequence[str]) -> None:
-    """The figures of the README: the models that are asked for, or all."""
+def compare_all(work: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The models that are asked for, or all."""
     known: dict[str, tuple[tuple[str, ...], ...]] = {
         "tiny-qwen2": (("quantize", NEAREST), ("quantize", GPTQ), ("convert", GPTQ)),
         "qwen2-29m": (("quantize", NEAREST), ("quantize", GPTQ), ("convert", NEAREST)),
@@ -183,13 +188,15 @@ def compare_all(work: Path, names: Sequence[str]) -> None:
         "llama-3-8b": (("quantize", NEAREST),),
     }
     print(f"{'model and job':<90} {'planned':>10} {'measured':>10} ratio")
+    found = []
     for name in names or known:
         model = {"tiny-qwen2": BUNDLED, "qwen2-29m": SHARED / "models" / name}.get(name, work / name)
         if not model.is_dir():
             in_child(partial(write_random_model, model, SHAPES[name]))
         for command, recipe in known[name]:
             options = ("--recipe", recipe, *(RANDOM_CALIBRATION if recipe == GPTQ else ()))
-            compare(name, model, work, command, *options)
+            found.append(compare(name, model, work, command, *options))
+    return found
 
 
 def limited_run(model: Path, output: Path, data_limit: int | None = None) -> tuple[int, Run]:
@@ -201,20 +208,40 @@ def limited_run(model: Path, output: Path, data_limit: int | None = None) -> tup
     return peak, run
 
 
-def limited(work: Path, layers: Sequence[int]) -> None:
+def limited(work: Path, layers: Sequence[int]) -> list[dict[str, Any]]:
     """A Llama-3-8B of so many layers, quantized with RLIMIT_DATA at its planned peak."""
+    found = []
     for count in layers:
         model = work / f"llama-3-8b-{count}"
         if not model.is_dir():
             shape = replace(SHAPES["llama-3-8b"], layers=count)
             in_child(partial(write_random_model, model, shape))
-        peak, run = limited_run(model, work / "output")
+        limit, run = limited_run(model, work / "output")
         shutil.rmtree(model)
         print(
-            f"{count} layers: RLIMIT_DATA {peak / 1e9:.2f} GB, peak {run.peak / 1e9:.2f} GB, "
+            f"{count} layers: RLIMIT_DATA {limit / 1e9:.2f} GB, peak {run.peak / 1e9:.2f} GB, "
             f"exit {run.code}, {run.seconds:.0f} s",
             flush=True,
         )
+        assert run.code == 0, f"{count} layers ended with {run.code}"
+        found.append({"layers": count, "limit": limit, "peak": run.peak, "seconds": run.seconds})
+    return found
+
+
+def sentences(measured: Mapping[str, Any]) -> str:
+    """What a file's measurements are, in words."""
+    limits, jobs = measured["limited"]["runs"], measured["run"]["runs"]
+    layers = " and with ".join(str(run["layers"]) for run in limits)
+    most, peak = (max(run[key] for run in limits) / 1e9 for key in ("limit", "peak"))
+    ratios = [run["ratio"] for run in jobs]
+    dates = {what: measured[what]["machine"]["date"] for what in measured}
+    return (
+        f"A Llama-3-8B's shapes with {layers} layers and the whole vocabulary were quantized (`{NEAREST}`) "
+        f"with the data segment limited to the {most:.1f} GB that `plan` had said, at a peak of {peak:.1f} "
+        f"GB (`python tools/measure_memory.py limited`, {dates['limited']}). On {len(ratios)} jobs of models "
+        f"from 3M to 8B shapes the planned peak was {min(ratios):.2f} to {max(ratios):.2f} of the measured "
+        f"one (`python tools/measure_memory.py run`, {dates['run']})."
+    )
 
 
 def main() -> None:
@@ -223,13 +250,17 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 12])
     parser.add_argument("--work", type=Path, help="where random models go, 25 GB for 12 layers")
+    parser.add_argument("--json", type=Path, help="also keep what was measured there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="anequant-memory-") as scratch:
         work = arguments.work or Path(scratch)
         if arguments.what == "run":
-            compare_all(work, arguments.models)
+            found = compare_all(work, arguments.models)
         else:
-            limited(work, arguments.layers)
+            found = limited(work, arguments.layers)
+    if arguments.json is not None:
+        before = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+        write_json(arguments.json, {**before, arguments.what: {"machine": machine(), "runs": found}})
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Extra NLL and KL (nats) and the share of equal top tokens are against the float model, on evenly spaced
 windows that start with the model's start token. Calibration takes 24 windows of the same length of another
 text unless a row says otherwise. A row may run for several rotation seeds: the table shows the means and half
-the range of the extra NLL. Each run has a process of its own with one thread; seconds are wall time of
-quantizing, peak memory is the process's (imports included), means over seeds.
+the range of the extra NLL. Each run has a process of its own, with one thread unless a script says otherwise;
+seconds are wall time of quantizing, peak memory is the process's (imports included), means over seeds.
 
 Finished runs are kept in --json FILE and not repeated; the table is printed from it.
 """
@@ -12,21 +12,20 @@ Finished runs are kept in --json FILE and not repeated; the table is printed fro
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from measured import machine, when_and_where, write_json
 
 WINDOWS = 24
 
@@ -48,13 +47,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all rows share: folders and files, and the size of the evaluation."""
+    """What all rows share: folders and files, the size of the evaluation, and the threads of a run."""
 
     model: str
     text: Path
     calibration: Path
     windows: int
     length: int
+    threads: int = 1
 
 
 def measure(task: tuple[Row, int, Settings]) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def measure(task: tuple[Row, int, Settings]) -> dict[str, Any]:
     row, seed, settings = task
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(settings.threads)
     from anequant.pipeline.evaluate import evaluate_text
 
     with tempfile.TemporaryDirectory() as work:
@@ -149,32 +149,30 @@ def _available(row: Row) -> bool:
     return row.needs is None or find_spec(row.needs) is not None
 
 
-def _machine() -> dict[str, Any]:
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
+def with_table(rows: Sequence[Row], results: dict[str, Any], script: str, file: str) -> str:
+    """The table of a file's results, below a sentence that says where they are from."""
+    settings = results["settings"]
+    return (
+        f"Measured on {settings['windows']} windows of {settings['length']} tokens, "
+        f"{when_and_where(results['machine'])}, by `python tools/{script}.py MODEL TEXT CALIBRATION`; the "
+        f"single runs are in [docs/{file}.json](docs/{file}.json).\n\n{table(rows, results['runs'])}"
     )
-    packages = {name: version(name) for name in ("anequant", "torch", "transformers", "coremltools")}
-    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-    return {"cpu": cpu, "cores": os.cpu_count(), **packages, "date": today}
 
 
-def run_table(rows: Sequence[Row], description: str | None) -> None:
+def run_table(rows: Sequence[Row], description: str | None, *, jobs: int = 2, threads: int = 1) -> None:
     """The command line of a table: measure what is not yet measured, print the table."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
     parser.add_argument("calibration", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=jobs)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     options = parser.parse_args()
-    settings = Settings(options.model, options.text, options.calibration, options.windows, options.length)
+    settings = Settings(
+        options.model, options.text, options.calibration, options.windows, options.length, threads
+    )
     kept = json.loads(options.json.read_text())["runs"] if options.json and options.json.exists() else []
     done = {(run["row"], run["seed"]) for run in kept}
     wanted = [
@@ -183,7 +181,7 @@ def run_table(rows: Sequence[Row], description: str | None) -> None:
         for row in rows
         if seed in row.seeds and _available(row) and (row.label, seed) not in done
     ]
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     with get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
         for run in pool.imap_unordered(measure, [(row, seed, settings) for row, seed in wanted]):
             kept.append(run)
@@ -194,6 +192,5 @@ def run_table(rows: Sequence[Row], description: str | None) -> None:
                     "calibration": options.calibration.name,
                 }
                 shared["model"] = Path(options.model).name
-                contents = {"settings": shared, "machine": _machine(), "runs": kept}
-                options.json.write_text(json.dumps(contents, indent=1))
-    print(f"{_machine()}\n\n{table(rows, kept)}")
+                write_json(options.json, {"settings": shared, "machine": machine(), "runs": kept})
+    print(f"{machine()}\n\n{table(rows, kept)}")

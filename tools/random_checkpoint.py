@@ -1,13 +1,22 @@
-"""A random Qwen2 checkpoint of Qwen2.5-0.5B's shape, written a few layers at a time."""
+"""A random Qwen2 checkpoint of Qwen2.5-0.5B's shape.
+
+    python tools/random_checkpoint.py FOLDER [--layers 24] [--vocab 151936]
+
+It is written a few layers at a time.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from anequant.checkpoints.source import BUNDLED_MODEL, TOKENIZER_FILES
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 896, 4864, 14, 2, 64, 151936
 QUERY_WIDTH, KV_WIDTH = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
@@ -26,8 +35,9 @@ LINEARS = {
 BIASED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
-def write_random_checkpoint(folder: Path, layers: int) -> None:
-    """bfloat16 weights, q/k/v biases, gains around one, tied embedding; the same bytes every time."""
+def write_random_checkpoint(folder: Path, layers: int, vocab: int = VOCAB) -> None:
+    """bfloat16 weights, q/k/v biases, gains around one, tied embedding, and the bundled model's tokenizer,
+    which knows the first 8192 of the tokens; the same bytes every time."""
     generator = torch.Generator().manual_seed(SEED)
 
     def normal(*shape: int, spread: float = 0.02, mean: float = 0.0) -> torch.Tensor:
@@ -47,7 +57,7 @@ def write_random_checkpoint(folder: Path, layers: int) -> None:
     starts = [None, *range(0, layers, LAYERS_PER_SHARD)]
     for shard, start in enumerate(starts, 1):
         if start is None:
-            tensors = {"model.embed_tokens.weight": normal(VOCAB, HIDDEN)}
+            tensors = {"model.embed_tokens.weight": normal(vocab, HIDDEN)}
             tensors["model.norm.weight"] = normal(HIDDEN, spread=0.1, mean=1.0)
         else:
             numbers = range(start, min(start + LAYERS_PER_SHARD, layers))
@@ -58,11 +68,16 @@ def write_random_checkpoint(folder: Path, layers: int) -> None:
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
-    _write_json(folder / "config.json", _config(layers))
+    _write_json(folder / "config.json", _config(layers, vocab))
+    for name in TOKENIZER_FILES:
+        if (BUNDLED_MODEL / name).is_file():
+            shutil.copyfile(BUNDLED_MODEL / name, folder / name)
 
 
-def _config(layers: int) -> dict[str, Any]:
+def _config(layers: int, vocab: int) -> dict[str, Any]:
+    bundled = json.loads((BUNDLED_MODEL / "config.json").read_text(encoding="utf-8"))
     return {
+        **{key: bundled[key] for key in ("bos_token_id", "eos_token_id")},
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "hidden_act": "silu",
@@ -77,9 +92,22 @@ def _config(layers: int) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
         "use_sliding_window": False,
-        "vocab_size": VOCAB,
+        "vocab_size": vocab,
     }
 
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--vocab", type=int, default=VOCAB)
+    arguments = parser.parse_args()
+    write_random_checkpoint(arguments.folder, arguments.layers, arguments.vocab)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""How the cost of a calibrated conversion grows, and what that says of a 70B on many machines.
+
+`w4-ane` quantizes random models of Qwen2.5-0.5B's shape with more and more layers and calibration windows,
+each in a process of its own: seconds and peak memory, drawn in docs/scaling.svg. The prediction takes its
+rates from the largest shape in docs/pipeline.json (`bench_pipeline.py`), which has to be there. With MODEL,
+TEXT and CALIBRATION, rounding with Hessians of the float model, for which no layer waits for another, is
+compared with rounding in order.
+
+    python tools/scaling.py [MODEL TEXT CALIBRATION] [--json docs/scaling.json]
+
+Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench_pipeline import LENGTH, WINDOWS, child, write_tokens
+from measured import DOCS, machine, when_and_where, write_json
+
+SHAPE, RECIPE, VOCABULARY = "qwen2.5-0.5b", "w4-ane", 151936
+LAYERS, COUNTS = (1, 2, 4), (6, 12, 24)
+NODES = (1, 8, 64)
+PANEL = 230
+"""Width of each of the drawing's parts."""
+
+
+@dataclass(frozen=True)
+class Large:
+    """The shape that is predicted, Llama-3-70B's."""
+
+    hidden: int = 8192
+    intermediate: int = 28672
+    heads: int = 64
+    kv_heads: int = 8
+    layers: int = 80
+
+
+def grow(work: Path) -> list[dict[str, Any]]:
+    """Runs of LAYERS with WINDOWS windows, and of two layers with COUNTS windows."""
+    runs = []
+    for layers in LAYERS:
+        model = work / f"{SHAPE}-{layers}"
+        child("model", model, work)
+        for windows in COUNTS if layers == 2 else (WINDOWS,):
+            write_tokens(work, VOCABULARY, windows)
+            step = child(RECIPE, model, work)
+            runs.append(
+                {"layers": layers, "windows": windows} | {key: step[key] for key in ("seconds", "peak")}
+            )
+    return runs
+
+
+def order(model: Path, text: Path, calibration: Path, work: Path) -> dict[str, dict[str, float]]:
+    """KL and extra NLL of rounding in order, and with every Hessian from the float model."""
+    from anequant.calibration.statistics import Walkers
+    from anequant.checkpoints.reader import open_checkpoint
+    from anequant.checkpoints.source import resolve_source
+    from anequant.evaluation.divergence import evaluate_against, refer
+    from anequant.pipeline.evaluate import read_windows
+    from anequant.pipeline.quantize import quantize
+    from anequant.recipe import Calibration
+    from anequant.recipe_files import load_recipe
+
+    base = open_checkpoint(model)
+    tokens = read_windows(base, text, 32, LENGTH)
+    reference = refer(base, tokens)
+    read, write = Walkers.read, Walkers.write
+
+    def read_float(self: Any, layer: int, original: Any, quantized: Any, group: Any, *, moments: bool) -> Any:
+        self.original = original
+        return read(self, layer, original, original, group, moments=moments)
+
+    def write_float(self: Any, quantized: Any, group: Any) -> None:
+        write(self, self.original, group)
+
+    found = {}
+    for name, walk in (("in order", (read, write)), ("float Hessians", (read_float, write_float))):
+        Walkers.read, Walkers.write = walk  # type: ignore[method-assign]
+        output = work / name.replace(" ", "-")
+        quantize(
+            resolve_source(str(model)),
+            output,
+            load_recipe(RECIPE),
+            Calibration(str(calibration), WINDOWS, LENGTH),
+        )
+        quality = evaluate_against(open_checkpoint(output), tokens, reference)
+        assert quality.kl is not None and quality.extra_nll is not None
+        found[name] = {"kl": quality.kl, "extra_nll": quality.extra_nll}
+    Walkers.read, Walkers.write = read, write  # type: ignore[method-assign]
+    return found
+
+
+def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Least squares: growth, value at zero, and the largest distance from the line as a share of a value."""
+    count = len(points)
+    x_mean, y_mean = (sum(point[axis] for point in points) / count for axis in (0, 1))
+    growth = sum((x - x_mean) * (y - y_mean) for x, y in points) / sum((x - x_mean) ** 2 for x, _ in points)
+    start = y_mean - growth * x_mean
+    return growth, start, max(abs(start + growth * x - y) / y for x, y in points)
+
+
+def predictions(pipeline: Mapping[str, Any]) -> dict[str, Any]:
+    """Hours of Llama-3-70B's shape on so many of this machine, at the rates of the largest measured shape."""
+    from anequant.architectures import read_spec
+    from anequant.pipeline import work
+    from anequant.recipe_files import load_recipe
+
+    large, windows, recipe = Large(), (WINDOWS, LENGTH), load_recipe(RECIPE)
+    run = max(pipeline["runs"], key=lambda one: one["steps"][RECIPE]["needed"]["rounding"][0] / one["layers"])
+    step = run["steps"][RECIPE]
+    rates = {
+        stage: step["needed"][stage][0]
+        / sum(
+            step["stages"].get(part, 0.0)
+            for part in ((stage, "scales and codebooks") if stage == "rounding" else (stage,))
+        )
+        for stage in ("forward", "Hessians", "rounding")
+    }
+    spec = read_spec(
+        {
+            "model_type": "llama",
+            "hidden_size": large.hidden,
+            "intermediate_size": large.intermediate,
+            "num_attention_heads": large.heads,
+            "num_key_value_heads": large.kv_heads,
+            "num_hidden_layers": large.layers,
+            "vocab_size": 128256,
+            "rms_norm_eps": 1e-5,
+        },
+        "config.json",
+    )
+    flops = {
+        "forward": work.walking(spec, windows).flops,
+        "Hessians": work.moments(spec, windows).flops,
+        "rounding": work.feedback(spec, recipe).flops,
+    }
+    seconds = {stage: flops[stage] / rates[stage] for stage in flops}
+    weights = {
+        linear.name: math.prod(spec.shape(linear)) * spec.width(linear.input)
+        for linear in spec.architecture.linears
+    }
+    longest = sum(max(weights[linear.name] for linear in group) for group in spec.input_groups) / sum(
+        weights.values()
+    )
+    layer = seconds["forward"] + seconds["Hessians"]
+    hours = {}
+    for nodes in NODES:
+        shared = max(1 / nodes, longest)
+        free = -(-large.layers // nodes) * (seconds["Hessians"] + seconds["rounding"])
+        hours[str(nodes)] = {
+            "in order": large.layers * (layer + shared * seconds["rounding"]) / 3600,
+            "float Hessians": (large.layers * seconds["forward"] / 2 + free) / 3600,
+        }
+    size = sum(math.prod(spec.shape(linear)) for linear in spec.architecture.linears)
+    return {
+        "from": run["shape"],
+        "seconds_per_layer": seconds,
+        "longest_share": longest,
+        "hours": hours,
+        "traffic_per_layer": 4 * size
+        + sum(8 * spec.width(group[0].input) ** 2 for group in spec.input_groups),
+        "hidden_states": 4 * math.prod(windows) * large.hidden,
+    }
+
+
+def sentences(found: dict[str, Any]) -> str:
+    """What docs/scaling.md says of the numbers."""
+    layers, windows = lines(found["runs"])
+    per_layer, fixed, off_layers = slope(layers)
+    per_window, _, off_windows = slope(windows)
+    peaks = [run["peak"] / 1e9 for run in found["runs"] if run["windows"] == WINDOWS]
+    ahead = found["predicted"]
+    seconds = ahead["seconds_per_layer"]
+    said = [
+        f"A layer of {SHAPE} takes {per_layer:.1f} s beside {fixed:.1f} s for embedding, head and files (the "
+        f"runs lie within {off_layers:.0%} of the line), and two layers {per_window:.2f} s more for every "
+        f"window of {LENGTH} tokens (within {off_windows:.0%}); the peak of {', '.join(map(str, LAYERS))} "
+        f"layers is {', '.join(f'{peak:.2f}' for peak in peaks)} GB. "
+        f"Measured on {when_and_where(found['machine'])}.",
+        "",
+        f"A layer of 70B at the rates of {ahead['from']}: forward {seconds['forward'] / 60:.0f} min, "
+        f"Hessians {seconds['Hessians'] / 60:.0f} min, rounding {seconds['rounding'] / 60:.0f} min. The "
+        f"largest linear of every group bounds what rounding in order gains: {ahead['longest_share']:.0%} of "
+        "it cannot be spread.",
+        "",
+        "| nodes | hours in order | hours, float Hessians |",
+        "|---|---|---|",
+        *(
+            f"| {nodes} | {row['in order']:.0f} | {row['float Hessians']:.1f} |"
+            for nodes, row in ahead["hours"].items()
+        ),
+        "",
+        f"Traffic is at most {ahead['traffic_per_layer'] / 1e9:.1f} GB a layer (weights in float32 and "
+        f"moments, once), and {ahead['hidden_states'] / 1e9:.1f} GB of hidden states from layer to layer.",
+    ]
+    if "order" in found:
+        one, other = found["order"]["in order"], found["order"]["float Hessians"]
+        said += [
+            "",
+            f"On qwen2-29m, {WINDOWS} windows: in order KL {one['kl']:.4f} and extra NLL "
+            f"{one['extra_nll']:.4f}; with float Hessians {other['kl']:.4f} and {other['extra_nll']:.4f}.",
+        ]
+    return "\n".join(said)
+
+
+def chart(found: Mapping[str, Any]) -> str:
+    """docs/scaling.svg: seconds over layers and over windows with their lines, and peaks over layers."""
+    layers, windows = lines(found["runs"])
+    peaks = [(run["layers"], run["peak"] / 1e9) for run in found["runs"] if run["windows"] == WINDOWS]
+    panels = (
+        ("seconds, layers", layers),
+        ("seconds, windows (2 layers)", windows),
+        ("peak GB, layers", peaks),
+    )
+    drawn = "".join(_panel(number, *panel) for number, panel in enumerate(panels))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {PANEL * len(panels)} 220" role="img">'
+        "<title>Cost over layers and calibration windows</title>"
+        "<style>text{font:12px sans-serif;fill:#1f2328}</style>"
+        f'<rect width="100%" height="100%" fill="#fff"/>{drawn}</svg>\n'
+    )
+
+
+def _panel(number: int, title: str, points: Sequence[tuple[float, float]]) -> str:
+    left, bottom, width, height = PANEL * number + 40, 185, PANEL - 60, 140
+    x_most, y_most = (max(point[axis] for point in points) * 1.1 for axis in (0, 1))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + width * x / x_most, bottom - height * y / y_most
+
+    growth, start, _ = slope(points)
+    (x1, y1), (x2, y2) = at(0, start), at(x_most, start + growth * x_most)
+    parts = [
+        f'<text x="{left}" y="24">{title}</text>',
+        f'<path d="M{left} {bottom - height}V{bottom}H{left + width}" fill="none" stroke="#59636e"/>',
+        f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="#0969da" fill="none"/>',
+    ]
+    for x, y in points:
+        cx, cy = at(x, y)
+        parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="4" fill="#0969da"/>')
+        parts.append(f'<text x="{cx:.1f}" y="{cy - 9:.1f}" text-anchor="end">{y:.3g}</text>')
+        parts.append(f'<text x="{cx:.1f}" y="{bottom + 18}" text-anchor="middle">{x:g}</text>')
+    return "".join(parts)
+
+
+def lines(runs: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Seconds over layers, and over windows."""
+    return (
+        [(run["layers"], run["seconds"]) for run in runs if run["windows"] == WINDOWS],
+        [(run["windows"], run["seconds"]) for run in runs if run["layers"] == 2],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("texts", nargs="*", type=Path, metavar="MODEL TEXT CALIBRATION")
+    parser.add_argument("--json", type=Path, default=DOCS / "scaling.json")
+    options = parser.parse_args()
+    pipeline = json.loads((DOCS / "pipeline.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as work:
+        found: dict[str, Any] = {"machine": machine(), "runs": grow(Path(work))}
+        if options.texts:
+            model, text, calibration = options.texts
+            found["order"] = order(model, text, calibration, Path(work))
+    found["predicted"] = predictions(pipeline)
+    write_json(options.json, found)
+    options.json.with_suffix(".svg").write_text(chart(found), encoding="utf-8")
+    print(sentences(found))
+
+
+if __name__ == "__main__":
+    main()
