@@ -52,6 +52,7 @@ class Shape:
 SHAPES = {
     "small": Shape("llama", 1024, 4096, 16, 4, 32768, 4),
     "qwen2.5-0.5b": Shape("qwen2", 896, 4864, 14, 2, 151936, 2),
+    "qwen2.5-0.5b-layers": Shape("qwen2", 896, 4864, 14, 2, 8192, 2),
     "qwen2.5-1.5b": Shape("qwen2", 1536, 8960, 12, 2, 151936, 2),
     "llama-3-8b": Shape("llama", 4096, 14336, 32, 8, 128256, 2),
 }

@@ -1,10 +1,10 @@
 """How the cost of a calibrated conversion grows, and what that says of a 70B on many machines.
 
-`w4-ane` quantizes random models of Qwen2.5-0.5B's shape with more and more layers and calibration windows,
-each in a process of its own: seconds and peak memory, drawn in docs/scaling.svg. The prediction takes its
-rates from the largest shape in docs/pipeline.json (`bench_pipeline.py`), which has to be there. With MODEL,
-TEXT and CALIBRATION, rounding with Hessians of the float model, for which no layer waits for another, is
-compared with rounding in order.
+`w4-ane` quantizes random models of Qwen2.5-0.5B's shape, with a vocabulary of 8192, with more and more layers
+and calibration windows, each in a process of its own: seconds and peak memory, drawn in docs/scaling.svg. The
+prediction takes its rates from the largest shape in docs/pipeline.json (`bench_pipeline.py`), which has to be
+there. With MODEL, TEXT and CALIBRATION, rounding with Hessians of the float model, for which no layer waits
+for another, is compared with rounding in order.
 
     python tools/scaling.py [MODEL TEXT CALIBRATION] [--json docs/scaling.json]
 
@@ -25,7 +25,7 @@ from typing import Any
 from bench_pipeline import LENGTH, WINDOWS, child, write_tokens
 from measured import DOCS, machine, when_and_where, write_json
 
-SHAPE, RECIPE, VOCABULARY = "qwen2.5-0.5b", "w4-ane", 151936
+SHAPE, RECIPE, VOCABULARY = "qwen2.5-0.5b-layers", "w4-ane", 8192
 LAYERS, COUNTS = (1, 2, 4), (6, 12, 24)
 NODES = (1, 8, 64)
 PANEL = 230
@@ -180,8 +180,8 @@ def sentences(found: dict[str, Any]) -> str:
     ahead = found["predicted"]
     seconds = ahead["seconds_per_layer"]
     said = [
-        f"A layer of {SHAPE} takes {per_layer:.1f} s beside {fixed:.1f} s for embedding, head and files (the "
-        f"runs lie within {off_layers:.0%} of the line), and two layers {per_window:.2f} s more for every "
+        f"A layer of Qwen2.5-0.5B takes {per_layer:.1f} s beside {fixed:.1f} s for embedding, head and files "
+        f"(the runs lie within {off_layers:.0%} of the line), and two layers {per_window:.2f} s more for every "
         f"window of {LENGTH} tokens (within {off_windows:.0%}); the peak of {', '.join(map(str, LAYERS))} "
         f"layers is {', '.join(f'{peak:.2f}' for peak in peaks)} GB. "
         f"Measured on {when_and_where(found['machine'])}.",
