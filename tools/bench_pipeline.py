@@ -20,6 +20,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -190,7 +191,9 @@ def needed(model: Path, recipe: str) -> dict[str, tuple[float, float]]:
 
 
 def child(step: str, model: Path, work: Path) -> dict[str, Any]:
-    """A step in a process of its own: seconds of its stages, and its peak in bytes."""
+    """A step in a process of its own: seconds of its stages, and its peak in bytes. What one of that name has
+    written before is removed."""
+    shutil.rmtree(work / step, ignore_errors=True)
     arguments = [sys.executable, __file__, "--child", step, str(model), str(work)]
     ran = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if ran.returncode:

@@ -26,7 +26,7 @@ from bench_pipeline import LENGTH, WINDOWS, child, write_tokens
 from measured import DOCS, machine, when_and_where, write_json
 
 SHAPE, RECIPE, VOCABULARY = "qwen2.5-0.5b-layers", "w4-ane", 8192
-LAYERS, COUNTS = (1, 2, 4), (6, 12, 24)
+LAYERS, COUNTS = (1, 2, 3), (6, 12, 24)
 NODES = (1, 8, 64)
 PANEL = 230
 """Width of each of the drawing's parts."""
@@ -181,9 +181,9 @@ def sentences(found: dict[str, Any]) -> str:
     seconds = ahead["seconds_per_layer"]
     said = [
         f"A layer of Qwen2.5-0.5B takes {per_layer:.1f} s beside {fixed:.1f} s for embedding, head and files "
-        f"(the runs lie within {off_layers:.0%} of the line), and two layers {per_window:.2f} s more for every "
-        f"window of {LENGTH} tokens (within {off_windows:.0%}); the peak of {', '.join(map(str, LAYERS))} "
-        f"layers is {', '.join(f'{peak:.2f}' for peak in peaks)} GB. "
+        f"(the runs lie within {off_layers:.0%} of the line), and two layers {per_window:.2f} s more for "
+        f"every window of {LENGTH} tokens (within {off_windows:.0%}); the peak of "
+        f"{', '.join(map(str, LAYERS))} layers is {', '.join(f'{peak:.2f}' for peak in peaks)} GB. "
         f"Measured on {when_and_where(found['machine'])}.",
         "",
         f"A layer of 70B at the rates of {ahead['from']}: forward {seconds['forward'] / 60:.0f} min, "
