@@ -36,7 +36,6 @@ MAKE = {
     "newcomer": "tools/newcomer.py",
     "pipeline": "tools/bench_pipeline.py SHAPE --layers N",
     "rounding": "tools/bench_rounding.py",
-    "peers": "tools/bench_lower.py --layers 2 --grouped --json docs/peers.json",
     "cluster": "tools/bench_cluster.py --json docs/cluster.json",
     "scaling": "tools/scaling.py MODEL TEXT CALIBRATION",
 }

@@ -69,7 +69,6 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "newcomer": ("newcomer", newcomer.sentences),
     "pipeline": ("pipeline", bench_pipeline.tables),
     "rounding": ("rounding", bench_rounding.sentences),
-    "peers": ("peers", bench_lower.report),
     "cluster": ("cluster", bench_cluster.sentences),
     "scaling": ("scaling", scaling.sentences),
 }
