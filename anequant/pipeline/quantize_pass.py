@@ -7,6 +7,7 @@ rotating and quantizing in two steps gives the bytes that one step does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -185,24 +186,24 @@ class QuantizePass:
                 if self._rounder.keeps(name):
                     continue
                 weight, bias = floats[f"{linear.name}.weight"], floats.get(f"{linear.name}.bias")
-                if self._walkers is None:
+                if walkers is None:
                     del floats[f"{linear.name}.weight"]
                 yield self._rounder.task(name, weight, bias, statistics, scales[linear])
 
-        results = self._journal.scheduler.map(round_linear, tasks())
-        for linear, name in names.items():
-            input_scale = scales[linear]
-            if self._rounder.keeps(name):
-                weight, bias = floats[f"{linear.name}.weight"], floats.get(f"{linear.name}.bias")
-                self._rounder.keep(name, weight, bias, input_scale)
-            else:
-                rounded = next(results)
-                self._rounder.take(rounded)
-                input_scale = rounded.input_scale
-                if self._walkers is not None:
-                    current[f"{linear.name}.weight"] = rounded.tensors[f"{name}.weight"]
-            if input_scale is not None and self._recipe.static_activations:
-                current[f"{linear.name}.{INPUT_SCALES}"] = input_scale[None]
+        with closing(self._journal.scheduler.map(round_linear, tasks())) as results:
+            for linear, name in names.items():
+                input_scale = scales[linear]
+                if self._rounder.keeps(name):
+                    weight, bias = floats[f"{linear.name}.weight"], floats.get(f"{linear.name}.bias")
+                    self._rounder.keep(name, weight, bias, input_scale)
+                else:
+                    rounded = next(results)
+                    self._rounder.take(rounded)
+                    input_scale = rounded.input_scale
+                    if walkers is not None:
+                        current[f"{linear.name}.weight"] = rounded.tensors[f"{name}.weight"]
+                if input_scale is not None and self._recipe.static_activations:
+                    current[f"{linear.name}.{INPUT_SCALES}"] = input_scale[None]
 
     def _write_table(
         self, name: str, blocks: Iterable[Tensor], statistics: InputStatistics | None
