@@ -74,7 +74,7 @@ class Walkers:
                 self._advance(0, part, seen, bias)
                 inner.append(quantized_input)
             if moments:
-                sums[part.start >= self._cut].add(seen, quantized_input)
+                sums[part.start >= self._cut].add(seen, quantized_input, float_input)
         self._inner = inner
         if not moments:
             return None
@@ -110,7 +110,7 @@ class Walkers:
                 model.final_norm(hidden[part], gain).flatten(0, 1)
                 for model, hidden in zip(self._models, self._hidden, strict=True)
             )
-            sums[part.start >= self._cut].add(seen, quantized)
+            sums[part.start >= self._cut].add(seen, quantized, seen)
         fit, held_out = (total.moments(outputs=False) for total in sums)
         return InputStatistics(fit, held_out if held_out.tokens else fit)
 
@@ -130,10 +130,12 @@ class _Sums:
 
     def __init__(self, shape: Sequence[int]) -> None:
         self._square, self._mixed = torch.zeros(shape[1], shape[1]), torch.zeros(*shape)
+        self._paired = torch.zeros(shape[1])
         self._tokens = 0
 
-    def add(self, seen: Tensor, x: Tensor) -> None:
-        """seen [tokens, m], x [tokens, in]."""
+    def add(self, seen: Tensor, x: Tensor, x_float: Tensor) -> None:
+        """seen [tokens, m], x and x_float [tokens, in]."""
+        self._paired += (x * x_float).sum(0)
         add_square(self._square, x)
         self._mixed += product(seen.T, x)
         self._tokens += len(x)
@@ -141,5 +143,6 @@ class _Sums:
     def moments(self, *, outputs: bool) -> Moments:
         count = max(1, self._tokens)
         square, mixed = self._square.div_(count), self._mixed.div_(count)
-        cross, wanted = (None, mixed) if outputs else (mixed, None)
-        return Moments(square, self._tokens, cross, wanted)
+        if outputs:
+            return Moments(square, self._tokens, None, mixed, self._paired / count)
+        return Moments(square, self._tokens, mixed)

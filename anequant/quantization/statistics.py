@@ -23,12 +23,14 @@ class Moments:
     tokens              how many were seen
     cross    [in, in]   E[x_float x^T]
     outputs  [out, in]  E[W x_float x^T], for the one linear W that reads x
+    paired   [in]       the diagonal of `cross`, beside `outputs`
     """
 
     hessian: Tensor
     tokens: int
     cross: Tensor | None = None
     outputs: Tensor | None = None
+    paired: Tensor | None = None
 
     def wanted(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
         """E[W x_float x^T] [rows, in] for some rows of weight [out, in]."""
@@ -77,15 +79,16 @@ class InputStatistics:
 
         hessian = together("hessian")
         assert hessian is not None
-        return Moments(hessian, total, together("cross"), together("outputs"))
+        return Moments(hessian, total, together("cross"), together("outputs"), together("paired"))
 
     @property
     def dead_inputs(self) -> int:
-        """Inputs that were zero at every token, in the quantized model or, as far as known, the float one."""
+        """Inputs that were zero at every token, in the float model or the quantized one."""
         seen = self.everything
+        paired = seen.paired if seen.cross is None else seen.cross.diagonal()
         energy = seen.hessian.diagonal()
-        if seen.cross is not None:
-            energy = torch.minimum(energy, seen.cross.diagonal().abs())
+        if paired is not None:
+            energy = torch.minimum(energy, paired.abs())
         return int((energy <= UNIT_FLOOR).sum())
 
 
