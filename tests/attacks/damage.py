@@ -65,5 +65,5 @@ def assert_refused(place: Path, arguments: list[Any], code: int, *words: str) ->
         assert word in result.stderr, result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) <= 4
     assert result.stderr.replace("\n", "").isprintable(), repr(result.stderr)
-    assert seconds < SECONDS and megabytes < MEGABYTES
+    assert seconds < SECONDS and megabytes < MEGABYTES, (seconds, megabytes)
     assert fingerprint(place) == before
