@@ -216,7 +216,7 @@ def test_a_worker_that_differs_is_named(address: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
     words = r"worker tcp://\S+ has instructions .*, and this process has ABACUS"
     with pytest.raises(UsageError, match=words), open_scheduler(address):
-        pass
+        pytest.fail("it was let in")
 
 
 def test_workers_of_several_threads_and_none_at_all() -> None:
@@ -233,7 +233,7 @@ def test_workers_of_several_threads_and_none_at_all() -> None:
         ) as small:
             name = f"dask://{small.scheduler.address.removeprefix('tcp://')}"
             with pytest.raises(kind, match=words), open_scheduler(name):
-                pass
+                pytest.fail("it was let in")
 
 
 # Jobs
