@@ -4,7 +4,7 @@ The engine computes in float16 (65504 at most) and adds up a convolution's produ
 accumulator of 32768, in whatever order (Q15.16, measured on M4 and M6 by third parties). What can
 overflow, in the graph that `coreml` emits, is
 
-    residual   the stream between layers, and what o and down add to it
+    residual   the stream before attention, between it and the MLP, and after that, and what o and down add
     scores     q . k after RoPE, with 1 / sqrt(head_dim) on q
     sums       a convolution's partial sums; |codebook[codes]| |input_scale x| bounds every order of adding
     products   what the other linears and the SwiGLU product return
@@ -63,26 +63,27 @@ def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
         residual, products, scores, turns = float(hidden.abs().max()), 0.0, 0.0, 0.0
         for group in spec.input_groups:
             name = group[0].name
-            (arriving,) = model.inputs(number, tensors, [hidden], name, arriving=True)
+            (arriving,) = model.inputs(number, tensors, [hidden], name, arriving=True, within=True)
             products = max(products, float(arriving.abs().max()))
             if online.r4 is not None and group[0].input.space is Space.FFN:
                 turns = max(turns, _largest_norm(arriving, online.r4))
             for linear in group:
                 inputs = arriving
                 if online.active:
-                    (inputs,) = model.inputs(number, tensors, [hidden], linear.name)
+                    (inputs,) = model.inputs(number, tensors, [hidden], linear.name, within=True)
                 sums[linear.name] = _largest_sum(layer, linear.name, inputs)
-                output = float(_output(tensors, linear.name, inputs).abs().max())
+                output = _output(tensors, linear.name, inputs)
+                largest = float(output.abs().max())
                 if linear.output.space is Space.RESIDUAL:
-                    residual = max(residual, output)
+                    residual = max(residual, largest)
+                    hidden = hidden + output.view_as(hidden)
                 else:
-                    products = max(products, output)
+                    products = max(products, largest)
             if name == "self_attn.q_proj":
-                (inputs,) = model.inputs(number, tensors, [hidden], name)
+                (inputs,) = model.inputs(number, tensors, [hidden], name, within=True)
                 scores, norm = _attention_ranges(model, tensors, inputs.view(*hidden.shape), checkpoint)
                 turns = norm if online.r3 is not None else turns
-        hidden = model.run_layer(number, tensors, hidden)
-        residual = max(residual, float(hidden.abs().max()))
+            residual = max(residual, float(hidden.abs().max()))
         ranges.append(LayerRange(number, residual, scores, products, sums, turns))
     return ranges
 

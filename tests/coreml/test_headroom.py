@@ -92,6 +92,7 @@ def test_ranges_are_those_of_the_model(
             inputs[prefix],
             seen[f"{prefix}.mlp.down_proj"],
             seen[f"{prefix}.self_attn.o_proj"],
+            inputs[prefix] + seen[f"{prefix}.self_attn.o_proj"],
         ]
         assert ours.residual == pytest.approx(max(float(part.abs().max()) for part in parts), rel=1e-4)
         names = [f"{prefix}.mlp.{name}_proj" for name in ("gate", "up")]
