@@ -23,7 +23,7 @@ FORMAT = 1
 
 
 def versions() -> dict[str, str]:
-    packages = ("anequant", "torch", "transformers", "coremltools", "safetensors", "numpy")
+    packages = ("anequant", "torch", "transformers", "coremltools", "safetensors", "numpy", "numba")
     return {"python": platform.python_version()} | {
         package: importlib.metadata.version(package) for package in packages
     }

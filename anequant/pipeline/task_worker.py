@@ -17,8 +17,7 @@ from anequant.errors import ResourceError, UsageError
 from anequant.pipeline.footprint import give_back_memory
 from anequant.pipeline.task_files import paths_in, read_value, write_value
 
-ALSO = ("dask", "distributed", "numba")
-"""Packages that workers have to have alike, beside those that a manifest names."""
+SENT_BY = ("dask", "distributed")
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class Answer:
 
 def facts() -> dict[str, str]:
     """All that bytes depend on beside a task: versions, and the instructions that torch uses."""
-    also = {package: importlib.metadata.version(package) for package in ALSO}
+    sent = {package: importlib.metadata.version(package) for package in SENT_BY}
     machine = {"machine": platform.machine(), "instructions": torch.backends.cpu.get_cpu_capability()}
-    return {**versions(), **also, **machine}
+    return {**versions(), **sent, **machine}
 
 
 def require_facts(worker: str, wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
