@@ -92,6 +92,7 @@ def quantize_calibrated(
     current = rounded(grid, hessian, gptq(grid, factor))
     if not rounding.refinement:
         _descend(grid, hessian, current, rounding.descent)
+        return bound_bias(fitted.linear(current.codes.T.contiguous(), bias), name), damping
     if input_scale is not None and rounding.scales == "balanced":
         rounding = replace(rounding, scales="output")
     fitted, codes = _refine(grid, fitted, hessian, current, rounding)

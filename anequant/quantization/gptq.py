@@ -136,7 +136,7 @@ def descend(grid: Grid, hessian: Tensor, current: Rounded) -> None:
             current.pull[block],
             grid.target[block],
             grid.step[block],
-            hessian[block, block],
+            hessian[block, block].contiguous(),
             grid.codebook,
             current.codes[block],
             current.error[block],

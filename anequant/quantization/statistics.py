@@ -17,13 +17,14 @@ UNIT_FLOOR = 1e-30
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Second moments over some tokens, float32, of the input x in the model quantized so far and the same
-    input x_float in the float model. Of the last two there is one, whichever is smaller.
+    input x_float in the float model. There is `cross`, or for a linear that reads its input alone `outputs`
+    and `paired`, which are smaller.
 
     hessian  [in, in]   E[x x^T]
     tokens              how many were seen
     cross    [in, in]   E[x_float x^T]
     outputs  [out, in]  E[W x_float x^T], for the one linear W that reads x
-    paired   [in]       the diagonal of `cross`, beside `outputs`
+    paired   [in]       what the diagonal of `cross` would be
     """
 
     hessian: Tensor
@@ -86,9 +87,8 @@ class InputStatistics:
         """Inputs that were zero at every token, in the float model or the quantized one."""
         seen = self.everything
         paired = seen.paired if seen.cross is None else seen.cross.diagonal()
-        energy = seen.hessian.diagonal()
-        if paired is not None:
-            energy = torch.minimum(energy, paired.abs())
+        assert paired is not None
+        energy = torch.minimum(seen.hessian.diagonal(), paired.abs())
         return int((energy <= UNIT_FLOOR).sum())
 
 
