@@ -25,119 +25,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from measured import DOCS, machine, when_and_where, write_json
+from pipeline_stages import lower, quantize
 
 # Only the standard library up here: a child's ru_maxrss starts at the size of the process it came from.
 
 WINDOWS, LENGTH = 24, 512
-OTHER, TOKENS = "other", "tokens.json"
+TOKENS = "tokens.json"
 RECIPES = ("w4-ane", "w4-nearest")
-
-
-class Stages:
-    """Seconds by stage, of which one runs at a time."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {OTHER: 0.0}
-        self._running = [OTHER]
-        self._since = time.perf_counter()
-
-    def _lap(self) -> None:
-        now = time.perf_counter()
-        stage = self._running[-1]
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
-        self._since = now
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self._lap()
-        self._running.append(name)
-        try:
-            yield
-        finally:
-            self._lap()
-            self._running.pop()
-
-    def finished(self) -> dict[str, float]:
-        self._lap()
-        return {name: seconds for name, seconds in self.seconds.items() if seconds >= 0.01}
-
-    def time(self, owner: Any, function: str, name: str) -> None:
-        """Have every call of a function, or every step of a generator, count for a stage."""
-        inner = getattr(owner, function)
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            with self.stage(name):
-                result = inner(*arguments, **options)
-            return self._steps(result, name) if isinstance(result, Iterator) else result
-
-        setattr(owner, function, timed)
-
-    def _steps(self, steps: Iterator[Any], name: str) -> Iterator[Any]:
-        while True:
-            with self.stage(name):
-                try:
-                    step = next(steps)
-                except StopIteration:
-                    return
-            yield step
-
-
-def quantize(model: Path, output: Path, recipe: str) -> dict[str, float]:
-    from anequant.calibration import statistics
-    from anequant.calibration.equivalence import EquivalenceProbe
-    from anequant.calibration.forward import ReferenceModel
-    from anequant.checkpoints.reader import Checkpoint
-    from anequant.checkpoints.source import resolve_source
-    from anequant.checkpoints.writer import CheckpointWriter
-    from anequant.pipeline import journal, quantize, quantize_pass, turned
-    from anequant.quantization import calibrated
-    from anequant.recipe import Calibration
-    from anequant.recipe_files import load_recipe
-
-    stages = Stages()
-    for owner, function, name in (
-        (Checkpoint, "read", "read"),
-        (turned, "fold_and_rotate_tensor", "fold and rotate"),
-        (turned, "fold_and_rotate_linear", "fold and rotate"),
-        (turned, "rotate_embedding", "fold and rotate"),
-        (EquivalenceProbe, "layer", "probe"),
-        (EquivalenceProbe, "head", "probe"),
-        (ReferenceModel, "inputs", "forward"),
-        (statistics.Walkers, "read", "forward"),
-        (statistics.Walkers, "write", "forward"),
-        (statistics._Sums, "add", "Hessians"),
-        (calibrated, "fit_core", "scales and codebooks"),
-        (quantize_pass, "round_linear", "rounding"),
-        (CheckpointWriter, "write", "write"),
-        (CheckpointWriter, "flush", "write"),
-        (journal.Journal, "_sync_files", "write"),
-        (quantize, "_write_side_files", "hash and card"),
-    ):
-        stages.time(owner, function, name)
-    tokens = model.parent / TOKENS
-    calibration = Calibration(str(tokens), len(json.loads(tokens.read_text())), LENGTH)
-    quantize.quantize(resolve_source(str(model)), output, load_recipe(recipe), calibration)
-    return stages.finished()
-
-
-def lower(checkpoint: Path, output: Path) -> dict[str, float]:
-    from anequant.pipeline import lower, lower_package
-    from anequant.recipe import LowerOptions
-
-    stages = Stages()
-    stages.time(lower, "layer_ranges", "ranges")
-    for function, name in (("load_layer", "read"), ("load_table", "read"), ("save_package", "save")):
-        stages.time(lower_package, function, name)
-    for function in ("chunk_program", "embeddings_program", "head_program"):
-        stages.time(lower_package, function, "build")
-    lower.lower(checkpoint, output, LowerOptions())
-    return stages.finished()
 
 
 def rates() -> dict[str, float]:
@@ -213,9 +112,10 @@ def in_child(step: str, model: Path, work: Path) -> None:
         print("{}")
         return
     begun = time.perf_counter()
-    run = (
-        lower(work / RECIPES[0], work / "packages") if step == "lower" else quantize(model, work / step, step)
-    )
+    if step == "lower":
+        run = lower(work / RECIPES[0], work / "packages")
+    else:
+        run = quantize(model, work / step, step, work / TOKENS)
     result = {
         "seconds": time.perf_counter() - begun,
         "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,

@@ -55,18 +55,13 @@ SHAPES = {
     "qwen2.5-0.5b-layers": Shape("qwen2", 896, 4864, 14, 2, 8192, 2),
     "qwen2.5-1.5b": Shape("qwen2", 1536, 8960, 12, 2, 151936, 2),
     "llama-3-8b": Shape("llama", 4096, 14336, 32, 8, 128256, 2),
+    "llama-3-70b": Shape("llama", 8192, 28672, 64, 8, 128256, 80),
 }
 
 
-def write_random_model(folder: Path, shape: Shape, *, rows: int = 4096, holes: bool = False) -> None:
-    """A float16 checkpoint with an untied head, written some rows at a time; the same bytes every time. With
-    `holes` it is headers alone."""
-    import torch
-
-    from anequant.architectures import read_spec
-    from anequant.checkpoints.writer import CheckpointWriter, Entry, write_json
-
-    config = {
+def config_of(shape: Shape) -> dict[str, Any]:
+    """config.json of a model of that shape."""
+    return {
         "model_type": shape.model_type,
         "architectures": [f"{shape.model_type.capitalize()}ForCausalLM"],
         "hidden_size": shape.hidden,
@@ -82,6 +77,17 @@ def write_random_model(folder: Path, shape: Shape, *, rows: int = 4096, holes: b
         "tie_word_embeddings": False,
         "torch_dtype": "float16",
     }
+
+
+def write_random_model(folder: Path, shape: Shape, *, rows: int = 4096, holes: bool = False) -> None:
+    """A float16 checkpoint with an untied head, written some rows at a time; the same bytes every time. With
+    `holes` it is headers alone."""
+    import torch
+
+    from anequant.architectures import read_spec
+    from anequant.checkpoints.writer import CheckpointWriter, Entry, write_json
+
+    config = config_of(shape)
     spec = read_spec(config, str(folder))
     shapes = dict(spec.outer_tensors())
     for layer in range(spec.num_layers):

@@ -18,29 +18,18 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench_pipeline import LENGTH, WINDOWS, child, write_tokens
+from measure_memory import SHAPES, config_of
 from measured import DOCS, machine, when_and_where, write_json
 
 SHAPE, RECIPE, VOCABULARY = "qwen2.5-0.5b-layers", "w4-ane", 8192
 LAYERS, COUNTS = (1, 2, 3), (6, 12, 24)
-NODES = (1, 8, 64)
+LARGE, NODES = "llama-3-70b", (1, 8, 64)
 PANEL = 230
 """Width of each of the drawing's parts."""
-
-
-@dataclass(frozen=True)
-class Large:
-    """The shape that is predicted, Llama-3-70B's."""
-
-    hidden: int = 8192
-    intermediate: int = 28672
-    heads: int = 64
-    kv_heads: int = 8
-    layers: int = 80
 
 
 def grow(work: Path) -> list[dict[str, Any]]:
@@ -113,36 +102,18 @@ def predictions(pipeline: Mapping[str, Any]) -> dict[str, Any]:
     from anequant.pipeline import work
     from anequant.recipe_files import load_recipe
 
-    large, windows, recipe = Large(), (WINDOWS, LENGTH), load_recipe(RECIPE)
+    spec = read_spec(config_of(SHAPES[LARGE]), LARGE)
+    windows, recipe = (WINDOWS, LENGTH), load_recipe(RECIPE)
     run = max(pipeline["runs"], key=lambda one: one["steps"][RECIPE]["needed"]["rounding"][0] / one["layers"])
     step = run["steps"][RECIPE]
-    rates = {
-        stage: step["needed"][stage][0]
-        / sum(
-            step["stages"].get(part, 0.0)
-            for part in ((stage, "scales and codebooks") if stage == "rounding" else (stage,))
-        )
-        for stage in ("forward", "Hessians", "rounding")
-    }
-    spec = read_spec(
-        {
-            "model_type": "llama",
-            "hidden_size": large.hidden,
-            "intermediate_size": large.intermediate,
-            "num_attention_heads": large.heads,
-            "num_key_value_heads": large.kv_heads,
-            "num_hidden_layers": large.layers,
-            "vocab_size": 128256,
-            "rms_norm_eps": 1e-5,
-        },
-        "config.json",
-    )
     flops = {
         "forward": work.walking(spec, windows).flops,
         "Hessians": work.moments(spec, windows).flops,
         "rounding": work.feedback(spec, recipe).flops,
     }
-    seconds = {stage: flops[stage] / rates[stage] for stage in flops}
+    seconds = {
+        stage: step["stages"][stage] * amount / step["needed"][stage][0] for stage, amount in flops.items()
+    }
     weights = {
         linear.name: math.prod(spec.shape(linear)) * spec.width(linear.input)
         for linear in spec.architecture.linears
@@ -154,10 +125,10 @@ def predictions(pipeline: Mapping[str, Any]) -> dict[str, Any]:
     hours = {}
     for nodes in NODES:
         shared = max(1 / nodes, longest)
-        free = -(-large.layers // nodes) * (seconds["Hessians"] + seconds["rounding"])
+        free = -(-spec.num_layers // nodes) * (seconds["Hessians"] + seconds["rounding"])
         hours[str(nodes)] = {
-            "in order": large.layers * (layer + shared * seconds["rounding"]) / 3600,
-            "float Hessians": (large.layers * seconds["forward"] / 2 + free) / 3600,
+            "in order": spec.num_layers * (layer + shared * seconds["rounding"]) / 3600,
+            "float Hessians": (spec.num_layers * seconds["forward"] / 2 + free) / 3600,
         }
     size = sum(math.prod(spec.shape(linear)) for linear in spec.architecture.linears)
     return {
@@ -167,7 +138,7 @@ def predictions(pipeline: Mapping[str, Any]) -> dict[str, Any]:
         "hours": hours,
         "traffic_per_layer": 4 * size
         + sum(8 * spec.width(group[0].input) ** 2 for group in spec.input_groups),
-        "hidden_states": 4 * math.prod(windows) * large.hidden,
+        "hidden_states": 4 * math.prod(windows) * spec.hidden_size,
     }
 
 
