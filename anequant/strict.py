@@ -22,6 +22,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+DEEPEST_YAML = 50
+"""PyYAML's time grows with the square of the depth, long before the stack ends."""
+
 
 def read_plain(path: Path, largest: int | None = None) -> str:
     """The text of a regular file, UTF-8 with or without a mark of it; a pipe or a device is not opened.
@@ -71,11 +74,19 @@ def parse_yaml(text: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """SafeLoader builds words, numbers, lists and tables only, and refuses every tag of Python's."""
 
+    depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
+        problem = "an alias" if self.check_event(yaml.AliasEvent) else None
+        if self.depth == DEEPEST_YAML:
+            problem = "it is nested too deeply"
+        if problem is not None:
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="an alias", problem_mark=mark)
-        return super().compose_node(parent, index)
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         found: dict[Hashable, Any] = super().construct_mapping(node, deep)

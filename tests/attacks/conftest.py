@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from anequant.calibration.text import load_tokenizer
 from anequant.cli import main
 from attacks.damage import parts, write
 
@@ -21,8 +22,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Pa
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def warm(sound: Path, tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Imports count for no case."""
+    load_tokenizer(tiny_qwen2)
     output = tmp_path_factory.mktemp("warm") / "out"
     result = CliRunner().invoke(main, ["quantize", str(sound), "-o", str(output), "--recipe", "w4-nearest"])
     assert result.exit_code == 0, result.output
