@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from anequant.quantization.kernels import lloyd_rounds
+
 STEPS = 100
 LLOYD_ROUNDS = 300
 LLOYD_TOLERANCE = 1e-7
@@ -93,14 +95,7 @@ class _Cells:
     def lloyd(self, entries: Tensor) -> tuple[Tensor, float]:
         """Alternate boundaries and means until they rest: the entries and their squared error."""
         tolerance = LLOYD_TOLERANCE * float(self._centres[-1] - self._centres[0])
-        for _ in range(LLOYD_ROUNDS):
-            edges = self._edges(entries)
-            weight, moment, _ = self._between(edges[:-1], edges[1:])
-            moved = torch.where(weight > 0, moment / weight.clamp_min(1e-300), entries)
-            shift = float((moved - entries).abs().max())
-            entries = moved
-            if shift <= tolerance:
-                break
+        entries = lloyd_rounds(entries, self._centres, self._sums, LLOYD_ROUNDS, tolerance)
         edges = self._edges(entries)
         return entries, float(self._error(edges[:-1], edges[1:]).sum())
 

@@ -1,4 +1,5 @@
-"""The inner loops of rounding, compiled: one column after the other of a block, all rows at once.
+"""The inner loops of rounding, compiled: one column after the other of a block, all rows at once, and the
+rounds of Lloyd-Max.
 
 Matrices are transposed, [columns, rows], so that the values of a column lie side by side. Rows do not depend
 on each other, so threads take tiles of them, and results are the same for any number of threads.
@@ -55,6 +56,17 @@ def descend(
     codes, error         as in `feed_back`, of before; overwritten with those of after
     """
     _run(_descend, pull, target, step, hessian, codebook, codes, error)
+
+
+def lloyd_rounds(entries: Tensor, centres: Tensor, sums: Tensor, rounds: int, tolerance: float) -> Tensor:
+    """Move ascending entries [K] to the means of their cells until none moves by more than `tolerance`.
+
+    centres [bins] and sums [3, bins + 1], of which the first two rows are prefix sums of the weights and of
+    the moments, are of a histogram. All are float64.
+    """
+    moved = entries.clone()
+    _lloyd(moved.numpy(), centres.numpy(), sums.numpy(), rounds, tolerance)
+    return moved
 
 
 def _run(kernel: Callable[..., None], *arguments: Tensor) -> None:
@@ -163,3 +175,21 @@ def _descend(
                 share = hessian[later, column]
                 for row in range(count):
                     pulls[later, row] += share * value[row]
+
+
+@compiled(cache=True, nogil=True)
+def _lloyd(entries: Any, centres: Any, sums: Any, rounds: int, tolerance: float) -> None:
+    last = len(entries) - 1
+    for _ in range(rounds):
+        shift, begin = 0.0, 0
+        for k in range(last + 1):
+            entry, end = entries[k], len(centres)
+            if k < last:
+                end = np.searchsorted(centres, (entries[k + 1] + entry) / 2)
+            weight = sums[0, end] - sums[0, begin]
+            if weight > 0:
+                entries[k] = (sums[1, end] - sums[1, begin]) / weight
+            shift = max(shift, abs(entries[k] - entry))
+            begin = end
+        if shift <= tolerance:
+            break
