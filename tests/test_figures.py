@@ -38,6 +38,8 @@ MAKE = {
     "newcomer": "tools/newcomer.py",
     "pipeline": "tools/bench_pipeline.py SHAPE --layers N",
     "rounding": "tools/bench_rounding.py",
+    "peers": "tools/bench_lower.py --layers 2 --grouped --json docs/peers.json",
+    "gptq": "tools/bench_gptq.py PEER",
     "cluster": "tools/bench_cluster.py --json docs/cluster.json",
     "scaling": "tools/scaling.py MODEL TEXT CALIBRATION",
 }

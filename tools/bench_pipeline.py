@@ -111,6 +111,7 @@ def in_child(step: str, model: Path, work: Path) -> None:
         make_model(model, work)
         print("{}")
         return
+    import_model(model)
     begun = time.perf_counter()
     if step == "lower":
         run = lower(work / RECIPES[0], work / "packages")
@@ -123,6 +124,14 @@ def in_child(step: str, model: Path, work: Path) -> None:
         "needed": {} if step == "lower" else needed(model, step),
     }
     print(json.dumps(result))
+
+
+def import_model(model: Path) -> None:
+    """What transformers imports when it first makes a model."""
+    from anequant.calibration.empty_model import empty_model
+    from anequant.checkpoints.reader import open_checkpoint
+
+    empty_model(open_checkpoint(model).spec)
 
 
 def make_model(model: Path, work: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import ablation
 import bench_cluster
+import bench_gptq
 import bench_lower
 import bench_pipeline
 import bench_rounding
@@ -69,6 +70,8 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "newcomer": ("newcomer", newcomer.sentences),
     "pipeline": ("pipeline", bench_pipeline.tables),
     "rounding": ("rounding", bench_rounding.sentences),
+    "peers": ("peers", bench_lower.report),
+    "gptq": ("gptq", bench_gptq.sentences),
     "cluster": ("cluster", bench_cluster.sentences),
     "scaling": ("scaling", scaling.sentences),
 }

@@ -14,14 +14,13 @@ import math
 import torch
 from torch import Tensor
 
-from anequant.quantization.kernels import lloyd_rounds
+from anequant.quantization.codebook_kernels import counted, lloyd_rounds, nearest_entries
 
 STEPS = 100
 LLOYD_ROUNDS = 300
 LLOYD_TOLERANCE = 1e-7
 MOST_MOVES = 64
 LEAST_GAIN = 1e-4
-CHUNK = 1 << 22
 RELATIVE_GAP = 2.0**-8
 ABSOLUTE_GAP = 2.0**-10
 
@@ -139,13 +138,9 @@ class _Cells:
 
 
 def nearest_codes(core: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest entry for every value: uint8, shape of `core`. Works in bounded memory."""
-    boundaries = (codebook[1:] + codebook[:-1]) / 2
+    """Index of the nearest entry for every value: uint8, shape of `core`."""
     codes = torch.empty(core.shape, dtype=torch.uint8)
-    flat_codes, flat_core = codes.view(-1), core.reshape(-1)
-    for start in range(0, flat_core.numel(), CHUNK):
-        part = flat_core[start : start + CHUNK]
-        flat_codes[start : start + CHUNK] = torch.bucketize(part, boundaries, out_int32=True)
+    nearest_entries(core.reshape(-1), codebook, codes.view(-1))
     return codes
 
 
@@ -156,11 +151,9 @@ def _histogram(core: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low, high = float(values.min()), float(values.max())
     if low == high:
         high = low + max(abs(low), 1.0) * 1e-3
-    counts = torch.zeros(bins, dtype=torch.float64)
-    for start in range(0, values.numel(), CHUNK):
-        counts += torch.histc(values[start : start + CHUNK], bins=bins, min=low, max=high).double()
     width = (high - low) / bins
-    return low + width * (torch.arange(bins, dtype=torch.float64) + 0.5), counts
+    centres = low + width * (torch.arange(bins, dtype=torch.float64) + 0.5)
+    return centres, counted(values, bins, low, high)
 
 
 def integer_codebook(codebook: Tensor) -> Tensor:

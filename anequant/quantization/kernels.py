@@ -1,5 +1,4 @@
-"""The inner loops of rounding, compiled: one column after the other of a block, all rows at once, and the
-rounds of Lloyd-Max.
+"""The inner loops of rounding, compiled: one column after the other of a block, all rows at once.
 
 Matrices are transposed, [columns, rows], so that the values of a column lie side by side. Rows do not depend
 on each other, so threads take tiles of them, and results are the same for any number of threads.
@@ -10,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 compiled: Callable[..., Callable[[Callable[..., None]], Callable[..., None]]] = numba.njit
 
@@ -58,32 +59,23 @@ def descend(
     _run(_descend, pull, target, step, hessian, codebook, codes, error)
 
 
-def lloyd_rounds(entries: Tensor, centres: Tensor, sums: Tensor, rounds: int, tolerance: float) -> Tensor:
-    """Move ascending entries [K] to the means of their cells until none moves by more than `tolerance`.
-
-    centres [bins] and sums [3, bins + 1], of which the first two rows are prefix sums of the weights and of
-    the moments, are of a histogram. All are float64.
-    """
-    moved = entries.clone()
-    _lloyd(moved.numpy(), centres.numpy(), sums.numpy(), rounds, tolerance)
-    return moved
-
-
 def _run(kernel: Callable[..., None], *arguments: Tensor) -> None:
-    """The kernel on tiles of rows, on as many threads as torch uses."""
+    """The kernel on all rows."""
     *given, codebook, codes, error = (argument.numpy() for argument in arguments)
     boundaries = (codebook[1:] + codebook[:-1]) / 2
-    rows, threads = error.shape[1], torch.get_num_threads()
-    share = -(-rows // (threads * TILE)) * TILE
+    on_threads(
+        lambda begin, end: kernel(begin, end, *given, boundaries, codebook, codes, error), error.shape[1]
+    )
 
-    def run(start: int) -> None:
-        kernel(start, min(rows, start + share), *given, boundaries, codebook, codes, error)
 
-    if share >= rows:
-        run(0)
-    else:
-        for _ in _pool(threads).map(run, range(0, rows, share)):
-            pass
+def on_threads(run: Callable[[int, int], T], size: int) -> list[T]:
+    """run(begin, end) of every share of 0 to `size`, in whole tiles, on as many threads as torch uses."""
+    threads = torch.get_num_threads()
+    share = -(-size // (threads * TILE)) * TILE
+    if share >= size:
+        return [run(0, size)]
+    starts = range(0, size, share)
+    return list(_pool(threads).map(lambda start: run(start, min(size, start + share)), starts))
 
 
 @cache
@@ -92,7 +84,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 @compiled(inline="always")
-def _nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
+def nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
     """How many boundaries lie below each value."""
     if len(boundaries) <= MOST_COUNTED:
         for row in range(count):
@@ -132,7 +124,7 @@ def _feed_back(
                     value[row] += share * errors[later, row]
             for row in range(count):
                 value[row] /= step[column, start + row]
-            _nearest(value, count, boundaries, chosen)
+            nearest(value, count, boundaries, chosen)
             for row in range(count):
                 entry = codebook[chosen[row]] * step[column, start + row]
                 errors[column, row] = target[column, start + row] - entry
@@ -164,7 +156,7 @@ def _descend(
                 at = start + row
                 wanted = pulls[column, row] / weight + target[column, at] - error[column, at]
                 value[row] = wanted / step[column, at]
-            _nearest(value, count, boundaries, chosen)
+            nearest(value, count, boundaries, chosen)
             for row in range(count):
                 at = start + row
                 moved = target[column, at] - codebook[chosen[row]] * step[column, at]
@@ -175,21 +167,3 @@ def _descend(
                 share = hessian[later, column]
                 for row in range(count):
                     pulls[later, row] += share * value[row]
-
-
-@compiled(cache=True, nogil=True)
-def _lloyd(entries: Any, centres: Any, sums: Any, rounds: int, tolerance: float) -> None:
-    last = len(entries) - 1
-    for _ in range(rounds):
-        shift, begin = 0.0, 0
-        for k in range(last + 1):
-            entry, end = entries[k], len(centres)
-            if k < last:
-                end = np.searchsorted(centres, (entries[k + 1] + entry) / 2)
-            weight = sums[0, end] - sums[0, begin]
-            if weight > 0:
-                entries[k] = (sums[1, end] - sums[1, begin]) / weight
-            shift = max(shift, abs(entries[k] - entry))
-            begin = end
-        if shift <= tolerance:
-            break

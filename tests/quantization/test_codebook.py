@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anequant.quantization.codebook import best_uniform_step, lloyd_max, nearest_codes, uniform_codebook
+from anequant.quantization.codebook_kernels import counted
 
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -240,11 +241,21 @@ def test_values_beyond_the_ends_get_the_end() -> None:
     assert nearest_codes(torch.tensor([-1e30, -8.4, 7.4, 1e30]), codebook).tolist() == [0, 0, 15, 15]
 
 
-def test_more_values_than_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bins", [7, 16384])
+def test_counts_are_those_of_torch(bins: int) -> None:
+    values = torch.cat([sample(gaussian, 1000), torch.linspace(-5, 5, 129)])
+    low, high = float(values.min()), float(values.max())
+    expected = torch.histc(values, bins=bins, min=low, max=high).double()
+    assert torch.equal(counted(values, bins, low, high), expected) and expected.sum() == 1129
+
+
+def test_the_number_of_threads_does_not_matter() -> None:
     values, codebook = sample(gaussian, 1000).view(10, 100), uniform_codebook(4) / 3
-    whole = nearest_codes(values, codebook)
-    entries = lloyd_max(values, 4)
-    monkeypatch.setattr("anequant.quantization.codebook.CHUNK", 64)
-    assert torch.equal(nearest_codes(values, codebook), whole)
-    assert torch.equal(nearest_codes(values.T, codebook), whole.T)
-    assert torch.equal(lloyd_max(values, 4), entries)
+    whole, entries = nearest_codes(values, codebook), lloyd_max(values, 4)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(nearest_codes(values, codebook), whole)
+        assert torch.equal(nearest_codes(values.T, codebook), whole.T)
+        assert torch.equal(lloyd_max(values, 4), entries)
+    finally:
+        torch.set_num_threads(1)
