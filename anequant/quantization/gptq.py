@@ -116,7 +116,7 @@ def gptq(grid: Grid, factor: Factor) -> Tensor:
         wanted = target[block].clone()
         if end < len(target):
             wanted += product(factor.lower[end:, block].T, error[end:]) / diagonal[block, None]
-        unit = factor.lower[block, block] / diagonal[block]
+        unit = (factor.lower[block, block] / diagonal[block]).T.contiguous()
         kernels.feed_back(wanted, target[block], step[block], unit, grid.codebook, codes[block], error[block])
     return codes[factor.order.argsort()]
 

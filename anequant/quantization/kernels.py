@@ -32,7 +32,7 @@ def feed_back(
 
     wanted    [b, rows]  target plus the feedback from beyond the block
     target    [b, rows]  what codebook entries times `step` [b, rows] are to meet
-    unit      [b, b]     unit lower triangular
+    unit      [b, b]     unit upper triangular: what a column takes of the errors of those after it
     codes     [b, rows]  uint8, written: of the nearest entries
     error     [b, rows]  written: target minus what the codes stand for
 
@@ -97,7 +97,24 @@ def nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
             codes[row] = np.searchsorted(boundaries, values[row])
 
 
-@compiled(cache=True, nogil=True, error_model="numpy")
+@compiled(inline="always")
+def add_up(values: Any, count: int, shares: Any, rows: Any, begin: int, end: int) -> None:
+    """values += shares[begin:end] @ rows[begin:end], four rows at once, to load and store each value less."""
+    at = begin
+    while at + 4 <= end:
+        one, two, three, four = shares[at], shares[at + 1], shares[at + 2], shares[at + 3]
+        for row in range(count):
+            values[row] += (one * rows[at, row] + two * rows[at + 1, row]) + (
+                three * rows[at + 2, row] + four * rows[at + 3, row]
+            )
+        at += 4
+    for last in range(at, end):
+        share = shares[last]
+        for row in range(count):
+            values[row] += share * rows[last, row]
+
+
+@compiled(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 def _feed_back(
     begin: int,
     end: int,
@@ -118,10 +135,7 @@ def _feed_back(
         for column in range(columns - 1, -1, -1):
             for row in range(count):
                 value[row] = wanted[column, start + row]
-            for later in range(column + 1, columns):
-                share = unit[later, column]
-                for row in range(count):
-                    value[row] += share * errors[later, row]
+            add_up(value, count, unit[column], errors, column + 1, columns)
             for row in range(count):
                 value[row] /= step[column, start + row]
             nearest(value, count, boundaries, chosen)
@@ -132,7 +146,7 @@ def _feed_back(
                 codes[column, start + row] = chosen[row]
 
 
-@compiled(cache=True, nogil=True, error_model="numpy")
+@compiled(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 def _descend(
     begin: int,
     end: int,
@@ -149,21 +163,20 @@ def _descend(
     for start in range(begin, end, TILE):
         count = min(TILE, end - start)
         value, chosen = np.empty(TILE, np.float32), np.empty(TILE, np.int32)
-        pulls = pull[:, start : start + count].copy()
+        moves = np.empty((columns, TILE), np.float32)
         for column in range(columns):
+            for row in range(count):
+                value[row] = pull[column, start + row]
+            add_up(value, count, hessian[column], moves, 0, column)
             weight = hessian[column, column]
             for row in range(count):
                 at = start + row
-                wanted = pulls[column, row] / weight + target[column, at] - error[column, at]
+                wanted = value[row] / weight + target[column, at] - error[column, at]
                 value[row] = wanted / step[column, at]
             nearest(value, count, boundaries, chosen)
             for row in range(count):
                 at = start + row
                 moved = target[column, at] - codebook[chosen[row]] * step[column, at]
-                value[row] = moved - error[column, at]
+                moves[column, row] = moved - error[column, at]
                 error[column, at] = moved
                 codes[column, at] = chosen[row]
-            for later in range(column + 1, columns):
-                share = hessian[later, column]
-                for row in range(count):
-                    pulls[later, row] += share * value[row]
