@@ -34,8 +34,8 @@ def measure(peer: Path, shape: str, layers: int, work: Path) -> dict[str, Any]:
         shutil.copyfile(file, model / file.name)  # gptqmodel takes no model without
     ours = child(RECIPE, model, work)
     script = Path(__file__).with_name("gptq_peer.py")
-    command = [peer, script, model, work / TOKENS, work / "peer"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [peer.absolute(), script, model, work / TOKENS, work / "peer"]
+    ran = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise SystemExit(ran.stderr)
     return {
