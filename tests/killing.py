@@ -1,4 +1,4 @@
-"""Runs a job on the bundled model's first layers in child processes, kills them, and lets others go on.
+"""Runs a job on the bundled model in child processes, kills them with SIGKILL, and lets others go on.
 
 A script, so that the process that forks has one thread and has imported everything: each child costs its
 work alone. It prints one JSON object; the tests compare.
@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from anequant.checkpoints import writer
-from anequant.checkpoints.source import BUNDLED_MODEL, resolve_source
+from anequant.checkpoints.source import resolve_source
 from anequant.checkpoints.work_folder import WorkFolder
 from anequant.errors import AnequantError
 from anequant.pipeline import convert as convert_module
@@ -34,7 +33,6 @@ from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
 
 AT_ONCE = 2
-LAYERS = 2
 CALIBRATION = Calibration("self", samples=3, length=16)
 SIZES = LowerOptions(context=16, batch=8, chunks=2)
 
@@ -50,7 +48,7 @@ def kill_matrix(folder: Path, job: str, recipe: str, keys: dict[str, Any], every
     process goes on with the copy to the end. Yields the units of an uninterrupted run, and by place of the
     kill how that was, what it left, and what differs from the uninterrupted run in the end.
     """
-    run = _job(_first_layers(folder / "model"), job, recipe, keys)
+    run = _job(job, recipe, keys)
     units = _uninterrupted(run, folder / "whole")
     results: dict[str, Any] = {}
     running: dict[int, str] = {}
@@ -90,21 +88,8 @@ def differing(one: Path, other: Path) -> list[str]:
     return sorted(name for name in names if files[0].get(name, b"-") != files[1].get(name, b"-"))
 
 
-def _first_layers(folder: Path) -> Path:
-    """The bundled model's first layers, as a model of their own."""
-    shutil.copytree(BUNDLED_MODEL, folder)
-    config = json.loads((folder / "config.json").read_text())
-    beyond = tuple(f"model.layers.{layer}." for layer in range(LAYERS, config["num_hidden_layers"]))
-    config |= {"num_hidden_layers": LAYERS, "layer_types": config["layer_types"][:LAYERS]}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = load_file(folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(beyond)}
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def _job(model: Path, job: str, recipe: str, keys: dict[str, Any]) -> Run:
-    source, chosen = resolve_source(str(model)), load_recipe(recipe, keys)
+def _job(job: str, recipe: str, keys: dict[str, Any]) -> Run:
+    source, chosen = resolve_source(None), load_recipe(recipe, keys)
 
     def run(output: Path, notes: list[str]) -> None:
         control = Control(note=notes.append)
@@ -221,7 +206,7 @@ def _kill_in_publish() -> None:
 
 
 BETWEEN = {
-    "layer 2 of 2": lambda: _kill_in_tensor("model.layers.1.mlp.up_proj.weight"),
+    "layer 3 of 4": lambda: _kill_in_tensor("model.layers.2.mlp.up_proj.weight"),
     "checkpoint files": lambda: _kill_in_line(1),
     "qwen25_FFN_PF_lut4_chunk_01of02": lambda: _kill_in_package(1),
     "publish": lambda: _kill_in_publish(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +33,12 @@ def all_threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def measure(qwen2_29m: Path, eval_text: Path) -> Callable[[Path, int], Quality]:
-    """Quality against the float model, which runs once, on the first so many of 32 windows of 512 tokens."""
+def measure(qwen2_29m: Path, eval_text: Path) -> Callable[[Path], Quality]:
+    """Quality against the float model, which runs once, on 32 windows of 512 tokens."""
     base = open_checkpoint(qwen2_29m)
     tokens = read_windows(base, eval_text, 32, 512)
     reference = refer(base, tokens)
-
-    def measured(folder: Path, windows: int) -> Quality:
-        first = replace(reference, hidden=reference.hidden[:windows])
-        return evaluate_against(open_checkpoint(folder), tokens[:windows], first)
-
-    return measured
+    return lambda folder: evaluate_against(open_checkpoint(folder), tokens, reference)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +54,7 @@ def measure(qwen2_29m: Path, eval_text: Path) -> Callable[[Path, int], Quality]:
 )
 def test_extra_nll_of_qwen2_29m(
     qwen2_29m: Path,
-    measure: Callable[[Path, int], Quality],
+    measure: Callable[[Path], Quality],
     tmp_path: Path,
     recipe: str,
     overrides: dict[str, Any],
@@ -68,22 +62,23 @@ def test_extra_nll_of_qwen2_29m(
     most: float,
 ) -> None:
     quantize(resolve_source(str(qwen2_29m)), tmp_path / "out", load_recipe(recipe, overrides))
-    quality = measure(tmp_path / "out", 12)
-    assert (quality.windows, quality.tokens) == (12, 12 * 511)
+    quality = measure(tmp_path / "out")
+    assert (quality.windows, quality.tokens) == (32, 32 * 511)
     assert quality.extra_nll is not None and least <= quality.extra_nll <= most
 
 
-def calibrated(model: Path, output: Path, calibration: Calibration) -> None:
-    quantize(resolve_source(str(model)), output, load_recipe("w4-ane"), calibration)
+def calibrated(model: Path, output: Path, source: str, windows: int) -> None:
+    recipe = load_recipe("w4-ane")
+    quantize(resolve_source(str(model)), output, recipe, Calibration(source, windows, 512))
 
 
 def test_w4_ane_beats_groups_of_32(
-    qwen2_29m: Path, measure: Callable[[Path, int], Quality], calibration_text: Path, tmp_path: Path
+    qwen2_29m: Path, measure: Callable[[Path], Quality], calibration_text: Path, tmp_path: Path
 ) -> None:
     """One codebook per tensor against what the Neural Engine cannot run fast, calibrated on 24 windows."""
-    calibrated(qwen2_29m, tmp_path / "ours", Calibration(str(calibration_text), 24, 512))
+    calibrated(qwen2_29m, tmp_path / "ours", str(calibration_text), 24)
     affine_groups(qwen2_29m, tmp_path / "groups")
-    ours, groups = measure(tmp_path / "ours", 32), measure(tmp_path / "groups", 32)
+    ours, groups = measure(tmp_path / "ours"), measure(tmp_path / "groups")
     assert ours.extra_nll is not None and ours.kl is not None
     assert ours.extra_nll <= 0.018 and ours.kl <= 0.034
     assert groups.extra_nll is not None and groups.kl is not None
@@ -91,6 +86,6 @@ def test_w4_ane_beats_groups_of_32(
 
 
 def test_the_bundled_model_survives_w4_ane(tiny_qwen2: Path, tmp_path: Path) -> None:
-    calibrated(tiny_qwen2, tmp_path / "out", Calibration("self", 8, 256))
+    calibrated(tiny_qwen2, tmp_path / "out", "self", 24)
     quality = evaluate_text(str(tmp_path / "out"), SAMPLE_TEXT, str(tiny_qwen2), windows=8, length=256)
     assert quality.extra_nll is not None and quality.extra_nll <= 0.05

@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(matrix: dict[str, Any]) -> None:
     every = range(matrix["every"], len(units) + 1, matrix["every"])
     expected = {f"after {units[number - 1]}" for number in every} | {f"after {units[-1]}"}
     if matrix["every"] == 1:
-        expected |= {"in layer 2 of 2", "in checkpoint files", "in publish"}
+        expected |= {"in layer 3 of 4", "in checkpoint files", "in publish"}
         expected |= {"in qwen25_FFN_PF_lut4_chunk_01of02"}
     assert kills.keys() == expected
     for place, end in kills.items():
@@ -110,7 +110,7 @@ def test_a_run_that_goes_on_says_so(matrix: dict[str, Any]) -> None:
 def test_all_kinds_of_units_are_killed(matrix: dict[str, Any]) -> None:
     units = matrix["units"]
     assert units[0] == "fingerprint" and len(set(units)) == len(units)
-    assert {"embedding", "layer 1 of 2", "layer 2 of 2", "head", "checkpoint files"} <= set(units)
+    assert {"embedding", "layer 1 of 4", "layer 4 of 4", "head", "checkpoint files"} <= set(units)
     if matrix["job"] == "convert":
         assert {"ranges", "verify checkpoint", "verify packages", "lint", "quality"} <= set(units)
         assert sum("chunk" in name for name in units) == 2
