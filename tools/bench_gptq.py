@@ -20,11 +20,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_pipeline import LENGTH, TOKENS, WINDOWS, child
-from measured import DOCS, machine, when_and_where, write_json
+from bench_pipeline import LENGTH, RECIPES, TOKENS, WINDOWS, child
+from measured import DOCS, REPOSITORY, machine, when_and_where, write_json
 
-REPOSITORY = Path(__file__).parent.parent
-RECIPE = "w4-ane"
+RECIPE = RECIPES[0]
 
 
 def measure(peer: Path, shape: str, layers: int, work: Path) -> dict[str, Any]:

@@ -139,9 +139,7 @@ class _Cells:
 
 def nearest_codes(core: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest entry for every value: uint8, shape of `core`."""
-    codes = torch.empty(core.shape, dtype=torch.uint8)
-    nearest_entries(core.reshape(-1), codebook, codes.view(-1))
-    return codes
+    return nearest_entries(core.reshape(-1), codebook).view(core.shape)
 
 
 def _histogram(core: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anequant.quantization.kernels import TILE, compiled, nearest, on_threads
+from anequant.quantization.kernels import TILE, between, compiled, nearest, on_threads
 
 
 def counted(values: Tensor, bins: int, low: float, high: float) -> Tensor:
@@ -38,13 +38,15 @@ def lloyd_rounds(entries: Tensor, centres: Tensor, sums: Tensor, rounds: int, to
     return moved
 
 
-def nearest_entries(values: Tensor, codebook: Tensor, codes: Tensor) -> None:
-    """Write the index of the nearest entry of codebook [K] for every value [n]: uint8 [n]."""
-    flat, boundaries, found = values.numpy(), ((codebook[1:] + codebook[:-1]) / 2).numpy(), codes.numpy()
-    on_threads(lambda begin, end: _codes(flat[begin:end], boundaries, found[begin:end]), len(flat))
+def nearest_entries(values: Tensor, codebook: Tensor) -> Tensor:
+    """The index of the nearest entry of codebook [K] for every value [n]: uint8 [n]."""
+    flat, boundaries = values.numpy(), between(codebook.numpy())
+    codes = np.empty(len(flat), np.uint8)
+    on_threads(lambda begin, end: _codes(flat[begin:end], boundaries, codes[begin:end]), len(flat))
+    return torch.from_numpy(codes)
 
 
-@compiled(cache=True, nogil=True, error_model="numpy")
+@compiled
 def _count(values: Any, low: Any, width: Any, bins: Any, counts: Any) -> None:
     last, places = np.int32(len(counts) - 1), np.empty(TILE, np.int32)
     for start in range(0, len(values), TILE):
@@ -55,7 +57,7 @@ def _count(values: Any, low: Any, width: Any, bins: Any, counts: Any) -> None:
             counts[places[row]] += 1
 
 
-@compiled(cache=True, nogil=True)
+@compiled
 def _lloyd(entries: Any, centres: Any, sums: Any, rounds: int, tolerance: float) -> None:
     last = len(entries) - 1
     for _ in range(rounds):
@@ -73,7 +75,7 @@ def _lloyd(entries: Any, centres: Any, sums: Any, rounds: int, tolerance: float)
             break
 
 
-@compiled(cache=True, nogil=True)
+@compiled
 def _codes(values: Any, boundaries: Any, codes: Any) -> None:
     chosen = np.empty(TILE, np.int32)
     for start in range(0, len(values), TILE):

@@ -18,7 +18,14 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-compiled: Callable[..., Callable[[Callable[..., None]], Callable[..., None]]] = numba.njit
+Kernel = Callable[..., None]
+
+compiled: Callable[[Kernel], Kernel] = numba.njit(
+    cache=True, nogil=True, error_model="numpy", fastmath={"contract"}
+)
+"""Of what fastmath allows, only that a product and a sum are rounded once."""
+
+inlined: Callable[[Kernel], Kernel] = numba.njit(inline="always")
 
 TILE = 128
 MOST_COUNTED = 31
@@ -59,13 +66,18 @@ def descend(
     _run(_descend, pull, target, step, hessian, codebook, codes, error)
 
 
-def _run(kernel: Callable[..., None], *arguments: Tensor) -> None:
+def _run(kernel: Kernel, *arguments: Tensor) -> None:
     """The kernel on all rows."""
     *given, codebook, codes, error = (argument.numpy() for argument in arguments)
-    boundaries = (codebook[1:] + codebook[:-1]) / 2
+    boundaries = between(codebook)
     on_threads(
         lambda begin, end: kernel(begin, end, *given, boundaries, codebook, codes, error), error.shape[1]
     )
+
+
+def between(codebook: Any) -> Any:
+    """Where one entry of codebook [K], ascending, is as near as the next: [K - 1]."""
+    return (codebook[1:] + codebook[:-1]) / 2
 
 
 def on_threads(run: Callable[[int, int], T], size: int) -> list[T]:
@@ -83,7 +95,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-@compiled(inline="always")
+@inlined
 def nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
     """How many boundaries lie below each value."""
     if len(boundaries) <= MOST_COUNTED:
@@ -97,7 +109,7 @@ def nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
             codes[row] = np.searchsorted(boundaries, values[row])
 
 
-@compiled(inline="always")
+@inlined
 def add_up(values: Any, count: int, shares: Any, rows: Any, begin: int, end: int) -> None:
     """values += shares[begin:end] @ rows[begin:end], four rows at once, to load and store each value less."""
     at = begin
@@ -114,7 +126,7 @@ def add_up(values: Any, count: int, shares: Any, rows: Any, begin: int, end: int
             values[row] += share * rows[last, row]
 
 
-@compiled(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+@compiled
 def _feed_back(
     begin: int,
     end: int,
@@ -146,7 +158,7 @@ def _feed_back(
                 codes[column, start + row] = chosen[row]
 
 
-@compiled(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+@compiled
 def _descend(
     begin: int,
     end: int,
