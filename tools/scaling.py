@@ -148,7 +148,7 @@ def sentences(found: dict[str, Any]) -> str:
     per_layer, fixed, off_layers = slope(layers)
     per_window, _, off_windows = slope(windows)
     peaks = [run["peak"] / 1e9 for run in found["runs"] if run["windows"] == WINDOWS]
-    ahead = found["predicted"]
+    ahead = predictions(json.loads((DOCS / "pipeline.json").read_text(encoding="utf-8")))
     seconds = ahead["seconds_per_layer"]
     said = [
         f"A layer of Qwen2.5-0.5B takes {per_layer:.1f} s beside {fixed:.1f} s for embedding, head and files "
@@ -235,13 +235,11 @@ def main() -> None:
     parser.add_argument("texts", nargs="*", type=Path, metavar="MODEL TEXT CALIBRATION")
     parser.add_argument("--json", type=Path, default=DOCS / "scaling.json")
     options = parser.parse_args()
-    pipeline = json.loads((DOCS / "pipeline.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as work:
         found: dict[str, Any] = {"machine": machine(), "runs": grow(Path(work))}
         if options.texts:
             model, text, calibration = options.texts
             found["order"] = order(model, text, calibration, Path(work))
-    found["predicted"] = predictions(pipeline)
     write_json(options.json, found)
     options.json.with_suffix(".svg").write_text(chart(found), encoding="utf-8")
     print(sentences(found))

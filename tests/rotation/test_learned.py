@@ -171,13 +171,12 @@ def test_the_students_divergence_is_that_of_the_written_checkpoint(
 def test_learned_rotations_are_orthogonal_and_better(
     tiny: Checkpoint, windows: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the worst start of eight seeds: a good one leaves eight steps little to find."""
     monkeypatch.setattr(learning, "EVALUATE_EVERY", 4)
-    recipe = load_recipe("w4-nearest", {**W4A4, "learn": 8, "seed": 7})
+    recipe = load_recipe("w4-nearest", {**W4A4, "learn": 16})
     chosen = choose_rotations(tiny, recipe, windows, None, silent)
     assert chosen.choice is not None and chosen.matrices is not None
     learned = chosen.choice.learned
-    assert learned is not None and learned.steps in (4, 8)
+    assert learned is not None and learned.steps in (4, 8, 12, 16)
     assert learned.held_out_after < 0.99 * learned.held_out_before
     start = plan_rotations(tiny.spec, recipe).matrices()
     assert chosen.matrices.keys() == start.keys()
