@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["QuantizedCache", "convert", "evaluate", "load", "lower", "quantize", "verify"]
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-"""Idle threads sleep. Spinning ones make small operations 5 times slower on a busy machine."""
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
+"""Idle threads sleep, torch's and numpy's. Spinning ones take the cores from each other: they make small
+operations 5 times slower on a busy machine, and a calibrated conversion of a small model a third slower."""
 
 _PLACES = {
     **dict.fromkeys(("convert", "evaluate", "lower", "quantize", "verify"), "anequant.api"),

@@ -8,6 +8,9 @@ far. A layer is two halves, attention and MLP, of the form
 and both walkers stop before `first` and before `last`: for the moments of their inputs, and for the quantized
 walker until what it goes through is quantized. So everything runs once, some windows at a time, and beside
 hidden states and moments only the quantized input of `last` is held.
+
+Linears are run in bfloat16 where the processor has it, whose rounding, 2**-9 of a factor, is far below the
+errors of quantization that moments are to see; moments are added up in float32 from what comes out.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from anequant.architectures.spec import Linear, ModelSpec
 from anequant.calibration.forward import WINDOWS_AT_ONCE, ReferenceModel
 from anequant.quantization.online import NOTHING, Online
-from anequant.quantization.products import add_square, product
+from anequant.quantization.products import add_square, bfloat16_linears, product
 from anequant.quantization.statistics import InputStatistics, Moments
 
 HELD_OUT = 6
@@ -67,14 +71,15 @@ class Walkers:
             self._models[side].inputs(layer, sides[side], self._views(side), name, within=True)
             for side in range(2)
         ]
-        for part, float_input, quantized_input in zip(self._parts, *inputs, strict=True):
-            seen = float_input
-            if ends:
-                seen = product(float_input, weight.T)
-                self._advance(0, part, seen, bias)
-                inner.append(quantized_input)
-            if moments:
-                sums[part.start >= self._cut].add(seen, quantized_input, float_input)
+        with bfloat16_linears():
+            for part, float_input, quantized_input in zip(self._parts, *inputs, strict=True):
+                seen = float_input
+                if ends:
+                    seen = linear(float_input, weight)
+                    self._advance(0, part, seen, bias)
+                    inner.append(quantized_input)
+                if moments:
+                    sums[part.start >= self._cut].add(seen, quantized_input, float_input)
         self._inner = inner
         if not moments:
             return None
@@ -87,8 +92,9 @@ class Walkers:
         if group[0].norm is not None:
             return
         weight, bias = quantized[f"{name}.weight"].float(), quantized.get(f"{name}.bias")
-        for part, inner in zip(self._parts, self._inner, strict=True):
-            self._advance(1, part, product(inner, weight.T), bias)
+        with bfloat16_linears():
+            for part, inner in zip(self._parts, self._inner, strict=True):
+                self._advance(1, part, linear(inner, weight), bias)
         self._inner = []
 
     def quantized_inputs(

@@ -74,7 +74,7 @@ def quantize_calibrated(
         )
     target = corrected_target(weight, moments, rounding.correction)
     fitted = fit_core(
-        target,
+        target.values,
         rounding.bits,
         rounding.codebook,
         rounding.scales,
@@ -84,9 +84,9 @@ def quantize_calibrated(
     )
     damping = _choose_damping(weight, fitted, statistics, rounding)
     if damping is None:
-        codes = nearest_codes(fitted.core(target), fitted.codebook)
+        codes = nearest_codes(fitted.core(target.values), fitted.codebook)
         return bound_bias(fitted.linear(codes, bias), name), None
-    grid = _grid(target, fitted)
+    grid = _grid(target.values, fitted)
     factor = moments.factor(damping)
     hessian = damped(moments.hessian, factor.ridge)
     current = rounded(grid, hessian, gptq(grid, factor))
@@ -95,16 +95,33 @@ def quantize_calibrated(
         return bound_bias(fitted.linear(current.codes.T.contiguous(), bias), name), damping
     if input_scale is not None and rounding.scales == "balanced":
         rounding = replace(rounding, scales="output")
-    fitted, codes = _refine(grid, fitted, hessian, current, rounding)
+    pull = product(weight, moments.hessian) if target.pull is None else target.pull
+    weight_pull = pull.add_(target.values, alpha=factor.ridge)
+    fitted, codes = _refine(grid, fitted, hessian, weight_pull, current, rounding)
     return bound_bias(fitted.linear(codes.T.contiguous(), bias), name), damping
 
 
-def corrected_target(weight: Tensor, moments: Moments, share: float, rows: slice = slice(None)) -> Tensor:
-    """W + share * W (C - H) (H + damping)^-1 for some rows of weight [out, in], float32."""
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What is rounded, and its product with the Hessian where that is known, float32 [out, in]."""
+
+    values: Tensor
+    pull: Tensor | None
+
+
+def corrected_target(weight: Tensor, moments: Moments, share: float, rows: slice = slice(None)) -> Target:
+    """W + share * S with S = W (C - H) (H + ridge)^-1, for some rows of weight [out, in].
+
+    S H is W (C - H) - ridge * S, so the target's product with H takes only that of W.
+    """
     if share == 0:
-        return weight[rows]
-    missing = moments.wanted(weight, rows) - product(weight[rows], moments.hessian)
-    return weight[rows] + share * moments.factor(TARGET_DAMPING).solve(missing.T).T
+        return Target(weight[rows], None)
+    pull = product(weight[rows], moments.hessian)
+    missing = moments.wanted(weight, rows) - pull
+    factor = moments.factor(TARGET_DAMPING)
+    step = factor.solve(missing.T).T.mul_(share)
+    pull.add_(missing, alpha=share).sub_(step, alpha=factor.ridge)
+    return Target(weight[rows] + step, pull)
 
 
 def _choose_damping(
@@ -112,7 +129,7 @@ def _choose_damping(
 ) -> float | None:
     """The damping with the least output error on held-out windows, tried with the fit windows' moments."""
     rows = slice(0, None, max(1, weight.shape[0] // TRIAL_ROWS))
-    target = corrected_target(weight, statistics.fit, rounding.correction, rows)
+    target = corrected_target(weight, statistics.fit, rounding.correction, rows).values
     wanted, trial = statistics.held_out.wanted(weight, rows), fitted.rows(rows)
 
     def loss(damping: float | None) -> float:
@@ -135,10 +152,16 @@ def _descend(grid: Grid, hessian: Tensor, current: Rounded, passes: int) -> None
 
 
 def _refine(
-    grid: Grid, fitted: FittedCore, hessian: Tensor, current: Rounded, rounding: Rounding
+    grid: Grid,
+    fitted: FittedCore,
+    hessian: Tensor,
+    weight_pull: Tensor,
+    current: Rounded,
+    rounding: Rounding,
 ) -> tuple[FittedCore, Tensor]:
-    """Better scales and codebook and codes uint8 [in, out], for the damped Hessian that gptq saw."""
-    target, weight_pull = grid.target.T, product(hessian, grid.target).T
+    """Better scales and codebook and codes uint8 [in, out], for the damped Hessian that gptq saw and the
+    weight's product with it [out, in]."""
+    target = grid.target.T
     for _ in range(rounding.refinement):
         refitted = refit(
             weight_pull,

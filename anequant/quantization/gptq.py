@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from anequant.quantization import kernels
-from anequant.quantization.products import product
+from anequant.quantization.products import add_product, product
 
 BLOCK = 256
 DAMPING_GROWTH = 10.0
@@ -65,7 +65,7 @@ def factorize(hessian: Tensor, damping: float = 0.0) -> Factor:
     """
     order = hessian.diagonal().argsort(stable=True)
     mean = float(hessian.diagonal().mean()) or 1.0
-    ordered = hessian[order][:, order]
+    ordered = hessian[order].index_select(1, order)
     ridge = 0.0
     while True:
         ordered.diagonal().add_(damping * mean - ridge)
@@ -141,4 +141,4 @@ def descend(grid: Grid, hessian: Tensor, current: Rounded) -> None:
             current.codes[block],
             current.error[block],
         )
-        current.pull.add_(product(hessian[:, block], current.error[block] - before))
+        add_product(current.pull, hessian[:, block], current.error[block] - before)

@@ -1,14 +1,17 @@
-"""Matrix products of float32, by the BLAS that numpy comes with.
+"""Matrix products of float32, by the BLAS that numpy comes with where that is faster.
 
 numpy's OpenBLAS chooses its kernels by what a processor can do, torch's MKL by who made it: on an AMD EPYC
-the former is 1.3 times as fast (`tools/bench_pipeline.py` says by how much here). And numpy takes the product
-of a matrix with its own transpose as one, half the work. It gets as many threads as torch has, since
-the last digits of a product depend on that.
+the former is up to 1.3 times as fast (`tools/bench_pipeline.py` says by how much here). And numpy takes the
+product of a matrix with its own transpose as one, half the work. It gets as many threads as torch has, since
+the last digits of a product depend on that. What is added to goes through torch, which needs no pass of its
+own for that.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -21,11 +24,36 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return torch.from_numpy(left.numpy() @ right.numpy())
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [m, n] += left [m, k] @ right [k, n], float32."""
+    total.addmm_(left, right)
+
+
 def add_square(total: Tensor, rows: Tensor) -> None:
     """total [k, k] += rows.T @ rows, for rows [n, k]."""
     _share(torch.get_num_threads())
     values = rows.numpy()
     total += torch.from_numpy(values.T @ values)
+
+
+@contextmanager
+def bfloat16_linears() -> Iterator[None]:
+    """In here torch's linears round inputs and weights to bfloat16 and add up in float32, if the processor
+    has instructions for that. Functions of this module do not."""
+    before = torch.get_float32_matmul_precision()
+    if has_bfloat16():
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies matrices of bfloat16 faster than of float32."""
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("amx_bf16") or can.get("avx512_bf16"))
 
 
 @lru_cache(maxsize=1)

@@ -18,6 +18,7 @@ from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import Source
 from anequant.pipeline import rounder
 from anequant.pipeline.quantize import quantize
+from anequant.quantization import products
 from anequant.quantization.calibrated import quantize_calibrated
 from anequant.quantization.statistics import InputStatistics, Moments
 from anequant.recipe import Calibration
@@ -64,7 +65,7 @@ def assert_moments(actual: Moments, x: Tensor, x_float: Tensor, weight: Tensor |
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_moments_are_those_of_the_models_own_inputs(
-    make_model: Callable[..., Path], tmp_path: Path, model_type: str
+    make_model: Callable[..., Path], without_bfloat16: None, tmp_path: Path, model_type: str
 ) -> None:
     folder = make_model(tmp_path / "model", model_type, False)
     checkpoint = open_checkpoint(folder)
@@ -104,6 +105,34 @@ def test_moments_are_those_of_the_models_own_inputs(
     assert_moments(seen.everything, x, x_float)
 
 
+def test_this_processors_linears_change_moments_little(
+    tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By less than 1% at the end of a trained model, as performance.md says, and not at all in float32."""
+    checkpoint = open_checkpoint(tiny_qwen2)
+    spec = checkpoint.spec
+    tokens = torch.randint(spec.vocab_size, (WINDOWS, 64), generator=torch.Generator().manual_seed(3))
+    embedded = checkpoint.read("model.embed_tokens.weight")[tokens].float()
+
+    def walk() -> list[Tensor]:
+        walkers, found = Walkers(spec, embedded, embedded), []
+        for layer in range(spec.num_layers):
+            original = {name: value.float() for name, value in checkpoint.layer(layer).items()}
+            current = rounded(original)
+            for group in spec.input_groups:
+                seen = walkers.read(layer, original, current, group, moments=True)
+                assert seen is not None
+                found += [seen.fit.hessian, seen.fit.cross if seen.fit.outputs is None else seen.fit.outputs]
+                walkers.write(current, group)
+        return found
+
+    ours, rounds = walk(), products.has_bfloat16()
+    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(ours, walk(), strict=True)]
+    assert max(errors) < 0.01, errors
+    assert rounds or max(errors) == 0
+
+
 def test_a_single_window_serves_both_ends(make_model: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path / "model", "llama", False))
     embedded = torch.randn(1, LENGTH, 128, generator=torch.Generator().manual_seed(1))
@@ -120,7 +149,11 @@ def test_a_single_window_serves_both_ends(make_model: Callable[..., Path], tmp_p
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_the_pass_sees_the_inputs_of_the_model_that_it_writes(
-    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+    make_model: Callable[..., Path],
+    without_bfloat16: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
 ) -> None:
     """Inputs depend on what comes before alone, so the finished model shows them all. Folding takes the
     gain out of what a norm feeds."""

@@ -1,0 +1,55 @@
+"""Products against float64, and where bfloat16 is let in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from anequant.quantization.products import (
+    add_product,
+    add_square,
+    bfloat16_linears,
+    has_bfloat16,
+    product,
+)
+
+
+def some(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def off(value: Tensor, reference: Tensor) -> float:
+    return float((value.double() - reference).norm() / reference.norm())
+
+
+def test_products_are_those_of_float64() -> None:
+    left, right, total = some(70, 130), some(130, 50), some(70, 50)
+    exact = left.double() @ right.double()
+    assert off(product(left, right), exact) < 1e-6
+    assert off(product(right.T, left.T), exact.T) < 1e-6
+    wanted = total.double() + exact
+    add_product(total, left, right)
+    assert off(total, wanted) < 1e-6
+    square = some(130, 130)
+    wanted = square.double() + left.double().T @ left.double()
+    add_square(square, left)
+    assert off(square, wanted) < 1e-6
+
+
+def test_bfloat16_is_for_linears_alone() -> None:
+    rows, weight = some(300, 256), some(200, 256)
+    exact = rows.double() @ weight.double().T
+    coarse = rows.bfloat16().double() @ weight.bfloat16().double().T
+    with bfloat16_linears():
+        inside, beside = linear(rows, weight), product(rows, weight.T)
+    assert off(inside, coarse if has_bfloat16() else exact) < 1e-6
+    assert off(beside, exact) < 1e-6 and off(linear(rows, weight), exact) < 1e-6
+
+
+def test_an_error_ends_bfloat16() -> None:
+    rows, weight = some(300, 256), some(200, 256)
+    with pytest.raises(ZeroDivisionError), bfloat16_linears():
+        raise ZeroDivisionError
+    assert off(linear(rows, weight), rows.double() @ weight.double().T) < 1e-6
