@@ -28,6 +28,7 @@ from anequant.architectures.spec import EMBEDDING, Space
 from anequant.calibration.forward import ReferenceModel
 from anequant.checkpoints.layers import QuantizedLayer, load_layer
 from anequant.checkpoints.reader import Checkpoint
+from anequant.quantization.codebook_kernels import looked_up
 from anequant.quantization.scales import spread
 from anequant.rotation.orthogonal import Rotation
 
@@ -103,8 +104,7 @@ def _largest_sum(layer: QuantizedLayer, name: str, inputs: Tensor) -> float:
     linear = layer.linears[name]
     scaled = (inputs * linear.input_scale).abs()
     loudest = scaled[scaled.sum(1).topk(min(LOUDEST_TOKENS, len(scaled))).indices]
-    core = torch.index_select(linear.codebook.abs(), 0, linear.codes.reshape(-1).int())
-    weight = core.view(linear.codes.shape)
+    weight = looked_up(linear.codebook.abs(), linear.codes)
     if linear.output_scale.ndim == 2:
         weight = weight * spread(linear.output_scale, weight.shape[1]).abs()
     return float((loudest @ weight.T).max())

@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 from anequant.architectures.spec import Linear, ModelSpec
 from anequant.calibration.forward import WINDOWS_AT_ONCE, ReferenceModel
 from anequant.quantization.online import NOTHING, Online
-from anequant.quantization.products import add_square, bfloat16_linears, product
+from anequant.quantization.products import add_product, add_square, bfloat16_linears, mirror
 from anequant.quantization.statistics import InputStatistics, Moments
 
 HELD_OUT = 6
@@ -143,11 +143,12 @@ class _Sums:
         """seen [tokens, m], x and x_float [tokens, in]."""
         self._paired += (x * x_float).sum(0)
         add_square(self._square, x)
-        self._mixed += product(seen.T, x)
+        add_product(self._mixed, seen.T, x)
         self._tokens += len(x)
 
     def moments(self, *, outputs: bool) -> Moments:
         count = max(1, self._tokens)
+        mirror(self._square)
         square, mixed = self._square.div_(count), self._mixed.div_(count)
         if outputs:
             return Moments(square, self._tokens, None, mixed, self._paired / count)

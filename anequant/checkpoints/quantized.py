@@ -18,6 +18,7 @@ from torch import Tensor
 from anequant.checkpoints.foreign import found_codebook, whole_codebook
 from anequant.errors import InputError, VerificationError
 from anequant.quantization.codebook import nearest_codes
+from anequant.quantization.codebook_kernels import looked_up
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.scales import spread
 
@@ -118,10 +119,10 @@ def _recover_codes(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     output_scales = tensors[f"{name}.output_scales"].half()
     codebook = tensors[f"{name}.codebook"].half().float().reshape(-1)
     every_float16 = torch.from_numpy(np.arange(65536, dtype=np.uint16).view(np.float16))
-    code_of = nearest_codes(every_float16.float(), codebook).numpy()
-    codes = np.empty(tuple(weight.shape), dtype=np.uint8)
-    for start in range(0, codes.shape[0], ROWS):
+    code_of = nearest_codes(every_float16.float(), codebook)
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    for start in range(0, len(codes), ROWS):
         rows = slice(start, start + ROWS)
         core = weight[rows] / (input_scales * spread(output_scales[rows], weight.shape[1]))
-        codes[rows] = code_of[core.numpy().view(np.uint16)]
-    return torch.from_numpy(codes)
+        codes[rows] = looked_up(code_of, core.view(torch.uint16))
+    return codes

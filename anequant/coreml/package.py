@@ -42,7 +42,7 @@ def save_package(program: Program, path: Path, metadata: Mapping[str, str]) -> N
             main_pipeline=ct.PassPipeline.EMPTY,
             skip_model_load=True,
         )
-        model.save(str(path))
+        Path(model.package_path).rename(path)  # what `model.save` would copy
         _take_modes(path, scratch.stat().st_mode)
     _make_deterministic(path, metadata)
 

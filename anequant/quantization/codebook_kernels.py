@@ -46,6 +46,20 @@ def nearest_entries(values: Tensor, codebook: Tensor) -> Tensor:
     return torch.from_numpy(codes)
 
 
+def looked_up(table: Tensor, places: Tensor) -> Tensor:
+    """table[places] for a table [K] and places of any shape, uint8 or uint16, below K."""
+    values, flat = table.numpy(), places.reshape(-1).numpy()
+    found = np.empty(len(flat), values.dtype)
+    on_threads(lambda begin, end: _look_up(values, flat[begin:end], found[begin:end]), len(flat))
+    return torch.from_numpy(found).view(places.shape)
+
+
+@compiled
+def _look_up(table: Any, places: Any, found: Any) -> None:
+    for number in range(len(places)):
+        found[number] = table[places[number]]
+
+
 @compiled
 def _count(values: Any, low: Any, width: Any, bins: Any, counts: Any) -> None:
     last, places = np.int32(len(counts) - 1), np.empty(TILE, np.int32)

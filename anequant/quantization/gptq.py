@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from anequant.quantization import kernels
+from anequant.quantization.codebook_kernels import looked_up
 from anequant.quantization.products import add_product, product
 
 BLOCK = 256
@@ -123,7 +124,7 @@ def gptq(grid: Grid, factor: Factor) -> Tensor:
 
 def rounded(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
     """What codes uint8 [in, out] leave, with hessian [in, in]."""
-    error = grid.target - grid.codebook[codes.int()] * grid.step
+    error = grid.target - looked_up(grid.codebook, codes) * grid.step
     return Rounded(codes.clone(), error, product(hessian, error))
 
 

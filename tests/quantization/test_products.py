@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from anequant.quantization.products import (
+    SQUARE_BLOCK,
     add_product,
     add_square,
     bfloat16_linears,
     has_bfloat16,
+    mirror,
     product,
 )
 
@@ -32,10 +34,17 @@ def test_products_are_those_of_float64() -> None:
     wanted = total.double() + exact
     add_product(total, left, right)
     assert off(total, wanted) < 1e-6
-    square = some(130, 130)
-    wanted = square.double() + left.double().T @ left.double()
-    add_square(square, left)
-    assert off(square, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("size", [130, SQUARE_BLOCK, 3 * SQUARE_BLOCK - 7])
+def test_squares_are_those_of_float64(size: int) -> None:
+    rows, total = some(70, size), torch.zeros(size, size)
+    for part in rows.split(40):
+        add_square(total, part)
+    exact = rows.double().T @ rows.double()
+    assert off(total.tril(), exact.tril()) < 1e-6
+    mirror(total)
+    assert off(total, exact) < 1e-6 and torch.equal(total, total.T)
 
 
 def test_bfloat16_is_for_linears_alone() -> None:
