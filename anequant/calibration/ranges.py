@@ -24,15 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anequant.architectures.spec import EMBEDDING, Space
+from anequant.architectures.spec import EMBEDDING, Space, layer_prefix
 from anequant.calibration.forward import ReferenceModel
-from anequant.checkpoints.layers import QuantizedLayer, load_layer
 from anequant.checkpoints.reader import Checkpoint
-from anequant.quantization.codebook_kernels import looked_up
-from anequant.quantization.scales import spread
 from anequant.rotation.orthogonal import Rotation
 
 LOUDEST_TOKENS = 32
+WEIGHT_ROUNDING = 2.0**-9
+"""Of bfloat16, in which checkpoints made elsewhere are stored; float16 rounds to a quarter of it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
     hidden = checkpoint.read(f"{EMBEDDING}.weight")[tokens].float()
     ranges = []
     for number in range(spec.num_layers):
-        layer = load_layer(checkpoint, number)
         tensors = {name: value.float() for name, value in checkpoint.layer(number).items()}
         sums: dict[str, float] = {}
         residual, products, scores, turns = float(hidden.abs().max()), 0.0, 0.0, 0.0
@@ -72,7 +70,8 @@ def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
                 inputs = arriving
                 if online.active:
                     (inputs,) = model.inputs(number, tensors, [hidden], linear.name, within=True)
-                sums[linear.name] = _largest_sum(layer, linear.name, inputs)
+                scales = _scales(checkpoint, layer_prefix(number) + linear.name)
+                sums[linear.name] = _largest_sum(tensors[f"{linear.name}.weight"], *scales, inputs)
                 output = _output(tensors, linear.name, inputs)
                 largest = float(output.abs().max())
                 if linear.output.space is Space.RESIDUAL:
@@ -100,14 +99,20 @@ def _output(tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
     return output if bias is None else output + bias
 
 
-def _largest_sum(layer: QuantizedLayer, name: str, inputs: Tensor) -> float:
-    linear = layer.linears[name]
-    scaled = (inputs * linear.input_scale).abs()
-    loudest = scaled[scaled.sum(1).topk(min(LOUDEST_TOKENS, len(scaled))).indices]
-    weight = looked_up(linear.codebook.abs(), linear.codes)
-    if linear.output_scale.ndim == 2:
-        weight = weight * spread(linear.output_scale, weight.shape[1]).abs()
-    return float((loudest @ weight.T).max())
+def _scales(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Tensor]:
+    """Magnitudes of a linear's input scales [in] and of the output scales [out] that come after the
+    convolution, which are ones where scales of groups are in the weight."""
+    inputs, outputs = (checkpoint.read(f"{name}.{side}_scales").float().abs() for side in ("input", "output"))
+    return inputs[0], outputs[:, 0] if outputs.shape[1] == 1 else torch.ones(len(outputs))
+
+
+def _largest_sum(weight: Tensor, input_scale: Tensor, output_scale: Tensor, inputs: Tensor) -> float:
+    """What is stored is the entries times both scales, rounded, so that |entry| |input_scale x| is at most
+    |weight| |x| / |output_scale| and WEIGHT_ROUNDING of it."""
+    sizes = inputs.abs()
+    loudest = (sizes @ input_scale).topk(min(LOUDEST_TOKENS, len(sizes))).indices
+    sums = (sizes[loudest] @ weight.abs().T) / output_scale
+    return float(sums.max()) * (1 + WEIGHT_ROUNDING)
 
 
 def _largest_norm(inputs: Tensor, rotation: Rotation) -> float:

@@ -14,7 +14,15 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 from anequant.coreml.streaming import streaming
-from anequant.coreml.toolkit import TARGET, Model_pb2, Program, ct, mil_convert, quiet_logging
+from anequant.coreml.toolkit import (
+    TARGET,
+    Model_pb2,
+    PassPipelineManager,
+    Program,
+    ct,
+    mil_convert,
+    quiet_logging,
+)
 
 NO_SPACE = 1_000_000
 """Free bytes below which writing fails for want of space."""
@@ -29,11 +37,10 @@ def save_package(program: Program, path: Path, metadata: Mapping[str, str]) -> N
     No pass runs because several rewrite what was meant: `fuse_conv_scale` folds scales into weights and
     `canonicalize_quantized_lut_pattern` splits one codebook into one per channel.
     """
-    program.skip_all_passes = True
     scratch = path.with_name(f".{path.name}.scratch")
     streamed = streaming(scratch, path / WEIGHT_FILE)
-    with redirect_stderr(io.StringIO()), quiet_logging(), _scratch_at(scratch), streamed:
-        model = mil_convert(
+    with redirect_stderr(io.StringIO()), quiet_logging(), _scratch_at(scratch), streamed, _without_passes():
+        mil_convert(
             program,
             convert_from="milinternal",
             convert_to="mlprogram",
@@ -41,10 +48,22 @@ def save_package(program: Program, path: Path, metadata: Mapping[str, str]) -> N
             specification_version=TARGET.value,
             main_pipeline=ct.PassPipeline.EMPTY,
             skip_model_load=True,
+            package_dir=str(path),
         )
-        Path(model.package_path).rename(path)  # what `model.save` would copy
         _take_modes(path, scratch.stat().st_mode)
     _make_deterministic(path, metadata)
+
+
+@contextmanager
+def _without_passes() -> Iterator[None]:
+    """coremltools runs no pass, and does not validate and print all of the program between them: that takes
+    longer than writing it. It is validated when it is written."""
+    before = PassPipelineManager.apply_pipeline
+    PassPipelineManager.apply_pipeline = staticmethod(lambda program, pipeline: None)
+    try:
+        yield
+    finally:
+        PassPipelineManager.apply_pipeline = staticmethod(before)
 
 
 @contextmanager

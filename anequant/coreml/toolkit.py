@@ -24,6 +24,7 @@ with quiet_logging():
     from coremltools.converters.mil.converter import mil_convert
     from coremltools.converters.mil.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, get_new_symbol, types
+    from coremltools.converters.mil.mil.passes.pass_pipeline import PassPipelineManager
     from coremltools.libmilstoragepython import _BlobStorageReader as BlobReader
     from coremltools.proto import MIL_pb2, Model_pb2
 
@@ -35,6 +36,7 @@ __all__ = [
     "Function",
     "MIL_pb2",
     "Model_pb2",
+    "PassPipelineManager",
     "Program",
     "ct",
     "get_new_symbol",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,8 +88,22 @@ def lower_into(
 ) -> LowerResult:
     """As `lower`, into a folder of a job's output; `name` is the model's name in meta.yaml."""
     checkpoint = open_quantized(checkpoint_folder)
+    check_lowering(checkpoint.spec, options, checkpoint.online)
+    with ThreadPoolExecutor(1) as beside:
+        hashes = beside.submit(checkpoint_hashes, checkpoint)
+        return _lower(folder, checkpoint, name, options, progress, journal, hashes)
+
+
+def _lower(
+    folder: Path,
+    checkpoint: Checkpoint,
+    name: str,
+    options: LowerOptions,
+    progress: Progress,
+    journal: Journal,
+    hashes: Future[dict[str, str]],
+) -> LowerResult:
     spec = checkpoint.spec
-    check_lowering(spec, options, checkpoint.online)
     progress(RANGES, journal.share(RANGES)[0])
     headroom = plan_headroom(_ranges(checkpoint, journal))
     chunks = options.chunks or least_chunks(checkpoint, options.context, options.max_chunk_mb)
@@ -108,7 +123,7 @@ def lower_into(
     )
     with passing_folder(journal.tasks) as home:
         tasks = [
-            PackageTask(package, part, checkpoint_folder, home, options, headroom, metadata)
+            PackageTask(package, part, checkpoint.folder, home, options, headroom, metadata)
             for package, part, metadata in _parts(packages, spec.num_layers)
         ]
         sizes = _build(folder, tasks, progress, journal)
@@ -117,7 +132,7 @@ def lower_into(
         write_meta(folder, packages)
         _write_side_files(folder, checkpoint)
         contents = {
-            "checkpoint": checkpoint_hashes(checkpoint),
+            "checkpoint": hashes.result(),
             "options": {**asdict(options), "chunks": chunks},
             "packages": [asdict(size) for size in sizes],
             "headroom": asdict(headroom),
