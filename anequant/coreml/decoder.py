@@ -12,7 +12,7 @@ from torch import Tensor
 from anequant.architectures.spec import ModelSpec, Space, layer_prefix
 from anequant.checkpoints.layers import QuantizedLayer
 from anequant.coreml.linears import linear, stored_codes
-from anequant.coreml.online_rotations import FFN, KEY, QUERY, online_weights, turned, weight_constants
+from anequant.coreml.online_rotations import turned, weight_constants
 from anequant.coreml.program import (
     Var,
     attention,
@@ -26,6 +26,7 @@ from anequant.coreml.program import (
     to_channels,
     write_state,
 )
+from anequant.coreml.rotation_weights import FFN, KEY, QUERY, online_weights
 from anequant.coreml.toolkit import TARGET, Function, Program, mb, types
 from anequant.quantization.online import NOTHING, Online
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anequant.coreml.toolkit import ct
 from anequant.errors import UnsupportedError
 
 
@@ -46,6 +45,8 @@ class DevicePackage:
 
     def _function(self, name: str | None) -> Any:
         if name not in self._functions:
+            from anequant.coreml.toolkit import ct
+
             units = ct.ComputeUnit.CPU_AND_NE
             self._functions[name] = ct.models.MLModel(str(self.path), compute_units=units, function_name=name)
         return self._functions[name]

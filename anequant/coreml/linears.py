@@ -26,8 +26,9 @@ from anequant.architectures.spec import HEAD
 from anequant.coreml.program import Var, float16_constant, identifier, shared_constant
 from anequant.coreml.streaming import streamed_constant
 from anequant.coreml.toolkit import mb, types
+from anequant.coreml.weight_forms import stores_integers
 from anequant.errors import UnsupportedError
-from anequant.quantization.codebook import codebook_step, uniform_codebook
+from anequant.quantization.codebook import codebook_step
 from anequant.quantization.linear import FloatTable, QuantizedLinear
 
 Array = np.ndarray[Any, Any]
@@ -62,15 +63,6 @@ def palettized(codes: Array, codebook: Tensor, name: str, shared_codebook: str, 
 def packed_codes(quantized: QuantizedLinear) -> Array:
     """Codes [out, in] as numpy in the sub-byte type of their width."""
     return quantized.codes.numpy().view(CODE_DTYPES[quantized.bits])
-
-
-def stores_integers(quantized: QuantizedLinear, *, rounded: bool) -> bool:
-    """Whether a package holds the integers themselves of a linear whose input is `rounded` or not: those of
-    8 bits that rounded inputs meet, and all integers of 4 or 8 bits that have scales of groups."""
-    if rounded or quantized.output_scale.ndim == 1:
-        return rounded and quantized.bits == 8
-    uniform = quantized.bits in INTEGER_DTYPES
-    return uniform and torch.equal(quantized.codebook, uniform_codebook(quantized.bits))
 
 
 def stored_codes(quantized: QuantizedLinear, name: str, *, rounded: bool) -> Array:

@@ -11,8 +11,8 @@ from torch import Tensor
 from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec, layer_prefix
 from anequant.checkpoints.layers import projection_bits
 from anequant.checkpoints.reader import Checkpoint
-from anequant.coreml.linears import stores_integers
-from anequant.coreml.online_rotations import online_weights
+from anequant.coreml.rotation_weights import online_weights
+from anequant.coreml.weight_forms import stores_integers
 from anequant.errors import UnsupportedError
 from anequant.quantization.linear import FloatTable, QuantizedLinear
 from anequant.quantization.online import Online

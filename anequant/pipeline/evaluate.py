@@ -19,7 +19,6 @@ from anequant.errors import InputError, UsageError
 from anequant.evaluation.divergence import Quality, evaluate
 from anequant.evaluation.layers import LayerError, embedding_error, layer_errors
 from anequant.evaluation.tasks import TaskScores, run_tasks
-from anequant.pipeline.generate import open_text_model
 from anequant.pipeline.written_rotations import written_rotations
 from anequant.progress import Progress, part_of, silent
 from anequant.recipe import Recipe
@@ -143,6 +142,8 @@ def evaluate_tasks(model: str, tasks: str, backend: str, progress: Progress = si
         raise UsageError(
             f"'{model}' holds packages, which transformers does not run", remedy="add --backend interpreter"
         )
+    from anequant.pipeline.generate import open_text_model  # imports coremltools
+
     opened = open_text_model(folder, backend)
     first = start_token(opened.tokenizer, read_json(opened.folder / "config.json"))
     return run_tasks(opened.decoder, opened.tokenizer, first, opened.stop, tasks, progress)

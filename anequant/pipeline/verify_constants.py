@@ -19,7 +19,7 @@ from anequant.coreml.graph import Graph, Node, package_graphs
 from anequant.coreml.interpreter import Package
 from anequant.coreml.linears import head_part, weight_value
 from anequant.coreml.meta import read_meta
-from anequant.coreml.online_rotations import online_weights, weight_name
+from anequant.coreml.rotation_weights import online_weights, weight_name
 from anequant.errors import VerificationError
 from anequant.progress import Progress
 from anequant.quantization.linear import QuantizedLinear

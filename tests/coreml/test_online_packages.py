@@ -29,9 +29,10 @@ from anequant.coreml.integers import integer_conv
 from anequant.coreml.interpreter import Package
 from anequant.coreml.linears import integer_entries
 from anequant.coreml.meta import read_meta
-from anequant.coreml.online_rotations import WIDEST, hadamard_weights, turned, weight_constants
+from anequant.coreml.online_rotations import turned, weight_constants
 from anequant.coreml.package import MODEL_FILE, save_package
 from anequant.coreml.program import build_program
+from anequant.coreml.rotation_weights import WIDEST, hadamard_weights
 from anequant.coreml.storage import read_model
 from anequant.coreml.toolkit import TARGET, Function, mb, types
 from anequant.errors import UnsupportedError, UsageError, VerificationError
