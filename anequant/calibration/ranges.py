@@ -26,6 +26,7 @@ from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, Space, layer_prefix
 from anequant.calibration.forward import ReferenceModel
+from anequant.checkpoints.quantized import scales_of
 from anequant.checkpoints.reader import Checkpoint
 from anequant.rotation.orthogonal import Rotation
 
@@ -49,7 +50,7 @@ class LayerRange:
 def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
     """Ranges of every layer of a quantized checkpoint for tokens [n, length], in float32.
 
-    `sums` look at the 32 tokens with the largest inputs only.
+    `sums` look at the 32 tokens with the largest inputs only. Raises InputError as `scales_of` does.
     """
     spec = checkpoint.spec
     online = checkpoint.online
@@ -70,8 +71,9 @@ def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
                 inputs = arriving
                 if online.active:
                     (inputs,) = model.inputs(number, tensors, [hidden], linear.name, within=True)
-                scales = _scales(checkpoint, layer_prefix(number) + linear.name)
-                sums[linear.name] = _largest_sum(tensors[f"{linear.name}.weight"], *scales, inputs)
+                weight = tensors[f"{linear.name}.weight"]
+                scales = _scales(checkpoint, layer_prefix(number) + linear.name, weight)
+                sums[linear.name] = _largest_sum(weight, *scales, inputs)
                 output = _output(tensors, linear.name, inputs)
                 largest = float(output.abs().max())
                 if linear.output.space is Space.RESIDUAL:
@@ -99,11 +101,17 @@ def _output(tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
     return output if bias is None else output + bias
 
 
-def _scales(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Tensor]:
+def _scales(checkpoint: Checkpoint, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Magnitudes of a linear's input scales [in] and of the output scales [out] that come after the
     convolution, which are ones where scales of groups are in the weight."""
-    inputs, outputs = (checkpoint.read(f"{name}.{side}_scales").float().abs() for side in ("input", "output"))
-    return inputs[0], outputs[:, 0] if outputs.shape[1] == 1 else torch.ones(len(outputs))
+    parts = [
+        part
+        for part in ("input_scales", "output_scales", "codebook")
+        if f"{name}.{part}" in checkpoint.tensors
+    ]
+    stored = {f"{name}.{part}": checkpoint.read(f"{name}.{part}") for part in parts}
+    inputs, outputs = scales_of(name, {**stored, f"{name}.weight": weight})
+    return inputs.abs(), outputs.abs() if outputs.ndim == 1 else torch.ones(len(outputs))
 
 
 def _largest_sum(weight: Tensor, input_scale: Tensor, output_scale: Tensor, inputs: Tensor) -> float:

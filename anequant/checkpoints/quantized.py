@@ -73,12 +73,7 @@ def load(name: str, read: Callable[[str], Tensor], names: Mapping[str, object]) 
         for suffix in ("weight", "input_scales", "output_scales", "codebook", "bias")
         if f"{name}.{suffix}" in names
     }
-    rows, columns = tensors[f"{name}.weight"].shape
-    groups = _groups(tensors[f"{name}.output_scales"], columns) if f"{name}.codebook" in tensors else 1
-    for suffix, shape in (("input_scales", (1, columns)), ("output_scales", (rows, groups))):
-        scale = tensors[f"{name}.{suffix}"]
-        if tuple(scale.shape) != shape or bool((scale == 0).any()):
-            raise InputError(f"'{name}.{suffix}' must be {list(shape)} without zeros")
+    input_scale, output_scale = scales_of(name, tensors)
     if f"{name}.codebook" in tensors:
         codebook = whole_codebook(name, tensors[f"{name}.codebook"])
     else:
@@ -90,10 +85,26 @@ def load(name: str, read: Callable[[str], Tensor], names: Mapping[str, object]) 
     return QuantizedLinear(
         codes=_recover_codes(name, tensors),
         codebook=codebook,
-        input_scale=tensors[f"{name}.input_scales"].float().reshape(-1),
-        output_scale=tensors[f"{name}.output_scales"].float().reshape(rows, groups).squeeze(1),
+        input_scale=input_scale,
+        output_scale=output_scale,
         bias=None if bias is None or not bool(bias.any()) else bias.float(),
     )
+
+
+def scales_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Input scales [in] and output scales [out] or [out, groups], float32, of a linear of which `tensors` has
+    the weight, the scales and, if there is one, the codebook.
+
+    Raises InputError naming the tensor for a wrong shape or a zero.
+    """
+    rows, columns = tensors[f"{name}.weight"].shape
+    groups = _groups(tensors[f"{name}.output_scales"], columns) if f"{name}.codebook" in tensors else 1
+    for suffix, shape in (("input_scales", (1, columns)), ("output_scales", (rows, groups))):
+        scale = tensors[f"{name}.{suffix}"]
+        if tuple(scale.shape) != shape or bool((scale == 0).any()):
+            raise InputError(f"'{name}.{suffix}' must be {list(shape)} without zeros")
+    outputs = tensors[f"{name}.output_scales"].float().reshape(rows, groups).squeeze(1)
+    return tensors[f"{name}.input_scales"].float().reshape(-1), outputs
 
 
 def require_parts(name: str, names: Mapping[str, object]) -> None:
