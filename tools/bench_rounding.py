@@ -16,13 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# isort: off
+from anequant.quantization.codebook import lloyd_max  # before torch: how its threads wait
+from anequant.quantization.gptq import Factor, Grid, factorize, gptq
+
+# isort: on
 import torch
 from coremltools._deps import _kmeans1d
 from measured import DOCS, machine, when_and_where, write_json
 from torch import Tensor
-
-from anequant.quantization.codebook import lloyd_max
-from anequant.quantization.gptq import Factor, Grid, factorize, gptq
 
 ROWS, COLUMNS, ENTRIES = 4864, 896, 16
 BINS = 65536

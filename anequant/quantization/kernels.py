@@ -1,4 +1,5 @@
-"""The inner loops of rounding, compiled: one column after the other of a block, all rows at once.
+"""The inner loops of rounding, compiled: one column after the other of a block, all rows at once. A loop over
+rows does one thing to one array, so that the compiler makes vectors of it.
 
 Matrices are transposed, [columns, rows], so that the values of a column lie side by side. Rows do not depend
 on each other, so threads take tiles of them, and results are the same for any number of threads.
@@ -27,7 +28,7 @@ compiled: Callable[[Kernel], Kernel] = numba.njit(
 
 inlined: Callable[[Kernel], Kernel] = numba.njit(inline="always")
 
-TILE = 128
+TILE = 256
 MOST_COUNTED = 31
 """Up to so many boundaries, comparing with all of them is faster than a search."""
 
@@ -142,7 +143,7 @@ def _feed_back(
     columns = len(wanted)
     for start in range(begin, end, TILE):
         count = min(TILE, end - start)
-        value, chosen = np.empty(TILE, np.float32), np.empty(TILE, np.int32)
+        value, chosen = np.empty(TILE, np.float32), np.empty(TILE, np.uint32)
         errors = np.empty((columns, TILE), np.float32)
         for column in range(columns - 1, -1, -1):
             for row in range(count):
@@ -152,9 +153,14 @@ def _feed_back(
                 value[row] /= step[column, start + row]
             nearest(value, count, boundaries, chosen)
             for row in range(count):
-                entry = codebook[chosen[row]] * step[column, start + row]
-                errors[column, row] = target[column, start + row] - entry
-                error[column, start + row] = errors[column, row]
+                value[row] = codebook[chosen[row]]
+            for row in range(count):
+                value[row] = target[column, start + row] - value[row] * step[column, start + row]
+            for row in range(count):
+                errors[column, row] = value[row]
+            for row in range(count):
+                error[column, start + row] = value[row]
+            for row in range(count):
                 codes[column, start + row] = chosen[row]
 
 
@@ -174,7 +180,7 @@ def _descend(
     columns = len(pull)
     for start in range(begin, end, TILE):
         count = min(TILE, end - start)
-        value, chosen = np.empty(TILE, np.float32), np.empty(TILE, np.int32)
+        value, chosen = np.empty(TILE, np.float32), np.empty(TILE, np.uint32)
         moves = np.empty((columns, TILE), np.float32)
         for column in range(columns):
             for row in range(count):
@@ -187,8 +193,12 @@ def _descend(
                 value[row] = wanted / step[column, at]
             nearest(value, count, boundaries, chosen)
             for row in range(count):
-                at = start + row
-                moved = target[column, at] - codebook[chosen[row]] * step[column, at]
-                moves[column, row] = moved - error[column, at]
-                error[column, at] = moved
-                codes[column, at] = chosen[row]
+                value[row] = codebook[chosen[row]]
+            for row in range(count):
+                value[row] = target[column, start + row] - value[row] * step[column, start + row]
+            for row in range(count):
+                moves[column, row] = value[row] - error[column, start + row]
+            for row in range(count):
+                error[column, start + row] = value[row]
+            for row in range(count):
+                codes[column, start + row] = chosen[row]
