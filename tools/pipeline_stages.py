@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 OTHER = "other"
+MAX_CHUNK_MB = 1100
+"""The embedding of Llama-3-8B takes 1051 MB in float16, more than a package may by default."""
 
 
 class Stages:
@@ -110,5 +112,5 @@ def lower(checkpoint: Path, output: Path) -> dict[str, float]:
         stages.time(lower_package, function, name)
     for function in ("chunk_program", "embeddings_program", "head_program"):
         stages.time(lower_package, function, "build")
-    lower.lower(checkpoint, output, LowerOptions())
+    lower.lower(checkpoint, output, LowerOptions(max_chunk_mb=MAX_CHUNK_MB))
     return stages.finished()
