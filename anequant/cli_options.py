@@ -15,7 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from anequant.console import Console
-from anequant.errors import INTERRUPTED, AnequantError, Interrupted, as_error
+from anequant.errors import INTERRUPTED, AnequantError, Interrupted, as_error, torch_memory
 from anequant.evaluation.windows import LENGTH, WINDOWS
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
@@ -41,7 +41,8 @@ def command(run: Run) -> Run:
     def wrapped(*args: Any, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
         console = Console(json=as_json, quiet=quiet)
         try:
-            run(console, *args, **options)
+            with torch_memory():
+                run(console, *args, **options)
         except (AnequantError, MemoryError, OSError) as failure:
             if debug or isinstance(failure, BrokenPipeError):  # click ends quietly when a pipe is closed
                 raise

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class AnequantError(Exception):
@@ -60,6 +61,18 @@ def as_error(failure: AnequantError | MemoryError | OSError) -> AnequantError:
     if isinstance(failure, MemoryError):
         return ResourceError("not enough memory", where=str(failure), remedy="close other programs")
     return ResourceError(failure.strerror or str(failure), where=str(failure.filename or ""))
+
+
+@contextmanager
+def torch_memory() -> Iterator[None]:
+    """In here an allocation that torch could not make is a MemoryError; torch says so by a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        _, found, asked = str(error).partition("DefaultCPUAllocator: ")
+        if not found:
+            raise
+        raise MemoryError(asked.splitlines()[0]) from error
 
 
 INTERRUPTED = 130

@@ -1006,13 +1006,19 @@ def test_an_interrupt_between_packages_keeps_those_that_are_done(
     assert ours == whole
 
 
-def test_running_out_of_memory_is_reported(
-    model: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def exhausted(*args: Any, **options: Any) -> Any:
-        raise MemoryError
+def no_more_for_python() -> None:
+    raise MemoryError
 
-    monkeypatch.setattr(rounder, "quantize_calibrated", exhausted)
+
+def no_more_for_torch() -> None:
+    torch.empty(1 << 50, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("exhaust", [no_more_for_python, no_more_for_torch])
+def test_running_out_of_memory_is_reported(
+    model: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch, exhaust: Callable[[], None]
+) -> None:
+    monkeypatch.setattr(rounder, "quantize_calibrated", lambda *args, **options: exhaust())
     assert_refused(tmp_path, ("quantize", model, "-o", output), RESOURCE, "not enough memory")
 
 

@@ -22,7 +22,7 @@ from anequant.checkpoints.reader import read_json
 from anequant.checkpoints.source import Source, resolve_source
 from anequant.checkpoints.work_folder import WorkFolder, check_target
 from anequant.checkpoints.writer import write_json
-from anequant.errors import AnequantError, InputError, Interrupted, UsageError, as_error
+from anequant.errors import AnequantError, InputError, Interrupted, UsageError, as_error, torch_memory
 from anequant.pipeline.batch_file import Batch, BatchJob
 from anequant.pipeline.compare import stored_bits
 from anequant.pipeline.folders import CHECKPOINT_FOLDER
@@ -119,7 +119,8 @@ class _Runner:
 
     def row(self, job: BatchJob) -> Row:
         try:
-            return self._done(job)
+            with torch_memory():
+                return self._done(job)
         except Interrupted as stop:
             raise Interrupted(stop.kept) from stop
         except KeyboardInterrupt as stop:

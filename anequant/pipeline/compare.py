@@ -21,7 +21,7 @@ from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source
 from anequant.checkpoints.work_folder import staged_folder
-from anequant.errors import AnequantError, Interrupted, UnsupportedError, UsageError, as_error
+from anequant.errors import AnequantError, Interrupted, UnsupportedError, UsageError, as_error, torch_memory
 from anequant.evaluation.divergence import Reference, evaluate_against, refer, summarise
 from anequant.pipeline.evaluate import read_windows
 from anequant.pipeline.footprint import resident_bytes
@@ -173,10 +173,11 @@ def _try(
         return trial
     try:
         begun = time.monotonic()
-        bits = run(folder, part_of(progress, "quantize", 0.0, 0.7))
-        seconds = time.monotonic() - begun
-        measuring = part_of(progress, "measure", 0.7, 1.0)
-        quality = evaluate_against(open_checkpoint(folder), tokens, reference, progress=measuring)
+        with torch_memory():
+            bits = run(folder, part_of(progress, "quantize", 0.0, 0.7))
+            seconds = time.monotonic() - begun
+            measuring = part_of(progress, "measure", 0.7, 1.0)
+            quality = evaluate_against(open_checkpoint(folder), tokens, reference, progress=measuring)
     except (AnequantError, MemoryError, OSError) as failure:
         error = as_error(failure)
         return replace(trial, failed=error.what, exit_code=error.exit_code)
