@@ -91,7 +91,7 @@ def browser() -> Iterator[Page]:
     binary = next(filter(None, map(shutil.which, BINARIES)), None)
     if binary is None:
         pytest.skip(f"needs a browser on the path: one of {', '.join(BINARIES)}")
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:  # its helpers outlive it
         told = Path(home) / "profile" / "DevToolsActivePort"
         process = subprocess.Popen(
             [binary, *QUIET, "--remote-debugging-port=0", f"--user-data-dir={told.parent}", "about:blank"],
