@@ -20,7 +20,6 @@ from torch import Tensor
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
 from anequant.pipeline import rounder
 from anequant.pipeline.quantize import QuantizeResult, quantize
-from anequant.quantization import products
 from anequant.quantization.calibrated import Rounding, quantize_calibrated
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.quantize import quantize_linear
@@ -93,12 +92,6 @@ def eval_text(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def calibration_text(shared: Path) -> Path:
     return present(shared / "text" / "calibration-books.txt")
-
-
-@pytest.fixture
-def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibration in float32, whatever the processor."""
-    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
 
 
 @pytest.fixture(scope="session")

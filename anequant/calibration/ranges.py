@@ -26,8 +26,9 @@ from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, Space, layer_prefix
 from anequant.calibration.forward import ReferenceModel
-from anequant.checkpoints.quantized import scales_of
+from anequant.checkpoints.quantized import load, scales_of
 from anequant.checkpoints.reader import Checkpoint
+from anequant.quantization.scales import spread
 from anequant.rotation.orthogonal import Rotation
 
 LOUDEST_TOKENS = 32
@@ -71,9 +72,7 @@ def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
                 inputs = arriving
                 if online.active:
                     (inputs,) = model.inputs(number, tensors, [hidden], linear.name, within=True)
-                weight = tensors[f"{linear.name}.weight"]
-                scales = _scales(checkpoint, layer_prefix(number) + linear.name, weight)
-                sums[linear.name] = _largest_sum(weight, *scales, inputs)
+                sums[linear.name] = _largest_sum(checkpoint, layer_prefix(number) + linear.name, inputs)
                 output = _output(tensors, linear.name, inputs)
                 largest = float(output.abs().max())
                 if linear.output.space is Space.RESIDUAL:
@@ -101,26 +100,23 @@ def _output(tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
     return output if bias is None else output + bias
 
 
-def _scales(checkpoint: Checkpoint, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Magnitudes of a linear's input scales [in] and of the output scales [out] that come after the
-    convolution, which are ones where scales of groups are in the weight."""
-    parts = [
-        part
-        for part in ("input_scales", "output_scales", "codebook")
-        if f"{name}.{part}" in checkpoint.tensors
-    ]
-    stored = {f"{name}.{part}": checkpoint.read(f"{name}.{part}") for part in parts}
-    inputs, outputs = scales_of(name, {**stored, f"{name}.weight": weight})
-    return inputs.abs(), outputs.abs() if outputs.ndim == 1 else torch.ones(len(outputs))
-
-
-def _largest_sum(weight: Tensor, input_scale: Tensor, output_scale: Tensor, inputs: Tensor) -> float:
-    """What is stored is the entries times both scales, rounded, so that |entry| |input_scale x| is at most
-    |weight| |x| / |output_scale| and WEIGHT_ROUNDING of it."""
-    sizes = inputs.abs()
-    loudest = (sizes @ input_scale).topk(min(LOUDEST_TOKENS, len(sizes))).indices
-    sums = (sizes[loudest] @ weight.abs().T) / output_scale
-    return float(sums.max()) * (1 + WEIGHT_ROUNDING)
+def _largest_sum(checkpoint: Checkpoint, name: str, inputs: Tensor) -> float:
+    """What is stored is the entries times both scales, rounded, so |weight| |x| / |output_scale| tells which
+    rows can have the largest sum; only of those the codes are recovered."""
+    parts = [f"{name}.{part}" for part in ("weight", "input_scales", "output_scales", "codebook")]
+    stored = {part: checkpoint.read(part) for part in parts if part in checkpoint.tensors}
+    input_scale, output_scale = (scale.abs() for scale in scales_of(name, stored))
+    scaled = inputs.abs() * input_scale
+    loudest = scaled.sum(1).topk(min(LOUDEST_TOKENS, len(scaled))).indices
+    near = (inputs[loudest].abs() @ stored[f"{name}.weight"].float().abs().T).amax(0)
+    if output_scale.ndim == 1:
+        near /= output_scale
+    rows = (near >= near.max() * (1 - 4 * WEIGHT_ROUNDING)).nonzero()[:, 0]
+    linear = load(name, stored.__getitem__, stored, rows if f"{name}.codebook" in stored else None)
+    weight = linear.codebook.abs()[linear.codes.int()]
+    if linear.output_scale.ndim == 2:
+        weight *= spread(linear.output_scale, weight.shape[1]).abs()
+    return float((scaled[loudest] @ weight.T).max())
 
 
 def _largest_norm(inputs: Tensor, rotation: Rotation) -> float:

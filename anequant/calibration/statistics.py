@@ -9,14 +9,16 @@ and both walkers stop before `first` and before `last`: for the moments of their
 walker until what it goes through is quantized. So everything runs once, some windows at a time, and beside
 hidden states and moments only the quantized input of `last` is held.
 
-Linears are run in bfloat16 where the processor has it, whose rounding, 2**-9 of a factor, is far below the
-errors of quantization that moments are to see; moments are added up in float32 from what comes out.
+Where the processor has it, linears and moments take their factors in bfloat16 and add up in float32. That
+rounding, 2**-9 of a factor, is far below the errors of quantization that moments are to see, and a Hessian is
+still one: of rounded inputs. Scales of activations are measured here too, and written; that walk is `exact`.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch.nn.functional import linear
 from anequant.architectures.spec import Linear, ModelSpec
 from anequant.calibration.forward import WINDOWS_AT_ONCE, ReferenceModel
 from anequant.quantization.online import NOTHING, Online
-from anequant.quantization.products import add_product, add_square, bfloat16_linears, mirror
+from anequant.quantization.products import add_product, add_square, bfloat16_products, mirror
 from anequant.quantization.statistics import InputStatistics, Moments
 
 HELD_OUT = 6
@@ -35,12 +37,20 @@ class Walkers:
     """Hidden states [n, length, hidden_size] of the same windows in the float and the quantized model.
 
     The last sixth of the windows, at least one of two or more, is held out. Every group of linears that read
-    the same input takes a `read` and, with what they have become, a `write`, in their order.
+    the same input takes a `read` and, with what they have become, a `write`, in their order. `exact` keeps
+    all products in float32.
     """
 
     def __init__(
-        self, spec: ModelSpec, embedded: Tensor, quantized: Tensor, online: Online = NOTHING
+        self,
+        spec: ModelSpec,
+        embedded: Tensor,
+        quantized: Tensor,
+        online: Online = NOTHING,
+        *,
+        exact: bool = False,
     ) -> None:
+        self._precision = nullcontext if exact else bfloat16_products
         self._models = [ReferenceModel(spec, torch.float32, online.rotations) for _ in range(2)]
         self._hidden = [embedded.float().clone(), quantized.float().clone()]
         count = len(embedded)
@@ -71,7 +81,7 @@ class Walkers:
             self._models[side].inputs(layer, sides[side], self._views(side), name, within=True)
             for side in range(2)
         ]
-        with bfloat16_linears():
+        with self._precision():
             for part, float_input, quantized_input in zip(self._parts, *inputs, strict=True):
                 seen = float_input
                 if ends:
@@ -92,7 +102,7 @@ class Walkers:
         if group[0].norm is not None:
             return
         weight, bias = quantized[f"{name}.weight"].float(), quantized.get(f"{name}.bias")
-        with bfloat16_linears():
+        with self._precision():
             for part, inner in zip(self._parts, self._inner, strict=True):
                 self._advance(1, part, linear(inner, weight), bias)
         self._inner = []
@@ -111,12 +121,13 @@ class Walkers:
     def head_statistics(self, gain: Tensor) -> InputStatistics:
         """Moments of the head's input, after the last layer; `gain` [hidden_size] is the final norm's."""
         sums = [_Sums((len(gain), len(gain))) for _ in range(2)]
-        for part in self._parts:
-            seen, quantized = (
-                model.final_norm(hidden[part], gain).flatten(0, 1)
-                for model, hidden in zip(self._models, self._hidden, strict=True)
-            )
-            sums[part.start >= self._cut].add(seen, quantized, seen)
+        with self._precision():
+            for part in self._parts:
+                seen, quantized = (
+                    model.final_norm(hidden[part], gain).flatten(0, 1)
+                    for model, hidden in zip(self._models, self._hidden, strict=True)
+                )
+                sums[part.start >= self._cut].add(seen, quantized, seen)
         fit, held_out = (total.moments(outputs=False) for total in sums)
         return InputStatistics(fit, held_out if held_out.tokens else fit)
 

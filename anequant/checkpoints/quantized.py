@@ -23,6 +23,7 @@ from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.scales import spread
 
 ROWS = 1024
+ROWS_OF = {"weight", "output_scales", "bias"}
 
 
 def quantized_tensors(
@@ -60,8 +61,11 @@ def store(name: str, quantized: QuantizedLinear, *, bias: bool) -> dict[str, Ten
     return tensors
 
 
-def load(name: str, read: Callable[[str], Tensor], names: Mapping[str, object]) -> QuantizedLinear:
-    """Read a QuantizedLinear back through `read(tensor name)`; `names` are those that exist.
+def load(
+    name: str, read: Callable[[str], Tensor], names: Mapping[str, object], rows: Tensor | None = None
+) -> QuantizedLinear:
+    """Read a QuantizedLinear back through `read(tensor name)`, or some `rows` of one with a codebook; `names`
+    are the tensors that exist.
 
     A checkpoint made elsewhere may lack the codebook (it is then found in the weight), hold it in any
     order, and have negative output scales or no biases. Raises InputError naming the tensor for a missing
@@ -73,6 +77,9 @@ def load(name: str, read: Callable[[str], Tensor], names: Mapping[str, object]) 
         for suffix in ("weight", "input_scales", "output_scales", "codebook", "bias")
         if f"{name}.{suffix}" in names
     }
+    if rows is not None:
+        for suffix in ROWS_OF & {key.removeprefix(f"{name}.") for key in tensors}:
+            tensors[f"{name}.{suffix}"] = tensors[f"{name}.{suffix}"][rows]
     input_scale, output_scale = scales_of(name, tensors)
     if f"{name}.codebook" in tensors:
         codebook = whole_codebook(name, tensors[f"{name}.codebook"])

@@ -231,7 +231,8 @@ class QuantizePass:
             used, places = torch.unique(tokens, return_inverse=True)
             rows = (slice(token, token + 1) for token in used.tolist())
             current = torch.cat([self._writer.read(f"{EMBEDDING}.weight", row) for row in rows])[places]
-        return Walkers(self._spec, embedded, current, self._model.online)
+        exact = self._recipe.static_activations
+        return Walkers(self._spec, embedded, current, self._model.online, exact=exact)
 
     def _head_blocks(self) -> Iterable[Tensor]:
         self._probe.final_norm(self._model.checkpoint.final_gain())

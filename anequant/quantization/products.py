@@ -50,9 +50,9 @@ def mirror(total: Tensor) -> None:
 
 
 @contextmanager
-def bfloat16_linears() -> Iterator[None]:
-    """In here torch's linears round inputs and weights to bfloat16 and add up in float32, if the processor
-    has instructions for that. Functions of this module do not."""
+def bfloat16_products() -> Iterator[None]:
+    """In here torch's products of float32, `add_product` and `add_square` among them, round their factors to
+    bfloat16 and add up in float32, if the processor has instructions for that. `product` does not."""
     before = torch.get_float32_matmul_precision()
     if has_bfloat16():
         torch.set_float32_matmul_precision("medium")

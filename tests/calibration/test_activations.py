@@ -59,7 +59,7 @@ def inputs_of(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def test_absmax_scales_are_those_of_the_calibration_tokens(
-    without_bfloat16: None, tmp_path: Path, tokens: Tensor, make_model: Callable[..., Path]
+    tmp_path: Path, tokens: Tensor, make_model: Callable[..., Path]
 ) -> None:
     model = make_model(tmp_path / "model", "qwen2", False)
     folder = written(tmp_path, model, tokens, activation_prefix=2)
@@ -94,7 +94,7 @@ def test_a_narrower_range_is_chosen_where_it_pays(
 
 
 def test_smoothing_moves_a_channel_between_activations_and_weights(
-    without_bfloat16: None, tmp_path: Path, tokens: Tensor, make_model: Callable[..., Path]
+    tmp_path: Path, tokens: Tensor, make_model: Callable[..., Path]
 ) -> None:
     """down's input scale makes its channels alike, and the model computes what it did."""
     model = make_model(tmp_path / "model", "qwen2", False)

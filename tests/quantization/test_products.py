@@ -11,7 +11,7 @@ from anequant.quantization.products import (
     SQUARE_BLOCK,
     add_product,
     add_square,
-    bfloat16_linears,
+    bfloat16_products,
     has_bfloat16,
     mirror,
     product,
@@ -47,18 +47,30 @@ def test_squares_are_those_of_float64(size: int) -> None:
     assert off(total, exact) < 1e-6 and torch.equal(total, total.T)
 
 
-def test_bfloat16_is_for_linears_alone() -> None:
+def test_bfloat16_is_for_torchs_products_inside() -> None:
     rows, weight = some(300, 256), some(200, 256)
-    exact = rows.double() @ weight.double().T
-    coarse = rows.bfloat16().double() @ weight.bfloat16().double().T
-    with bfloat16_linears():
+    total, square = torch.zeros(300, 200), torch.zeros(256, 256)
+
+    def all_products(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x, w = rows.to(dtype).double(), weight.to(dtype).double()
+        return x @ w.T, (x.T @ x).tril()
+
+    exact, exact_square = all_products(torch.float32)
+    coarse, coarse_square = all_products(torch.bfloat16 if has_bfloat16() else torch.float32)
+    with bfloat16_products():
         inside, beside = linear(rows, weight), product(rows, weight.T)
-    assert off(inside, coarse if has_bfloat16() else exact) < 1e-6
+        add_product(total, rows, weight.T)
+        add_square(square, rows)
+    assert off(inside, coarse) < 1e-6 and off(total, coarse) < 1e-6
+    assert off(square.tril(), coarse_square) < 1e-6
     assert off(beside, exact) < 1e-6 and off(linear(rows, weight), exact) < 1e-6
+    after = torch.zeros(256, 256)
+    add_square(after, rows)
+    assert off(after.tril(), exact_square) < 1e-6
 
 
 def test_an_error_ends_bfloat16() -> None:
     rows, weight = some(300, 256), some(200, 256)
-    with pytest.raises(ZeroDivisionError), bfloat16_linears():
+    with pytest.raises(ZeroDivisionError), bfloat16_products():
         raise ZeroDivisionError
     assert off(linear(rows, weight), rows.double() @ weight.double().T) < 1e-6
