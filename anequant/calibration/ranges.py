@@ -72,7 +72,10 @@ def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
                 inputs = arriving
                 if online.active:
                     (inputs,) = model.inputs(number, tensors, [hidden], linear.name, within=True)
-                sums[linear.name] = _largest_sum(checkpoint, layer_prefix(number) + linear.name, inputs)
+                weight = tensors[f"{linear.name}.weight"]
+                sums[linear.name] = _largest_sum(
+                    checkpoint, layer_prefix(number) + linear.name, weight, inputs
+                )
                 output = _output(tensors, linear.name, inputs)
                 largest = float(output.abs().max())
                 if linear.output.space is Space.RESIDUAL:
@@ -100,23 +103,24 @@ def _output(tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
     return output if bias is None else output + bias
 
 
-def _largest_sum(checkpoint: Checkpoint, name: str, inputs: Tensor) -> float:
+def _largest_sum(checkpoint: Checkpoint, name: str, weight: Tensor, inputs: Tensor) -> float:
     """What is stored is the entries times both scales, rounded, so |weight| |x| / |output_scale| tells which
     rows can have the largest sum; only of those the codes are recovered."""
-    parts = [f"{name}.{part}" for part in ("weight", "input_scales", "output_scales", "codebook")]
+    parts = [f"{name}.{part}" for part in ("input_scales", "output_scales", "codebook")]
     stored = {part: checkpoint.read(part) for part in parts if part in checkpoint.tensors}
+    stored[f"{name}.weight"] = weight
     input_scale, output_scale = (scale.abs() for scale in scales_of(name, stored))
     scaled = inputs.abs() * input_scale
     loudest = scaled.sum(1).topk(min(LOUDEST_TOKENS, len(scaled))).indices
-    near = (inputs[loudest].abs() @ stored[f"{name}.weight"].float().abs().T).amax(0)
+    near = (inputs[loudest].abs() @ weight.abs().T).amax(0)
     if output_scale.ndim == 1:
         near /= output_scale
     rows = (near >= near.max() * (1 - 4 * WEIGHT_ROUNDING)).nonzero()[:, 0]
     linear = load(name, stored.__getitem__, stored, rows if f"{name}.codebook" in stored else None)
-    weight = linear.codebook.abs()[linear.codes.int()]
+    entries = linear.codebook.abs()[linear.codes.int()]
     if linear.output_scale.ndim == 2:
-        weight *= spread(linear.output_scale, weight.shape[1]).abs()
-    return float((scaled[loudest] @ weight.T).max())
+        entries *= spread(linear.output_scale, entries.shape[1]).abs()
+    return float((scaled[loudest] @ entries.T).max())
 
 
 def _largest_norm(inputs: Tensor, rotation: Rotation) -> float:

@@ -23,7 +23,7 @@ from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.scales import spread
 
 ROWS = 1024
-ROWS_OF = {"weight", "output_scales", "bias"}
+BY_ROW = {"weight", "output_scales", "bias"}
 
 
 def quantized_tensors(
@@ -78,7 +78,7 @@ def load(
         if f"{name}.{suffix}" in names
     }
     if rows is not None:
-        for suffix in ROWS_OF & {key.removeprefix(f"{name}.") for key in tensors}:
+        for suffix in BY_ROW & {key.removeprefix(f"{name}.") for key in tensors}:
             tensors[f"{name}.{suffix}"] = tensors[f"{name}.{suffix}"][rows]
     input_scale, output_scale = scales_of(name, tensors)
     if f"{name}.codebook" in tensors:

@@ -111,6 +111,15 @@ def nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
 
 
 @inlined
+def left_over(values: Any, count: int, target: Any, step: Any, codebook: Any, chosen: Any) -> None:
+    """values = target - step * codebook[chosen]."""
+    for row in range(count):
+        values[row] = codebook[chosen[row]]
+    for row in range(count):
+        values[row] = target[row] - values[row] * step[row]
+
+
+@inlined
 def add_up(values: Any, count: int, shares: Any, rows: Any, begin: int, end: int) -> None:
     """values += shares[begin:end] @ rows[begin:end], four rows at once, to load and store each value less."""
     at = begin
@@ -152,10 +161,7 @@ def _feed_back(
             for row in range(count):
                 value[row] /= step[column, start + row]
             nearest(value, count, boundaries, chosen)
-            for row in range(count):
-                value[row] = codebook[chosen[row]]
-            for row in range(count):
-                value[row] = target[column, start + row] - value[row] * step[column, start + row]
+            left_over(value, count, target[column, start:], step[column, start:], codebook, chosen)
             for row in range(count):
                 errors[column, row] = value[row]
             for row in range(count):
@@ -192,10 +198,7 @@ def _descend(
                 wanted = value[row] / weight + target[column, at] - error[column, at]
                 value[row] = wanted / step[column, at]
             nearest(value, count, boundaries, chosen)
-            for row in range(count):
-                value[row] = codebook[chosen[row]]
-            for row in range(count):
-                value[row] = target[column, start + row] - value[row] * step[column, start + row]
+            left_over(value, count, target[column, start:], step[column, start:], codebook, chosen)
             for row in range(count):
                 moves[column, row] = value[row] - error[column, start + row]
             for row in range(count):
