@@ -1,6 +1,6 @@
 """Llama 2 and 3, SmolLM and other checkpoints of model_type `llama`."""
 
-from anequant.architectures.spec import Architecture, decoder_layer
+from anequant.architectures.spec import Architecture, Window, decoder_layer
 
 LLAMA = Architecture(
     model_type="llama",
@@ -10,4 +10,5 @@ LLAMA = Architecture(
     head_norms=(),
     package_prefix="llama",
     head_split=8,
+    window=Window.NO_LAYER,
 )

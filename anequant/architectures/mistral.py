@@ -1,6 +1,6 @@
 """Mistral 7B and its kin: Llama without biases; a sliding window is honoured by refusing longer contexts."""
 
-from anequant.architectures.spec import Architecture, decoder_layer
+from anequant.architectures.spec import Architecture, Window, decoder_layer
 
 MISTRAL = Architecture(
     model_type="mistral",
@@ -8,4 +8,5 @@ MISTRAL = Architecture(
     head_norms=(),
     package_prefix="mistral",
     head_split=8,
+    window=Window.EVERY_LAYER,
 )

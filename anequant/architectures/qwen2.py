@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5: Llama with biases on q, k and v."""
 
-from anequant.architectures.spec import Architecture, decoder_layer
+from anequant.architectures.spec import Architecture, Window, decoder_layer
 
 QWEN2 = Architecture(
     model_type="qwen2",
@@ -8,4 +8,5 @@ QWEN2 = Architecture(
     head_norms=(),
     package_prefix="qwen25",
     head_split=16,
+    window=Window.LISTED_LAYERS,
 )

@@ -1,6 +1,6 @@
 """Qwen3: Llama with an RMSNorm on every query and key head, and a head size of its own."""
 
-from anequant.architectures.spec import Architecture, decoder_layer
+from anequant.architectures.spec import Architecture, Window, decoder_layer
 
 QWEN3 = Architecture(
     model_type="qwen3",
@@ -10,4 +10,5 @@ QWEN3 = Architecture(
     head_norms=("self_attn.q_norm", "self_attn.k_norm"),
     package_prefix="qwen",
     head_split=16,
+    window=Window.LISTED_LAYERS,
 )

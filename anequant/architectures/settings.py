@@ -10,6 +10,20 @@ from anequant.errors import InputError, UnsupportedError, shown
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 """Those of transformers. A length that RoPE changes with is refused where it matters."""
 
+MOST_LAYERS = 10_000
+"""transformers lists the type of every layer, so their number is bounded before it does."""
+
+SIZES = {
+    "hidden_size": 2**31 - 1,
+    "intermediate_size": 2**31 - 1,
+    "num_hidden_layers": MOST_LAYERS,
+    "num_attention_heads": 2**31 - 1,
+    "num_key_value_heads": 2**31 - 1,
+    "head_dim": 2**31 - 1,
+    "vocab_size": 2**31 - 1,
+}
+"""The keys that make a model's shapes, and the largest number each may be."""
+
 OTHERS = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -25,8 +39,11 @@ OTHERS = (
 
 
 def check_settings(config: Mapping[str, Any], where: str) -> None:
-    """Raises UnsupportedError for a setting or a type of RoPE that no table has, InputError for RoPE settings
-    that are no table."""
+    """Raises UnsupportedError for a setting or a type of RoPE that no table has, InputError for an impossible
+    size and for RoPE settings that are no table."""
+    for key in SIZES:
+        if config.get(key) is not None:
+            check_size(config, key, where)
     for key in OTHERS:
         if config.get(key):
             raise UnsupportedError(
@@ -46,6 +63,16 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
     for key, value in (("rope_theta", config.get("rope_theta")), *_thetas(config)):
         if value is not None and not (type(value) in (int, float) and value > 0):
             raise InputError(f"config key '{key}' is {shown(value)}, not a positive number", where=where)
+
+
+def check_size(config: Mapping[str, Any], key: str, where: str) -> int:
+    """The number under one of SIZES; raises InputError for what is not a positive whole one, or too large."""
+    value = config.get(key)
+    if type(value) is not int or not 0 < value <= SIZES[key]:
+        raise InputError(
+            f"config key '{key}' is {shown(value)}, not a whole number from 1 to {SIZES[key]}", where=where
+        )
+    return value
 
 
 def _thetas(config: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from anequant.errors import InputError, UnsupportedError, shown
-
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm"
 HEAD = "lm_head"
@@ -31,6 +29,14 @@ class Space(str, Enum):
     QUERY_KEY = "query_key"
     FFN = "ffn"
     VOCAB = "vocab"
+
+
+class Window(str, Enum):
+    """Which layers look back no further than config.json's sliding_window."""
+
+    NO_LAYER = "no layer"
+    EVERY_LAYER = "every layer"
+    LISTED_LAYERS = "the layers that layer_types calls sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,12 @@ VALUE = Axis(Space.VALUE, "key_value_size")
 ATTENDED = Axis(Space.VALUE, "query_size")
 FFN = Axis(Space.FFN, "intermediate_size")
 VOCAB = Axis(Space.VOCAB, "vocab_size")
+
+KEYS = {
+    "query_size": ("num_attention_heads", "head_dim"),
+    "key_value_size": ("num_key_value_heads", "head_dim"),
+}
+"""The keys of config.json whose product a width is, where it is not a key itself."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,7 @@ class Architecture:
     head_norms: tuple[str, ...]
     package_prefix: str
     head_split: int
+    window: Window
 
 
 def decoder_layer(
@@ -103,7 +116,10 @@ HEAD_LINEAR = Linear(HEAD, VOCAB, RESIDUAL, FINAL_NORM)
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """An architecture with the numbers of one checkpoint's config.json."""
+    """An architecture with the numbers of one checkpoint's config.json.
+
+    `config` is that file as transformers resolves it. `tied`: the head is the embedding.
+    """
 
     architecture: Architecture
     config: Mapping[str, Any]
@@ -129,6 +145,15 @@ class ModelSpec:
     def norms(self) -> tuple[str, ...]:
         """The folded RMSNorms of one layer, in order of use."""
         return tuple(dict.fromkeys(linear.norm for linear in self.architecture.linears if linear.norm))
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens the layer that sees least looks back over, itself included; None for all."""
+        layers, window = self.architecture.window, self.config.get("sliding_window")
+        slides = layers is Window.EVERY_LAYER or (
+            layers is Window.LISTED_LAYERS and "sliding_attention" in self.config["layer_types"]
+        )
+        return window if slides else None
 
     def width(self, axis: Axis) -> int:
         width: int = getattr(self, axis.width)
@@ -159,7 +184,7 @@ class ModelSpec:
         }
 
     def has_bias(self, linear: Linear) -> bool:
-        return bool(self.config.get(linear.bias, False)) if isinstance(linear.bias, str) else linear.bias
+        return bool(self.config[linear.bias]) if isinstance(linear.bias, str) else linear.bias
 
     def layer_tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes of one float layer's tensors, by name relative to the layer."""
@@ -182,65 +207,25 @@ class ModelSpec:
             shapes[f"{HEAD}.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
 
+    def keys_of(self, tensor: str) -> tuple[str, ...]:
+        """The keys of config.json that make the shape of a tensor, by its full name."""
+        outer = {EMBEDDING: ("vocab_size", "hidden_size"), HEAD: ("vocab_size", "hidden_size")}
+        stem = tensor.rpartition(".")[0]
+        if stem in outer:
+            return outer[stem]
+        for linear in self.architecture.linears:
+            if stem.endswith(linear.name):
+                widths = linear.output.width, linear.input.width
+                return tuple(dict.fromkeys(key for width in widths for key in KEYS.get(width, (width,))))
+        return ("head_dim",) if stem.endswith(self.architecture.head_norms) else ("hidden_size",)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all of a float model's tensors by full name."""
+        layer = self.layer_tensors()
+        layers = {layer_prefix(i) + name: layer[name] for i in range(self.num_layers) for name in layer}
+        return {**self.outer_tensors(), **layers}
+
 
 def layer_prefix(layer: int) -> str:
     """The name of a layer's tensors up to and including the dot."""
     return f"model.layers.{layer}."
-
-
-def build_spec(architecture: Architecture, config: Mapping[str, Any], where: str) -> ModelSpec:
-    """Check config.json against the table.
-
-    Raises InputError for a missing or impossible number, UnsupportedError for a setting that the
-    lowering does not reproduce.
-    """
-
-    def number(key: str, default: int | None = None) -> int:
-        value = config.get(key)
-        value = default if value is None else value
-        if type(value) is not int or not 0 < value < 2**31:
-            raise InputError(
-                f"config key '{key}' is {shown(value)}, not a positive whole number", where=where
-            )
-        return value
-
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedError(
-            f"config key 'hidden_act' is {shown(activation)}, only 'silu' is known", where=where
-        )
-    hidden_size, num_heads = number("hidden_size"), number("num_attention_heads")
-    key_value_heads = number("num_key_value_heads", num_heads)
-    if num_heads % key_value_heads:
-        raise InputError(
-            f"num_key_value_heads {key_value_heads} does not divide num_attention_heads {num_heads}",
-            where=where,
-        )
-    if config.get("head_dim") is None and hidden_size % num_heads:
-        raise InputError(
-            f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}", where=where
-        )
-    head_dim = number("head_dim", hidden_size // num_heads)
-    if head_dim % 2:
-        raise InputError(f"head_dim {head_dim} is odd, RoPE needs pairs", where=where)
-    eps = config.get("rms_norm_eps", 1e-6)
-    if not isinstance(eps, float) or not 0 <= eps < 1:
-        raise InputError(
-            f"config key 'rms_norm_eps' is {shown(eps)}, not a small positive number", where=where
-        )
-    tied = config.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise InputError(f"config key 'tie_word_embeddings' is {shown(tied)}, not true or false", where=where)
-    return ModelSpec(
-        architecture=architecture,
-        config=config,
-        hidden_size=hidden_size,
-        intermediate_size=number("intermediate_size"),
-        num_layers=number("num_hidden_layers"),
-        num_heads=num_heads,
-        num_key_value_heads=key_value_heads,
-        head_dim=head_dim,
-        vocab_size=number("vocab_size"),
-        rms_norm_eps=eps,
-        tied=tied,
-    )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from typing import Any
 
 import torch
 
+from anequant.architectures.config import refusing
 from anequant.architectures.spec import ModelSpec
-from anequant.errors import InputError
 
 
 def transformers_config(spec: ModelSpec) -> Any:
@@ -19,10 +18,9 @@ def transformers_config(spec: ModelSpec) -> Any:
     """
     from transformers import AutoConfig
 
-    dropped = ("model_type", "auto_map", "quantization_config")
-    values = {key: value for key, value in spec.config.items() if key not in dropped}
-    with _refusing("config.json"):
-        return AutoConfig.for_model(spec.architecture.model_type, **values)
+    values = {key: copy.deepcopy(value) for key, value in spec.config.items() if key != "quantization_config"}
+    with refusing("config.json"):
+        return type(AutoConfig.for_model(spec.architecture.model_type)).from_dict(values)
 
 
 def empty_model(spec: ModelSpec) -> tuple[Any, Any]:
@@ -33,18 +31,8 @@ def empty_model(spec: ModelSpec) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     config = transformers_config(spec)
-    with _refusing("config.json"):
+    with refusing("config.json"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model, config
-
-
-@contextmanager
-def _refusing(file: str) -> Iterator[None]:
-    """InputError for whatever transformers raises: of values that others wrote, it checks some by use."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"transformers cannot use '{file}': {type(error).__name__}: {reason}") from error

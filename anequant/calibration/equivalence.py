@@ -1,7 +1,8 @@
 """The check that folding and rotation did not change the model, made on every run before it is trusted.
 
-Two hidden states walk through the layers side by side: one through the checkpoint's own tensors, one
-through the folded and rotated ones. Only the logits are compared, since the streams differ by R1.
+Two hidden states walk through transformers' layers side by side: one through the checkpoint's own tensors, as
+its config.json has them, one through the folded and rotated ones, as the written config.json will have them.
+Only the logits are compared, since the streams differ by R1.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from anequant.architectures import read_spec
 from anequant.architectures.spec import EMBEDDING
 from anequant.calibration.forward import ReferenceModel
+from anequant.checkpoints.config import plain_config
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError, VerificationError
 from anequant.quantization.online import NOTHING, Online
@@ -33,7 +36,8 @@ class EquivalenceProbe:
         name = f"{EMBEDDING}.weight"
         embedded = torch.cat([checkpoint.read(name, slice(token, token + 1)) for token in tokens])[None]
         self._model = ReferenceModel(checkpoint.spec, torch.float64, checkpoint.online)
-        self._turning = ReferenceModel(checkpoint.spec, torch.float64, online.rotations)
+        written = read_spec(plain_config(checkpoint.spec.config), str(checkpoint.folder / "config.json"))
+        self._turning = ReferenceModel(written, torch.float64, online.rotations)
         self._where = str(checkpoint.folder)
         self._original = embedded.double()
         self._turned = rotate_embedding(embedded, plan)
@@ -45,7 +49,7 @@ class EquivalenceProbe:
 
     def final_norm(self, gain: Tensor) -> None:
         self._original = self._model.final_norm(self._original, gain)
-        self._turned = self._model.final_norm(self._turned, torch.ones_like(gain))
+        self._turned = self._turning.final_norm(self._turned, torch.ones_like(gain))
 
     def head(self, original: Tensor, turned: Tensor) -> None:
         """Compare the logits of some rows of the head, each [rows, hidden_size]."""

@@ -65,13 +65,13 @@ class ReferenceModel:
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, online: Online = NOTHING) -> None:
-        self._model, config = empty_model(spec)
+        self._model, _ = empty_model(spec)
         attach_all(self._model, spec, online)
         self._linears = [linear.name for linear in spec.architecture.linears]
         self._norms = {
             linear.name.partition(".")[0]: linear.norm for linear in spec.architecture.linears if linear.norm
         }
-        self._config = config
+        self._window = spec.window
         self._dtype = dtype
         self._rotary = self._model.model.rotary_emb
 
@@ -84,12 +84,11 @@ class ReferenceModel:
 
     def check_window(self, length: int) -> None:
         """Raises UnsupportedError when `length` tokens would need a sliding window."""
-        window = getattr(self._config, "sliding_window", None)
-        types = getattr(self._config, "layer_types", None)
-        slides = types is None or "sliding_attention" in types
-        if window is not None and slides and length > window:
+        window = self._window
+        if window is not None and length > window:
             raise UnsupportedError(
                 f"{length} tokens exceed the model's sliding window of {window}",
+                where="config key 'sliding_window'",
                 remedy=f"use a length of at most {window}",
             )
 

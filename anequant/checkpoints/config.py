@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-DEFAULT_ROPE_THETA = 10000.0
 DROPPED = ("quantization_config", "auto_map")
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE settings in transformers 5's form, from either generation's config."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-    rope.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_ROPE_THETA)
-    return rope
-
-
 def plain_config(config: Mapping[str, Any], dtype: str = "float16") -> dict[str, Any]:
-    """The source's config with an untied head, weights of `dtype` and RoPE in both generations' keys."""
-    rope = rope_parameters(config)
+    """The source's config, as transformers resolves it, with an untied head, weights of `dtype` and RoPE in
+    both generations' keys."""
+    rope = config["rope_parameters"]
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {
         **{key: value for key, value in config.items() if key not in DROPPED},

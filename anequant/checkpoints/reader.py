@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -62,10 +61,10 @@ class Checkpoint:
 
     @property
     def files(self) -> list[str]:
-        """The names of the files that make it up: its config, the index if there is one, and the weights."""
-        index = f"{weights_stem(self.online)}{INDEX_SUFFIX}"
-        found = [index] if (self.folder / index).is_file() else []
-        return ["config.json", *found, *(shard.name for shard in self.shards)]
+        """The names of the files that make it up: its config, the index if it is read, and the weights."""
+        names = [shard.name for shard in self.shards]
+        first = _first_file(self.folder, weights_stem(self.online))
+        return ["config.json", *([] if first in names else [first]), *names]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor, or some of its rows, as stored. Raises InputError naming file and tensor."""
@@ -119,9 +118,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     where = str(folder / "config.json")
     spec = read_spec(config, where)
     online = read_online(config, spec, where)
-    checkpoint = Checkpoint(folder, spec, _read_headers(folder, weights_stem(online)), online)
+    spec, tensors = _tie(spec, _read_headers(folder, weights_stem(online)))
+    checkpoint = Checkpoint(folder, spec, tensors, online)
     _check_tensors(checkpoint)
     return checkpoint
+
+
+def _tie(spec: ModelSpec, tensors: dict[str, TensorInfo]) -> tuple[ModelSpec, dict[str, TensorInfo]]:
+    """What config.json's tie_word_embeddings means for these tensors (transformers 5, `tie_weights`).
+
+    Of a tied model that stores both tables each is its own; one that stores the head alone embeds with it.
+    """
+    embedding, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
+    if not spec.tied or head not in tensors:
+        return spec, tensors
+    if embedding in tensors:
+        return replace(spec, tied=False), tensors
+    return spec, {embedding if name == head else name: info for name, info in tensors.items()}
 
 
 def _bytes_of(info: TensorInfo, rows: slice | None) -> Tensor:
@@ -171,9 +184,15 @@ def read_json(path: Path) -> Any:
         raise InputError(f"'{path.name}' cannot be read: {error}", where=str(path.parent)) from error
 
 
+def _first_file(folder: Path, stem: str) -> str:
+    """The file that transformers opens first: the weights in one file, and only without them an index."""
+    single, index_file = f"{stem}{SUFFIX}", f"{stem}{INDEX_SUFFIX}"
+    return single if (folder / single).is_file() else index_file
+
+
 def _read_headers(folder: Path, stem: str) -> dict[str, TensorInfo]:
     single, index_file = f"{stem}{SUFFIX}", f"{stem}{INDEX_SUFFIX}"
-    if (folder / single).is_file() and not (folder / index_file).is_file():
+    if _first_file(folder, stem) == single:
         return read_header(folder / single)
     if not (folder / index_file).is_file():
         others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".gguf"))
@@ -212,11 +231,7 @@ def _contained(folder: Path, shard_name: str, index_file: str) -> Path:
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
     spec = checkpoint.spec
-    of_layer = spec.layer_tensors().items()
-    in_layers = (
-        (layer_prefix(layer) + name, shape) for layer in range(spec.num_layers) for name, shape in of_layer
-    )
-    for name, shape in chain(spec.outer_tensors().items(), in_layers):
+    for name, shape in spec.tensors().items():
         info = checkpoint.tensors.get(name)
         if info is None:
             raise InputError(f"tensor '{name}' is missing", where=str(checkpoint.folder))
@@ -224,6 +239,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             raise InputError(
                 f"tensor '{name}' has shape {list(info.shape)}, config.json says {list(shape)}",
                 where=str(info.shard),
+                remedy=f"check {', '.join(spec.keys_of(name))} in config.json",
             )
         if info.dtype not in FLOATS:
             raise InputError(f"tensor '{name}' is {info.dtype}, not a float", where=str(info.shard))

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from anequant.architectures.spec import layer_prefix
 from anequant.calibration.distill import TuneResult
+from anequant.calibration.judge import check_written
 from anequant.calibration.sensitivity import rounding_losses
 from anequant.checkpoints.layout import checkpoint_entries, projection_names
 from anequant.checkpoints.manifest import CHECKPOINT, published_config, rotation_keys, write_manifest
 from anequant.checkpoints.online import quantized_config, weights_stem
-from anequant.checkpoints.reader import Checkpoint
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.rotations import ROTATIONS, write_rotations
 from anequant.checkpoints.source import Source
 from anequant.checkpoints.writer import CheckpointWriter, write_json
@@ -141,8 +142,8 @@ def quantize_into(
     rotations_file: Path | None = None,
     collected: Tensor | None = None,
 ) -> QuantizeResult:
-    """As `quantize`, into a folder of a job's output."""
-    checkpoint = open_float(source)
+    """As `quantize`, into a folder of a job's output, from a source that `open_float` has opened before."""
+    checkpoint = open_checkpoint(source.folder)
     spec = checkpoint.spec
     keys = rotation_keys(source.folder)
     if keys is None:
@@ -192,6 +193,7 @@ def quantize_into(
 
     progress("hash", journal.share("checkpoint files")[0])
     journal.unit("checkpoint files", write_side_files)
+    check_written(checkpoint, folder)
     return result
 
 

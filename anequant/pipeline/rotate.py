@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from anequant.calibration.judge import check_written
 from anequant.checkpoints.layout import checkpoint_entries, projection_names
 from anequant.checkpoints.manifest import ROTATED, rotation_keys, write_manifest
 from anequant.checkpoints.online import quantized_config, weights_stem
-from anequant.checkpoints.reader import Checkpoint
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.rotations import write_rotations
 from anequant.checkpoints.source import Source
 from anequant.checkpoints.writer import CheckpointWriter, write_json
@@ -92,7 +93,7 @@ def _rotate_into(
     progress: Progress,
     journal: Journal,
 ) -> RotateResult:
-    checkpoint = open_float(source)
+    checkpoint = open_checkpoint(source.folder)
     if rotation_keys(source.folder) is not None:
         raise InputError(
             f"'{source.folder}' is already rotated",
@@ -133,6 +134,7 @@ def _rotate_into(
         write_manifest(folder, ROTATED, contents)
 
     journal.unit("checkpoint files", write_side_files)
+    check_written(checkpoint, folder)
     return result
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from anequant.calibration.judge import check_reading
 from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, made_as, rotation_keys
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import Source
@@ -16,7 +17,10 @@ from anequant.recipe_files import recipe_from_dict
 
 
 def open_float(source: Source) -> Checkpoint:
-    """The checkpoint of a float model, rotated or not; raises InputError for a quantized one."""
+    """The checkpoint of a float model, rotated or not, read as stock transformers reads it.
+
+    Raises InputError for a quantized one, and what `check_reading` raises.
+    """
     checkpoint = open_checkpoint(source.folder)
     reasons = {
         "it has output scales": checkpoint.is_quantized,
@@ -29,6 +33,7 @@ def open_float(source: Source) -> Checkpoint:
                 f"'{source.folder}' is already quantized ({reason})",
                 remedy="start from the original float checkpoint, or lower this one",
             )
+    check_reading(checkpoint)
     return checkpoint
 
 

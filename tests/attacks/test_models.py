@@ -45,6 +45,11 @@ def config(**changes: Any) -> Damage:
     return damage
 
 
+def layers(count: int) -> Damage:
+    """Another number of layers, all of the same type."""
+    return config(num_hidden_layers=count, layer_types=None)
+
+
 def without(key: str) -> Damage:
     def damage(model: Path) -> None:
         values = json.loads((model / "config.json").read_text())
@@ -133,14 +138,15 @@ CONFIGS: dict[str, tuple[Damage, int, tuple[str, ...]]] = {
     "width a word": (config(hidden_size="64"), BAD, ("'hidden_size' is '64'",)),
     "width true": (config(hidden_size=True), BAD, ("'hidden_size' is True",)),
     "width 2**63": (config(hidden_size=2**63), BAD, ("'hidden_size' is 9223372036854775808",)),
-    "no width": (without("hidden_size"), BAD, ("'hidden_size' is None",)),
+    "no width": (without("hidden_size"), BAD, ("[97, 4096]", "check vocab_size, hidden_size")),
     "other width": (config(hidden_size=128), BAD, ("has shape",)),
     "odd heads": (config(num_attention_heads=5), BAD, ("num_attention_heads 5",)),
     "kv heads": (config(num_key_value_heads=3), BAD, ("num_key_value_heads 3 does not divide",)),
-    "odd head size": (config(head_dim=15), BAD, ("head_dim 15 is odd",)),
-    "too many layers": (config(num_hidden_layers=3), BAD, ("'model.layers.2.", "is missing")),
-    "too few layers": (config(num_hidden_layers=1), BAD, ("'model.layers.1.", "beyond the 1 layers")),
-    "10**9 layers": (config(num_hidden_layers=10**9), BAD, ("is missing",)),
+    "odd head size": (config(head_dim=15), BAD, ("`head_dim`=15",)),
+    "too many layers": (layers(3), BAD, ("'model.layers.2.", "is missing")),
+    "too few layers": (layers(1), BAD, ("'model.layers.1.", "beyond the 1 layers")),
+    "layers and their types": (config(num_hidden_layers=3), BAD, ("`num_hidden_layers` (3)", "layer_types")),
+    "10**9 layers": (config(num_hidden_layers=10**9), BAD, ("'num_hidden_layers' is 1000000000",)),
     "vocabulary": (config(vocab_size=98), BAD, ("[97, 64]", "[98, 64]")),
     "activation": (config(hidden_act="gelu"), UNSUPPORTED, ("'hidden_act' is 'gelu'",)),
     "eps 0": (config(rms_norm_eps="0"), BAD, ("'rms_norm_eps'",)),
