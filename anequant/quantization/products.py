@@ -15,10 +15,13 @@ from contextlib import contextmanager
 from functools import cache, lru_cache
 
 import torch
+from llvmlite.binding import get_host_cpu_name
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 SQUARE_BLOCK = 512
+PROBE = 256
+"""Products of a few rows and columns do not go to oneDNN."""
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -51,22 +54,44 @@ def mirror(total: Tensor) -> None:
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """In here torch's products of float32, `add_product` and `add_square` among them, round their factors to
-    bfloat16 and add up in float32, if the processor has instructions for that. `product` does not."""
-    before = torch.get_float32_matmul_precision()
-    if has_bfloat16():
-        torch.set_float32_matmul_precision("medium")
-    try:
+    """In here torch's products of float32, `add_product` and `add_square` among them, are oneDNN's where that
+    is faster: because it rounds factors to bfloat16 and adds up in float32 (`has_bfloat16`), or because its
+    float32 kernels, which take over where it does not round, outrun the BLAS (`has_slow_blas`). `product` is
+    left as it is."""
+    if has_bfloat16() or has_slow_blas():
+        with _precision("medium"):
+            yield
+    else:
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @cache
 def has_bfloat16() -> bool:
-    """Whether this processor multiplies matrices of bfloat16 faster than of float32."""
-    can = torch.cpu.get_capabilities()
-    return bool(can.get("amx_bf16") or can.get("avx512_bf16"))
+    """Whether torch rounds the factors of a float32 product to bfloat16 here once it may, which oneDNN does
+    for some instructions (AMX) and not for others (AVX-512's). Found out by a product: 1 + 2**-12 takes 12
+    bits behind the point, bfloat16 has 7."""
+    above_one = torch.full((PROBE, PROBE), 1 + 2.0**-12, dtype=torch.float32)
+    with _precision("medium"):
+        return bool((above_one @ torch.eye(PROBE, dtype=torch.float32) == 1).all())
+
+
+@cache
+def has_slow_blas() -> bool:
+    """Whether torch's BLAS is slow here, as MKL is on processors of AMD: oneDNN's float32 kernels take half
+    its time there. Nothing is timed, so a machine gives the same digits every day."""
+    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return mkl and str(get_host_cpu_name()).startswith("znver")
+
+
+@contextmanager
+def _precision(name: str) -> Iterator[None]:
+    """torch's precision of float32 products, in here only."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @lru_cache(maxsize=1)

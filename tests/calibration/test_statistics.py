@@ -105,8 +105,15 @@ def test_moments_are_those_of_the_models_own_inputs(
     assert_moments(seen.everything, x, x_float)
 
 
-def test_this_processors_products_change_moments_little(tiny_qwen2: Path) -> None:
-    """By less than 1% at the end of a trained model, as performance.md says, and not at all in float32."""
+@pytest.mark.parametrize("stubbed", [False, True], ids=["as-probed", "without-bfloat16"])
+def test_this_processors_products_change_moments_little(
+    tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch, stubbed: bool
+) -> None:
+    """By less than 1% at the end of a trained model, as performance.md says, and in float32 by the order of
+    sums at most."""
+    if stubbed:
+        monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+        monkeypatch.setattr(products, "has_slow_blas", lambda: False)
     checkpoint = open_checkpoint(tiny_qwen2)
     spec = checkpoint.spec
     tokens = torch.randint(spec.vocab_size, (WINDOWS, 64), generator=torch.Generator().manual_seed(3))
@@ -127,7 +134,7 @@ def test_this_processors_products_change_moments_little(tiny_qwen2: Path) -> Non
     pairs = zip(walk(exact=False), walk(exact=True), strict=True)
     errors = [float((ours - exact).norm() / exact.norm()) for ours, exact in pairs]
     assert max(errors) < 0.01, errors
-    assert (max(errors) > 0) == products.has_bfloat16()
+    assert (max(errors) > 1e-4) == products.has_bfloat16(), errors
 
 
 def test_a_single_window_serves_both_ends(make_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -163,6 +170,7 @@ def test_the_pass_sees_the_inputs_of_the_model_that_it_writes(
 
     monkeypatch.setattr(rounder, "quantize_calibrated", spy)
     monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(products, "has_slow_blas", lambda: False)
     recipe = load_recipe(None, {"r1": "none", "r2": "none", "embedding_bits": 4, "head_bits": 4})
     calibration = Calibration(str(tmp_path / "calib.json"), WINDOWS, LENGTH)
     quantize(Source(folder, "model"), tmp_path / "written", recipe, calibration)
