@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from google.protobuf.message import Message
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -22,8 +24,11 @@ from transformers import AutoModelForCausalLM
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import Source
 from anequant.cli import main
+from anequant.coreml import graph as graph_module
+from anequant.coreml import interpreter
 from anequant.coreml.graph import package_graphs
 from anequant.coreml.package import MODEL_FILE, WEIGHT_FILE
+from anequant.coreml.storage import read_model
 from anequant.pipeline.diff import difference
 from anequant.pipeline.diff_packages import function_differences, pairs
 from anequant.pipeline.diff_paths import LENGTH, compare, diff
@@ -321,6 +326,52 @@ def test_where_constants_lie_does_not_matter(made: Made, package: Path) -> None:
     assert len(moved) > 7
     one, other = package_graphs(made.packages / FFN), package_graphs(package)
     assert [function_differences(a, b).same for a, b in zip(one, other, strict=True)] == [True, True]
+
+
+class Reordered:
+    """A protobuf message whose maps have an order of their own, as they have in every process."""
+
+    def __init__(self, message: Any, descending: bool) -> None:
+        self._message, self._descending = message, descending
+
+    def __getattr__(self, name: str) -> Any:
+        return reordered(getattr(self._message, name), self._descending)
+
+
+def reordered(value: Any, descending: bool) -> Any:
+    if isinstance(value, Message):
+        return Reordered(value, descending)
+    if isinstance(value, Mapping):
+        return {key: reordered(value[key], descending) for key in sorted(value, reverse=descending)}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [reordered(item, descending) for item in value]
+    return value
+
+
+@pytest.fixture
+def other_order_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model that is read has its maps the other way around than the one before."""
+    turns = cycle((False, True))
+    for module in (graph_module, interpreter):
+        monkeypatch.setattr(module, "read_model", lambda file: reordered(read_model(file), next(turns)))
+
+
+@pytest.mark.usefixtures("other_order_each_time")
+def test_the_order_of_maps_does_not_matter(made: Made, package: Path) -> None:
+    """Nor does it to what is said of one package: every command reads it in both orders."""
+    orders = [
+        [list(node.proto.inputs) for graph in package_graphs(package) for node in graph.nodes]
+        for _ in range(2)
+    ]
+    assert orders[0] != orders[1]
+    assert the_package(found(made.packages / FFN, package, SAME))["functions"] == []
+    for command in (["lint"], ["inspect", "--json"]):
+        said = [CliRunner().invoke(main, [*command, str(package)]).stdout for _ in range(2)]
+        assert said[0] == said[1] != ""
+    opened = [interpreter.Package.open(package) for _ in range(2)]
+    named = [[(function, value) for function, value, _ in one.compressed_weights()] for one in opened]
+    assert named[0] == named[1] != []
+    assert [list(one.functions) for one in opened] == [["infer", "prefill"]] * 2
 
 
 def test_an_order_that_differs(made: Made, package: Path) -> None:

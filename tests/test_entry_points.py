@@ -588,7 +588,10 @@ def test_placements_follow_the_plan() -> None:
         "y": SimpleNamespace(preferred_compute_device=engine, supported_compute_devices=[cpu, engine]),
         "z": SimpleNamespace(preferred_compute_device=cpu, supported_compute_devices=[cpu]),
     }
-    functions = {"infer": SimpleNamespace(block=SimpleNamespace(operations=block))}
+    functions = {
+        "prefill": SimpleNamespace(block=SimpleNamespace(operations=[operation("add", "t")])),
+        "infer": SimpleNamespace(block=SimpleNamespace(operations=block)),
+    }
     plan = SimpleNamespace(
         model_structure=SimpleNamespace(program=SimpleNamespace(functions=functions)),
         get_compute_device_usage_for_mlprogram_operation=lambda op: usage.get(op.outputs[0].name),
@@ -601,8 +604,9 @@ def test_placements_follow_the_plan() -> None:
         Placement("infer", "ios18.conv", "y", "neural engine", ("cpu", "neural engine"), 0.5),
         Placement("infer", "gather", "z", "cpu", ("cpu",), None),
         Placement("infer", "add", "s", "unknown", (), None),
+        Placement("prefill", "add", "t", "unknown", (), None),
     ]
-    assert operations_by_device(placements) == {"neural engine": 1, "cpu": 1, "unknown": 1}
+    assert operations_by_device(placements) == {"neural engine": 1, "cpu": 1, "unknown": 2}
 
 
 def test_timing_and_agreement_by_the_interpreter(packages: Path) -> None:

@@ -67,7 +67,7 @@ def _fetch(folder: Path, repo: str, revision: str | None) -> Source:
         index = {"metadata": metadata.metadata, "weight_map": metadata.weight_map}
         (folder / f"{STEM}{INDEX_SUFFIX}").write_text(json.dumps(index), encoding="utf-8")
     present = {sibling.rfilename for sibling in info.siblings or ()}
-    for name in present & set(TOKENIZER_FILES):
+    for name in sorted(present & set(TOKENIZER_FILES)):
         (folder / name).touch()
     return Source(folder, repo.split("/")[1], info.sha, repo)
 

@@ -207,7 +207,7 @@ def _read_headers(folder: Path, stem: str) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for shard_name in sorted(set(weight_map.values())):
         shard = read_header(_contained(folder, shard_name, index_file))
-        for name in tensors.keys() & shard.keys():
+        for name in sorted(tensors.keys() & shard.keys()):
             both = f"'{tensors[name].shard.name}' and '{shard_name}'"
             raise InputError(f"tensor {shown(name)} is in {both}", where=str(folder))
         tensors.update(shard)

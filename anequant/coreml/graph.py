@@ -25,7 +25,7 @@ LUT, BLOCKS = "constexpr_lut_to_dense", "constexpr_blockwise_shift_scale"
 @dataclass(frozen=True)
 class Node:
     """An operation: its `outputs`, and for each input the names of the values it takes, None for an
-    immediate one."""
+    immediate one. Inputs are sorted by name, since a protobuf map has another order in every process."""
 
     kind: str
     outputs: tuple[TensorSpec, ...]
@@ -120,7 +120,7 @@ def _node(operation: Any) -> Node:
             binding.name if binding.WhichOneof("binding") == "name" else None
             for binding in argument.arguments
         )
-        for name, argument in operation.inputs.items()
+        for name, argument in sorted(operation.inputs.items())
     }
     outputs = tuple(constant_spec(value.name, value.type) for value in operation.outputs)
     return Node(operation.type, outputs, inputs, operation)

@@ -65,7 +65,7 @@ class Package:
     """An opened .mlpackage: its `path`, its `functions` by name, and the `default_function`."""
 
     def __init__(self, path: Path, model: Any, weights: Weights, *, rounding: bool = True) -> None:
-        functions = dict(model.mlProgram.functions)
+        functions = dict(sorted(model.mlProgram.functions.items()))
         refuse_unsupported(functions, weights, str(path))
         self.path = path
         self.default_function: str = model.description.defaultFunctionName or "main"
@@ -180,7 +180,7 @@ class Package:
             if operation.outputs and operation.outputs[0].name in constants:
                 continue
             arguments = {}
-            for key, bound in operation.inputs.items():
+            for key, bound in sorted(operation.inputs.items()):
                 parameter = parameters(operation.type)[key]
                 listed = [argument(binding, parameter.form) for binding in bound.arguments]
                 arguments[key] = listed if parameter.variadic else listed[0]

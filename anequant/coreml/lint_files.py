@@ -34,7 +34,7 @@ def _sharing(graphs: Sequence[Graph], package: Path) -> Iterator[Hit]:
     places: dict[str, dict[str, set[int]]] = {}
     names: dict[str, str] = {}
     for function, held in blobs.items():
-        for offset in held.keys() - shared:
+        for offset in sorted(held.keys() - shared):
             name, value = held[offset]
             content = weights.read(value)
             if isinstance(content, Tensor):
@@ -56,9 +56,10 @@ def _blobs(graph: Graph) -> Iterator[tuple[int, tuple[str, Any]]]:
     Operands of a constexpr operation are bound by value; before iOS 18 they are attributes.
     """
     for node in graph.nodes:
-        bindings = [binding for argument in node.proto.inputs.values() for binding in argument.arguments]
+        inputs, attributes = (sorted(part.items()) for part in (node.proto.inputs, node.proto.attributes))
+        bindings = [binding for _, argument in inputs for binding in argument.arguments]
         values = [binding.value for binding in bindings if binding.WhichOneof("binding") == "value"]
-        for value in (*node.proto.attributes.values(), *values):
+        for value in (*(value for _, value in attributes), *values):
             if value.WhichOneof("value") == "blobFileValue":
                 yield value.blobFileValue.offset, (node.name, value)
 

@@ -54,7 +54,7 @@ def package_placements(package: Path) -> list[Placement]:
 
 def plan_placements(plan: Any) -> Iterator[Placement]:
     """The operations of a coremltools MLComputePlan, constants left out."""
-    for name, function in plan.model_structure.program.functions.items():
+    for name, function in sorted(plan.model_structure.program.functions.items()):
         for operation in function.block.operations:
             if operation.operator_name.startswith(CONSTANT):
                 continue

@@ -19,7 +19,7 @@ Form = Literal["stored", "float32", "palettized", "plain"]
 """How an operation takes a value: a tensor as stored, a tensor with fp16 widened, a table that may still be
 codes, or plain Python numbers."""
 
-_STATE_INPUTS = {"read_state": {"input"}, "write_state": {"input", "data"}}
+_STATE_INPUTS = {"read_state": ("input",), "write_state": ("input", "data")}
 
 
 @dataclass(frozen=True)

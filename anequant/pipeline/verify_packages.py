@@ -118,7 +118,7 @@ def _values(graph: Graph) -> Iterator[tuple[str, str, Any]]:
     for node in graph.nodes:
         if node.kind == "const":
             yield node.name, "val", node.proto.attributes["val"]
-        for key, argument in node.proto.inputs.items():
+        for key, argument in sorted(node.proto.inputs.items()):
             for binding in argument.arguments:
                 if binding.WhichOneof("binding") == "value":
                     yield node.name, key, binding.value

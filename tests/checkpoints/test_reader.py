@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from anequant.checkpoints.header import read_header
 from anequant.checkpoints.reader import open_checkpoint, read_config
 from anequant.checkpoints.source import Source
 from anequant.errors import AnequantError, InputError, UnsupportedError
@@ -226,6 +227,17 @@ def test_an_index_that_names_the_wrong_shard(sharded: Path) -> None:
     other = next(path.name for path in shards_of(sharded) if path.name != weight_map["model.norm.weight"])
     edit_json(sharded / INDEX, weight_map={**weight_map, "model.norm.weight": other})
     refused(sharded, InputError, "model.norm.weight", other)
+
+
+def test_tensors_in_two_shards(sharded: Path) -> None:
+    """Of many, the message names the same one in every process."""
+    several = max(shards_of(sharded), key=lambda path: len(read_header(path)))
+    shutil.copyfile(several, sharded / "twin.safetensors")
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    edit_json(sharded / INDEX, weight_map={**weight_map, "more": "twin.safetensors"})
+    names = sorted(read_header(several))
+    assert len(names) > 4
+    refused(sharded, InputError, f"'{names[0]}' is in '{several.name}' and 'twin.safetensors'")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}'])
