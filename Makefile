@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint fuzz clean
+.PHONY: demo test test-orders lint fuzz clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,7 +16,16 @@ demo: .venv/installed
 	$(BIN)/anequant generate demo-output --prompt "In the morning they went down to the" --max-tokens 20
 
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# The tests five times, with another hash seed and another order of files each time, until one fails.
+SHUFFLED = import glob, random; files = sorted(glob.glob('tests/**/test_*.py', recursive=True)); \
+	random.Random($$seed).shuffle(files); print(*files)
+
+test-orders: .venv/installed
+	for seed in 0 1 2 3 4; do \
+		PYTHONHASHSEED=$$seed $(MAKE) test TESTS="$$($(BIN)/python -c "$(SHUFFLED)")" || exit 1; \
+	done
 
 .venv/fuzz: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'

@@ -61,7 +61,10 @@ SLOWEST = ("test_quality", "test_resume", "test_cli", "test_packages", "test_rec
 """Files that take longest. They start first, so that no worker is left alone with one in the end."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files that are named run in the order of their names (`make test-orders`)."""
+    if all(Path(argument.partition("::")[0]).is_file() for argument in config.args):
+        return
     items.sort(key=lambda item: SLOWEST.index(name) if (name := item.path.stem) in SLOWEST else len(SLOWEST))
 
 

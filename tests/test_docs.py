@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import json
-import os
 import re
 import shlex
 import shutil
@@ -404,7 +403,7 @@ def test_the_worked_architecture_is_exact(
     exec(compile(own.body, "conftest.py", "exec"), scope)
     monkeypatch.setitem(make_model.__globals__, "OWN", conftest.OWN)
     exec(compile(test.body, "test_seed_oss.py", "exec"), scope)
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     scope["test_seed_oss_stays_exact"](make_model, tmp_path)
 
 
