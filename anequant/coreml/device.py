@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from anequant.coreml.graph import package_graphs
+from anequant.coreml.signatures import FunctionSpec
 from anequant.errors import UnsupportedError
 
 
@@ -30,6 +32,11 @@ class DevicePackage:
                 remedy="use the interpreter or the transformers backend here",
             )
         return cls(path)
+
+    @property
+    def functions(self) -> dict[str, FunctionSpec]:
+        """What the package's file declares, by name."""
+        return {graph.function: graph.spec for graph in package_graphs(self.path)}
 
     def new_state(self) -> Any:
         """A state that all packages of a set share."""

@@ -13,7 +13,7 @@ from anequant.strict import parse_yaml, read_plain
 
 META = "meta.yaml"
 LARGEST_META = 100_000
-LARGEST_NUMBER, MOST_PACKAGES = 10**7, 1000
+LARGEST_NUMBER, MOST_PACKAGES, LARGEST_WIDTH = 10**7, 1000, 16
 FORMAT_VERSION = "0.3.4"
 """The ANEMLL release whose meta.yaml this is (its `version` key)."""
 
@@ -22,7 +22,8 @@ FORMAT_VERSION = "0.3.4"
 class PackageSet:
     """What meta.yaml says: sizes and widths, from which every file name follows.
 
-    A lut width of None means float16 weights; with `argmax` the head ends in the best token of each part.
+    A lut width of None means float16 weights; with `argmax` the head ends in the best token of each part,
+    and `part_sizes` are their rows where meta.yaml lists them.
     """
 
     model: str
@@ -37,6 +38,7 @@ class PackageSet:
     lut_head: int | None
     vocab_size: int | None = None
     argmax: bool = False
+    part_sizes: tuple[int, ...] | None = None
 
     @property
     def embeddings(self) -> str:
@@ -53,7 +55,9 @@ class PackageSet:
     @property
     def head_sizes(self) -> list[int]:
         """Rows of the vocabulary in each part of the head; empty when meta.yaml does not say."""
-        return [(self.vocab_size or 0) // self.head_parts] * self.head_parts if self.vocab_size else []
+        if self.part_sizes is not None:
+            return list(self.part_sizes)
+        return [self.vocab_size // self.head_parts] * self.head_parts if self.vocab_size else []
 
     @property
     def chunk_names(self) -> list[str]:
@@ -63,6 +67,13 @@ class PackageSet:
     def package_names(self) -> list[str]:
         """All packages in running order, without the .mlpackage ending."""
         return [self.embeddings, *self.chunk_names, self.head]
+
+    def keys_of(self, name: str) -> str:
+        """The keys of meta.yaml that the file name of package `name` follows from, in words."""
+        of_part = {self.embeddings: "lut_embeddings", self.head: "lut_lmhead"}
+        return (
+            f"model_prefix and {of_part[name]}" if name in of_part else "model_prefix, lut_ffn and num_chunks"
+        )
 
 
 def write_meta(folder: Path, packages: PackageSet) -> None:
@@ -109,7 +120,6 @@ def read_meta(folder: Path) -> PackageSet:
     try:
         info = content["model_info"]
         values = info["parameters"]
-        lut = {key: None if values[key] == "none" else int(values[key]) for key in values if "lut" in key}
         prefix = str(values["model_prefix"])
         if not re.fullmatch(r"\w[\w.-]*", prefix, re.ASCII):
             raise ValueError(f"model_prefix, it is {shown(prefix)}")
@@ -121,21 +131,44 @@ def read_meta(folder: Path) -> PackageSet:
             batch=_number(values, "batch_size"),
             chunks=_number(values, "num_chunks", MOST_PACKAGES),
             head_parts=_number(values, "split_lm_head", MOST_PACKAGES),
-            lut_embeddings=lut["lut_embeddings"],
-            lut_ffn=lut["lut_ffn"],
-            lut_head=lut["lut_lmhead"],
+            lut_embeddings=_width(values, "lut_embeddings"),
+            lut_ffn=_width(values, "lut_ffn"),
+            lut_head=_width(values, "lut_lmhead"),
             vocab_size=_number(values, "vocab_size") if "vocab_size" in values else None,
-            argmax=bool(values.get("argmax_in_model", False)),
+            argmax=_flag(values, "argmax_in_model"),
+            part_sizes=_sizes(values, "lm_head_chunk_sizes"),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"'{META}' lacks or misstates {error}", where=str(folder)) from error
 
 
 def _number(values: Mapping[str, Any], key: str, most: int = LARGEST_NUMBER) -> int:
-    number = int(values[key])
-    if not 1 <= number <= most:
+    number = values[key]
+    if type(number) is not int or not 1 <= number <= most:
         raise ValueError(f"{key}, it is {shown(number)}")
     return number
+
+
+def _width(values: Mapping[str, Any], key: str) -> int | None:
+    return None if values[key] == "none" else _number(values, key, LARGEST_WIDTH)
+
+
+def _flag(values: Mapping[str, Any], key: str) -> bool:
+    flag = values.get(key, False)
+    if not isinstance(flag, bool):
+        raise ValueError(f"{key}, it is {shown(flag)}")
+    return flag
+
+
+def _sizes(values: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
+    sizes = values.get(key)
+    if sizes is None:
+        return None
+    if not isinstance(sizes, list) or not all(
+        type(size) is int and 0 < size <= LARGEST_NUMBER for size in sizes
+    ):
+        raise ValueError(f"{key}, it is {shown(sizes)}")
+    return tuple(sizes)
 
 
 def _suffix(bits: int | None) -> str:

@@ -19,6 +19,7 @@ Form = Literal["stored", "float32", "palettized", "plain"]
 """How an operation takes a value: a tensor as stored, a tensor with fp16 widened, a table that may still be
 codes, or plain Python numbers."""
 
+ARGMAX = "reduce_argmax"
 _STATE_INPUTS = {"read_state": ("input",), "write_state": ("input", "data")}
 
 
@@ -37,12 +38,14 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class FunctionSpec:
-    """What a function takes and gives; `enumerated` lists the only shapes that some inputs may have."""
+    """What a function takes and gives; `enumerated` lists the only shapes that some inputs may have, and
+    `choices` how many values each reduce_argmax chooses from, None where that is known only when running."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[TensorSpec, ...]
     enumerated: Mapping[str, tuple[tuple[int, ...], ...]]
+    choices: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,14 @@ def function_spec(function: Any, block: Any, features: Any) -> FunctionSpec:
         tuple(tensor_spec(name, types[name]) for name in block.outputs),
         tuple(spec for spec, state in zip(given, is_state, strict=True) if state),
         enumerated,
+        tuple(_chosen_from(operation, types) for operation in block.operations if operation.type == ARGMAX),
     )
+
+
+def _chosen_from(operation: Any, types: Mapping[str, Any]) -> int | None:
+    (given,) = operation.inputs["x"].arguments
+    shape = tensor_spec(given.name, types[given.name]).shape
+    return shape[-1] if shape else 1
 
 
 def refuse_unsupported(functions: Mapping[str, Any], weights: Weights, where: str) -> None:

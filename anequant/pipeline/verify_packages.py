@@ -15,7 +15,8 @@ from torch import Tensor
 
 from anequant.coreml.decoder import INFER, PREFILL
 from anequant.coreml.graph import LUT, Graph, package_graphs
-from anequant.coreml.meta import META, PackageSet, read_meta
+from anequant.coreml.meta import META, read_meta
+from anequant.coreml.meta_check import check_package
 from anequant.coreml.storage import LARGEST_MANIFEST, damage, inside, model_file
 from anequant.errors import InputError, VerificationError, shown
 from anequant.pipeline.verify_files import PACKAGES, failing, verify_files
@@ -40,18 +41,24 @@ def verify_package_files(folder: Path) -> None:
     packages = read_meta(folder)
     due = {f"{name}.mlpackage" for name in packages.package_names}
     present = {path.name for path in folder.glob("*.mlpackage")}
-    for name in sorted(due ^ present):
-        problem = "is missing" if name in due else f"is none of {META}"
+    for name in sorted(due - present):
+        keys = packages.keys_of(name.removesuffix(".mlpackage"))
+        problem = f"is missing; {keys} of {META} name it so"
         raise VerificationError(f"package {shown(name)} {problem}", where=str(folder))
+    for name in sorted(present - due):
+        raise VerificationError(f"package {shown(name)} is none of {META}", where=str(folder))
     for name in packages.package_names:
         path = folder / f"{name}.mlpackage"
         verify_items(path)
         with damage(str(path)):
+            graphs = package_graphs(path)
+            check_package(packages, name, {graph.function: graph.spec for graph in graphs}, folder)
             seen: set[bytes] = set()
-            for graph in package_graphs(path):
+            for graph in graphs:
                 _verify_constants(graph, path, seen)
-                if name in packages.chunk_names:
-                    _verify_sizes(graph, packages, path)
+                if name in packages.chunk_names and graph.function not in (INFER, PREFILL):
+                    problem = f"function {shown(graph.function)} is none of a decoder's"
+                    raise VerificationError(problem, where=str(path))
 
 
 def verify_items(package: Path) -> None:
@@ -122,18 +129,3 @@ def _values(graph: Graph) -> Iterator[tuple[str, str, Any]]:
             for binding in argument.arguments:
                 if binding.WhichOneof("binding") == "value":
                     yield node.name, key, binding.value
-
-
-def _verify_sizes(graph: Graph, packages: PackageSet, package: Path) -> None:
-    """The decoder's functions are there for the context and the batch that meta.yaml says."""
-    lengths = {INFER: 1, PREFILL: packages.batch}
-    if graph.function not in lengths:
-        raise VerificationError(
-            f"function {shown(graph.function)} is none of a decoder's", where=str(package)
-        )
-    wanted = (1, 1, lengths[graph.function], packages.context)
-    found = {spec.name: spec.shape for spec in graph.spec.inputs}.get("causal_mask")
-    if found != wanted:
-        raise VerificationError(
-            f"'{graph.function}' takes a causal mask of {found}, {META} says {wanted}", where=str(package)
-        )

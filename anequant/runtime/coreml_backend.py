@@ -16,7 +16,8 @@ from torch import Tensor
 from anequant.coreml.decoder import INFER, PREFILL
 from anequant.coreml.device import DevicePackage
 from anequant.coreml.interpreter import Package
-from anequant.coreml.meta import PackageSet, read_meta
+from anequant.coreml.meta import META, PackageSet, read_meta
+from anequant.coreml.meta_check import check_package
 from anequant.coreml.storage import damage
 from anequant.errors import InputError
 from anequant.progress import Progress
@@ -31,11 +32,11 @@ class PackageModel:
     def __init__(self, folder: Path, open_package: OpenPackage = Package.open) -> None:
         self.packages = read_meta(folder)
         self._where = str(folder)
-        if self.packages.argmax and not self.packages.head_sizes:
-            raise InputError("arg-max heads need 'vocab_size' in meta.yaml", where=str(folder))
-        self._embeddings = _open(folder, self.packages.embeddings, open_package)
-        self._chunks = [_open(folder, name, open_package) for name in self.packages.chunk_names]
-        self._head = _open(folder, self.packages.head, open_package)
+        self._embeddings = _open(folder, self.packages, self.packages.embeddings, open_package)
+        self._chunks = [
+            _open(folder, self.packages, name, open_package) for name in self.packages.chunk_names
+        ]
+        self._head = _open(folder, self.packages, self.packages.head, open_package)
         self._mask = _causal_mask(self.packages.context)
         self.reset()
 
@@ -106,7 +107,7 @@ def package_by_package(
     steps = [(start, packages.batch, PREFILL) for start in range(0, prompt, packages.batch)]
     steps += [(position, 1, INFER) for position in range(prompt - 1, len(tokens))]
     mask = _causal_mask(packages.context)
-    embeddings = _open(folder, packages.embeddings, open_package)
+    embeddings = _open(folder, packages, packages.embeddings, open_package)
     hidden = [
         embeddings.run({"input_ids": ids[None, start : start + length]})["hidden_states"]
         for start, length, _ in steps
@@ -114,14 +115,14 @@ def package_by_package(
     del embeddings
     state: dict[str, Tensor] = {}
     for number, name in enumerate(packages.chunk_names):
-        chunk = _open(folder, name, open_package)
+        chunk = _open(folder, packages, name, open_package)
         state = state or chunk.new_state()
         for place, (start, _, function) in enumerate(steps):
             progress(f"{name}, step {place + 1} of {len(steps)}", number / len(packages.chunk_names))
             inputs = _decoder_inputs(hidden[place], start, mask)
             hidden[place] = chunk.run(inputs, state, function)["output_hidden_states"]
         del chunk
-    head = _open(folder, packages.head, open_package)
+    head = _open(folder, packages, packages.head, open_package)
     last = [part for part, (_, _, function) in zip(hidden, steps, strict=True) if function == INFER]
     return torch.stack([_whole_logits(packages, head.run({"hidden_states": part})) for part in last])
 
@@ -152,8 +153,16 @@ def _whole_logits(packages: PackageSet, outputs: Mapping[str, Tensor]) -> Tensor
     return logits
 
 
-def _open(folder: Path, name: str, open_package: OpenPackage) -> Package | DevicePackage:
+def _open(
+    folder: Path, packages: PackageSet, name: str, open_package: OpenPackage
+) -> Package | DevicePackage:
     path = folder / f"{name}.mlpackage"
     if not path.is_dir():
-        raise InputError(f"package '{path.name}' is missing", where=str(folder), remedy="lower it again")
-    return open_package(path)
+        raise InputError(
+            f"package '{path.name}' is missing; {packages.keys_of(name)} of {META} name it so",
+            where=str(folder),
+            remedy="lower it again",
+        )
+    package = open_package(path)
+    check_package(packages, name, package.functions, folder)
+    return package

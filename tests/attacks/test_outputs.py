@@ -399,7 +399,7 @@ PACKAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "package missing": (
         agreeing(lambda folder: shutil.rmtree(folder / HEAD)),
-        (f"package '{HEAD}' is missing",),
+        (f"package '{HEAD}' is missing; model_prefix and lut_lmhead of meta.yaml name it so",),
     ),
     "package too many": (
         agreeing(lambda folder: shutil.copytree(folder / HEAD, folder / "more.mlpackage") and None),
@@ -419,9 +419,20 @@ PACKAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "meta: no part of a head": (meta("split_lm_head: 16", "split_lm_head: 0"), ("split_lm_head, it is 0",)),
     "meta: another context": (
         meta("context_length: 16", "context_length: 32"),
-        ("takes a causal mask of (1, 1, 1, 16)", "(1, 1, 1, 32)"),
+        ("'context_length' of meta.yaml is 32", f"'{CHUNK}' is made for 16"),
     ),
-    "meta: another batch": (meta("batch_size: 8", "batch_size: 4"), ("takes a causal mask",)),
+    "meta: another batch": (
+        meta("batch_size: 8", "batch_size: 4"),
+        ("'batch_size' of meta.yaml is 4", "is made for 8"),
+    ),
+    "meta: half of the head": (
+        meta("split_lm_head: 16", "split_lm_head: 8"),
+        ("'split_lm_head' of meta.yaml is 8", f"'{HEAD}' is made for 16"),
+    ),
+    "meta: another width": (
+        meta("lut_lmhead: none", "lut_lmhead: 6"),
+        ("_lm_head_lut6.mlpackage' is missing; model_prefix and lut_lmhead of meta.yaml",),
+    ),
 }
 
 

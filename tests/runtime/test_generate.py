@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anequant.cli import main
-from anequant.errors import UnsupportedError, UsageError
+from anequant.coreml.meta import read_meta
+from anequant.errors import InputError, UnsupportedError, UsageError
 from anequant.pipeline.generate import Chat, continue_text, open_text_model, stop_tokens
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
@@ -70,6 +73,58 @@ def test_the_transformers_backend_says_so_too(checkpoint: Path, expected: str) -
     pieces = list(continue_text(model, PROMPT, 16, GREEDY))
     assert pieces[0] == PROMPT and len(pieces) > 8
     assert "".join(pieces) == expected
+
+
+CONTRADICTIONS: list[tuple[str, str, str]] = [
+    ("context_length", "48", "64"),
+    ("context_length", "48", "'48'"),
+    ("batch_size", "8", "16"),
+    ("batch_size", "8", "8.5"),
+    ("batch_size", "8", "true"),
+    ("split_lm_head", "16", "8"),
+    ("split_lm_head", "16", "32"),
+    ("num_chunks", "[13]", "2"),
+    ("model_prefix", "qwen25", "qwen"),
+    ("lut_embeddings", "none", "4"),
+    ("lut_embeddings", "none", "no"),
+    ("lut_ffn", "4", "none"),
+    ("lut_ffn", "4", "four"),
+    ("lut_lmhead", "none", "8"),
+    ("argmax_in_model", "true", "false"),
+    ("argmax_in_model", "true", "'false'"),
+    ("vocab_size", "8192", "8208"),
+    ("vocab_size", "8192", "-1"),
+    ("lm_head_chunk_sizes", r"\[512.*\]", "[4096, 4096]"),
+    ("lm_head_chunk_sizes", r"\[512.*\]", "512"),
+]
+
+
+@pytest.mark.parametrize(("key", "written", "edited"), CONTRADICTIONS)
+def test_what_meta_yaml_says_is_what_the_packages_are(
+    packages: Path, tmp_path: Path, key: str, written: str, edited: str
+) -> None:
+    """No text and no other error: the key and the file are named."""
+    content = (packages / "meta.yaml").read_text()
+    changed, count = re.subn(f"(?m)^    {key}: {written}$", f"    {key}: {edited}", content)
+    if "argmax" not in content and key in ("argmax_in_model", "vocab_size", "lm_head_chunk_sizes"):
+        value = {"argmax_in_model": "true" if edited == "false" else edited}.get(key, edited)
+        changed, count = f"{content}    {key}: {value}\n", 1
+    assert count == 1
+    for path in packages.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "meta.yaml").unlink()
+    (tmp_path / "meta.yaml").write_text(changed)
+    with pytest.raises(InputError, match=key) as caught:
+        open_text_model(tmp_path, "interpreter")
+    assert "meta.yaml" in str(caught.value) and caught.value.exit_code == 3
+
+
+def test_parts_of_a_head_need_not_be_equal(packages: Path) -> None:
+    """What lm_head_chunk_sizes lists counts, and where it lists nothing, equal parts of vocab_size."""
+    read = read_meta(packages)
+    assert (read.part_sizes == (512,) * 16) is read.argmax
+    assert replace(read, part_sizes=(1000, 24)).head_sizes == [1000, 24]
+    assert replace(read, part_sizes=None, vocab_size=8192).head_sizes == [512] * 16
 
 
 def test_a_full_context_ends_the_text(packages: Path) -> None:
