@@ -11,12 +11,14 @@ from anequant.calibration.text import load_tokenizer
 from anequant.checkpoints.reader import read_object
 from anequant.coreml.device import DevicePackage
 from anequant.coreml.interpreter import Package
-from anequant.errors import UsageError
+from anequant.errors import InputError, UsageError, shown
 from anequant.pipeline.folders import CHECKPOINT_FOLDER, packages_folder
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.runtime.generate import Decoder, decoded, new_tokens
 from anequant.runtime.sampling import Sampling, chooser
 from anequant.runtime.transformers_backend import TransformersModel
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,28 @@ def open_text_model(folder: Path, backend: str) -> TextModel:
         part = packages_folder(folder)
         decoder = PackageModel(part, DevicePackage.open if backend == "coreml" else Package.open)
     tokenizer = load_tokenizer(part)
-    return TextModel(part, decoder, tokenizer, stop_tokens(part, tokenizer))
+    return TextModel(part, decoder, tokenizer, stop_tokens(part))
 
 
-def stop_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """The tokenizer's end token and those of generation_config.json."""
-    ends = [tokenizer.eos_token_id]
-    if (folder / "generation_config.json").is_file():
-        listed = read_object(folder / "generation_config.json").get("eos_token_id")
-        ends += listed if isinstance(listed, list) else [listed]
-    return frozenset(token for token in ends if isinstance(token, int))
+def stop_tokens(folder: Path) -> frozenset[int]:
+    """Where transformers' `generate` stops: at the `eos_token_id` of generation_config.json, and only
+    without that file at that of config.json.
+
+    Raises InputError for a value that is neither null, nor a token, nor a list of tokens.
+    """
+    present = (folder / GENERATION_CONFIG).exists()
+    name = GENERATION_CONFIG if present else "config.json"
+    listed = read_object(folder / name).get("eos_token_id")
+    ends = listed if isinstance(listed, list) else [listed]
+    if listed is None:
+        return frozenset()
+    if not ends or not all(type(token) is int for token in ends):
+        raise InputError(
+            f"'eos_token_id' of '{name}' is {shown(listed)}",
+            where=str(folder / name),
+            remedy="write a token, a list of tokens, or null",
+        )
+    return frozenset(ends)
 
 
 def continue_text(model: TextModel, prompt: str, limit: int, sampling: Sampling) -> Iterator[str]:
@@ -69,7 +83,7 @@ def continue_text(model: TextModel, prompt: str, limit: int, sampling: Sampling)
     tokens = model.tokenizer(prompt)["input_ids"]
     _check_sampling(model, sampling)
     produced = new_tokens(model.decoder, tokens, chooser(sampling), limit=limit, stop=model.stop)
-    pieces = decoded(model.tokenizer, produced)
+    pieces = decoded(model.tokenizer, produced, tokens)
     first = next(pieces, "")
     yield prompt
     yield first

@@ -235,7 +235,7 @@ def _write_side_files(folder: Path, checkpoint: Checkpoint) -> None:
             shutil.copyfile(checkpoint.folder / name, folder / name)
     if (checkpoint.folder / "tokenizer_config.json").is_file():
         tokenizer_class = read_object(checkpoint.folder / "tokenizer_config.json").get("tokenizer_class")
-    write_json(
-        folder / "config.json",
-        {"tokenizer_class": tokenizer_class, "model_type": checkpoint.spec.architecture.model_type},
-    )
+    config = checkpoint.spec.config
+    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
+    model_type = checkpoint.spec.architecture.model_type
+    write_json(folder / "config.json", {"tokenizer_class": tokenizer_class, "model_type": model_type, **ends})

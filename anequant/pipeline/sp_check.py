@@ -111,4 +111,4 @@ def verdict_lines(title: str, description: str, result: SpCheck) -> list[str]:
 
 def _snapped_model(folder: Path) -> TextModel:
     tokenizer = load_tokenizer(folder)
-    return TextModel(folder, SnappedModel(folder), tokenizer, stop_tokens(folder, tokenizer))
+    return TextModel(folder, SnappedModel(folder), tokenizer, stop_tokens(folder))

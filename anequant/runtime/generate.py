@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from anequant.errors import UsageError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+LONGEST_CLEANED = 3
+"""Letters of what `clean_up_tokenization` takes a space from (" n't"), without the last one."""
 
 Choice = Callable[[Tensor], int]
 """Picks the next token from logits [vocab]."""
@@ -73,16 +77,42 @@ def score(decoder: Decoder, tokens: Sequence[int], first: int) -> Tensor:
     return torch.cat([start, decoder.feed_each(rest)]) if rest else start
 
 
-def decoded(tokenizer: Any, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of tokens, piece by piece: what a token adds once its characters are complete."""
-    produced: list[int] = []
-    shown = ""
+def decoded(tokenizer: Any, tokens: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """The text of tokens, piece by piece: what the tokenizer's `decode` of all of them says after the text
+    of those `before`, without special tokens.
+
+    A tokenizer may strip the first word's space, merge bytes to characters, and clean up spaces, so each
+    piece comes from decoding everything, once nothing that may follow can change it.
+    """
+    produced = list(before)
+    text = start = tokenizer.decode(produced, skip_special_tokens=True)
+    told: int | None = None
     for token in tokens:
         produced.append(token)
-        text = tokenizer.decode(produced, skip_special_tokens=True)
-        if not text.endswith(REPLACEMENT):
-            yield text[len(shown) :]
-            shown = text
-    rest = tokenizer.decode(produced, skip_special_tokens=True)[len(shown) :] if produced else ""
+        last, text = text, tokenizer.decode(produced, skip_special_tokens=True)
+        if text != last and _settled(tokenizer, produced, text):
+            told = _shared(start, text) if told is None else told
+            yield text[told:]
+            told = len(text)
+    rest = text[_shared(start, text) if told is None else told :]
     if rest:
         yield rest
+
+
+def _settled(tokenizer: Any, tokens: Sequence[int], text: str) -> bool:
+    """Whether no token after these can change their text.
+
+    A run of byte tokens is one unit, and is all replacement characters when it is not UTF-8.
+    """
+    if text.endswith(REPLACEMENT) or BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(tokens[-1]))):
+        return False
+    if not tokenizer.clean_up_tokenization_spaces:
+        return True
+    plain = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return " " not in plain[-LONGEST_CLEANED:]
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    apart = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(apart, min(len(one), len(other)))

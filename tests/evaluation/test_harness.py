@@ -152,8 +152,8 @@ class Beginning:
     def __call__(self, text: str, **options: Any) -> Any:
         return self.whole(text, **options)
 
-    def decode(self, *args: Any, **options: Any) -> Any:
-        return self.whole.decode(*args, **options)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
 
 
 def test_a_bos_that_the_tokenizer_gives_is_before_every_text_once(model: TextModel, stock: Any) -> None:

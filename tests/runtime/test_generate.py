@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -12,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import Unigram
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
+from anequant.checkpoints.source import BUNDLED_MODEL
 from anequant.cli import main
 from anequant.coreml.meta import read_meta
 from anequant.errors import InputError, UnsupportedError, UsageError
-from anequant.pipeline.generate import Chat, continue_text, open_text_model, stop_tokens
+from anequant.pipeline.generate import Chat, TextModel, continue_text, open_text_model, stop_tokens
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
 from anequant.runtime.generate import decoded, new_tokens, score
@@ -175,6 +180,79 @@ def test_pieces_make_up_the_text(tiny_qwen2: Path, text: str) -> None:
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
 
 
+WORDS = [
+    "\u2581",
+    "\u2581a",
+    "\u2581the",
+    "house",
+    "'",
+    "\u2581'",
+    ".",
+    "\u2581.",
+    "\u2581n",
+    "n",
+    "'t",
+    "t",
+    "s",
+    "ve",
+]
+WORDS += ["\u2581\u2581", "\u65e5", "\u2581\u00e9", ",", "!", "\ufffd"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def byte_level() -> Any:
+    return AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+
+
+def sentencepiece_bpe() -> Any:
+    """Llama 2's: the first word's space is stripped, and what is no piece is a run of bytes."""
+    vocabulary = {piece: number for number, piece in enumerate([*SPECIAL, *BYTES, *WORDS])}
+    return LlamaTokenizer(vocab=vocabulary, merges=[])
+
+
+def unigram() -> Any:
+    """Pieces with cleaned up spaces, which takes back a space that came before."""
+    pieces = [(piece, -1.0) for piece in [*SPECIAL, *WORDS]]
+    backend = Tokenizer(Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True, **names)
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece_bpe, unigram])
+def test_pieces_are_what_decoding_everything_says(kind: Callable[[], Any]) -> None:
+    """Random tokens: broken characters, special tokens, runs of bytes, spaces before punctuation."""
+    tokenizer = kind()
+    some = range(len(tokenizer)) if len(tokenizer) < 1000 else [*range(256), *range(256, len(tokenizer), 37)]
+    choose = random.Random(0)
+    for _ in range(600):
+        tokens = choose.choices(some, k=choose.randrange(1, 10))
+        pieces = list(decoded(tokenizer, iter(tokens)))
+        assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert "" not in pieces
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece_bpe, unigram])
+def test_pieces_come_one_by_one_and_go_on_from_the_prompt(kind: Callable[[], Any]) -> None:
+    tokenizer = kind()
+    before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the", " the house"))
+    whole = tokenizer.decode([*before, *after, *after])
+    assert whole == "the the house the house"
+    pieces = list(decoded(tokenizer, iter([*after, *after]), before))
+    assert "".join(pieces) == " the house the house" and len(pieces) > 2
+
+
+def test_a_word_after_the_prompt_keeps_its_space(tmp_path: Path) -> None:
+    """`generate` with a tokenizer that strips the first word's space when it stands alone."""
+    tokenizer = sentencepiece_bpe()
+    counter: Any = Counter()
+    the = tokenizer.convert_tokens_to_ids("\u2581the")
+    counter.feed = lambda tokens: torch.nn.functional.one_hot(torch.tensor(the), len(tokenizer)).float()
+    model = TextModel(tmp_path, counter, tokenizer, frozenset())
+    assert "".join(continue_text(model, "the house", 2, GREEDY)) == "the house the the"
+
+
 class Counter:
     """A decoder whose next token is always one more than the last."""
 
@@ -205,11 +283,40 @@ def test_where_a_text_ends(limit: int, stop: tuple[int, ...], produced: list[int
     assert counter.fed == [4, 5, *produced[:8]][: 2 + min(len(produced), limit - 1, 8)]
 
 
-def test_end_tokens_come_from_both_files(tiny_qwen2: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
-    assert stop_tokens(tmp_path, tokenizer) == {tokenizer.eos_token_id}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
-    assert stop_tokens(tmp_path, tokenizer) == {tokenizer.eos_token_id, 5, 6}
+ABSENT = object()
+
+
+@pytest.mark.parametrize("of_config", [ABSENT, None, 5, [5, 6]], ids=repr)
+@pytest.mark.parametrize("of_generation", ["no file", ABSENT, None, 7, [7, 8]], ids=repr)
+def test_end_tokens_are_transformers_own(
+    tiny_qwen2: Path, tmp_path: Path, of_generation: Any, of_config: Any
+) -> None:
+    for path in tiny_qwen2.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((tiny_qwen2 / "config.json").read_text())
+    del config["eos_token_id"]
+    (tmp_path / "config.json").unlink()
+    ends = {} if of_config is ABSENT else {"eos_token_id": of_config}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **ends}))
+    if of_generation != "no file":
+        ends = {} if of_generation is ABSENT else {"eos_token_id": of_generation}
+        (tmp_path / "generation_config.json").write_text(json.dumps(ends))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
+    assert stop_tokens(tmp_path) == set(stock if isinstance(stock, list) else [stock]) - {None}
+
+
+def test_packages_end_where_their_checkpoint_does(checkpoint: Path, packages: Path) -> None:
+    assert not (packages / "generation_config.json").exists()
+    assert open_text_model(packages, "interpreter").stop == stop_tokens(checkpoint) == {8189}
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["5", 5.0, True, [], [5, None], {"a": 5}], ids=repr)
+def test_end_tokens_that_are_none(tmp_path: Path, name: str, value: Any) -> None:
+    (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(InputError, match=f"'eos_token_id' of '{name}' is") as caught:
+        stop_tokens(tmp_path)
+    assert caught.value.exit_code == 3 and caught.value.where == str(tmp_path / name)
 
 
 # --- chat ---------------------------------------------------------------------------------------------
