@@ -160,7 +160,7 @@ def read_recipe(options: dict[str, Any], rotated: Mapping[str, Any] | None = Non
 def calibration_options(run: Run) -> Run:
     """--calib, --calib-samples, --calib-length and --calib-seed; `read_calibration` reads them."""
     default = Calibration()
-    source = "Tokens to calibrate on: self (sampled from the model), wikitext2, a text file, or calib.json."
+    source = "Tokens to calibrate on: self (sampled from the model), wikitext2, a text file, or JSON rows."
     for name, kind, value, text in (
         ("seed", click.IntRange(0), default.seed, "Seed of the windows' choice or sampling."),
         ("length", click.IntRange(2), default.length, "Tokens in a window."),

@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
-from anequant.calibration.tokens import WIKITEXT2, listed_rows, wikitext2
+from anequant.calibration.sources import has_rows, read_source, source_text
+from anequant.calibration.text import load_tokenizer, start_token, text_windows
+from anequant.calibration.tokens import WIKITEXT2, wikitext2
 from anequant.checkpoints.reader import read_config
 from anequant.errors import ResourceError, UsageError
 from anequant.recipe import Calibration
@@ -24,7 +25,7 @@ def save_calibration(output: Path, model: Path, source: str, *, count: int, leng
     """
     tokenizer = load_tokenizer(model)
     first = start_token(tokenizer, read_config(model))
-    text = wikitext2("train") if source == WIKITEXT2 else read_text(Path(source))
+    text = wikitext2("train") if source == WIKITEXT2 else source_text(Path(source), tokenizer)
     windows = text_windows(text, tokenizer, first, count=count, length=length)
     rows = [
         {"input_ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True)[:PREVIEW]}
@@ -38,14 +39,15 @@ def save_calibration(output: Path, model: Path, source: str, *, count: int, leng
 
 
 def whole_calibration(source: str) -> Calibration:
-    """The Calibration that sees all of a JSON file's windows, cut to the shortest; the default sizes for
+    """The Calibration that sees all rows of a file of token ids, cut to the shortest; the default sizes for
     any other source.
 
-    Raises UsageError for a JSON file that holds no windows.
+    Raises UsageError for a JSON file that is not understood or holds no windows.
     """
-    if not source.endswith(".json"):
+    rows = read_source(Path(source)) if has_rows(Path(source)) else None
+    if not isinstance(rows, list):
         return Calibration(source)
-    lengths = [len(row) if isinstance(row, list) else 0 for row in listed_rows(Path(source))]
+    lengths = [len(row) for row in rows]
     if min(lengths, default=0) < 2:
         raise UsageError(f"calibration file '{source}' holds no windows of two tokens or more")
     return Calibration(source, samples=len(lengths), length=min(lengths))

@@ -43,10 +43,17 @@ def start_token(tokenizer: Any, config: Mapping[str, Any]) -> int:
 
 
 def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; raises UsageError for anything else."""
     try:
-        return read_plain(path)
+        text = read_plain(path)
+        if "\0" in text:
+            raise ValueError("it holds NUL, as binary files do")
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.object[error.start]:#04x} at {error.start} is no UTF-8"
+        raise UsageError(f"text file '{path}' cannot be read: {reason}") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"text file '{path}' cannot be read: {error}") from error
+    return text
 
 
 def require_known(tokens: Tensor, vocab_size: int) -> None:
@@ -62,10 +69,13 @@ def require_known(tokens: Tensor, vocab_size: int) -> None:
 def text_windows(text: str, tokenizer: Any, first: int, *, count: int, length: int, seed: int = 0) -> Tensor:
     """Evenly spaced windows of a text: int64 [count, length], each starting with token `first`.
 
-    Every seed but 0 moves all windows by another share of their spacing. Fewer than `count` rows when the
-    text holds fewer whole windows; raises UsageError when it holds none.
+    Every seed but 0 moves all windows by another share of their spacing, and a window that would start with
+    `first` twice starts before it. Fewer than `count` rows when the text holds fewer whole windows; raises
+    UsageError when it holds none.
     """
-    tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    begun = next((place for place, token in enumerate(ids) if token != first), len(ids))
+    tokens = torch.tensor(ids[begun:], dtype=torch.int64)
     count = min(count, tokens.numel() // (length - 1))
     if count == 0:
         raise UsageError(f"the text has {tokens.numel()} tokens, one window needs {length - 1}")
@@ -74,5 +84,12 @@ def text_windows(text: str, tokenizer: Any, first: int, *, count: int, length: i
     share = float(torch.rand((), generator=torch.Generator().manual_seed(seed))) if seed else 0.0
     offset = int(share * room)
     start = torch.tensor([first])
-    starts = [offset + i * step for i in range(count)]
+    starts = [_before(tokens, first, offset + i * step) for i in range(count)]
     return torch.stack([torch.cat([start, tokens[begin : begin + length - 1]]) for begin in starts])
+
+
+def _before(tokens: Tensor, first: int, place: int) -> int:
+    """`place`, or where the run of `first` that it lies in begins, less one; tokens[0] is none."""
+    while tokens[place] == first:
+        place -= 1
+    return place

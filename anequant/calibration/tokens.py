@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from anequant.calibration.sample import sample_windows
+from anequant.calibration.sources import Ids, Texts, has_rows, read_source
 from anequant.calibration.text import (
     load_tokenizer,
-    read_text,
     require_known,
     start_token,
     text_windows,
@@ -22,7 +22,6 @@ from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import InputError, ResourceError, UsageError
 from anequant.progress import Progress, silent
 from anequant.recipe import Calibration
-from anequant.strict import parse_json
 
 SELF, WIKITEXT2 = "self", "wikitext2"
 WIKITEXT2_DATASET = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -38,14 +37,14 @@ def calibration_tokens(
     does not exist or holds too little, ResourceError when WikiText-2 cannot be had.
     """
     count, length, source = calibration.samples, calibration.length, calibration.source
-    if source != SELF and source.endswith(".json"):
-        return _listed_windows(Path(source), checkpoint, count, length)
-    text = _existing_text(source) if source not in (SELF, WIKITEXT2) else ""
+    content = None if source in (SELF, WIKITEXT2) else _read_file(source)
+    if isinstance(content, list):
+        return _listed_windows(Path(source), content, checkpoint, count, length)
     if not has_tokenizer(checkpoint.folder):
         if source != SELF:
             raise InputError(
                 f"'{checkpoint.folder}' has no tokenizer to read '{source}' with",
-                remedy="calibrate on token ids (a .json file) or on 'self'",
+                remedy="calibrate on token ids (a .json or .jsonl file) or on 'self'",
             )
         first = checkpoint.spec.config.get("bos_token_id")
         first = first if isinstance(first, int) else 0
@@ -67,7 +66,7 @@ def calibration_tokens(
             resident=resident,
             progress=progress,
         )
-    text = wikitext2("train") if source == WIKITEXT2 else text
+    text = wikitext2("train") if content is None else content.written_out(tokenizer)
     windows = text_windows(text, tokenizer, first, count=count, length=length, seed=calibration.seed)
     require_known(windows, checkpoint.spec.vocab_size)
     return windows
@@ -87,38 +86,22 @@ def wikitext2(split: str) -> str:
     return "\n".join(rows["text"])
 
 
-def _existing_text(source: str) -> str:
-    if not os.path.isfile(source):
+def _read_file(source: str) -> Texts | list[Ids]:
+    path = Path(source)
+    if not has_rows(path) and not os.path.exists(path):
         raise UsageError(
             f"calibration source '{source}' does not exist",
-            remedy=f"use {SELF}, {WIKITEXT2}, a text file, or a .json file of token ids",
+            remedy=f"use {SELF}, {WIKITEXT2}, a text file, or a .json or .jsonl file",
         )
-    return read_text(Path(source))
+    return read_source(path)
 
 
-def listed_rows(path: Path) -> list[Any]:
-    """The lists of token ids in a JSON file: a list of `input_ids` lists, of objects with that key, or an
-    object whose `input_ids` is such a list. Their content is not checked.
-
-    Raises UsageError for a file that holds none of these.
-    """
-    try:
-        rows = parse_json(read_text(path))
-    except ValueError as error:
-        raise UsageError(f"calibration file '{path}' is not JSON: {error}") from error
-    if isinstance(rows, dict):
-        rows = rows.get("input_ids")
-    if not isinstance(rows, list):
-        raise UsageError(f"calibration file '{path}' holds no list of input_ids")
-    return [row.get("input_ids") if isinstance(row, dict) else row for row in rows]
-
-
-def _listed_windows(path: Path, checkpoint: Checkpoint, count: int, length: int) -> Tensor:
-    """Windows from a JSON file of token ids, as they stand."""
+def _listed_windows(path: Path, rows: list[Ids], checkpoint: Checkpoint, count: int, length: int) -> Tensor:
+    """Windows from the rows of a file of token ids, as they stand."""
     vocab = checkpoint.spec.vocab_size
     windows = []
-    for number, ids in enumerate(listed_rows(path)):
-        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < vocab for token in ids):
+    for number, ids in enumerate(rows):
+        if not all(type(token) is int and 0 <= token < vocab for token in ids):
             raise UsageError(f"entry {number} of '{path}' is no list of token ids below {vocab}")
         if len(ids) >= length:
             windows.append(ids[:length])

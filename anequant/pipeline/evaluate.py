@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
+from anequant.calibration.sources import source_text
+from anequant.calibration.text import load_tokenizer, start_token, text_windows
 from anequant.calibration.tokens import WIKITEXT2, wikitext2
 from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, made_as, read_manifest, rotation_keys
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
@@ -163,7 +164,7 @@ def _open(model: str, base: str | None) -> tuple[Checkpoint, Checkpoint | None]:
 
 def read_windows(checkpoint: Checkpoint, text: Path | str, windows: int, length: int) -> Tensor:
     """At most `windows` token windows of `length` of a text file, or of the test split of wikitext2."""
-    content = wikitext2("test") if str(text) == WIKITEXT2 else read_text(Path(text))
     tokenizer = load_tokenizer(checkpoint.folder)
+    content = wikitext2("test") if str(text) == WIKITEXT2 else source_text(Path(text), tokenizer)
     first = start_token(tokenizer, checkpoint.spec.config)
     return text_windows(content, tokenizer, first, count=windows, length=length)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
+from anequant.calibration.sources import source_text
+from anequant.calibration.text import load_tokenizer, start_token, text_windows
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
 from anequant.errors import UsageError
@@ -137,5 +138,5 @@ def _tokens(checkpoint: Checkpoint, text: Path | None) -> tuple[Tensor, str]:
     tokenizer = load_tokenizer(checkpoint.folder)
     first = start_token(tokenizer, checkpoint.spec.config)
     path = SAMPLE_TEXT if text is None else text
-    windows = text_windows(read_text(path), tokenizer, first, count=WINDOWS, length=LENGTH)
+    windows = text_windows(source_text(path, tokenizer), tokenizer, first, count=WINDOWS, length=LENGTH)
     return windows, "the bundled sample text" if text is None else path.name

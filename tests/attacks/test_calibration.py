@@ -30,7 +30,7 @@ CASES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "a number": ("3", ("no list of input_ids",)),
     "a key twice": ('{"input_ids": [], "input_ids": []}', ("appears twice",)),
     "no entry": ("[]", ("no entry of", f"has {LENGTH} tokens")),
-    "flat": (json.dumps(ROW), ("entry 0 of", "no list of token ids below 97")),
+    "flat": (json.dumps(ROW), ("entry 0 of", "no list of token ids")),
     "deeper": (json.dumps([[ROW]]), ("entry 0 of", "no list of token ids")),
     "words": (json.dumps([["a"] * LENGTH]), ("entry 0 of", "no list of token ids")),
     "floats": (json.dumps([[1.0] * LENGTH]), ("entry 0 of", "no list of token ids")),
@@ -39,7 +39,19 @@ CASES: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "outside the vocabulary": (json.dumps([ROW, [97, *ROW[1:]]]), ("entry 1 of", "below 97")),
     "2**63": (json.dumps([[2**63] * LENGTH]), ("entry 0 of", "below 97")),
     "null": ("[null]", ("entry 0 of", "no list of token ids")),
-    "objects without ids": ('[{"text": "a"}]', ("entry 0 of", "no list of token ids")),
+    "objects without ids": ('[{"tokens": [1]}]', ("entry 0 of", "no list of token ids", "keys 'tokens'")),
+    "a mask with holes": (
+        json.dumps([{"input_ids": ROW, "attention_mask": [1, 0] * (LENGTH // 2)}]),
+        ("attention_mask of entry 0 of", "a row of its own"),
+    ),
+    "a mask of another length": (
+        json.dumps([{"input_ids": ROW, "attention_mask": [1]}]),
+        ("attention_mask of entry 0 of", f"no list of {LENGTH} zeros and ones"),
+    ),
+    "padding that is masked": (
+        json.dumps([{"input_ids": ROW, "attention_mask": [0] + [1] * (LENGTH - 1)}]),
+        ("no entry of", "lower --calib-length"),
+    ),
     "too short": (json.dumps([ROW[:-1]] * 3), ("no entry of", "lower --calib-length")),
     "all padding": (json.dumps([[0] * LENGTH] * 3), ("repeats a single token", "leave out the padding")),
     "all padding but the start": (json.dumps([[5] + [0] * (LENGTH - 1)]), ("repeats a single token",)),
@@ -60,7 +72,7 @@ def test_wrong_token_ids_are_refused(model: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gone.json", "pipe.json", "/dev", "/dev/zero", "gone.txt", "a" * 300, "a\x1b[2Jb"]
+    "name", ["gone.json", "gone.JSONL", "pipe.json", "/dev", "/dev/zero", "gone.txt", "a" * 300, "a\x1b[2Jb"]
 )
 def test_a_source_that_is_no_file(model: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model.parent)

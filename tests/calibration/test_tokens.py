@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anequant.calibration.saved import whole_calibration
+from anequant.calibration.text import text_windows
 from anequant.calibration.tokens import calibration_tokens
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.errors import InputError, ResourceError, UsageError
+from anequant.pipeline.evaluate import read_windows
 from anequant.recipe import Calibration
 
 START = 8189
@@ -137,7 +139,21 @@ def test_token_ids(bare: Checkpoint, tmp_path: Path, form: str) -> None:
         ("[[1, 2], [1, -1]]", "entry 1 .* below 97"),
         ("[[true, false]]", "entry 0"),
         ("[[1.5, 2]]", "entry 0"),
-        ('["words"]', "entry 0"),
+        ("[[1, 2], [3, 4], 5]", "entry 2 .* no list of token ids"),
+        ('[{"ids": [1, 2]}]', "entry 0 .* has the keys 'ids'"),
+        ('[{"input_ids": "1 2"}]', "entry 0 .* no list of token ids"),
+        ('[[1, 2], {"text": "a"}]', "entry 1 .* of another kind than entry 0"),
+        ('{"input_ids": [[1, 2]], "attention_mask": []}', "1 rows of input_ids, and not as many of att"),
+        ('{"input_ids": [[1, 2]], "attention_mask": 1}', "1 rows of input_ids, and not as many of att"),
+        (
+            '[{"input_ids": [1, 2], "attention_mask": [1]}]',
+            "attention_mask of entry 0 .* of 2 zeros",
+        ),
+        ('[{"input_ids": [1, 2], "attention_mask": [1, true]}]', "attention_mask of entry 0"),
+        ('[{"input_ids": [1, 2], "attention_mask": [1, 2]}]', "attention_mask of entry 0"),
+        ('[{"input_ids": [1, 2], "attention_mask": "11"}]', "attention_mask of entry 0"),
+        ('[{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}]', "entry 0 .* leaves out tokens between"),
+        ('[{"input_ids": [1, 2], "attention_mask": [0, 0]}]', "no entry .* has 2 tokens"),
         ("[[1]]", "no entry .* has 2 tokens"),
         ("[]", "no entry .* has 2 tokens"),
     ],
@@ -154,6 +170,198 @@ def test_token_ids_that_do_not_exist(bare: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.json' cannot be read") as caught:
         windows(bare, tmp_path / "none.json", 9, 2)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["calib.jsonl", "calib.JSONL", "calib.ndjson", "calib.JSON", "calib.json"])
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("form", ["lists", "objects"])
+def test_token_ids_by_any_name(bare: Checkpoint, tmp_path: Path, name: str, lines: bool, form: str) -> None:
+    """One row a line or a list of rows, whichever the name says."""
+    path = tmp_path / name
+    rows = FORMS[form]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n" if lines else json.dumps(rows, indent=1))
+    assert windows(bare, path, 9, 8).tolist() == [ROWS[0][:8], ROWS[2][:8]]
+    assert whole_calibration(str(path)) == Calibration(str(path), samples=3, length=3)
+
+
+@pytest.mark.parametrize("line", ["[5, 1, 2, 3]", '{"input_ids": [5, 1, 2, 3]}'])
+def test_a_single_line_is_a_row(bare: Checkpoint, tmp_path: Path, line: str) -> None:
+    path = tmp_path / "calib.jsonl"
+    path.write_text(line)
+    assert windows(bare, path, 9, 4).tolist() == [[5, 1, 2, 3]]
+
+
+def test_a_line_that_is_no_json_is_named(bare: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "calib.jsonl"
+    path.write_text("[1, 2]\n\n[1, 2\n")
+    with pytest.raises(UsageError, match=r"calib\.jsonl' is not JSON: line 3"):
+        windows(bare, path, 9, 2)
+
+
+@pytest.mark.parametrize("form", ["objects", "columns"])
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 3), (2, 1), (0, 0)])
+def test_padding_is_left_out(bare: Checkpoint, tmp_path: Path, form: str, left: int, right: int) -> None:
+    """By the mask, not by the token: 0 is padding here and a token there."""
+    padded = [[0] * left + row + [0] * right for row in ROWS]
+    masks = [[0] * left + [1] * len(row) + [0] * right for row in ROWS]
+    rows = [{"input_ids": ids, "attention_mask": mask} for ids, mask in zip(padded, masks, strict=True)]
+    path = tmp_path / "calib.json"
+    path.write_text(json.dumps(rows if form == "objects" else {"input_ids": padded, "attention_mask": masks}))
+    assert windows(bare, path, 9, 8).tolist() == [ROWS[0][:8], ROWS[2][:8]]
+    assert whole_calibration(str(path)) == Calibration(str(path), samples=3, length=3)
+    with pytest.raises(UsageError, match=r"no entry .* has 32 tokens"):
+        windows(bare, path, 9, 32)
+
+
+# --- rows of text -------------------------------------------------------------------------------------
+
+STORIES = [part.strip() for part in SAMPLE_TEXT.read_text().split("\n\n")[:12]]
+TEXT_ROWS: dict[str, Any] = {
+    "strings": STORIES,
+    "texts": [{"text": story, "meta": {"n": 1}} for story in STORIES],
+    "prompts": [{"prompt": story} for story in STORIES],
+    "completions": [{"prompt": story[:9], "completion": story[9:]} for story in STORIES],
+    "column": {"text": STORIES},
+}
+
+
+@pytest.mark.parametrize("form", TEXT_ROWS)
+def test_rows_of_text_are_the_text(tiny: Checkpoint, tmp_path: Path, form: str) -> None:
+    """Calibration and evaluation: the windows of all rows, an empty line between them."""
+    plain, listed, lines = (tmp_path / name for name in ("text.txt", "rows.json", "rows.JSONL"))
+    plain.write_text("\n\n".join(STORIES))
+    listed.write_text(json.dumps(TEXT_ROWS[form]))
+    rows = TEXT_ROWS["texts"] if form == "column" else TEXT_ROWS[form]
+    lines.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    expected = windows(tiny, plain, 4, 32)
+    assert len(expected) == 4
+    for path in (listed, lines):
+        assert torch.equal(windows(tiny, path, 4, 32), expected)
+        assert torch.equal(read_windows(tiny, path, 4, 32), expected)
+        assert whole_calibration(str(path)) == Calibration(str(path))
+
+
+@pytest.fixture
+def chatty(tiny_qwen2: Path, tmp_path: Path) -> Checkpoint:
+    """The bundled model with a template that writes the token that starts a text."""
+    folder = tmp_path / "chatty"
+    folder.mkdir()
+    for path in tiny_qwen2.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "chat_template.jinja").write_text(
+        "{{ eos_token }}{% for m in messages %}"
+        "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    )
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("form", ["messages", "list", "prompt and completion"])
+def test_conversations_are_what_the_template_writes(chatty: Checkpoint, tmp_path: Path, form: str) -> None:
+    talks = [
+        [{"role": "user", "content": one}, {"role": "assistant", "content": two}]
+        for one, two in zip(STORIES[::2], STORIES[1::2], strict=False)
+    ]
+    rows: Any = {
+        "messages": [{"messages": talk} for talk in talks],
+        "list": talks,
+        "prompt and completion": [{"prompt": talk[:1], "completion": talk[1:]} for talk in talks],
+    }[form]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = AutoTokenizer.from_pretrained(chatty.folder)
+    ids = [token for talk in talks for token in tokenizer.apply_chat_template(talk)["input_ids"]]
+    tokens = windows(chatty, path, 4, 32)
+    assert tokens[0].tolist() == ids[:32] and ids[0] == START
+    assert all(any(ids[i : i + 31] == row[1:] for i in range(len(ids))) for row in tokens.tolist())
+    assert (tokens[:, 0] == START).all() and not (tokens[:, 1] == START).any()
+
+
+def test_conversations_that_cannot_be_written(tiny: Checkpoint, chatty: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "talks.json"
+    talk = [{"role": "user", "content": "a"}]
+    path.write_text(json.dumps([{"messages": talk}, {"messages": [{"role": "tool", "content": "b"}]}]))
+    with pytest.raises(UsageError, match=r"talks\.json' holds conversations, .* no chat template") as caught:
+        windows(tiny, path, 4, 32)
+    assert '{"text": "..."}' in caught.value.remedy
+    with pytest.raises(UsageError, match=r"template refuses entry 1 of .*talks\.json': no tools here"):
+        windows(chatty, path, 4, 32)
+    path.write_text(json.dumps([{"messages": [{"role": "user", "content": ["a"]}]}]))
+    with pytest.raises(UsageError, match=r"entry 0 .* no conversation"):
+        windows(chatty, path, 4, 32)
+
+
+# --- the token that starts a text ---------------------------------------------------------------------
+
+
+def test_no_window_starts_twice(tiny: Checkpoint, tmp_path: Path) -> None:
+    """Neither by a start that the text spells, nor by a separator where a window begins."""
+    plain, spelled, cut = tmp_path / "plain.txt", tmp_path / "spelled.txt", tmp_path / "cut.txt"
+    text = SAMPLE_TEXT.read_text()[:4000]
+    plain.write_text(text)
+    spelled.write_text("<|endoftext|><|endoftext|>" + text)
+    assert torch.equal(windows(tiny, spelled, 4, 32), windows(tiny, plain, 4, 32))
+    assert torch.equal(read_windows(tiny, spelled, 4, 32), read_windows(tiny, plain, 4, 32))
+    cut.write_text("<|endoftext|>".join(text.split()))
+    for seed in range(6):
+        tokens = windows(tiny, cut, 20, 16, seed)
+        assert tokens.shape == (20, 16) and (tokens[:, 0] == START).all()
+        assert not (tokens[:, 1] == START).any() and (tokens[:, 2:] == START).any()
+
+
+def test_a_tokenizer_that_always_adds_the_start() -> None:
+    def tokenizer(text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [5, *map(ord, text)]}
+
+    assert text_windows("abcdef", tokenizer, 5, count=1, length=4).tolist() == [[5, 97, 98, 99]]
+    with pytest.raises(UsageError, match="the text has 0 tokens"):
+        text_windows("", tokenizer, 5, count=1, length=4)
+
+
+# --- what is no text ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.parquet", b"PAR1", "a table of columns by its name"),
+        ("a.arrow", b"ARROW1", "a table of columns"),
+        ("a.CSV", b"text\nwords", "a table of cells"),
+        ("a.json.gz", b"\x1f\x8b", "a compressed file"),
+        ("a.pt", b"PK", "a pickle, which is never opened"),
+        ("a.dat", b"words\0words", "holds NUL, as binary files do"),
+        ("a.txt", b"\xff\xfe", "byte 0xff at 0 is no UTF-8"),
+        ("rows.txt", b"[[1, 2], [3, 4]]", "holds JSON"),
+        ("rows", b'{"text": "a"}\n{"text": "b"}', "holds JSON"),
+        ("rows.txt", b'{"input_ids": [\n[1, 2]]}', "holds JSON"),
+        ("folder", None, "is a folder"),
+        ("folder.json", None, "is a folder"),
+    ],
+)
+def test_what_is_no_text_is_named(
+    tiny: Checkpoint, tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    for read in (windows, read_windows):
+        with pytest.raises(UsageError, match=message) as caught:
+            read(tiny, path, 2, 8)
+        assert name in str(caught.value) and caught.value.exit_code == 2
+        assert caught.value.remedy or "cannot be read" in caught.value.what
+
+
+def test_a_text_may_begin_with_a_bracket(tiny: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("[1]\n" + SAMPLE_TEXT.read_text()[:2000])
+    assert windows(tiny, path, 2, 16).shape == (2, 16)
+
+
+def test_an_evaluation_is_no_matter_of_ids(tiny: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "ids.json"
+    path.write_text(json.dumps(ROWS))
+    with pytest.raises(UsageError, match=r"ids\.json' holds token ids where a text is due") as caught:
+        read_windows(tiny, path, 2, 8)
+    assert "text" in caught.value.remedy
 
 
 # --- the model's own text -----------------------------------------------------------------------------
