@@ -26,11 +26,14 @@ from anequant.checkpoints.work_folder import WorkFolder
 from anequant.errors import AnequantError
 from anequant.pipeline import convert as convert_module
 from anequant.pipeline import journal, lower_package
-from anequant.pipeline.convert import convert
+from anequant.pipeline.folders import REPORT_DATA, REPORT_PAGE
 from anequant.pipeline.quantize import quantize
 from anequant.progress import Control
 from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
+from anequant.report import measured
+from anequant.report import write as report_module
+from anequant.report.converted import convert_and_report
 
 AT_ONCE = 2
 CALIBRATION = Calibration("self", samples=3, length=16)
@@ -76,10 +79,11 @@ def kill_matrix(folder: Path, job: str, recipe: str, keys: dict[str, Any], every
 
 
 def differing(one: Path, other: Path) -> list[str]:
-    """Files and folders that are not in both with the same bytes."""
+    """Files and folders that are not in both with the same bytes; a report tells how long its run took, so it
+    must only be there."""
     files = [
         {
-            path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None
+            path.relative_to(root).as_posix(): path.read_bytes() if _is_compared(path) else None
             for path in root.rglob("*")
         }
         for root in (one, other)
@@ -88,13 +92,17 @@ def differing(one: Path, other: Path) -> list[str]:
     return sorted(name for name in names if files[0].get(name, b"-") != files[1].get(name, b"-"))
 
 
+def _is_compared(path: Path) -> bool:
+    return path.is_file() and path.name not in (REPORT_PAGE, REPORT_DATA)
+
+
 def _job(job: str, recipe: str, keys: dict[str, Any]) -> Run:
     source, chosen = resolve_source(None), load_recipe(recipe, keys)
 
     def run(output: Path, notes: list[str]) -> None:
         control = Control(note=notes.append)
         if job == "convert":
-            convert(source, output, chosen, CALIBRATION, SIZES, control=control)
+            convert_and_report(source, output, chosen, CALIBRATION, SIZES, control=control)
         else:
             quantize(source, output, chosen, CALIBRATION, control=control)
 
@@ -198,6 +206,18 @@ def _kill_in_package(number: int) -> None:
     lower_package.save_package = broken
 
 
+def _kill_in_report() -> None:
+    """When its data is there and its page is not."""
+    replace = report_module.replace_file
+
+    def halved(path: Path, text: str) -> None:
+        if path.name == REPORT_PAGE:
+            _die()
+        replace(path, text)
+
+    report_module.replace_file = halved
+
+
 def _kill_in_publish() -> None:
     def killed(self: WorkFolder) -> None:
         _die()
@@ -209,6 +229,7 @@ BETWEEN = {
     "layer 3 of 4": lambda: _kill_in_tensor("model.layers.2.mlp.up_proj.weight"),
     "checkpoint files": lambda: _kill_in_line(1),
     "qwen25_FFN_PF_lut4_chunk_01of02": lambda: _kill_in_package(1),
+    "report": lambda: _kill_in_report(),
     "publish": lambda: _kill_in_publish(),
 }
 """Kills inside a unit, by its name."""
@@ -241,6 +262,7 @@ def _collect(running: dict[int, str], results: dict[str, Any], folder: Path) -> 
 def main(words: Sequence[str]) -> None:
     torch.set_num_threads(1)
     convert_module.SAMPLE_WINDOWS, convert_module.SAMPLE_LENGTH = 1, 16
+    measured.WINDOWS, measured.LENGTH = 1, 16
     print(json.dumps(kill_matrix(Path(words[0]), **json.loads(words[1]))))
 
 

@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(matrix: dict[str, Any]) -> None:
     every = range(matrix["every"], len(units) + 1, matrix["every"])
     expected = {f"after {units[number - 1]}" for number in every} | {f"after {units[-1]}"}
     if matrix["every"] == 1:
-        expected |= {"in layer 3 of 4", "in checkpoint files", "in publish"}
+        expected |= {"in layer 3 of 4", "in checkpoint files", "in report", "in publish"}
         expected |= {"in qwen25_FFN_PF_lut4_chunk_01of02"}
     assert kills.keys() == expected
     for place, end in kills.items():
@@ -112,7 +112,15 @@ def test_all_kinds_of_units_are_killed(matrix: dict[str, Any]) -> None:
     assert units[0] == "fingerprint" and len(set(units)) == len(units)
     assert {"embedding", "layer 1 of 4", "layer 4 of 4", "head", "checkpoint files"} <= set(units)
     if matrix["job"] == "convert":
-        assert {"ranges", "verify checkpoint", "verify packages", "lint", "quality"} <= set(units)
+        assert {
+            "ranges",
+            "verify checkpoint",
+            "verify packages",
+            "lint",
+            "quality",
+            "conversion files",
+            "report",
+        } <= set(units)
         assert sum("chunk" in name for name in units) == 2
     if matrix["keys"].get("tune"):
         assert {"calibration tokens", "rotations", "bits", "tuning"} <= set(units)

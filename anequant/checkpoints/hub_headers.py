@@ -7,6 +7,7 @@ full size), so that the readers of a real folder check and open it.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ def headers_only(model: str | None) -> Iterator[Source]:
     """
     from huggingface_hub import constants
 
-    named = None if model is None or Path(model).expanduser().exists() else hub_id(model)
+    named = None if model is None or os.path.exists(os.path.expanduser(model)) else hub_id(model)
     if named is None or constants.HF_HUB_OFFLINE:
         yield resolve_source(model)
         return

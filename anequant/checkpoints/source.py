@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,15 +55,20 @@ def resolve_source(model: str | None) -> Source:
     if model is None:
         return Source(BUNDLED_MODEL, BUNDLED_MODEL.name)
     try:
-        folder = Path(model).expanduser()
+        folder = Path(os.path.expanduser(model))
         if folder.is_dir():
-            return Source(folder, folder.resolve().name)
+            return Source(folder, _as_text(folder.resolve().name))
         there = folder.exists()
-    except (OSError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"model {shown(model)} cannot be opened: {error}") from error
     if there:
         raise InputError(f"'{model}' is a file, not a model folder", remedy="name the folder it is in")
     return _download(*hub_id(model))
+
+
+def _as_text(name: str) -> str:
+    """The name of a file without bytes that are no UTF-8, which no text file holds."""
+    return name.encode(errors="replace").decode()
 
 
 def hub_id(model: str) -> tuple[str, str | None]:

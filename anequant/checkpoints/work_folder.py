@@ -97,7 +97,7 @@ class WorkFolder:
 def check_target(target: Path, *, force: bool, source: Path) -> WorkFolder:
     """The work folder of `target`, not made yet; raises as `check_output`, but for an exchange that a crash
     broke off."""
-    work = WorkFolder(Path(os.path.abspath(target.expanduser())))
+    work = WorkFolder(Path(os.path.abspath(os.path.expanduser(target))))
     check_output(work.target, force=force or work.half_published, source=source)
     return work
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -55,5 +57,18 @@ class DevicePackage:
             from anequant.coreml.toolkit import ct
 
             units = ct.ComputeUnit.CPU_AND_NE
-            self._functions[name] = ct.models.MLModel(str(self.path), compute_units=units, function_name=name)
+            with _without_variables(self.path.absolute()) as path:
+                self._functions[name] = ct.models.MLModel(path, compute_units=units, function_name=name)
         return self._functions[name]
+
+
+@contextmanager
+def _without_variables(path: Path) -> Iterator[str]:
+    """The absolute path of a package, or of a link to it: coremltools expands variables in a path."""
+    if "$" not in str(path):
+        yield str(path)
+        return
+    with TemporaryDirectory() as folder:
+        link = Path(folder) / "linked.mlpackage"
+        link.symlink_to(path)
+        yield str(link)

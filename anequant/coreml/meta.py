@@ -77,12 +77,14 @@ class PackageSet:
 
 
 def write_meta(folder: Path, packages: PackageSet) -> None:
-    """Write meta.yaml with ANEMLL's keys and indentation (scripts there read it by column)."""
+    """Write meta.yaml with ANEMLL's keys and indentation (scripts there read it by column), and the model's
+    name without what means something in YAML."""
+    name = re.sub(r"[^\w.+-]+", "-", packages.model)
     text = f"""model_info:
-  name: anemll-{packages.model}-ctx{packages.context}
+  name: anemll-{name}-ctx{packages.context}
   version: {FORMAT_VERSION}
   description: |
-    {packages.model} for the Apple Neural Engine
+    {name} for the Apple Neural Engine
     Context length: {packages.context}
     Batch size: {packages.batch}
     Chunks: {packages.chunks}

@@ -16,11 +16,12 @@ from pathlib import Path
 from anequant.coreml.streaming import streaming
 from anequant.coreml.toolkit import (
     TARGET,
+    ConverterRegistry,
     Model_pb2,
     PassPipelineManager,
     Program,
+    _mil_convert,
     ct,
-    mil_convert,
     quiet_logging,
 )
 
@@ -35,15 +36,18 @@ def save_package(program: Program, path: Path, metadata: Mapping[str, str]) -> N
     """Convert a hand-built, fully typed program without any pass and save it to the new `path`.
 
     No pass runs because several rewrite what was meant: `fuse_conv_scale` folds scales into weights and
-    `canonicalize_quantized_lut_pattern` splits one codebook into one per channel.
+    `canonicalize_quantized_lut_pattern` splits one codebook into one per channel. What is written is not
+    opened as an MLModel, which would expand variables in its path.
     """
     scratch = path.with_name(f".{path.name}.scratch")
     streamed = streaming(scratch, path / WEIGHT_FILE)
     with redirect_stderr(io.StringIO()), quiet_logging(), _scratch_at(scratch), streamed, _without_passes():
-        mil_convert(
+        _mil_convert(
             program,
             convert_from="milinternal",
             convert_to="mlprogram",
+            registry=ConverterRegistry,
+            modelClass=lambda path, **options: path,
             compute_units=ct.ComputeUnit.CPU_AND_NE,
             specification_version=TARGET.value,
             main_pipeline=ct.PassPipeline.EMPTY,

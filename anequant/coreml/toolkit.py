@@ -21,7 +21,7 @@ def quiet_logging() -> Iterator[None]:
 with quiet_logging():
     import coremltools as ct
     from coremltools.converters.mil.backend.mil import helper as mil_helper
-    from coremltools.converters.mil.converter import mil_convert
+    from coremltools.converters.mil.converter import ConverterRegistry, _mil_convert
     from coremltools.converters.mil.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Program, get_new_symbol, types
     from coremltools.converters.mil.mil.passes.pass_pipeline import PassPipelineManager
@@ -33,15 +33,16 @@ TARGET = ct.target.iOS18
 __all__ = [
     "TARGET",
     "BlobReader",
+    "ConverterRegistry",
     "Function",
     "MIL_pb2",
     "Model_pb2",
     "PassPipelineManager",
     "Program",
+    "_mil_convert",
     "ct",
     "get_new_symbol",
     "mb",
-    "mil_convert",
     "mil_helper",
     "quiet_logging",
     "types",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def _batch(values: dict[str, Any]) -> Batch:
         jobs.append(job)
     if not jobs:
         raise UsageError("there is no job", remedy="add a table [[job]] with a model")
-    return Batch(Path(values["output"]).expanduser(), Calibration(**calibration), tuple(jobs))
+    return Batch(Path(os.path.expanduser(values["output"])), Calibration(**calibration), tuple(jobs))
 
 
 def _job(table: Any, lowering: Mapping[str, Any], place: str) -> BatchJob:
@@ -104,7 +105,7 @@ def _job(table: Any, lowering: Mapping[str, Any], place: str) -> BatchJob:
 
 def _last(model: str) -> str:
     """The last part of a folder or a hub id, without its revision."""
-    return Path(model).expanduser().resolve().name.partition("@")[0]
+    return Path(os.path.expanduser(model)).resolve().name.partition("@")[0]
 
 
 def _check(

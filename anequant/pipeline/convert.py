@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,14 @@ from anequant.pipeline.plan import base_of, make_plan
 from anequant.pipeline.quantize import QuantizeResult, quantize_into
 from anequant.pipeline.resume import fingerprint, resumable
 from anequant.pipeline.rotated import open_float
-from anequant.pipeline.schedule import QUALITY, VERIFY_CHECKPOINT, VERIFY_PACKAGES, report_unit, units_of
+from anequant.pipeline.schedule import (
+    QUALITY,
+    REPORT,
+    VERIFY_CHECKPOINT,
+    VERIFY_PACKAGES,
+    report_unit,
+    units_of,
+)
 from anequant.pipeline.verify import (
     CheckpointCheck,
     PackageCheck,
@@ -70,10 +78,12 @@ def convert(
     progress: Progress = silent,
     control: Control = CONTROL,
     collected: Tensor | None = None,
+    report: Callable[[Path, Progress], None] | None = None,
 ) -> ConvertResult:
     """Write `output`/checkpoint and `output`/packages, verified. Raises what its steps raise.
 
-    `collected` are the tokens of `calibration` where somebody has them already.
+    `collected` are the tokens of `calibration` where somebody has them already; `report` adds to the finished
+    folder before it takes its name.
     """
     check_target(output, force=force, source=source.folder)
     original = open_float(source)
@@ -87,9 +97,9 @@ def convert(
         force=force,
         source=source.folder,
         control=control,
-        units=[*units_of(plan.jobs, spec), report_unit(spec, recipe)],
+        units=[*units_of(plan.jobs, spec), *([report_unit(spec, recipe)] if report else [])],
     ) as journal:
-        return _convert_into(
+        result = _convert_into(
             journal.output,
             source,
             recipe,
@@ -100,6 +110,10 @@ def convert(
             journal,
             collected,
         )
+        if report is not None:
+            reporting = partial(report, journal.output, journal.part(progress, REPORT, REPORT))
+            journal.unit(REPORT, reporting)
+        return result
 
 
 def _convert_into(
@@ -151,9 +165,13 @@ def _convert_into(
         tuple(Finding(**finding) for finding in findings),
         None if quality is None else Quality(**quality),
     )
-    asked = Asked(source, recipe, calibration)
-    write_conversion_card(folder, asked, options, result.packages, result.quality)
-    write_manifest(folder, "conversion", {"recipe": recipe.to_dict(), "measured": result.to_dict()})
+
+    def write_files() -> None:
+        asked = Asked(source, recipe, calibration)
+        write_conversion_card(folder, asked, options, result.packages, result.quality)
+        write_manifest(folder, "conversion", {"recipe": recipe.to_dict(), "measured": result.to_dict()})
+
+    journal.unit("conversion files", write_files)
     return result
 
 

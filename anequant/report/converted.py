@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from anequant.checkpoints.source import Source
-from anequant.errors import Interrupted
 from anequant.pipeline.convert import ConvertResult, convert
-from anequant.pipeline.footprint import resident_bytes
-from anequant.pipeline.schedule import REPORT
-from anequant.progress import CONTROL, Control, Expected, Progress, Unit, part_of, shares, silent
+from anequant.progress import CONTROL, Control, Progress, silent
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.report.run import Stopwatch
-from anequant.report.write import Written, write_report
+from anequant.report.write import Written, write_report, written_report
 
 
 def convert_and_report(
@@ -33,14 +27,12 @@ def convert_and_report(
     control: Control = CONTROL,
     collected: Tensor | None = None,
 ) -> tuple[ConvertResult, Written]:
-    """As `convert`, and then as `write_report` with the time and memory of it. Raises what they raise."""
+    """As `convert`, with a report of the time and memory of it in the output. Raises what it and
+    `write_report` raise."""
     watch = Stopwatch()
-    start = 1.0
 
-    def planned(units: Sequence[Expected]) -> None:
-        nonlocal start
-        start, _ = shares(units)[REPORT]
-        control.planned(units)
+    def report(folder: Path, reporting: Progress) -> None:
+        write_report(folder, source, run=watch.result(), progress=reporting)
 
     result = convert(
         source,
@@ -51,16 +43,8 @@ def convert_and_report(
         rotations_file,
         force=force,
         progress=watch.listen(progress),
-        control=replace(control, planned=planned),
+        control=control,
         collected=collected,
+        report=report,
     )
-    begun = time.monotonic()
-    reporting = part_of(progress, REPORT, start, 1.0)
-    try:
-        report = write_report(output, source, run=watch.result(), progress=reporting)
-    except KeyboardInterrupt as stop:
-        kept = f"'{output}' is complete but for its report"
-        raise Interrupted(kept, [REPORT, str(output)]) from stop
-    seconds = time.monotonic() - begun
-    control.finished(Unit(REPORT, (), seconds, resident_bytes(), 1.0, replayed=False))
-    return result, report
+    return result, written_report(output)

@@ -11,7 +11,7 @@ from jinja2 import UndefinedError
 
 from anequant.checkpoints.manifest import read_manifest
 from anequant.checkpoints.output import file_hashes
-from anequant.checkpoints.reader import read_json
+from anequant.checkpoints.reader import read_json, read_object
 from anequant.checkpoints.source import BUNDLED_MODEL, Source, resolve_source
 from anequant.checkpoints.writer import json_text
 from anequant.errors import InputError
@@ -70,6 +70,11 @@ def write_report(
     replace_file(folder / REPORT_DATA, json_text(data))
     replace_file(folder / REPORT_PAGE, page)
     return Written(folder, data)
+
+
+def written_report(folder: Path) -> Written:
+    """The report that is in the output `folder`. Raises InputError where there is none."""
+    return Written(folder, read_object(folder / REPORT_DATA))
 
 
 def replace_file(path: Path, text: str) -> None:

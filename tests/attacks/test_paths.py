@@ -57,6 +57,7 @@ OUTPUTS: dict[str, tuple[Place, tuple[str, ...]]] = {
     "inside the source by a detour": (lambda place: place / "model" / "." / "out", ("overlaps",)),
     "under a file": (lambda place: place / "model" / "config.json" / "out", ("under", "no folder")),
     "too long": (lambda place: place / ("a" * 300), ("cannot be created", "too long")),
+    "bytes that are no text": (lambda place: place / "a\udcff", ("cannot be created", "no UTF-8")),
     "no name": (lambda place: Path(""), ("exists",)),
     "the root": (lambda place: Path("/"), ("exists",)),
     "a place without a folder": (lambda place: Path("/proc/out"), ("cannot be created",)),
@@ -96,6 +97,32 @@ def test_any_other_name_is_a_name(model: Path, name: str, monkeypatch: pytest.Mo
     made = {path.name for path in (model.parent / "made").iterdir()}
     assert made == {name.rstrip("/")} and not (model.parent / "x").exists()
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("name", ["a$HOME", "x ~: #'\"\n%41 {", "~nobody-there", "-文"])
+def test_any_name_of_a_checkpoint_and_its_packages(
+    tmp_path: Path, make_model: Callable[..., Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """coremltools expands variables in a path, and YAML gives a meaning to most marks."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 128}
+    source = make_model(tmp_path / "made" / name / name, "qwen2", False, **sizes)
+    checkpoint, packages = source.with_name(f"{name}.c"), source.with_name(f"{name}.p")
+    for words in (
+        arguments(source, checkpoint, "--quiet"),
+        ["lower", checkpoint, "-o", packages, "--context", "16", "--batch", "8", "--quiet"],
+        ["verify", packages, "--checkpoint", checkpoint, "--quiet"],
+        ["lint", packages, "--quiet"],
+        ["inspect", packages, "--quiet"],
+        ["diff", packages, packages, "--quiet"],
+        ["report", checkpoint, "--base", source, "--quiet"],
+        ["push", checkpoint, "org/name", "--quiet"],
+        ["rotate", source, "-o", source.with_name(f"{name}.r"), "--quiet"],
+    ):
+        result = CliRunner().invoke(main, [str(word) for word in words])
+        assert result.exit_code == 0, (words[0], result.output, result.exception)
+    assert {path.name for path in source.parent.iterdir()} == {name, *(f"{name}.{end}" for end in "cpr")}
+    assert {path.name for path in tmp_path.iterdir()} == {"made"}
 
 
 def test_a_source_that_may_not_be_written_to(model: Path) -> None:
