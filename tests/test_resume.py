@@ -312,6 +312,32 @@ def test_rotations_are_found_once(model: Path, out: Path, unit: str) -> None:
     assert (whole / "rotations.safetensors").is_file() and differing(whole, out) == []
 
 
+def test_a_kill_when_the_output_has_its_name(
+    model: Path, whole: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command says that all is done; any other finds an output that exists."""
+    journals = []
+    publish = WorkFolder.publish
+
+    def kept(self: WorkFolder) -> None:
+        journals.append(self.journal.read_bytes())
+        publish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "publish", kept)
+        assert quantize(model, out).exit_code == SUCCESS
+    work = WorkFolder(out)
+    for options in (("--bits", "8"), ("--no-resume",), ()):
+        work.folder.mkdir()
+        work.journal.write_bytes(journals[0])
+        result = quantize(model, out, *options)
+        if options:
+            refused(result, USAGE, "out' exists", "--force")
+        else:
+            assert result.exit_code == SUCCESS and "the last is 'checkpoint files'" in result.stderr
+        assert names(out.parent) == {"out"} and differing(whole, out) == []
+
+
 def test_two_runs_on_one_target(model: Path, out: Path) -> None:
     """The second one, started while the first one works, is refused; the first one ends well."""
     append, seen = journal_module.append_line, []

@@ -7,7 +7,7 @@
       replaced/           what NAME was, while --force exchanges it
 
 A crash at any point leaves NAME as it was, or as it is to be, or in replaced/, from where the next run puts
-it back.
+it back. NAME as it is to be with a journal beside it is a job that ended while it was about to say so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +64,16 @@ class WorkFolder:
         """Whether a crash broke `publish` off."""
         return self.target.name != "" and os.path.lexists(self.journal) and not self.output.exists()
 
+    @property
+    def written(self) -> Path:
+        """Where the output is, under its own name or not yet."""
+        return self.target if self.half_published else self.output
+
     def publish(self) -> None:
         """Give the output its name; an existing target is kept until the new one is in its place."""
+        if self.half_published:
+            self.journal.unlink()
+            return
         sync_tree(self.output)
         if self.target.exists():
             shutil.rmtree(self.replaced, ignore_errors=True)
@@ -103,11 +111,14 @@ def check_target(target: Path, *, force: bool, source: Path) -> WorkFolder:
 
 
 @contextmanager
-def work_folder(target: Path, *, force: bool, source: Path) -> Iterator[WorkFolder]:
+def work_folder(
+    target: Path, *, force: bool, source: Path, ended: Callable[[WorkFolder], bool] = lambda work: False
+) -> Iterator[WorkFolder]:
     """The work folder of `target`, locked; it disappears in the end unless there is a journal in it.
 
-    Raises as `check_output` does, UsageError when the folder cannot be made or another process works in it,
-    and ResourceError when the disk is full.
+    Where a crash left the output under its name and the journal, `ended` tells whether that is this job; else
+    the output is another one. Raises as `check_output` does, UsageError when the folder cannot be made or
+    another process works in it, and ResourceError when the disk is full.
     """
     work = check_target(target, force=force, source=source)
     target = work.target
@@ -115,9 +126,10 @@ def work_folder(target: Path, *, force: bool, source: Path) -> Iterator[WorkFold
     lock = _locked(work, created)
     try:
         work.put_back()
-        if not (work.journal.is_file() and work.output.is_dir()):
+        taken_up = work.half_published and target.is_dir() and ended(work)
+        if not taken_up and not (work.journal.is_file() and work.output.is_dir()):
             work.clear()
-        check_output(target, force=force, source=source)
+        check_output(target, force=force or taken_up, source=source)
         yield work
     except Exception as error:
         if not is_full(error):

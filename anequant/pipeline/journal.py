@@ -55,7 +55,9 @@ class Journal:
         self._next = 0
         self._shares: dict[str, tuple[float, float]] = {}
         self._done = 0.0
-        work.output.mkdir(exist_ok=True)
+        if not work.half_published:
+            work.output.mkdir(exist_ok=True)
+        self.output = work.written
         shutil.rmtree(self.tasks, ignore_errors=True)
         self.tasks.mkdir()
         self.scheduler = control.scheduler(self.tasks)
@@ -77,10 +79,6 @@ class Journal:
     def folder(self) -> Path:
         """Where units keep files that are not part of the output."""
         return self._work.folder
-
-    @property
-    def output(self) -> Path:
-        return self._work.output
 
     @property
     def units(self) -> list[str]:
@@ -162,6 +160,12 @@ class Journal:
             if path.name not in (JOURNAL, LOCK, TASKS):
                 yield path
                 yield from path.rglob("*")
+
+
+def is_journal_of(work: WorkFolder, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether the journal of `work` is sound and that of this job. Raises DamagedWork for a damaged one."""
+    records, _ = _read(work)
+    return bool(records) and records[0] == Record(FINGERPRINT, plain(fingerprint))
 
 
 def append_line(path: Path, line: str) -> None:

@@ -18,9 +18,9 @@ from anequant.checkpoints.output import require_space
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotations import ROTATIONS
 from anequant.checkpoints.source import TOKENIZER_FILES
-from anequant.checkpoints.work_folder import DamagedWork, is_full, work_folder
+from anequant.checkpoints.work_folder import DamagedWork, WorkFolder, is_full, work_folder
 from anequant.errors import Interrupted
-from anequant.pipeline.journal import Journal
+from anequant.pipeline.journal import Journal, is_journal_of
 from anequant.progress import Control, Expected
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.tasks import TasksLost
@@ -46,11 +46,16 @@ def resumable(
     Raises as `work_folder` and `Journal` do, ResourceError when the disk has less room than the rest of the
     job needs, and Interrupted in the place of KeyboardInterrupt when there is something to go on with.
     """
-    with work_folder(output, force=force, source=source) as work:
+
+    def ended(work: WorkFolder) -> bool:
+        return control.resume and is_journal_of(work, fingerprint)
+
+    with work_folder(output, force=force, source=source, ended=ended) as work:
         fresh = not (control.resume and work.journal.is_file())
         try:
             journal = Journal(work, fingerprint, control)
-            require_space(work.target, needed - _used(work.folder))
+            there = _used(work.folder) + (_used(work.target) if work.half_published else 0)
+            require_space(work.target, needed - there)
         except BaseException:
             if fresh:
                 work.clear()
