@@ -297,6 +297,15 @@ def test_words_that_mean_nothing(place: Path, tmp_path: Path, arguments: Any, me
     assert message in result.stderr
 
 
+def test_the_remedy_for_an_output_that_exists_is_there(place: Path, tmp_path: Path) -> None:
+    words = ("quantize_qwen25_quarot", "--model_dir", place / "float", "--output_dir", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    result = call(*words, "--pre_quantization_optimization", "none")
+    assert result.exit_code == USAGE and "pass --force" in result.stderr
+    assert call(*words, "--pre_quantization_optimization", "none", "--force").exit_code == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 def test_fusion_leaves_a_model_in_memory_as_it_was(place: Path) -> None:
     program = f"""
 import json, sys

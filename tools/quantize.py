@@ -16,6 +16,7 @@ from anequant.cli_options import command
 from anequant.console import Console
 
 FILE = click.Path(path_type=Path)
+replacing = click.option("--force", is_flag=True, help="Replace an existing output folder.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -34,6 +35,7 @@ def main() -> None:
 @click.option("--rotation-method", default="pca", help="pca or hadamard.")
 @click.option("--calib", default="self", help="A text, calib.json, wikitext2 or self.")
 @click.option("--seed", type=click.IntRange(0), default=13, help="Seed of rotations and calibration.")
+@replacing
 @command
 def run(
     console: Console,
@@ -47,6 +49,7 @@ def run(
     rotation_method: str,
     calib: str,
     seed: int,
+    force: bool,
 ) -> None:
     """Rotate and quantize into DST/{base}_QuaRot_w4_g64_a4_kv4_headfp16; 8 and 16 bits of activations and
     cache are left out of the name."""
@@ -70,7 +73,7 @@ def run(
     if not recipe.calibrated:
         console.note("Hadamard rotations and nearest rounding: no use for calibration data")
     with console.progress("quantize") as progress:
-        output, result = quantize_hooked(resolve_source(src), dst, recipe, calibration, progress)
+        output, result = quantize_hooked(resolve_source(src), dst, recipe, calibration, progress, force=force)
     console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
 
 
@@ -86,6 +89,7 @@ def run(
 @click.option("--pre_quantization_optimization", "optimization", default="none", help="quarot or none.")
 @click.option("--pre_optimization_config_file_path", "config", type=FILE, help="JSON: how quarot rotates.")
 @click.option("--dataset", "calib", default="self", help="A text, calib.json, wikitext2 or self.")
+@replacing
 @command
 def quark(
     console: Console,
@@ -95,6 +99,7 @@ def quark(
     optimization: str,
     config: Path | None,
     calib: str,
+    force: bool,
 ) -> None:
     """Quantize by a scheme of AMD Quark, after QuaRot's rotations if asked for."""
     from anequant.calibration.saved import whole_calibration
@@ -108,14 +113,16 @@ def quark(
     for note in chosen.notes:
         console.note(note)
     with console.progress("quantize") as progress:
-        result = quantize(resolve_source(model), output, chosen.recipe, calibration, progress=progress)
+        source = resolve_source(model)
+        result = quantize(source, output, chosen.recipe, calibration, force=force, progress=progress)
     console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
 
 
 @main.command()
 @click.option("--config", "path", required=True, type=FILE, help="LLMC's YAML: methods Quarot and GPTQ.")
+@replacing
 @command
-def llmc(console: Console, path: Path) -> None:
+def llmc(console: Console, path: Path, force: bool) -> None:
     """Rotate (method Quarot with save_trans), or quantize, as LLMC's YAML says."""
     from anequant.pipeline.published_llmc import QUANTIZED, TRANSFORMED, plan_llmc, run_llmc
     from anequant.report import text
@@ -124,7 +131,7 @@ def llmc(console: Console, path: Path) -> None:
     for note in plan.notes:
         console.note(note)
     with console.progress("llmc") as progress:
-        result = run_llmc(plan, progress)
+        result = run_llmc(plan, progress, force=force)
     rows = []
     if result.rotated is not None:
         rows += text.rotated(plan.output / TRANSFORMED, result.rotated)

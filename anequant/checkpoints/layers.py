@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from anequant.architectures.spec import layer_prefix
+from anequant.architectures.spec import EMBEDDING, HEAD, layer_prefix
 from anequant.checkpoints.layout import projection_names
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
@@ -29,12 +29,24 @@ class QuantizedLayer:
 
 
 def open_quantized(folder: Path) -> Checkpoint:
-    """`open_checkpoint`, with an InputError where no projection is quantized."""
+    """`open_checkpoint`, where a tied head is one of its own in the embedding's bytes, as packages have it.
+
+    Raises InputError too where no projection is quantized.
+    """
     checkpoint = open_checkpoint(folder)
     names = projection_names(checkpoint.spec)
     if not any(f"{name}.output_scales" in checkpoint.tensors for name in names):
         raise InputError(f"'{folder}' is not quantized", remedy="run `anequant quantize` on the float model")
-    return checkpoint
+    return _with_head(checkpoint) if checkpoint.spec.tied else checkpoint
+
+
+def _with_head(checkpoint: Checkpoint) -> Checkpoint:
+    tensors = {name: info for name, info in checkpoint.tensors.items() if not name.startswith(f"{HEAD}.")}
+    for name, info in checkpoint.tensors.items():
+        module, _, part = name.rpartition(".")
+        if module == EMBEDDING:
+            tensors[f"{HEAD}.{part}"] = info
+    return replace(checkpoint, spec=replace(checkpoint.spec, tied=False), tensors=tensors)
 
 
 def load_layer(checkpoint: Checkpoint, layer: int) -> QuantizedLayer:

@@ -19,6 +19,9 @@ from anequant.recipe import Recipe
 from anequant.recipe_files import recipe_from_dict
 
 METHOD = "anequant"
+ANEMLL_METHOD = "quarot"
+"""ANEMLL's script's; transformers does not know it and passes over it, and tensors tell what is quantized."""
+
 FORMAT = 1
 STEM, ONLINE_STEM = "model", "anequant"
 """What the weight files' names begin with."""
@@ -63,14 +66,16 @@ def quantized_config(
 
 
 def read_online(config: Mapping[str, Any], spec: ModelSpec, where: str) -> Online:
-    """What config.json says; nothing without a quantization_config.
+    """What config.json says; nothing without a quantization_config, or with ANEMLL's.
 
-    Raises InputError for another method or format, or values that are missing or impossible.
+    Raises InputError for any other method or format, or values that are missing or impossible.
     """
     values = config.get("quantization_config")
     if values is None:
         return NOTHING
     method = values.get("quant_method", "unknown") if isinstance(values, dict) else "unknown"
+    if method == ANEMLL_METHOD:
+        return NOTHING
     if method != METHOD:
         raise InputError(
             f"'{Path(where).parent}' is already quantized (quantization_config: {shown(method)})",

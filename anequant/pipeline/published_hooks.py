@@ -88,14 +88,20 @@ def quant_tag(recipe: Recipe) -> str:
 
 
 def quantize_hooked(
-    source: Source, destination: Path, recipe: Recipe, calibration: Calibration, progress: Progress
+    source: Source,
+    destination: Path,
+    recipe: Recipe,
+    calibration: Calibration,
+    progress: Progress,
+    *,
+    force: bool = False,
 ) -> tuple[Path, QuantizeResult]:
     """Quantize into the new folder {base}_{tag} of `destination`, the published files beside the weights.
 
     Returns that folder. Raises as `quantize` does; nothing is left behind then.
     """
     output = destination / f"{source.name}_{quant_tag(recipe)}"
-    with quantize_job(source, output, recipe, calibration, None, False, CONTROL) as journal:
+    with quantize_job(source, output, recipe, calibration, None, force, CONTROL) as journal:
         staging = journal.output
         result = quantize_into(staging, source, recipe, calibration, progress, journal)
         checkpoint = open_checkpoint(staging)

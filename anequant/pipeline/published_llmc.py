@@ -84,10 +84,10 @@ def plan_llmc(path: Path) -> LlmcRun:
     )
 
 
-def run_llmc(run: LlmcRun, progress: Progress) -> LlmcResult:
+def run_llmc(run: LlmcRun, progress: Progress, *, force: bool = False) -> LlmcResult:
     """Write what `run` says to its new folder. Raises as `rotate` and `quantize`; nothing is left then."""
     rotated = quantized = None
-    with staged_folder(run.output, force=False, source=run.source.folder) as staging:
+    with staged_folder(run.output, force=force, source=run.source.folder) as staging:
         if run.transforms:
             step = part_of(progress, "rotate", 0.0, 0.3 if run.quantizes else 1.0)
             rotated = rotate(run.source, staging / TRANSFORMED, run.recipe, run.calibration, progress=step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anequant.checkpoints.foreign import found_codebook, whole_codebook
-from anequant.checkpoints.quantized import load
+from anequant.checkpoints.quantized import load, store
+from anequant.checkpoints.source import Source
 from anequant.errors import InputError
 from anequant.pipeline.lower import lower
+from anequant.pipeline.rotated import open_float
 from anequant.pipeline.verify import verify_packages
+from anequant.quantization.quantize import quantize_linear
 from anequant.recipe import LowerOptions
 
 Tensors = dict[str, Tensor]
@@ -87,6 +91,37 @@ def test_it_is_read_for_what_it_is_and_lowered(
         assert len(ours.codebook) in (16, 64)
     lower(folder, tmp_path / "packages", LowerOptions(context=80, batch=16))
     assert verify_packages(tmp_path / "packages", folder).weights == 28
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float16", "codebook"])
+def test_a_tied_head_and_anemlls_own_config(folder: Path, tmp_path: Path, quantized: bool) -> None:
+    """No lm_head is stored, config.json has the quantization_config of ANEMLL's script, and there is no
+    anequant.json. The judge is transformers, which `verify_packages` runs."""
+
+    def tie(tensors: Tensors) -> None:
+        del tensors["lm_head.weight"]
+        if quantized:
+            parts = quantize_linear(
+                tensors["model.embed_tokens.weight"].float(),
+                None,
+                bits=8,
+                codebook="uniform",
+                scales="output",
+                name="model.embed_tokens",
+            )
+            tensors.update(store("model.embed_tokens", parts, bias=False))
+
+    rewrite(folder, tie)
+    (folder / "anequant.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    method = {"quant_method": "quarot", "bits": 4, "group_size": -1, "per_tensor": True, "rotated": True}
+    config |= {"tie_word_embeddings": True, "quantization_config": method}
+    (folder / "config.json").write_text(json.dumps(config))
+    lower(folder, tmp_path / "packages", LowerOptions(context=80, batch=16))
+    check = verify_packages(tmp_path / "packages", folder)
+    assert check.weights == (28 + 1 + 16 if quantized else 28) and check.relative_error < 2e-3
+    with pytest.raises(InputError, match="is already quantized"):
+        open_float(Source(folder, "a"))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

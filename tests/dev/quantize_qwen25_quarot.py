@@ -17,8 +17,9 @@ PATH = click.Path(path_type=Path)
 @click.option("--quarot_config", "config", type=PATH, help="JSON file, see qwen25_quarot.json.")
 @click.option("--output_dir", "output", required=True, type=PATH, help="New folder to write.")
 @click.option("--premultiply_scales", "premultiply", is_flag=True, help="Write unit scales.")
+@click.option("--force", is_flag=True, help="Replace an existing output folder.")
 @command
-def main(console, model, calib, scheme, optimization, config, output, premultiply) -> None:
+def main(console, model, calib, scheme, optimization, config, output, premultiply, force) -> None:
     from anequant.calibration.saved import whole_calibration
     from anequant.checkpoints.source import resolve_source
     from anequant.pipeline.published import BLOCKS, closing_lines, published_recipe
@@ -29,7 +30,8 @@ def main(console, model, calib, scheme, optimization, config, output, premultipl
     for note in chosen.notes:
         console.note(note)
     with console.progress("quantize") as progress:
-        result = quantize(resolve_source(model), output, chosen.recipe, calibration, progress=progress)
+        source = resolve_source(model)
+        result = quantize(source, output, chosen.recipe, calibration, force=force, progress=progress)
     console.text("\n".join(closing_lines(output, result)) + "\n")
     console.result({"output": str(output), **result.to_dict()}, [])
 
