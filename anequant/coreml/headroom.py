@@ -16,6 +16,9 @@ LARGEST_SUM = 32768.0
 MARGIN = 4.0
 """Other tokens than the measured ones may be this much louder before anything overflows."""
 
+LARGEST_SHIFT = 0.25
+"""Of a token's attention, moved by float16: as by scores whose last place is a whole unit, a factor of e."""
+
 
 @dataclass(frozen=True)
 class Headroom:
@@ -39,6 +42,11 @@ def plan_headroom(ranges: Sequence[LayerRange]) -> Headroom:
                     f"{what} in layer {layer.layer} reaches {value:.3g}, float16 ends at 65504",
                     remedy="this model cannot run in float16",
                 )
+        if layer.attention > LARGEST_SHIFT:
+            raise UnsupportedError(
+                attention_moved(layer.layer, layer.scores, layer.attention),
+                remedy="this model cannot run in float16; run the checkpoint in float32",
+            )
         if layer.turns > LARGEST_SUM:
             raise UnsupportedError(
                 f"sums of an online rotation in layer {layer.layer} reach {layer.turns:.3g}, the Neural "
@@ -52,6 +60,14 @@ def plan_headroom(ranges: Sequence[LayerRange]) -> Headroom:
         for name, value in layer.sums.items()
     }
     return Headroom(tuple(ranges), residual, {name: scale for name, scale in sums.items() if scale != 1})
+
+
+def attention_moved(layer: int, scores: float, share: float) -> str:
+    """What to say where float16 is too coarse for the scores of a layer."""
+    return (
+        f"scores q . k in layer {layer} reach {scores:.3g}, where float16 is so coarse that {share:.0%} of a "
+        "token's attention moves"
+    )
 
 
 def fitted_layer(spec: ModelSpec, layer: QuantizedLayer, headroom: Headroom) -> QuantizedLayer:

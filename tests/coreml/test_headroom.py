@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.coreml import headroom
 from anequant.coreml.interpreter import Package
 from anequant.coreml.meta import read_meta
-from anequant.errors import UnsupportedError
+from anequant.errors import AnequantError, UnsupportedError, VerificationError
 from anequant.pipeline.lower import lower
 from anequant.pipeline.verify import verify_packages
 from anequant.recipe import LowerOptions
@@ -194,6 +196,45 @@ def test_what_must_overflow_is_refused(
         lower(folder, tmp_path / "out", SIZES)
     assert caught.value.exit_code == 4
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("bias", "refused"), [(5.0, None), (15.0, VerificationError), (100.0, UnsupportedError)]
+)
+def test_scores_too_coarse_for_float16_are_named(
+    make_model: Callable[..., Path],
+    quantize_model: Callable[..., Any],
+    tmp_path: Path,
+    bias: float,
+    refused: type[AnequantError] | None,
+) -> None:
+    """Biases of q and k make scores that float16 holds, in steps that softmax does not bear."""
+
+    def coarse(tensors: dict[str, Tensor]) -> None:
+        for name, value in tensors.items():
+            if name.endswith(("q_proj.bias", "k_proj.bias")):
+                tensors[name] = bias * value.sign()
+
+    sizes = {"vocab_size": 112, "num_attention_heads": 8}
+    source = changed(make_model(tmp_path / "model", "qwen2", False, **sizes), coarse)
+    folder = quantize_model(source, "w8-nearest", r2="none").folder
+    found = layer_ranges(open_quantized(folder), torch.arange(1, 33)[None])
+    for layer in found:
+        assert layer.scores < 65504 and layer.attention <= math.tanh(layer.scores * 2**-11 + 2**-9)
+
+    def both() -> None:
+        lower(folder, tmp_path / "out", SIZES)
+        verify_packages(tmp_path / "out", folder)
+
+    if refused is None:
+        both()
+        return
+    with pytest.raises(refused) as caught:
+        both()
+    assert re.search(
+        r"scores q \. k in layer \d reach \S+, .* \d+% of a token's attention", str(caught.value)
+    )
+    assert caught.value.remedy and (tmp_path / "out").exists() == (refused is VerificationError)
 
 
 @pytest.mark.parametrize(
