@@ -13,7 +13,8 @@ from click.shell_completion import (
     get_completion_class,
 )
 
-from anequant.cli_options import PROGRAM, command
+from anequant.cli_ending import PROGRAM
+from anequant.cli_options import command
 from anequant.console import Console
 
 VARIABLE = f"_{PROGRAM.upper()}_COMPLETE"

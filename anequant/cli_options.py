@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from glob import escape, glob
@@ -14,18 +13,16 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from anequant.cli_ending import NO_RESUME, ending_as_documented
 from anequant.console import Console
-from anequant.errors import INTERRUPTED, AnequantError, Interrupted, as_error, torch_memory
 from anequant.evaluation.windows import LENGTH, WINDOWS
-from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.recipe import LARGEST_SEED, Calibration, LowerOptions, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
 
 if TYPE_CHECKING:
     from anequant.checkpoints.source import Source
 
 Run = Callable[..., None]
-PROGRAM = "anequant"
-NO_RESUME = "--no-resume"
 
 
 def command(run: Run) -> Run:
@@ -40,23 +37,8 @@ def command(run: Run) -> Run:
     @functools.wraps(run)
     def wrapped(*args: Any, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
         console = Console(json=as_json, quiet=quiet)
-        try:
-            with torch_memory():
-                run(console, *args, **options)
-        except (AnequantError, MemoryError, OSError) as failure:
-            if debug or isinstance(failure, BrokenPipeError):  # click ends quietly when a pipe is closed
-                raise
-            error = as_error(failure)
-            console.error(error)
-            sys.exit(error.exit_code)
-        except Interrupted as stop:
-            words = stop.command or [word for word in sys.argv[1:] if word != NO_RESUME]
-            console.note(f"interrupted; {stop.kept}")
-            console.command("to go on", [PROGRAM, *words])
-            sys.exit(INTERRUPTED)
-        except KeyboardInterrupt:
-            console.note("interrupted; no output was left behind")
-            sys.exit(INTERRUPTED)
+        with ending_as_documented(console, debug, options):
+            run(console, *args, **options)
 
     return wrapped
 
@@ -162,7 +144,7 @@ def calibration_options(run: Run) -> Run:
     default = Calibration()
     source = "Tokens to calibrate on: self (sampled from the model), wikitext2, a text file, or JSON rows."
     for name, kind, value, text in (
-        ("seed", click.IntRange(0), default.seed, "Seed of the windows' choice or sampling."),
+        ("seed", click.IntRange(0, LARGEST_SEED), default.seed, "Seed of the windows' choice or sampling."),
         ("length", click.IntRange(2), default.length, "Tokens in a window."),
         ("samples", click.IntRange(1), default.samples, "Number of windows."),
     ):
@@ -231,7 +213,7 @@ def read_lowering(options: dict[str, Any]) -> LowerOptions:
 def generation_options(run: Run) -> Run:
     """--backend, --max-tokens, and one option for every field of Sampling."""
     kinds = (
-        ("--seed", click.IntRange(0), 0, "Seed of sampling."),
+        ("--seed", click.IntRange(0, LARGEST_SEED), 0, "Seed of sampling."),
         ("--top-p", click.FloatRange(0, 1), 1.0, "Sample from the best tokens that make up this share."),
         ("--top-k", click.IntRange(0), 0, "Sample from this many best tokens; 0 means all."),
         ("--temperature", click.FloatRange(0), 0.0, "0 takes the best token, 1 the model's distribution."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TextIO
 
-from anequant.errors import AnequantError
+from anequant.errors import AnequantError, UsageError
 from anequant.live import Display, Lines, Nothing, bar
 from anequant.progress import Control, Progress
 
@@ -82,7 +83,10 @@ class Console:
         while True:
             if asks:
                 print("> ", end="", flush=True)
-            line = sys.stdin.readline()
+            try:
+                line = sys.stdin.readline()
+            except UnicodeDecodeError as error:
+                raise UsageError(f"the input is not UTF-8: {error}", remedy="write it in UTF-8") from error
             if not line:
                 return
             if line.strip():
@@ -156,6 +160,12 @@ class Console:
         return nullcontext(Lines(title, self._line, SHOW_AFTER, LINE_EVERY, each=each))
 
 
+def escape_what_has_no_code() -> None:
+    """From here on stdout shows characters that its encoding lacks as stderr does, as escapes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _draw(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """A table whose first two columns are words, and the others numbers; a row of words for each line where
     the terminal is too narrow for the longest."""
@@ -189,6 +199,15 @@ def _row(label: str, text: str, stream: TextIO) -> list[str]:
     return [label + first, *(" " * len(label) + line for line in others)]
 
 
+def _says(stream: TextIO, text: str) -> bool:
+    """Whether the encoding of a stream has all characters of a text."""
+    try:
+        text.encode(stream.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _columns(stream: TextIO) -> int:
     """Of the terminal that `stream` is, which stdout need not be."""
     if not os.environ.get("COLUMNS"):
@@ -198,8 +217,10 @@ def _columns(stream: TextIO) -> int:
 
 
 def _json(values: dict[str, Any]) -> str:
-    """One line of JSON in which nothing acts on a terminal: what does not print is escaped."""
+    """One line of JSON in which nothing acts on a terminal: what does not print, or not there, is escaped."""
     text = json.dumps(values, ensure_ascii=False, sort_keys=True)
+    if not _says(sys.stdout, text):
+        text = json.dumps(values, sort_keys=True)
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 

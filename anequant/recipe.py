@@ -17,6 +17,7 @@ from anequant.errors import UsageError, shown
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 WIDTHS = (2, 3, 4, 6, 8)
 GROUPS = (32, 64, 128)
+LARGEST_SEED = 2**63 - 1
 
 
 def _choice(default: Any, choices: tuple[Any, ...] | None, text: str, most: int | None = None) -> Any:
@@ -38,7 +39,7 @@ class Recipe:
     r3: str = _choice("none", ("none", "hadamard"), "Online rotation of q and k after RoPE.")
     r4: str = _choice("none", ("none", "hadamard", "block-hadamard"), "Online rotation of down_proj's input.")
     r4_block: int = _choice(64, None, "Block size of the block-hadamard R4, a power of two.")
-    seed: int = _choice(0, None, "Seed of the rotations' random signs.", most=2**63 - 1)
+    seed: int = _choice(0, None, "Seed of the rotations' random signs.", most=LARGEST_SEED)
     restarts: int = _choice(
         1, None, "Seeds to try for R1 and R2, from `seed` on; the one with the least KL stays.", most=1000
     )

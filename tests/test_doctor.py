@@ -267,4 +267,5 @@ main(["doctor"])
     assert (ran.returncode, ran.stderr) == (4, "")
     assert "torch cannot be imported: torch is broken" in ran.stdout
     assert "no package can be written" in ran.stdout
-    assert "2 failures" in ran.stdout
+    assert "nothing can be rounded: torch is broken" in ran.stdout
+    assert "3 failures" in ran.stdout

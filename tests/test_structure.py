@@ -20,7 +20,7 @@ CONFIGS = PACKAGE.parent / "configs"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in MODULES}
 LAYERS = (
-    ("errors", "strict", "recipe", "recipe_files", "tasks", "progress"),
+    ("errors", "strict", "recipe", "recipe_files", "tasks", "progress", "interrupts"),
     ("architectures",),
     ("rotation", "quantization"),
     ("checkpoints", "calibration"),
@@ -36,6 +36,7 @@ LAYERS = (
         "cli_completion",
         "cli_batch",
         "cli_compare",
+        "cli_ending",
         "cli_inspect",
         "cli_jobs",
         "cli_plan",
@@ -44,7 +45,7 @@ LAYERS = (
         "cli_scheduler",
         "cli",
     ),
-    ("__init__",),
+    ("__init__", "__main__"),
 )
 RANKS = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 FILE_MODULES = {"pathlib", "os", "io", "json", "shutil", "safetensors", "tempfile", "glob"}

@@ -28,9 +28,9 @@ def resolve_config(config: Mapping[str, Any], model_type: str, where: str) -> di
     KEPT and keys that transformers does not know stay as they are. Raises InputError naming the key for
     values that transformers refuses.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-    config_class = type(AutoConfig.for_model(model_type))
+    config_class = CONFIG_MAPPING[model_type]
     general = PreTrainedConfig().to_dict().keys()
     given = {key: copy.deepcopy(value) for key, value in config.items() if key not in UNREAD}
     with refusing(where):

@@ -16,11 +16,12 @@ def transformers_config(spec: ModelSpec) -> Any:
 
     Raises InputError for values that transformers does not take.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
+    config_class = CONFIG_MAPPING[spec.architecture.model_type]
     values = {key: copy.deepcopy(value) for key, value in spec.config.items() if key != "quantization_config"}
     with refusing("config.json"):
-        return type(AutoConfig.for_model(spec.architecture.model_type)).from_dict(values)
+        return config_class.from_dict(values)
 
 
 def empty_model(spec: ModelSpec) -> tuple[Any, Any]:
@@ -28,9 +29,10 @@ def empty_model(spec: ModelSpec) -> tuple[Any, Any]:
 
     Raises InputError for a config that transformers makes no model of.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     config = transformers_config(spec)
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # imports its module
     with refusing("config.json"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()

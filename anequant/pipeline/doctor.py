@@ -22,7 +22,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from anequant.pipeline.machine import Memory, memory, usable_cores
+from anequant.pipeline.machine import Memory, memory, torch_threads, usable_cores
 from anequant.recipe import LowerOptions
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
@@ -131,13 +131,29 @@ def native_library(load: Callable[[str], Any] = importlib.import_module) -> Iter
         yield Check(name, OK, "reads and writes packages")
 
 
+def compiled_loops(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
+    """numba keeps what it compiles beside the module or below HOME, and can do without."""
+    name = "compiled loops"
+    try:
+        folder = load("anequant.quantization.kernels").cache_folder()
+    except Exception as error:
+        remedy = "pip install --force-reinstall numba, once torch loads"
+        yield Check(name, FAILURE, f"nothing can be rounded: {_first_line(error)}", remedy)
+        return
+    if folder is None:
+        remedy = "set NUMBA_CACHE_DIR to a folder that can be written to"
+        yield Check(name, WARNING, "every run compiles them again, no folder for them is writable", remedy)
+    else:
+        yield Check(name, OK, f"kept in {folder}")
+
+
 def cores(
     usable: int | None = None, present: int | None = None, threads: int | None = None
 ) -> Iterator[Check]:
     """More threads than cores wait for each other, which costs far more than the cores that are missing."""
     usable = usable_cores() if usable is None else usable
     present = (os.cpu_count() or 1) if present is None else present
-    threads = _torch_threads(usable) if threads is None else threads
+    threads = torch_threads(usable) if threads is None else threads
     detail = f"{usable} usable" + (f" of {present}" if present > usable else "") + f", {threads} threads"
     if threads > usable:
         yield Check("cores", WARNING, detail, f"set OMP_NUM_THREADS={usable}")
@@ -218,6 +234,7 @@ PROBES: tuple[Callable[[], Iterator[Check]], ...] = (
     packages,
     torch_loads,
     native_library,
+    compiled_loops,
     cores,
     free_memory,
     disk,
@@ -232,14 +249,6 @@ def _output(command: Sequence[str]) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
-
-
-def _torch_threads(default: int) -> int:
-    try:
-        threads: int = importlib.import_module("torch").get_num_threads()
-    except Exception:
-        return default
-    return threads
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,3 +51,12 @@ def _content(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
+
+
+def torch_threads(default: int) -> int:
+    """Of a torch that loads, else `default`."""
+    try:
+        threads: int = importlib.import_module("torch").get_num_threads()
+    except Exception:
+        return default
+    return threads

@@ -22,8 +22,11 @@ from anequant.checkpoints.work_folder import DamagedWork, WorkFolder, is_full, w
 from anequant.errors import Interrupted
 from anequant.pipeline.journal import Journal, is_journal_of
 from anequant.progress import Control, Expected
+from anequant.quantization.kernels import cache_folder
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.tasks import TasksLost
+
+UNCACHED = "the loops of rounding are compiled in this run alone, no folder to keep them in can be written to"
 
 
 @contextmanager
@@ -62,6 +65,8 @@ def resumable(
             raise
         if journal.units:
             control.note(f"resuming '{output}': {_done(journal)}")
+        if fingerprint["recipe"] and cache_folder() is None:
+            control.note(UNCACHED)
         journal.plan(units)
         try:
             yield journal

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -21,12 +22,19 @@ T = TypeVar("T")
 
 Kernel = Callable[..., None]
 
-compiled: Callable[[Kernel], Kernel] = numba.njit(
-    cache=True, nogil=True, error_model="numpy", fastmath={"contract"}
-)
-"""Of what fastmath allows, only that a product and a sum are rounded once."""
-
 inlined: Callable[[Kernel], Kernel] = numba.njit(inline="always")
+
+
+def compiled(kernel: Kernel) -> Kernel:
+    """The kernel as machine code, which later runs find again where numba has a folder to keep it in.
+
+    Of what fastmath allows, only that a product and a sum are rounded once.
+    """
+    machine: Any = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(kernel)
+    with suppress(RuntimeError):  # numba's word for folders that cannot be written to; see `cache_folder`
+        machine.enable_caching()
+    return cast(Kernel, machine)
+
 
 TILE = 256
 MOST_COUNTED = 31
@@ -205,3 +213,9 @@ def _descend(
                 error[column, start + row] = value[row]
             for row in range(count):
                 codes[column, start + row] = chosen[row]
+
+
+def cache_folder() -> str | None:
+    """Where machine code is kept for later runs; None where numba found no folder that can be written to."""
+    folder: str | None = cast(Any, _feed_back).stats.cache_path
+    return folder

@@ -283,7 +283,7 @@ def test_where_a_text_ends(limit: int, stop: tuple[int, ...], produced: list[int
     assert counter.fed == [4, 5, *produced[:8]][: 2 + min(len(produced), limit - 1, 8)]
 
 
-ABSENT = object()
+ABSENT = "absent"
 
 
 @pytest.mark.parametrize("of_config", [ABSENT, None, 5, [5, 6]], ids=repr)
