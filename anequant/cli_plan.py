@@ -28,7 +28,10 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
     match = None if value is None else _SIZE.fullmatch(value.strip())
     if value is not None and match is None:
         raise click.BadParameter(f"'{value}' is no size such as 4GB or 512MiB")
-    return None if match is None else int(float(match["number"]) * UNITS[match["unit"].upper()])
+    try:
+        return None if match is None else int(float(match["number"]) * UNITS[match["unit"].upper()])
+    except OverflowError as error:
+        raise click.BadParameter("that is more than any machine has") from error
 
 
 def memory_option(run: Callable[..., None]) -> Callable[..., None]:

@@ -223,7 +223,7 @@ def final_hidden_states(
 ) -> Tensor:
     """Normalised hidden states [n, length, hidden_size] for tokens [n, length], layer by layer."""
     model = ReferenceModel(weights.spec, dtype, weights.online)
-    require_known(tokens, weights.spec.vocab_size)
+    require_known(tokens.flatten().tolist(), weights.spec.vocab_size)
     hidden = weights.read(f"{EMBEDDING}.weight")[tokens].to(dtype)
     for layer in range(weights.spec.num_layers):
         progress(f"layer {layer + 1}", layer / weights.spec.num_layers)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from anequant.calibration.sources import has_rows, read_source, source_text
-from anequant.calibration.text import load_tokenizer, start_token, text_windows
+from anequant.calibration.text import load_tokenizer, model_windows
 from anequant.calibration.tokens import WIKITEXT2, wikitext2
 from anequant.checkpoints.reader import read_config
 from anequant.errors import ResourceError, UsageError
@@ -24,9 +24,8 @@ def save_calibration(output: Path, model: Path, source: str, *, count: int, leng
     without a tokenizer, ResourceError when WikiText-2 cannot be had or the file not be written.
     """
     tokenizer = load_tokenizer(model)
-    first = start_token(tokenizer, read_config(model))
     text = wikitext2("train") if source == WIKITEXT2 else source_text(Path(source), tokenizer)
-    windows = text_windows(text, tokenizer, first, count=count, length=length)
+    windows = model_windows(tokenizer, read_config(model), text, count=count, length=length)
     rows = [
         {"input_ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True)[:PREVIEW]}
         for ids in windows.tolist()

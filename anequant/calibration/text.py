@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,11 @@ def start_token(tokenizer: Any, config: Mapping[str, Any]) -> int:
 
     Models without a BOS (Qwen) put their massive activation on whatever comes first; starting every
     window with the document separator keeps that where training had it.
+    Raises InputError for a model without any, and for one that its vocabulary does not hold.
     """
     for token in (tokenizer.bos_token_id, config.get("bos_token_id"), tokenizer.eos_token_id):
         if isinstance(token, int):
+            require_known([token], config.get("vocab_size"))
             return token
     raise InputError("neither the tokenizer nor config.json names a token that starts a text")
 
@@ -56,14 +58,24 @@ def read_text(path: Path) -> str:
     return text
 
 
-def require_known(tokens: Tensor, vocab_size: int) -> None:
-    """Raises InputError for tokens that the embedding has no row for."""
-    largest = int(tokens.max()) if tokens.numel() else 0
-    if largest >= vocab_size:
+def require_known(tokens: Sequence[int], vocab_size: int | None) -> None:
+    """Raises InputError for tokens that the embedding has no row for; None: it is not known how many."""
+    unknown = [] if vocab_size is None else [token for token in tokens if not 0 <= token < vocab_size]
+    if unknown:
         raise InputError(
-            f"the tokenizer gives token {largest}, the model knows {vocab_size} (config key 'vocab_size')",
+            f"the tokenizer gives token {max(unknown)}, the model knows {vocab_size}",
             remedy="check that tokenizer and model belong together",
         )
+
+
+def model_windows(tokenizer: Any, config: Mapping[str, Any], text: str, *, count: int, length: int) -> Tensor:
+    """As `text_windows`, after the start token of a tokenizer and its model's config.json.
+
+    Raises as `start_token`, `require_known` and `text_windows` do.
+    """
+    windows = text_windows(text, tokenizer, start_token(tokenizer, config), count=count, length=length)
+    require_known(windows.flatten().tolist(), config.get("vocab_size"))
+    return windows
 
 
 def text_windows(text: str, tokenizer: Any, first: int, *, count: int, length: int, seed: int = 0) -> Tensor:

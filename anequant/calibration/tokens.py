@@ -51,11 +51,7 @@ def calibration_tokens(
     else:
         tokenizer = load_tokenizer(checkpoint.folder)
         first = start_token(tokenizer, checkpoint.spec.config)
-    if not 0 <= first < checkpoint.spec.vocab_size:
-        raise InputError(
-            f"a text starts with token {first}, the vocabulary has {checkpoint.spec.vocab_size}",
-            where=str(checkpoint.folder),
-        )
+    require_known([first], checkpoint.spec.vocab_size)
     if source == SELF:
         return sample_windows(
             checkpoint,
@@ -68,7 +64,7 @@ def calibration_tokens(
         )
     text = wikitext2("train") if content is None else content.written_out(tokenizer)
     windows = text_windows(text, tokenizer, first, count=count, length=length, seed=calibration.seed)
-    require_known(windows, checkpoint.spec.vocab_size)
+    require_known(windows.flatten().tolist(), checkpoint.spec.vocab_size)
     return windows
 
 

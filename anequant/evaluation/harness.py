@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from anequant.errors import UnsupportedError, UsageError
 from anequant.progress import Progress, silent
-from anequant.runtime.generate import Decoder, decoded, new_tokens, score
+from anequant.runtime.generate import Decoder, decoded, encoded, new_tokens, score
 from anequant.runtime.sampling import Sampling, chooser
 
 MOST_NEW_TOKENS = 256
@@ -63,8 +63,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if add_special_tokens is None:
             bos = self._tokenizer.bos_token
             add_special_tokens = bos is None or not string.startswith(bos)
-        tokens: list[int] = self._tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
-        return tokens
+        return encoded(self._tokenizer, string, add_special_tokens=add_special_tokens)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts after `first`, each token predicted once."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
+from anequant.calibration.text import load_tokenizer, model_windows, read_text
 from anequant.checkpoints.manifest import write_manifest
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
@@ -186,12 +186,6 @@ def sample_quality(base: Path, checkpoint: Path, progress: Progress) -> Quality 
     if not has_tokenizer(base):
         return None
     original = open_checkpoint(base)
-    tokenizer = load_tokenizer(base)
-    tokens = text_windows(
-        read_text(SAMPLE_TEXT),
-        tokenizer,
-        start_token(tokenizer, original.spec.config),
-        count=SAMPLE_WINDOWS,
-        length=SAMPLE_LENGTH,
-    )
+    tokenizer, text = load_tokenizer(base), read_text(SAMPLE_TEXT)
+    tokens = model_windows(tokenizer, original.spec.config, text, count=SAMPLE_WINDOWS, length=SAMPLE_LENGTH)
     return evaluate(open_checkpoint(checkpoint), tokens, original, progress=progress)

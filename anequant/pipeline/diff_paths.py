@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anequant.calibration.forward import logits
 from anequant.calibration.sources import source_text
-from anequant.calibration.text import load_tokenizer, start_token, text_windows
+from anequant.calibration.text import load_tokenizer, model_windows
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
 from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 from anequant.coreml.meta import META, read_meta
@@ -166,4 +166,4 @@ def _tokens(checkpoint: Checkpoint, text: Path | None) -> Tensor:
 def _text_windows(folder: Path, config: Any, text: Path | None, count: int, length: int) -> Tensor:
     tokenizer = load_tokenizer(folder)
     content = source_text(SAMPLE_TEXT if text is None else text, tokenizer)
-    return text_windows(content, tokenizer, start_token(tokenizer, config), count=count, length=length)
+    return model_windows(tokenizer, config, content, count=count, length=length)

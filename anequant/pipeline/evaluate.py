@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from anequant.calibration.sources import source_text
-from anequant.calibration.text import load_tokenizer, start_token, text_windows
+from anequant.calibration.text import load_tokenizer, model_windows, start_token
 from anequant.calibration.tokens import WIKITEXT2, wikitext2
 from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, made_as, read_manifest, rotation_keys
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
@@ -166,5 +166,4 @@ def read_windows(checkpoint: Checkpoint, text: Path | str, windows: int, length:
     """At most `windows` token windows of `length` of a text file, or of the test split of wikitext2."""
     tokenizer = load_tokenizer(checkpoint.folder)
     content = wikitext2("test") if str(text) == WIKITEXT2 else source_text(Path(text), tokenizer)
-    first = start_token(tokenizer, checkpoint.spec.config)
-    return text_windows(content, tokenizer, first, count=windows, length=length)
+    return model_windows(tokenizer, checkpoint.spec.config, content, count=windows, length=length)

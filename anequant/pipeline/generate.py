@@ -14,7 +14,7 @@ from anequant.coreml.interpreter import Package
 from anequant.errors import InputError, UsageError, shown
 from anequant.pipeline.folders import CHECKPOINT_FOLDER, packages_folder
 from anequant.runtime.coreml_backend import PackageModel
-from anequant.runtime.generate import Decoder, decoded, new_tokens
+from anequant.runtime.generate import Decoder, decoded, encoded, new_tokens
 from anequant.runtime.sampling import Sampling, chooser
 from anequant.runtime.transformers_backend import TransformersModel
 
@@ -80,7 +80,7 @@ def continue_text(model: TextModel, prompt: str, limit: int, sampling: Sampling)
     Stops at an end token, after `limit` tokens, or when the context is full.
     Raises UsageError for a prompt that does not fit.
     """
-    tokens = model.tokenizer(prompt)["input_ids"]
+    tokens = encoded(model.tokenizer, prompt)
     _check_sampling(model, sampling)
     produced = new_tokens(model.decoder, tokens, chooser(sampling), limit=limit, stop=model.stop)
     pieces = decoded(model.tokenizer, produced, tokens)
@@ -108,12 +108,12 @@ class Chat:
     def reply(self, text: str, limit: int) -> Iterator[str]:
         """The answer to the next turn, piece by piece; it becomes part of the conversation.
 
-        Raises UsageError when the conversation no longer fits the context.
+        Raises UsageError when the conversation no longer fits the context, InputError when the template does
+        not take it.
         """
         decoder, tokenizer = self.model.decoder, self.model.tokenizer
         self.messages.append({"role": "user", "content": text})
-        rendered = tokenizer.apply_chat_template(self.messages, add_generation_prompt=True, tokenize=False)
-        tokens = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        tokens = encoded(tokenizer, self._rendered(), add_special_tokens=False)
         if tokens[: len(self._held)] != self._held or len(tokens) == len(self._held):
             decoder.reset()
             self._held = []
@@ -132,6 +132,26 @@ class Chat:
             yield piece
         self._held = (tokens + produced)[: decoder.position]
         self.messages.append({"role": "assistant", "content": "".join(answer)})
+
+    def _rendered(self) -> str:
+        """The conversation as the template has it, up to where the answer begins."""
+        try:
+            text: str = self.model.tokenizer.apply_chat_template(
+                self.messages, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:
+            system = self.messages[0]["role"] == "system"
+            raise InputError(
+                f"the chat template does not take this conversation: {_reason(error)}",
+                where=str(self.model.folder),
+                remedy="leave out --system" if system else "use `anequant generate`",
+            ) from error
+        return text
+
+
+def _reason(error: Exception) -> str:
+    """A template may raise anything, and say nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _check_sampling(model: TextModel, sampling: Sampling) -> None:

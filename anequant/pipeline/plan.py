@@ -24,6 +24,7 @@ from anequant.pipeline.jobs import (
     verifying,
 )
 from anequant.pipeline.lowerable import check_lowering
+from anequant.pipeline.probe import RANGE_TOKENS, probe_tokens
 from anequant.pipeline.rotated import open_float
 from anequant.pipeline.skips import Kept, kept_in_float
 from anequant.pipeline.work import Speed, measure_speed
@@ -81,13 +82,14 @@ def make_plan(
     within it without changing a byte of the output.
 
     Raises ResourceError naming the least `max_memory` that works, and what the jobs raise for an impossible
-    recipe or lowering.
+    recipe or lowering, or a tokenizer that packages cannot be checked with.
     """
     if options is not None:
         check_lowering(checkpoint.spec, options, plan_online(checkpoint.spec, recipe))
         if 16 in recipe.widths:
             problem = "recipe key 'bits' is 16, and packages hold palettized weights"
             raise UsageError(problem, remedy="use fewer")
+        probe_tokens(checkpoint, RANGE_TOKENS)
     written = planned_checkpoint(checkpoint, recipe)
     jobs = list(quantizing(checkpoint, written, recipe, calibration, base, max_memory))
     kept = kept_in_float(checkpoint, recipe, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
+from anequant.calibration.text import load_tokenizer, model_windows, read_text
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 
@@ -20,10 +20,9 @@ PREFILL_TOKENS, DECODE_TOKENS = 64, 64
 def probe_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
     """The start of the bundled text, or random tokens for a checkpoint without a tokenizer: [length]."""
     if has_tokenizer(checkpoint.folder):
-        tokenizer = load_tokenizer(checkpoint.folder)
-        first = start_token(tokenizer, checkpoint.spec.config)
         text = read_text(SAMPLE_TEXT)
         text *= length // len(text.split()) + 1
-        return text_windows(text, tokenizer, first, count=1, length=length)[0]
+        tokenizer = load_tokenizer(checkpoint.folder)
+        return model_windows(tokenizer, checkpoint.spec.config, text, count=1, length=length)[0]
     generator = torch.Generator().manual_seed(SEED)
     return torch.randint(checkpoint.spec.vocab_size, (length,), generator=generator)

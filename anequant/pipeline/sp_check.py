@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
+from anequant.calibration.text import load_tokenizer, model_windows, read_text
 from anequant.checkpoints.contract import require_contract
 from anequant.checkpoints.layers import open_quantized
 from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
@@ -64,8 +64,8 @@ def check_sp(folder: Path, *, progress: Progress = silent) -> SpCheck:
     if not has_tokenizer(folder):
         return SpCheck(projections, None, None, None)
     tokenizer = load_tokenizer(folder)
-    first = start_token(tokenizer, checkpoint.spec.config)
-    tokens = text_windows(read_text(SAMPLE_TEXT), tokenizer, first, count=WINDOWS, length=LENGTH)
+    text = read_text(SAMPLE_TEXT)
+    tokens = model_windows(tokenizer, checkpoint.spec.config, text, count=WINDOWS, length=LENGTH)
     stored = evaluate(checkpoint, tokens, progress=part_of(progress, "stored weights", 0.1, 0.4))
     rebuilt = evaluate(
         SnappedWeights(checkpoint), tokens, progress=part_of(progress, "rebuilt weights", 0.4, 0.8)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anequant.architectures.spec import layer_prefix
 from anequant.calibration.sources import source_text
-from anequant.calibration.text import load_tokenizer, start_token, text_windows
+from anequant.calibration.text import load_tokenizer, model_windows
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
 from anequant.errors import UsageError
@@ -136,7 +136,6 @@ def _tokens(checkpoint: Checkpoint, text: Path | None) -> tuple[Tensor, str]:
         shape = (WINDOWS, LENGTH)
         return torch.randint(checkpoint.spec.vocab_size, shape, generator=generator), "random tokens"
     tokenizer = load_tokenizer(checkpoint.folder)
-    first = start_token(tokenizer, checkpoint.spec.config)
-    path = SAMPLE_TEXT if text is None else text
-    windows = text_windows(source_text(path, tokenizer), tokenizer, first, count=WINDOWS, length=LENGTH)
-    return windows, "the bundled sample text" if text is None else path.name
+    content = source_text(SAMPLE_TEXT if text is None else text, tokenizer)
+    windows = model_windows(tokenizer, checkpoint.spec.config, content, count=WINDOWS, length=LENGTH)
+    return windows, "the bundled sample text" if text is None else text.name

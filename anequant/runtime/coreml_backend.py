@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from anequant.calibration.text import require_known
 from anequant.coreml.decoder import INFER, PREFILL
 from anequant.coreml.device import DevicePackage
 from anequant.coreml.interpreter import Package
@@ -38,6 +39,9 @@ class PackageModel:
         ]
         self._head = _open(folder, self.packages, self.packages.head, open_package)
         self._mask = _causal_mask(self.packages.context)
+        self._vocab_size = self.packages.vocab_size or _logits_told(
+            folder / f"{self.packages.head}.mlpackage"
+        )
         self.reset()
 
     def reset(self) -> None:
@@ -57,9 +61,10 @@ class PackageModel:
         """Append tokens to the context; logits float32 [vocab] for what follows them.
 
         Heads that choose the best token of each part themselves tell only those logits, the rest is -inf.
-        Raises UsageError when they do not fit into the context.
+        Raises UsageError when they do not fit into the context, InputError for one without an embedding.
         """
         check_fits(self, len(tokens))
+        require_known(tokens, self._vocab_size)
         with damage(self._where):
             return self._feed(tokens)
 
@@ -151,6 +156,12 @@ def _whole_logits(packages: PackageSet, outputs: Mapping[str, Tensor]) -> Tensor
     logits = torch.full((int(sizes.sum()),), float("-inf"))
     logits[outputs["argmax_idx"].long() + sizes.cumsum(0) - sizes] = outputs["argmax_val"].float()
     return logits
+
+
+def _logits_told(head: Path) -> int:
+    """By all outputs of a head together, one for every token. Core ML says nothing of a token beyond."""
+    package = Package.open(head)
+    return sum(output.shape[-1] or 0 for output in package.functions[package.default_function].outputs)
 
 
 def _open(

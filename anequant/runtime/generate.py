@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anequant.errors import UsageError
+from anequant.errors import UsageError, is_unicode, shown
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -39,6 +39,8 @@ class Decoder(Protocol):
 
 def check_fits(decoder: Decoder, count: int) -> None:
     """Raises UsageError when `count` more tokens are none, or too many for the context."""
+    if count == 0:
+        raise UsageError("there is no token to go on from", remedy="write at least a word")
     if not 0 < count <= decoder.context - decoder.position:
         raise UsageError(
             f"{decoder.position + count} tokens, the model holds 1 to {decoder.context}",
@@ -75,6 +77,14 @@ def score(decoder: Decoder, tokens: Sequence[int], first: int) -> Tensor:
     start = decoder.feed(tokens[:first])[None]
     rest = tokens[first:-1]
     return torch.cat([start, decoder.feed_each(rest)]) if rest else start
+
+
+def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """The tokens of a text; `options` go to the tokenizer. Raises UsageError for what is no Unicode."""
+    if not is_unicode(text):
+        raise UsageError(f"{shown(text)} is not UTF-8", remedy="write it in UTF-8")
+    tokens: list[int] = tokenizer(text, **options)["input_ids"]
+    return tokens
 
 
 def decoded(tokenizer: Any, tokens: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        finite = 0 <= self.temperature < math.inf
+        if not finite or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UsageError(
                 f"temperature {self.temperature}, top-k {self.top_k}, top-p {self.top_p}",
-                remedy="use a temperature and a top-k of at least 0, and a top-p above 0 and up to 1",
+                remedy="use a finite temperature and a top-k of at least 0, and a top-p above 0 and up to 1",
             )
 
 
@@ -44,9 +46,10 @@ def chances(logits: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities [vocab] of logits [vocab] at a temperature above 0.
 
     top_k keeps the k best tokens (and ties with the last of them); top_p the fewest best whose
-    probabilities reach p (Holtzman et al. 2020, section 3.1).
+    probabilities reach p (Holtzman et al. 2020, section 3.1). However small the temperature, none is NaN.
     """
-    values = logits.float() / sampling.temperature
+    values = logits.float()
+    values = (values - values.max()) / max(sampling.temperature, torch.finfo(values.dtype).tiny)
     if 0 < sampling.top_k < len(values):
         values = values.masked_fill(values < values.topk(sampling.top_k).values[-1], float("-inf"))
     probabilities = values.softmax(0)

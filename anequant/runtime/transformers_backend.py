@@ -8,12 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from anequant.calibration.text import require_known
 from anequant.runtime.cache import new_cache
 from anequant.runtime.opening import load
 
 
 class TransformersModel:
-    """A Decoder over the folder of a float or quantized checkpoint; the whole model in float32."""
+    """A Decoder over the folder of a float or quantized checkpoint; the whole model in float32.
+
+    Fed tokens that it has no embedding for, it raises InputError.
+    """
 
     tells_all_logits = True
 
@@ -40,6 +44,7 @@ class TransformersModel:
 
     @torch.no_grad()
     def _run(self, tokens: Sequence[int], last: int) -> Tensor:
+        require_known(tokens, self._model.config.vocab_size)
         output = self._model(
             torch.tensor([list(tokens)]), past_key_values=self._cache, use_cache=True, logits_to_keep=last
         )

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,17 @@ def quantized(model: Path, source: Path) -> dict[str, Any]:
     dead = [tensor for tensor in manifest["measured"]["tensors"] if tensor["dead_inputs"]]
     assert bool(dead) == ("inputs that no token used" in result.stdout)
     return manifest
+
+
+@pytest.mark.parametrize("words", [("convert", "--recipe", "w8-nearest"), ("plan",)])
+def test_a_tokenizer_of_another_model_is_no_tokenizer_for_packages(
+    make_model: Callable[..., Path], tiny_qwen2: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """Recipes without calibration read a text too: what packages have to hold is measured on one."""
+    model = make_model(tmp_path / "model", "qwen2", False, vocab_size=96, num_hidden_layers=1)
+    for name in TOKENIZER:
+        shutil.copyfile(tiny_qwen2 / name, model / name)
+    command, *more = words
+    output = ["-o", tmp_path / "out"] if command == "convert" else []
+    told = ("the tokenizer gives token 8189, the model knows 96", "tokenizer and model belong together")
+    assert_refused(tmp_path, [command, model, *output, *more], BAD, *told)

@@ -354,6 +354,73 @@ def test_chat_needs_a_template(checkpoint: Path) -> None:
         Chat(open_text_model(checkpoint, "transformers"), GREEDY)
 
 
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ raise_exception('Only user and assistant, please') }}", "Only user and assistant, please"),
+        ("{% for %}", "Expected"),
+        ("{{ messages[0].content + 1 }}", "concatenate"),
+        ("{{ 1 // 0 }}", "by zero"),
+        ("{{ ''.__class__.__mro__[1]() }}", "unsafe"),
+    ],
+)
+def test_a_template_that_does_not_take_the_conversation(
+    chatty: Path, tmp_path: Path, template: str, told: str
+) -> None:
+    folder = shutil.copytree(chatty, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    arguments = ["chat", str(folder), "--backend", "transformers", "--max-tokens", "4"]
+    for words, remedy in (([], "use `anequant generate`"), (["--system", "Be brief."], "leave out --system")):
+        result = CliRunner().invoke(main, [*arguments, *words], input="Hello there.\n")
+        assert result.exit_code == InputError.exit_code, result.exception
+        what, where, do = result.stderr.splitlines()
+        assert what.startswith("error: the chat template does not take this conversation: ") and told in what
+        assert str(folder) in where and do == f"  do: {remedy}"
+
+
+def test_input_that_is_no_utf8_is_no_turn(chatty: Path) -> None:
+    arguments = ["chat", str(chatty), "--backend", "transformers", "--max-tokens", "4"]
+    result = CliRunner().invoke(main, arguments, input=b"\xff\n")
+    assert result.exit_code == UsageError.exit_code, result.exception
+    assert result.stderr.startswith("error: the input is not UTF-8")
+    talk = Chat(open_text_model(chatty, "transformers"), GREEDY)
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        next(talk.reply("bad \udcff byte", 4))
+
+
+def test_an_empty_prompt_is_told_to_say_something(checkpoint: Path) -> None:
+    arguments = ["generate", str(checkpoint), "--backend", "transformers", "--prompt", ""]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == UsageError.exit_code
+    assert result.stderr == "error: there is no token to go on from\n  do: write at least a word\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", ".", "--prompt", "x", "--temperature", "nan"),
+        ("generate", ".", "--prompt", "x", "--top-p", "nan"),
+        ("generate", ".", "--prompt", "x", "--seed", str(2**63)),
+        ("quantize", ".", "-o", "out", "--calib-seed", str(2**63)),
+        ("plan", "--max-memory", "9" * 400 + "GB"),
+    ],
+)
+def test_numbers_without_bounds_are_refused(words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == UsageError.exit_code, result.exception
+    assert "rror: " in result.stderr and "Traceback" not in result.stderr
+
+
+def test_tokens_without_an_embedding_are_refused(checkpoint: Path, packages: Path) -> None:
+    """Core ML would take any number, and say nothing."""
+    rows = 8192
+    for model in (open_text_model(checkpoint, "transformers"), open_text_model(packages, "interpreter")):
+        model.decoder.feed([rows - 1])
+        for token in (rows, -1):
+            with pytest.raises(InputError, match=f"gives token {token}, the model knows {rows}"):
+                model.decoder.feed([token])
+
+
 def test_chat_reads_turns_until_the_input_ends(chatty: Path) -> None:
     arguments = ["chat", str(chatty), "--backend", "transformers", "--max-tokens", "4"]
     result = CliRunner().invoke(main, arguments, input="Hello there.\n\nAnd you?\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf, nan
+
 import pytest
 import torch
 from hypothesis import given
@@ -47,7 +49,16 @@ def test_draws_follow_the_probabilities_and_the_seed() -> None:
     assert float((shares - chances(values, sampling)).abs().max()) < 0.03
 
 
-@pytest.mark.parametrize("values", [(-0.1, 0, 1.0), (1.0, -1, 1.0), (1.0, 0, 0.0), (1.0, 0, 1.5)])
+@pytest.mark.parametrize(
+    "values", [(-0.1, 0, 1.0), (1.0, -1, 1.0), (1.0, 0, 0.0), (1.0, 0, 1.5), (nan, 0, 1.0), (inf, 0, 1.0)]
+)
 def test_impossible_values_are_refused(values: tuple[float, int, float]) -> None:
     with pytest.raises(UsageError, match="temperature"):
         Sampling(*values)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-45, 1e-300])
+def test_a_temperature_of_nearly_nothing_takes_the_best(temperature: float) -> None:
+    values = logits()
+    expected = torch.nn.functional.one_hot(values.argmax(), len(values)).float()
+    assert torch.equal(chances(values, Sampling(temperature)), expected)
