@@ -57,7 +57,7 @@ OUTPUTS: dict[str, tuple[Place, tuple[str, ...]]] = {
     "inside the source by a detour": (lambda place: place / "model" / "." / "out", ("overlaps",)),
     "under a file": (lambda place: place / "model" / "config.json" / "out", ("under", "no folder")),
     "too long": (lambda place: place / ("a" * 300), ("cannot be created", "too long")),
-    "bytes that are no text": (lambda place: place / "a\udcff", ("cannot be created", "no UTF-8")),
+    "bytes that are no text": (lambda place: place / "a\udcff", ("is not UTF-8",)),
     "no name": (lambda place: Path(""), ("exists",)),
     "the root": (lambda place: Path("/"), ("exists",)),
     "a place without a folder": (lambda place: Path("/proc/out"), ("cannot be created",)),
