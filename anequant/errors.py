@@ -14,6 +14,7 @@ where (file, tensor), and what to do about it.
 from __future__ import annotations
 
 import difflib
+import errno
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,13 +55,28 @@ class VerificationError(AnequantError):
     exit_code = 6
 
 
+OS_REMEDIES = {
+    errno.EACCES: "check who owns it and its permissions",
+    errno.EDQUOT: "free disk space",
+    errno.EFBIG: "allow larger files (ulimit -f unlimited), or name a folder on a disk that takes them",
+    errno.EIO: "check the disk",
+    errno.EMFILE: "allow more open files (ulimit -n 4096)",
+    errno.ENAMETOOLONG: "use shorter names",
+    errno.ENFILE: "close other programs",
+    errno.ENOSPC: "free disk space",
+    errno.EPERM: "check who owns it and its permissions",
+    errno.EROFS: "name a folder on a disk that may be written to",
+}
+
+
 def as_error(failure: AnequantError | MemoryError | OSError) -> AnequantError:
     """The error itself, or what the system refused as a ResourceError."""
     if isinstance(failure, AnequantError):
         return failure
     if isinstance(failure, MemoryError):
         return ResourceError("not enough memory", where=str(failure), remedy="close other programs")
-    return ResourceError(failure.strerror or str(failure), where=str(failure.filename or ""))
+    remedy = OS_REMEDIES.get(failure.errno or 0, "")
+    return ResourceError(failure.strerror or str(failure), where=str(failure.filename or ""), remedy=remedy)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from anequant.checkpoints.output import check_output
-from anequant.errors import InputError, ResourceError, UsageError
+from anequant.errors import OS_REMEDIES, InputError, ResourceError, UsageError
 
 LOCK, JOURNAL, OUTPUT, REPLACED = "lock", "journal.jsonl", "output", "replaced"
 START_OVER = "start over with --no-resume"
@@ -132,6 +132,9 @@ def work_folder(
         check_output(target, force=force or taken_up, source=source)
         yield work
     except Exception as error:
+        refused = _named(error, work)
+        if refused is not None and not is_full(error):
+            raise refused from error
         if not is_full(error):
             raise
         kept = "; the same command then goes on where it stopped" if work.journal.is_file() else ""
@@ -152,6 +155,17 @@ def staged_folder(target: Path, *, force: bool, source: Path) -> Iterator[Path]:
         work.output.mkdir()
         yield work.output
         work.publish()
+
+
+def _named(error: Exception, work: WorkFolder) -> ResourceError | None:
+    """What the system refused of the output, with its name and what to do; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in OS_REMEDIES:
+        return None
+    place = Path(error.filename or work.folder)
+    if not place.is_relative_to(work.folder):
+        return None
+    what = f"output '{work.target}' cannot be written: {error.strerror}"
+    return ResourceError(what, where=str(place), remedy=OS_REMEDIES[error.errno])
 
 
 def _locked(work: WorkFolder, created: list[Path]) -> FileLock:

@@ -19,6 +19,7 @@ from anequant.checkpoints.manifest import write_manifest
 from anequant.checkpoints.output import file_hashes
 from anequant.checkpoints.quantized import require_parts
 from anequant.checkpoints.reader import Checkpoint, read_object
+from anequant.checkpoints.side_files import check_side_files
 from anequant.checkpoints.source import TOKENIZER_FILES
 from anequant.checkpoints.writer import write_json
 from anequant.coreml.headroom import Headroom, plan_headroom
@@ -62,6 +63,7 @@ def lower(
     for what cannot be lowered. See `resumable` for what an interrupt and a full disk leave.
     """
     checkpoint, name = open_quantized(checkpoint_folder), checkpoint_folder.resolve().name
+    check_side_files(checkpoint_folder)
     for projection in projection_names(checkpoint.spec):
         require_parts(projection, checkpoint.tensors)
     base = base_of(checkpoint.spec, control.max_memory)

@@ -9,6 +9,7 @@ from typing import Any
 from anequant.calibration.judge import check_reading
 from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, made_as, rotation_keys
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
+from anequant.checkpoints.side_files import check_side_files
 from anequant.checkpoints.source import Source
 from anequant.errors import InputError, UsageError
 from anequant.quantization.online import plan_online
@@ -19,9 +20,10 @@ from anequant.recipe_files import recipe_from_dict
 def open_float(source: Source) -> Checkpoint:
     """The checkpoint of a float model, rotated or not, read as stock transformers reads it.
 
-    Raises InputError for a quantized one, and what `check_reading` raises.
+    Raises InputError for a quantized one, and what `check_side_files` and `check_reading` raise.
     """
     checkpoint = open_checkpoint(source.folder)
+    check_side_files(source.folder)
     reasons = {
         "it has output scales": checkpoint.is_quantized,
         f"{MANIFEST} says so": made_as(source.folder) == CHECKPOINT,

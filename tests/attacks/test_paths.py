@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 
 from anequant.checkpoints import reader
+from anequant.checkpoints.writer import CheckpointWriter
 from anequant.cli import main
 from anequant.errors import InputError, ResourceError, UsageError
 from attacks.damage import assert_refused, fingerprint
@@ -178,6 +183,59 @@ def test_an_unreadable_file_is_named(model: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Path, "read_text", read_text)
     words = ("'config.json' cannot be read", "Permission denied")
     assert_refused(model.parent, arguments(model, model.parent / "out"), BAD, *words)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "README.md"])
+def test_a_side_file_that_cannot_be_opened_is_named_first(
+    model: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / name).write_text("{}")
+    original = Path.open
+
+    def denied(path: Path, *words: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path, *words, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", denied)
+        result = CliRunner().invoke(main, [str(word) for word in arguments(model, model.parent / "out")])
+    assert result.exit_code == BAD, (result.output, result.exception)
+    for word in (f"'{name}' cannot be read", "Permission denied", "check its permissions", str(model)):
+        assert word in result.stderr
+    assert [path.name for path in model.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("content", ['{"eos_token_id": [', "[]", "\xff"])
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_broken_side_file_is_named_first(model: Path, name: str, content: str) -> None:
+    (model / name).write_text(content, encoding="latin-1")
+    assert_refused(model.parent, arguments(model, model.parent / "out"), BAD, f"'{name}'", str(model))
+
+
+@pytest.mark.parametrize("kind", ["EFBIG", "EACCES", "EROFS", "ENAMETOOLONG", "EMFILE"])
+def test_what_the_system_refuses_is_named(model: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What, where and what to do, of an error that names no file."""
+    number = getattr(errno, kind)
+
+    def write(*words: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(CheckpointWriter, "write", write)
+    words = (f"out' cannot be written: {os.strerror(number)}", "  where: ", ".out.partial", "  do: ")
+    assert_refused(model.parent, arguments(model, model.parent / "out"), ResourceError.exit_code, *words)
+
+
+def test_a_limit_on_file_sizes(model: Path) -> None:
+    """The system's own error, in a process of its own."""
+    program = "from anequant.cli import main; main()"
+    words = [sys.executable, "-c", program, *map(str, arguments(model, model.parent / "out", "--quiet"))]
+    before = fingerprint(model.parent)
+    limited = ["bash", "-c", f"ulimit -f 100; {shlex.join(words)}"]
+    ran = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert ran.returncode == ResourceError.exit_code, ran.stderr
+    assert "File too large" in ran.stderr and "ulimit -f" in ran.stderr and "out" in ran.stderr
+    assert fingerprint(model.parent) == before
 
 
 @pytest.mark.parametrize("left", [None, 1000])

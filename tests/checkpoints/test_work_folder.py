@@ -100,7 +100,10 @@ def test_an_exchange_that_fails_keeps_the_old_output(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fails)
-    with pytest.raises(PermissionError), staged_folder(home / "out", force=True, source=source) as folder:
+    with (
+        pytest.raises(ResourceError, match="out' cannot be written: not permitted"),
+        staged_folder(home / "out", force=True, source=source) as folder,
+    ):
         (folder / "new").write_text("new")
     assert contents(home) == {"out": None, "out/old": "old"}
 

@@ -1,0 +1,32 @@
+"""The files beside a checkpoint's weights that an output takes along: whether they can be read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from anequant.checkpoints.license import CARD, LICENSE_FILES
+from anequant.checkpoints.reader import read_object
+from anequant.checkpoints.source import TOKENIZER_FILES
+from anequant.errors import InputError
+
+OBJECTS = ("generation_config.json", "tokenizer_config.json")
+"""Those that are read here; the others are transformers' to read."""
+
+
+def check_side_files(folder: Path) -> None:
+    """Raises InputError naming the first file that is no regular one or cannot be opened, or of which JSON is
+    expected and not found."""
+    for name in (*TOKENIZER_FILES, CARD, *LICENSE_FILES):
+        path = folder / name
+        if not os.path.exists(path):
+            continue
+        if not path.is_file():
+            raise InputError(f"'{name}' is not a regular file", where=str(folder), remedy="replace it")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            what = f"'{name}' cannot be read: {error.strerror}"
+            raise InputError(what, where=str(folder), remedy="check its permissions") from error
+        if name in OBJECTS:
+            read_object(path)
