@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from anequant.console import Console, escape_what_has_no_code
+from anequant.console import Console, escape_what_has_no_code, libraries
 from anequant.errors import (
     INTERRUPTED,
     AnequantError,
@@ -31,7 +31,7 @@ def ending_as_documented(console: Console, debug: bool, options: Mapping[str, An
     ends in the words that go on. `options` are what the command was given, by name."""
     escape_what_has_no_code()
     try:
-        with between_imports(), torch_memory():
+        with between_imports(), torch_memory(), libraries(debug):
             _require_docstrings()
             _require_utf8(options)
             yield

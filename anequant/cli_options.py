@@ -33,7 +33,7 @@ def command(run: Run) -> Run:
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
     @click.option("--quiet", is_flag=True, help="Print errors only.")
-    @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error, and libraries' warnings.")
     @functools.wraps(run)
     def wrapped(*args: Any, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
         console = Console(json=as_json, quiet=quiet)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shlex
 import shutil
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -28,6 +30,26 @@ wrapped here; those of a terminal that does not tell."""
 
 UNLIMITED = 10_000
 """Columns that any table fits into."""
+
+
+@contextmanager
+def libraries(speak: bool) -> Iterator[None]:
+    """In here libraries do not warn unless they are to `speak`.
+
+    What they say of themselves, of tensors that they do not know or of each other's versions is no part of a
+    command's answer.
+    """
+    if speak:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -427,6 +428,35 @@ def test_an_interrupted_conversion_says_what_is_kept(tmp_path: Path, monkeypatch
         assert not output.exists()
     assert run(*shlex.split(command.removeprefix("to go on: "))[1:]).exit_code == 0
     assert (output / "report.html").is_file() and not (tmp_path / ".my out.partial").exists()
+
+
+NOISY = """
+import builtins, logging, warnings
+load, heard = builtins.__import__, []
+def noisy(name, *words, **options):
+    if name == "torch" and not heard:
+        heard.append(name)
+        warnings.warn("it is registered as a pytree node already")
+        logging.getLogger("torchao").warning("Failed to load a library")
+    return load(name, *words, **options)
+builtins.__import__ = noisy
+from anequant.cli import main
+main()
+"""
+"""A torch that warns when it is imported, as one beside another version of torchao does."""
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_libraries_keep_quiet(quantize_model: Callable[..., Any], debug: bool) -> None:
+    """Also transformers, which lists the codebooks and scales as tensors that it does not know."""
+    folder = quantize_model(BUNDLED_MODEL, "w4-nearest").folder
+    words = ["generate", str(folder), "--prompt", "The", "--max-tokens", "1", "--backend", "transformers"]
+    command = [sys.executable, "-c", NOISY, *words, "--quiet", *(["--debug"] if debug else [])]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (ran.returncode, ran.stdout) == (0, "")
+    for said in ("pytree", "Failed to load a library", "UNEXPECTED"):
+        assert (said in ran.stderr) == debug, ran.stderr
+    assert debug or ran.stderr == ""
 
 
 # Help
