@@ -50,8 +50,8 @@ def memory_option(run: Callable[..., None]) -> Callable[..., None]:
 def plan(console: Console, model: str | None, max_memory: int | None, **options: Any) -> None:
     """What convert would do with MODEL, from its config and headers alone: jobs, bytes, memory and time.
 
-    Of a hub id, no weights are downloaded. Peaks are given for quantize, lower and verify; times are an
-    estimate.
+    What convert would refuse of them is refused in the same words. Of a hub id, no weights are downloaded.
+    Peaks are given for quantize, lower and verify; times are an estimate.
 
     \b
     anequant plan org/name
@@ -66,7 +66,7 @@ def plan(console: Console, model: str | None, max_memory: int | None, **options:
     with headers_only(model) as source:
         recipe = read_recipe(options, rotation_keys(source.folder))
         calibration, sizes = read_calibration(options), read_lowering(options)
-        result, speed = plan_source(source, recipe, calibration, sizes, max_memory)
+        result, speed = plan_source(source, recipe, calibration, sizes, options["rotations"], max_memory)
     values = {"model": source.name, "revision": source.revision, "recipe": recipe.to_dict()}
     console.table(
         {**values, **result.to_dict(speed)},

@@ -7,6 +7,7 @@ end when it is printed), no depth that exhausts the stack. Every parser raises V
 from __future__ import annotations
 
 import json
+import re
 import stat
 import sys
 from collections.abc import Hashable
@@ -21,6 +22,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON writes half of a pair that stands for one character."""
 
 DEEPEST_YAML = 50
 """PyYAML's time grows with the square of the depth, long before the stack ends."""
@@ -41,11 +45,16 @@ def read_plain(path: Path, largest: int | None = None) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON without NaN, without infinities and without a key twice."""
+    """JSON without NaN, without infinities, without a key twice and without what is no Unicode."""
     try:
-        return json.loads(text, object_pairs_hook=_once, parse_constant=_not_finite)
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=_not_finite)
+        if _HALF.search(text if isinstance(text, str) else text.decode("utf-8", "replace")):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("a text in it holds half a character") from error
+    return value
 
 
 def parse_toml(text: str) -> Any:

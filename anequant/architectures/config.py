@@ -16,8 +16,9 @@ from anequant.architectures.settings import SIZES, check_size
 from anequant.architectures.spec import Architecture, ModelSpec
 from anequant.errors import InputError, UnsupportedError, shown
 
-UNREAD = ("auto_map", "quantization_config")
-"""Code is never looked at, and a quantization is read by `checkpoints.online`."""
+UNREAD = ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path")
+"""Code is never looked at, a quantization is read by `checkpoints.online`, weights have the dtype that they
+are stored in, and where a config came from is of no account."""
 
 KEPT = ("quantization_config", "transformers_version")
 
@@ -35,7 +36,11 @@ def resolve_config(config: Mapping[str, Any], model_type: str, where: str) -> di
     given = {key: copy.deepcopy(value) for key, value in config.items() if key not in UNREAD}
     with refusing(where):
         resolved = settle(config_class.from_dict(given).to_dict())
-    stated = {key: value for key, value in resolved.items() if key in config or key not in general}
+    stated = {
+        key: value
+        for key, value in resolved.items()
+        if key not in UNREAD and (key in config or key not in general)
+    }
     return {**stated, **{key: config[key] for key in KEPT if key in config}}
 
 
@@ -46,8 +51,8 @@ def settle(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def refusing(where: str) -> Iterator[None]:
-    """InputError for whatever transformers raises: of values that others wrote, it checks some by use."""
+def refusing(where: str, what: str = "'config.json'") -> Iterator[None]:
+    """InputError for whatever transformers raises of `what`: of what others wrote it checks some by use."""
     try:
         yield
     except Exception as error:
@@ -56,7 +61,7 @@ def refusing(where: str) -> Iterator[None]:
             cause = cause.__cause__
         reason = " ".join(str(cause).split())[:200]
         raise InputError(
-            f"transformers cannot use 'config.json': {type(cause).__name__}: {reason}", where=where
+            f"transformers cannot use {what}: {type(cause).__name__}: {reason}", where=where
         ) from error
 
 

@@ -44,6 +44,10 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
     for key in SIZES:
         if config.get(key) is not None:
             check_size(config, key, where)
+    if config.get("is_causal") is False:
+        raise UnsupportedError(
+            "config key 'is_causal' is False, and attention here looks back only", where=where
+        )
     for key in OTHERS:
         if config.get(key):
             raise UnsupportedError(

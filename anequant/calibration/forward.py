@@ -55,6 +55,16 @@ def _stop_at_input(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> No
     raise _InputReached(arguments[0])
 
 
+def check_window(spec: ModelSpec, length: int) -> None:
+    """Raises UnsupportedError when `length` tokens would need a sliding window."""
+    if spec.window is not None and length > spec.window:
+        raise UnsupportedError(
+            f"{length} tokens exceed the model's sliding window of {spec.window}",
+            where="config key 'sliding_window'",
+            remedy=f"use a length of at most {spec.window}",
+        )
+
+
 class ReferenceModel:
     """transformers' model of a ModelSpec, without weights, which does what `online` says while it runs.
 
@@ -71,7 +81,7 @@ class ReferenceModel:
         self._norms = {
             linear.name.partition(".")[0]: linear.norm for linear in spec.architecture.linears if linear.norm
         }
-        self._window = spec.window
+        self._spec = spec
         self._dtype = dtype
         self._rotary = self._model.model.rotary_emb
 
@@ -81,16 +91,6 @@ class ReferenceModel:
             probe = torch.empty(1, dtype=self._dtype)
             cos, sin = self._rotary(probe, torch.arange(length)[None])
         return cos, sin
-
-    def check_window(self, length: int) -> None:
-        """Raises UnsupportedError when `length` tokens would need a sliding window."""
-        window = self._window
-        if window is not None and length > window:
-            raise UnsupportedError(
-                f"{length} tokens exceed the model's sliding window of {window}",
-                where="config key 'sliding_window'",
-                remedy=f"use a length of at most {window}",
-            )
 
     @torch.no_grad()
     def run_layer(self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class ReferenceModel:
         A linear's weight comes when it runs and goes after it, that of the linear `but` never; with `whole`
         all are there from the start.
         """
-        self.check_window(length)
+        check_window(self._spec, length)
         module = self._model.model.layers[layer]
         scales = {f"{name}.{INPUT_SCALES}" for name in self._linears}
         given, due = tensors.keys() - scales, module.state_dict().keys()

@@ -16,14 +16,14 @@ import torch
 
 from anequant.architectures.spec import HEAD
 from anequant.calibration.forward import ReferenceModel
-from anequant.calibration.miniature import TOKENS, StockReading, Stored, read_as_stock
+from anequant.calibration.miniature import TOKENS, WINDOW, StockReading, Stored, read_as_stock
 from anequant.checkpoints.header import read_header
 from anequant.checkpoints.online import SUFFIX
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import UnsupportedError, VerificationError, shown
 
 ADAPTER, WEIGHTS_KEY = "adapter_config.json", "transformers_weights"
-OWN_KEYS = ("quantization_config", "transformers_version")
+OWN_KEYS = ("quantization_config", "transformers_version", "_name_or_path")
 REMEDY = "report this with the model's config.json"
 REWRITTEN = (
     *("tie_word_embeddings", "dtype", "torch_dtype", "rope_theta", "rope_scaling"),
@@ -52,10 +52,11 @@ def check_reading(checkpoint: Checkpoint) -> None:
             where=str(checkpoint.folder),
             remedy="merge it into its base model, or remove the file if the weights are whole",
         )
+    model = ReferenceModel(checkpoint.spec, torch.float32)
     stock = read_as_stock(checkpoint)
     _compare_configs(checkpoint, stock.config)
     _compare_origins(checkpoint, stock.origins)
-    _compare_layers(checkpoint, stock)
+    _compare_layers(checkpoint, model, stock)
 
 
 def check_written(source: Checkpoint, folder: Path) -> None:
@@ -105,12 +106,15 @@ def _compare_origins(checkpoint: Checkpoint, origins: Mapping[str, Stored | None
             )
 
 
-def _compare_layers(checkpoint: Checkpoint, stock: StockReading) -> None:
+def _compare_layers(checkpoint: Checkpoint, model: ReferenceModel, stock: StockReading) -> None:
     spec = checkpoint.spec
-    tables = zip(ReferenceModel(spec, torch.float32).rope_tables(TOKENS), (stock.cos, stock.sin), strict=True)
-    slides = any(stock.slides)
+    tables = zip(model.rope_tables(TOKENS), (stock.cos, stock.sin), strict=True)
+    causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    sliding = causal.triu(1 - WINDOW)
+    slides = any(torch.equal(mask, sliding) for mask in stock.masks)
     reasons = {
         "rope_parameters": all(torch.equal(ours, theirs) for ours, theirs in tables),
+        "is_causal": all(torch.equal(mask, causal) or torch.equal(mask, sliding) for mask in stock.masks),
         "sliding_window": slides == (spec.window is not None),
     }
     for key, agree in reasons.items():

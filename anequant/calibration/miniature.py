@@ -19,15 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anequant.architectures.config import refusing, settle
+from anequant.architectures.config import UNREAD, refusing, settle
 from anequant.architectures.spec import HEAD, ModelSpec
 from anequant.checkpoints.header import read_header
-from anequant.checkpoints.online import SUFFIX
+from anequant.checkpoints.online import INDEX_SUFFIX, SUFFIX
 from anequant.checkpoints.reader import Checkpoint, read_config
-from anequant.errors import InputError
+from anequant.errors import InputError, ResourceError
+
+WHOLE = "whole"
+"""The folder in a miniature with the model's own config.json, but for what is not read."""
 
 TOKENS = 32
 WIDTH = 2
@@ -49,57 +53,74 @@ class StockReading:
 
     `config` is its config.json resolved. `origins` has a stored tensor for every parameter, None where
     transformers found none and made one up. `cos` and `sin` [1, TOKENS, rotary width] are what the layers
-    turn queries and keys with, `slides` whether each of them looks back over a window only.
+    turn queries and keys with; `masks` [TOKENS, TOKENS] say for each layer which tokens (columns) every token
+    (rows) sees, where sliding windows are WINDOW long.
     """
 
     config: Mapping[str, Any]
     origins: Mapping[str, Stored | None]
     cos: Tensor
     sin: Tensor
-    slides: tuple[bool, ...]
+    masks: tuple[Tensor, ...]
 
 
 def read_as_stock(checkpoint: Checkpoint) -> StockReading:
     """Have stock transformers open the miniature of a folder that was opened here.
 
-    Raises InputError for a folder that transformers does not open.
+    Raises InputError for a folder that transformers does not open, ResourceError where there is no room for
+    the miniature.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory(prefix="anequant-miniature-") as place, _quiet():
         stored = _write_miniature(checkpoint, Path(place))
-        with refusing(str(checkpoint.folder)):
-            config = settle(AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False).to_dict())
+        where = str(checkpoint.folder)
+        with refusing(where):
+            config = AutoConfig.from_pretrained(Path(place) / WHOLE, trust_remote_code=False)
+        with refusing(where, "the files of the model together"):
             model = AutoModelForCausalLM.from_pretrained(
-                place, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+                place, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
             ).eval()
-            cos, sin, slides = _given_to_layers(model)
+            cos, sin, masks = _given_to_layers(model)
         origins = {name: _origin(tensor, stored) for name, tensor in model.state_dict().items()}
-    return StockReading(config, origins, cos, sin, slides)
+    return StockReading(settle(config.to_dict()), origins, cos, sin, masks)
 
 
 def _write_miniature(checkpoint: Checkpoint, place: Path) -> list[Stored]:
     """Write the miniature; the number that fills a tensor is its index in what is returned."""
     raw = read_config(checkpoint.folder)
+    for key in UNREAD:
+        raw.pop(key, None)
+    (place / WHOLE).mkdir()
+    (place / WHOLE / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     widths = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "head_dim": checkpoint.spec.head_dim}
     config = {**raw, **widths, "num_attention_heads": 1, "num_key_value_heads": 1}
     if raw.get("sliding_window") is not None or checkpoint.spec.window is not None:
         config["sliding_window"] = WINDOW
-    config.pop("quantization_config", None)
     if checkpoint.online.active:
         config["transformers_weights"] = checkpoint.files[1]
     (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
     shapes = _shapes(checkpoint.spec)
     stored: list[Stored] = []
     for file in sorted(checkpoint.folder.iterdir()):
-        if file.name.endswith(f"{SUFFIX}.index.json"):
+        if not file.is_file():
+            continue
+        if file.name.endswith(INDEX_SUFFIX):
             shutil.copyfile(file, place / file.name)
-        elif file.name.endswith(SUFFIX) and file.is_file():
+        elif file.name.endswith(SUFFIX):
             tensors = {}
             for name in _names(file):
-                tensors[name] = torch.full(shapes.get(name, (1,)), float(len(stored)))
+                shape = shapes.get(name) or shapes.get(f"model.{name}") or shapes.get(name[len("model.") :])
+                tensors[name] = torch.full(shape or (1,), float(len(stored)))
                 stored.append(Stored(file.name, name))
-            save_file(tensors, place / file.name, {"format": "pt"})
+            try:
+                save_file(tensors, place / file.name, {"format": "pt"})
+            except SafetensorError as error:
+                raise ResourceError(
+                    f"a miniature of the model cannot be written: {error}",
+                    where=str(place),
+                    remedy="free disk space there, or name another folder in TMPDIR",
+                ) from error
     return stored
 
 
@@ -123,8 +144,8 @@ def _origin(tensor: Tensor, stored: list[Stored]) -> Stored | None:
     return stored[int(first)] if whole else None
 
 
-def _given_to_layers(model: Any) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
-    """cos and sin, and for every layer whether its mask hides what lies WINDOW back."""
+def _given_to_layers(model: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """cos and sin, and every layer's mask: what is given beside the hidden states."""
     given: list[dict[str, Any]] = []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(
@@ -133,15 +154,20 @@ def _given_to_layers(model: Any) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
     with torch.no_grad():
         model(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False)
     cos, sin = given[0]["position_embeddings"]
-    return cos, sin, tuple(_hides_the_first(keywords["attention_mask"]) for keywords in given)
+    masks = [
+        _seen(keywords["attention_mask"], keywords.get("is_causal", layer.self_attn.is_causal))
+        for keywords, layer in zip(given, model.model.layers, strict=True)
+    ]
+    return cos, sin, tuple(masks)
 
 
-def _hides_the_first(mask: Tensor | None) -> bool:
-    """Whether the last token does not see the first; None is the causal mask."""
+def _seen(mask: Tensor | None, is_causal: bool) -> Tensor:
+    """A mask of sdpa's, boolean or to be added, as booleans [TOKENS, TOKENS]; without one a causal layer sees
+    what came before, and any other sees all."""
     if mask is None:
-        return False
-    value = mask[0, 0, -1, 0]
-    return not bool(value) if mask.dtype == torch.bool else float(value) < 0
+        everything = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
+        return everything.tril() if is_causal else everything
+    return mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import ModelSpec
-from anequant.calibration.forward import ReferenceModel
+from anequant.calibration.forward import ReferenceModel, check_window
 from anequant.errors import UnsupportedError
 
 
@@ -16,8 +16,8 @@ def lowered_rope_tables(spec: ModelSpec, context: int) -> tuple[Tensor, Tensor]:
     Raises UnsupportedError where RoPE depends on the prompt's length (dynamic and longrope beyond the
     original context), or covers only a part of the head, or attention slides within the context.
     """
+    check_window(spec, context)
     model = ReferenceModel(spec, torch.float32)
-    model.check_window(context)
     cos, sin = model.rope_tables(context)
     short = max(1, min(context, 8))
     short_cos, _ = ReferenceModel(spec, torch.float32).rope_tables(short)

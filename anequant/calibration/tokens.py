@@ -40,18 +40,7 @@ def calibration_tokens(
     content = None if source in (SELF, WIKITEXT2) else _read_file(source)
     if isinstance(content, list):
         return _listed_windows(Path(source), content, checkpoint, count, length)
-    if not has_tokenizer(checkpoint.folder):
-        if source != SELF:
-            raise InputError(
-                f"'{checkpoint.folder}' has no tokenizer to read '{source}' with",
-                remedy="calibrate on token ids (a .json or .jsonl file) or on 'self'",
-            )
-        first = checkpoint.spec.config.get("bos_token_id")
-        first = first if isinstance(first, int) else 0
-    else:
-        tokenizer = load_tokenizer(checkpoint.folder)
-        first = start_token(tokenizer, checkpoint.spec.config)
-    require_known([first], checkpoint.spec.vocab_size)
+    tokenizer, first = _start(checkpoint, source)
     if source == SELF:
         return sample_windows(
             checkpoint,
@@ -66,6 +55,32 @@ def calibration_tokens(
     windows = text_windows(text, tokenizer, first, count=count, length=length, seed=calibration.seed)
     require_known(windows.flatten().tolist(), checkpoint.spec.vocab_size)
     return windows
+
+
+def check_calibration(calibration: Calibration, checkpoint: Checkpoint) -> None:
+    """Refuse what `calibration_tokens` would, but for what is known only of texts that are yet to be written
+    or fetched."""
+    if calibration.source in (SELF, WIKITEXT2):
+        _start(checkpoint, calibration.source)
+    else:
+        calibration_tokens(calibration, checkpoint)
+
+
+def _start(checkpoint: Checkpoint, source: str) -> tuple[Any, int]:
+    """The model's tokenizer, None without one, and the token that its texts start with."""
+    config, tokenizer = checkpoint.spec.config, None
+    if has_tokenizer(checkpoint.folder):
+        tokenizer = load_tokenizer(checkpoint.folder)
+        first = start_token(tokenizer, config)
+    elif source == SELF:
+        first = config["bos_token_id"] if isinstance(config.get("bos_token_id"), int) else 0
+    else:
+        raise InputError(
+            f"'{checkpoint.folder}' has no tokenizer to read '{source}' with",
+            remedy="calibrate on token ids (a .json or .jsonl file) or on 'self'",
+        )
+    require_known([first], checkpoint.spec.vocab_size)
+    return tokenizer, first
 
 
 def wikitext2(split: str) -> str:

@@ -1,4 +1,4 @@
-"""A model on the hub without its weights: config.json and the shards' headers, fetched by range requests.
+"""A model on the hub without its weights: its small files, and the shards' headers by range requests.
 
 What is fetched becomes a folder whose shards hold their header and nothing behind it (sparse files of the
 full size), so that the readers of a real folder check and open it.
@@ -7,7 +7,6 @@ full size), so that the readers of a real folder check and open it.
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anequant.checkpoints.online import INDEX_SUFFIX, STEM
-from anequant.checkpoints.source import TOKENIZER_FILES, Source, hub_id, resolve_source
+from anequant.checkpoints.source import TOKENIZER_FILES, Source, hub_id, local_source, resolve_source
 from anequant.errors import InputError
 
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
@@ -24,19 +23,20 @@ _SHARD = re.compile(r"[\w.-]+\.safetensors")
 
 @contextmanager
 def headers_only(model: str | None) -> Iterator[Source]:
-    """As `resolve_source`, but of a hub id nothing is downloaded except config.json and the shards'
-    headers, into a folder that is gone afterwards. Offline, the cache has to hold the model.
+    """As `resolve_source`, but of a hub id nothing is downloaded except config.json, what belongs to the
+    tokenizer and the shards' headers, into a folder that is gone afterwards. Offline, the cache has to hold
+    the model.
 
     Raises InputError as `resolve_source` does, and for a repository without safetensors.
     """
     from huggingface_hub import constants
 
-    named = None if model is None or os.path.exists(os.path.expanduser(model)) else hub_id(model)
-    if named is None or constants.HF_HUB_OFFLINE:
-        yield resolve_source(model)
+    local = local_source(model)
+    if local is not None or constants.HF_HUB_OFFLINE:
+        yield local or resolve_source(model)
         return
     with tempfile.TemporaryDirectory(prefix="anequant-headers-") as folder:
-        yield _fetch(Path(folder), *named)
+        yield _fetch(Path(folder), *hub_id(str(model)))
 
 
 def _fetch(folder: Path, repo: str, revision: str | None) -> Source:
@@ -46,7 +46,9 @@ def _fetch(folder: Path, repo: str, revision: str | None) -> Source:
     api = HfApi()
     try:
         info = api.model_info(repo, revision=revision)
-        api.hf_hub_download(repo, "config.json", revision=info.sha, local_dir=folder)
+        present = {sibling.rfilename for sibling in info.siblings or ()}
+        for name in ("config.json", *sorted(present & set(TOKENIZER_FILES))):
+            api.hf_hub_download(repo, name, revision=info.sha, local_dir=folder)
         metadata = api.get_safetensors_metadata(repo, revision=info.sha)
     except (
         hub.HTTPError,  # type: ignore[attr-defined]
@@ -67,9 +69,6 @@ def _fetch(folder: Path, repo: str, revision: str | None) -> Source:
     if metadata.sharded:
         index = {"metadata": metadata.metadata, "weight_map": metadata.weight_map}
         (folder / f"{STEM}{INDEX_SUFFIX}").write_text(json.dumps(index), encoding="utf-8")
-    present = {sibling.rfilename for sibling in info.siblings or ()}
-    for name in sorted(present & set(TOKENIZER_FILES)):
-        (folder / name).touch()
     return Source(folder, repo.split("/")[1], info.sha, repo)
 
 

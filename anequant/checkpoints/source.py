@@ -52,6 +52,11 @@ def resolve_source(model: str | None) -> Source:
 
     Raises InputError when there is no such folder and the hub has, or can be asked for, no such model.
     """
+    return local_source(model) or _download(*hub_id(str(model)))
+
+
+def local_source(model: str | None) -> Source | None:
+    """The folder of MODEL, None where it is no path; raises InputError for a path to anything else."""
     if model is None:
         return Source(BUNDLED_MODEL, BUNDLED_MODEL.name)
     try:
@@ -63,7 +68,7 @@ def resolve_source(model: str | None) -> Source:
         raise InputError(f"model {shown(model)} cannot be opened: {error}") from error
     if there:
         raise InputError(f"'{model}' is a file, not a model folder", remedy="name the folder it is in")
-    return _download(*hub_id(model))
+    return None
 
 
 def _as_text(name: str) -> str:

@@ -28,7 +28,8 @@ from anequant.pipeline.compare import stored_bits
 from anequant.pipeline.folders import CHECKPOINT_FOLDER
 from anequant.pipeline.journal import difference, plain
 from anequant.pipeline.kept import TOKENS, collect_tokens
-from anequant.pipeline.quantize import calibrates, quantize
+from anequant.pipeline.quantize import quantize
+from anequant.pipeline.requirements import calibrates
 from anequant.pipeline.resume import fingerprint
 from anequant.pipeline.rotated import open_float
 from anequant.pipeline.trials import StoredBits

@@ -28,8 +28,9 @@ from anequant.pipeline.footprint import resident_bytes
 from anequant.pipeline.inspect_checkpoint import PROJECTIONS, WHOLE, checkpoint_facts
 from anequant.pipeline.kept import collect_tokens
 from anequant.pipeline.peers import FLOAT, PEERS, Peer, projection_bits
-from anequant.pipeline.quantize import calibrates, quantize
+from anequant.pipeline.quantize import quantize
 from anequant.pipeline.records import calibration_record
+from anequant.pipeline.requirements import calibrates
 from anequant.pipeline.rotated import open_float
 from anequant.pipeline.trials import PEER, RECIPE, Comparison, StoredBits, Trial, with_front
 from anequant.progress import CONTROL, Control, Expected, Progress, Unit, part_of, shares, silent

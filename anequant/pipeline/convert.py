@@ -25,6 +25,7 @@ from anequant.pipeline.lint import lint, require_clean
 from anequant.pipeline.lower import LowerResult, lower_into
 from anequant.pipeline.plan import base_of, make_plan
 from anequant.pipeline.quantize import QuantizeResult, quantize_into
+from anequant.pipeline.requirements import check_job
 from anequant.pipeline.resume import fingerprint, resumable
 from anequant.pipeline.rotated import open_float
 from anequant.pipeline.schedule import (
@@ -87,6 +88,7 @@ def convert(
     """
     check_target(output, force=force, source=source.folder)
     original = open_float(source)
+    check_job(source, original, recipe, calibration, rotations_file)
     spec = original.spec
     base = base_of(spec, control.max_memory)
     plan = make_plan(original, recipe, calibration, options, base, control.max_memory)

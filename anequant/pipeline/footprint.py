@@ -13,15 +13,24 @@ from anequant.architectures.spec import EMBEDDING, ModelSpec
 from anequant.calibration.forward import ReferenceModel
 from anequant.checkpoints.reader import Checkpoint
 from anequant.pipeline import memory
+from anequant.quantization.quantize import quantize_linear
 from anequant.recipe import Calibration
+
+SMALL = 256
+"""A weight's rows and columns, enough for every loop to run once."""
 
 
 def base_bytes(spec: ModelSpec) -> int:
-    """Resident bytes of this process once everything that a run imports is there, and the model without
-    weights."""
+    """Resident bytes of this process once everything that a run imports is there, the model without weights,
+    and what libraries keep from their first use: a BLAS's buffers, and compiled loops."""
 
     importlib.import_module("anequant.pipeline.convert")
     ReferenceModel(spec, torch.float32)
+    for dtype in (torch.float32, torch.float64):
+        square = torch.ones(SMALL, SMALL, dtype=dtype)
+        _ = square @ square
+    small = torch.linspace(-1, 1, SMALL * SMALL).view(SMALL, SMALL)
+    quantize_linear(small, None, bits=4, codebook="lut", scales="balanced", name="none")
     return resident_bytes()
 
 

@@ -6,13 +6,14 @@ Everything follows from config.json and the shards' headers; no weight is read.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.source import Source
-from anequant.errors import ResourceError, UnsupportedError, UsageError
+from anequant.errors import ResourceError, UsageError
 from anequant.pipeline.footprint import base_bytes
 from anequant.pipeline.jobs import (
     Disk,
@@ -25,6 +26,7 @@ from anequant.pipeline.jobs import (
 )
 from anequant.pipeline.lowerable import check_lowering
 from anequant.pipeline.probe import RANGE_TOKENS, probe_tokens
+from anequant.pipeline.requirements import check_job
 from anequant.pipeline.rotated import open_float
 from anequant.pipeline.skips import Kept, kept_in_float
 from anequant.pipeline.work import Speed, measure_speed
@@ -123,15 +125,18 @@ def _within(plan: Plan, max_memory: int | None) -> Plan:
 
 
 def plan_source(
-    source: Source, recipe: Recipe, calibration: Calibration, options: LowerOptions, max_memory: int | None
+    source: Source,
+    recipe: Recipe,
+    calibration: Calibration,
+    options: LowerOptions,
+    rotations_file: Path | None,
+    max_memory: int | None,
 ) -> tuple[Plan, Speed]:
-    """The plan of `convert` for a float model, or that of `quantize` where the model that `recipe` makes
-    cannot be lowered, which is then among what is kept; and how fast this machine is."""
+    """The plan of `convert` for a float model, and how fast this machine is.
+
+    Raises what `convert` raises before it reads a weight.
+    """
     checkpoint = open_float(source)
-    base = base_bytes(checkpoint.spec)
-    try:
-        plan = make_plan(checkpoint, recipe, calibration, options, base, max_memory)
-    except UnsupportedError as error:
-        plan = make_plan(checkpoint, recipe, calibration, None, base, max_memory)
-        plan = replace(plan, kept=(*plan.kept, Kept("packages", "not made", error.what)))
+    check_job(source, checkpoint, recipe, calibration, rotations_file)
+    plan = make_plan(checkpoint, recipe, calibration, options, base_bytes(checkpoint.spec), max_memory)
     return plan, measure_speed()

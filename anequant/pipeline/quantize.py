@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ from anequant.pipeline.kept import kept_rotations, kept_tokens
 from anequant.pipeline.plan import base_of, make_plan
 from anequant.pipeline.quantize_pass import QuantizePass
 from anequant.pipeline.records import calibration_record, copy_tokenizer, source_record
+from anequant.pipeline.requirements import calibrates, check_job
 from anequant.pipeline.resume import fingerprint, resumable
-from anequant.pipeline.rotated import check_rotated, open_float
-from anequant.pipeline.rotations import RotationChoice, Rotations, check_rotations
+from anequant.pipeline.rotated import open_float
+from anequant.pipeline.rotations import RotationChoice, Rotations
 from anequant.pipeline.rounder import PassResult
 from anequant.pipeline.schedule import CALIBRATION_TOKENS, SENSITIVITY, TUNING, units_of
 from anequant.pipeline.tune_pass import tune_checkpoint
@@ -47,8 +48,6 @@ from anequant.rotation.plan import RotationPlan
 DEFAULT_CALIBRATION = Calibration()
 SENSITIVITY_TOKENS = 128
 UNTUNED = "untuned"
-UNROTATED: dict[str, Any] = {"r1": "none", "r2": "none", "restarts": 1, "learn": 0}
-"""What is left to rotate in a checkpoint that is rotated already."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +101,6 @@ def quantize(
         )
 
 
-def calibrates(source: Source, recipe: Recipe) -> bool:
-    """Whether quantizing needs calibration tokens; a source that is rotated already needs none for that."""
-    rotated = rotation_keys(source.folder) is not None
-    return (replace(recipe, **UNROTATED) if rotated else recipe).calibrated
-
-
 def quantize_job(
     source: Source,
     output: Path,
@@ -119,6 +112,7 @@ def quantize_job(
 ) -> AbstractContextManager[Journal]:
     """What `resumable` says of a job that is `quantize_into` alone."""
     checkpoint = open_float(source)
+    check_job(source, checkpoint, recipe, calibration, rotations_file)
     base = base_of(checkpoint.spec, control.max_memory)
     plan = make_plan(checkpoint, recipe, calibration, None, base, control.max_memory)
     return resumable(
@@ -142,14 +136,10 @@ def quantize_into(
     rotations_file: Path | None = None,
     collected: Tensor | None = None,
 ) -> QuantizeResult:
-    """As `quantize`, into a folder of a job's output, from a source that `open_float` has opened before."""
+    """As `quantize`, into a folder of a job's output, of what `open_float` and `check_job` have passed."""
     checkpoint = open_checkpoint(source.folder)
     spec = checkpoint.spec
     keys = rotation_keys(source.folder)
-    if keys is None:
-        check_rotations(spec, recipe, rotations_file)
-    else:
-        check_rotated(checkpoint, keys, recipe, rotations_file)
     online = plan_online(spec, recipe)
     tokens = None
     if calibrates(source, recipe):

@@ -87,6 +87,12 @@ def check_rotations(spec: ModelSpec, recipe: Recipe, file: Path | None) -> None:
     plan_rotations(spec, replace(recipe, r1=r1, r2="hadamard" if recipe.r2 == "hadamard" else "none"))
 
 
+def matrices_from_file(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
+    """The names and sizes of the matrices that the recipe takes from a file of rotations."""
+    sizes = matrix_sizes(spec, recipe)
+    return {name: size for name, size in sizes.items() if getattr(recipe, name.partition(".")[0]) == "file"}
+
+
 def choose_rotations(
     checkpoint: Checkpoint, recipe: Recipe, tokens: Tensor | None, file: Path | None, progress: Progress
 ) -> Rotations:
@@ -98,9 +104,7 @@ def choose_rotations(
     """
     check_rotations(checkpoint.spec, recipe, file)
     spec = checkpoint.spec
-    sizes = matrix_sizes(spec, recipe)
-    named = {name: size for name, size in sizes.items() if getattr(recipe, name.partition(".")[0]) == "file"}
-    matrices = {} if file is None else read_rotations(file, named)
+    matrices = {} if file is None else read_rotations(file, matrices_from_file(spec, recipe))
     basis = None
     if recipe.r1 == "pca":
         assert tokens is not None

@@ -21,7 +21,7 @@ from anequant.quantization.quantize import quantize_linear
 from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Recipe
 
-ROWS = 1024
+ERROR_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,11 @@ def told(state: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _relative_error(stored: Tensor, weight: Tensor) -> float:
-    """||stored - weight|| / ||weight||, squares summed in float64 over row blocks."""
+    """||stored - weight|| / ||weight||, squares summed in float64 over blocks of rows so small that their
+    copies do not count."""
     difference = size = 0.0
-    for ours, original in zip(torch.split(stored, ROWS), torch.split(weight, ROWS), strict=True):
+    blocks = (torch.split(tensor, ERROR_ROWS) for tensor in (stored, weight))
+    for ours, original in zip(*blocks, strict=True):
         difference += float((ours.float() - original).square_().sum(dtype=torch.float64))
         size += float(original.square().sum(dtype=torch.float64))
     return math.sqrt(difference / max(size, 1e-60))

@@ -53,8 +53,15 @@ def fingerprint(folder: Path) -> dict[str, str]:
     }
 
 
-def assert_refused(place: Path, arguments: list[Any], code: int, *words: str) -> None:
-    """The command fails with this exit code and these words, fast and small, and leaves nothing behind."""
+JOBS = ("quantize", "convert")
+NO_PLAN = ("--output", "-o")
+
+
+def assert_refused(place: Path, arguments: list[Any], code: int, *words: str, planned: bool = True) -> None:
+    """The command fails with this exit code and these words, fast and small, and leaves nothing behind.
+
+    Where it is a job, `plan` says the same, unless the reason is not `planned`: a weight's value, the output.
+    """
     before = fingerprint(place)
     memory, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -67,3 +74,8 @@ def assert_refused(place: Path, arguments: list[Any], code: int, *words: str) ->
     assert result.stderr.replace("\n", "").isprintable(), repr(result.stderr)
     assert seconds < SECONDS and megabytes < MEGABYTES, (seconds, megabytes)
     assert fingerprint(place) == before
+    if planned and arguments[0] in JOBS:
+        at = next(place for place, word in enumerate(arguments) if word in NO_PLAN)
+        words_of_plan = ["plan", *arguments[1:at], *arguments[at + 2 :]]
+        plan = CliRunner().invoke(main, [str(word) for word in words_of_plan])
+        assert (plan.exit_code, plan.stderr) == (result.exit_code, result.stderr)

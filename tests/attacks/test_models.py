@@ -186,6 +186,10 @@ VALUES: dict[str, tuple[Damage, int, tuple[str, ...]]] = {
 }
 
 
+IN_WEIGHTS = ("nan", "infinity", "nan in the embedding", "too large for float16")
+"""What only the numbers themselves tell, which no plan reads."""
+
+
 @pytest.mark.parametrize("case", INDEXES)
 def test_a_lying_index_is_refused(in_two: Path, case: str) -> None:
     damage, words = INDEXES[case]
@@ -205,4 +209,4 @@ def test_impossible_tensors_are_refused(model: Path, case: str) -> None:
     damage, code, words = VALUES[case]
     damage(model)
     arguments = ["quantize", model, "-o", model.parent / "out", "--recipe", "w4-nearest"]
-    assert_refused(model.parent, arguments, code, *words)
+    assert_refused(model.parent, arguments, code, *words, planned=case not in IN_WEIGHTS)

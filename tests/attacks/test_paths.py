@@ -80,13 +80,13 @@ def arguments(model: Path, output: Path, *more: str) -> list[Any]:
 def test_an_output_that_cannot_be_is_refused(model: Path, case: str) -> None:
     make, words = OUTPUTS[case]
     output = make(model.parent)
-    assert_refused(model.parent, arguments(model, output), USAGE, *words)
+    assert_refused(model.parent, arguments(model, output), USAGE, *words, planned=False)
 
 
 @pytest.mark.parametrize("case", FORCED)
 def test_force_replaces_folders_only(model: Path, case: str) -> None:
     output = OUTPUTS[case][0](model.parent)
-    assert_refused(model.parent, arguments(model, output, "--force"), USAGE, "output")
+    assert_refused(model.parent, arguments(model, output, "--force"), USAGE, "output", planned=False)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,9 @@ def test_what_the_system_refuses_is_named(model: Path, kind: str, monkeypatch: p
 
     monkeypatch.setattr(CheckpointWriter, "write", write)
     words = (f"out' cannot be written: {os.strerror(number)}", "  where: ", ".out.partial", "  do: ")
-    assert_refused(model.parent, arguments(model, model.parent / "out"), ResourceError.exit_code, *words)
+    assert_refused(
+        model.parent, arguments(model, model.parent / "out"), ResourceError.exit_code, *words, planned=False
+    )
 
 
 def test_a_limit_on_file_sizes(model: Path) -> None:

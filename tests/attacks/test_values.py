@@ -128,6 +128,13 @@ REFUSED: dict[str, tuple[Damage, int, tuple[str, ...]]] = {
     ),
 }
 
+IN_WEIGHTS = (
+    *("an outlier that leaves float16", "a gain that leaves float16", "gains of zero below a bias"),
+    *("a bias that leaves float16", "an embedding that leaves float16", "a head of zeros"),
+    "a final gain of zeros",
+)
+"""What only the numbers themselves tell, which no plan reads."""
+
 WIDTHS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a block larger than the width": (("--r1-block", "512"), ("512 does not fit a width of 64",)),
     "a block that is no power": (("--r1-block", "48"), ("power of two",)),
@@ -151,7 +158,7 @@ def test_strange_numbers_are_quantized_and_verified(model: Path, case: str) -> N
 def test_impossible_numbers_and_settings_are_refused(model: Path, case: str) -> None:
     damage, code, words = REFUSED[case]
     damage(model)
-    assert_refused(model.parent, arguments(model), code, *words)
+    assert_refused(model.parent, arguments(model), code, *words, planned=case not in IN_WEIGHTS)
 
 
 @pytest.mark.parametrize("case", WIDTHS)
@@ -168,13 +175,14 @@ def test_a_number_that_is_not_finite_is_named(model: Path, number: float, recipe
     values(UP, at((2, 7), number))(model)
     words = (f"'{UP}' holds 1 values that are not finite, the first at [2, 7]", "model.safetensors")
     arguments = ["quantize", model, "-o", model.parent / "out", "--recipe", recipe]
-    assert_refused(model.parent, arguments, BAD, *words)
+    assert_refused(model.parent, arguments, BAD, *words, planned=False)
 
 
 def test_a_model_that_overflows_is_not_sampled_from(model: Path) -> None:
     values(UP, at((0, 0), 3e38))(model)
     arguments = ["quantize", model, "-o", model.parent / "out", "--calib-length", "24"]
-    assert_refused(model.parent, arguments, BAD, "the model's own logits are not finite", str(model))
+    words = ("the model's own logits are not finite", str(model))
+    assert_refused(model.parent, arguments, BAD, *words, planned=False)
 
 
 def test_a_width_without_a_hadamard_matrix_names_blocks(

@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from anequant.architectures.spec import Window
+from anequant.calibration import miniature
 from anequant.calibration.judge import check_reading, check_written
-from anequant.calibration.miniature import WINDOW, Stored, read_as_stock
+from anequant.calibration.miniature import TOKENS, WINDOW, Stored, read_as_stock
 from anequant.checkpoints import reader
 from anequant.checkpoints.header import TensorInfo
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import Source
-from anequant.errors import InputError, UnsupportedError, VerificationError
+from anequant.errors import InputError, ResourceError, UnsupportedError, VerificationError
 from anequant.pipeline.rotate import rotate
 from anequant.recipe_files import load_recipe
 
@@ -185,10 +187,76 @@ def test_a_miniature_tells_where_everything_comes_from(make_model: MakeModel, tm
         **{name: Stored("model.safetensors", name) for name in weights if name != "unrelated"},
         HEAD: Stored("model.safetensors", EMBEDDING),
     }
-    assert stock.slides == (True, True) and stock.config["sliding_window"] == 4096 > WINDOW
+    causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    assert len(stock.masks) == 2 and all(torch.equal(mask, causal.triu(1 - WINDOW)) for mask in stock.masks)
+    assert stock.config["sliding_window"] == 4096 > WINDOW
     model = AutoModelForCausalLM.from_pretrained(folder)
     cos, sin = model.model.rotary_emb(torch.empty(1), torch.arange(32)[None])
     assert torch.equal(stock.cos, cos) and torch.equal(stock.sin, sin)
+
+
+def test_a_layer_that_looks_ahead_is_found_out(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model(tmp_path / "model", "llama", False, **SMALL)
+    edit_config(folder, is_causal=False)
+    with pytest.raises(UnsupportedError, match="'is_causal' is False"):
+        open_checkpoint(folder)
+    monkeypatch.setattr("anequant.architectures.check_settings", lambda config, where: None)
+    with pytest.raises(VerificationError, match="'is_causal' otherwise"):
+        check_reading(open_checkpoint(folder))
+
+
+BESIDE: dict[str, Callable[[Path], Any]] = {
+    "a folder called as an index": lambda folder: (folder / "model.safetensors.index.json").mkdir(),
+    "an index that leads nowhere": lambda folder: (folder / "old.safetensors.index.json").symlink_to("gone"),
+    "a folder called as weights": lambda folder: (folder / "old.safetensors").mkdir(),
+    "weights of another kind": lambda folder: save_file({"a": torch.ones(2)}, folder / "old.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_transformers_does_not_read_changes_nothing(
+    make_model: MakeModel, tmp_path: Path, case: str
+) -> None:
+    folder = make_model(tmp_path / "model", "llama", False, **SMALL)
+    BESIDE[case](folder)
+    check_reading(open_checkpoint(folder))
+
+
+def test_a_tensor_under_two_names_is_named(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "qwen2", True, **SMALL)
+    edit_tensors(folder, lambda tensors: tensors.update({"embed_tokens.weight": tensors[EMBEDDING] + 1}))
+    expected = logits(folder)
+    try:
+        check_reading(open_checkpoint(folder))
+    except VerificationError as error:
+        assert "'embed_tokens.weight' in 'model.safetensors'" in error.what
+        return
+    assert_rotation_keeps_the_logits(folder)
+    assert torch.equal(logits(folder), expected)
+
+
+def test_no_room_for_the_miniature_is_said(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    folder = make_model(tmp_path / "model", "llama", False, **SMALL)
+    monkeypatch.setattr(miniature, "save_file", full)
+    with pytest.raises(ResourceError, match="No space left") as error:
+        check_reading(open_checkpoint(folder))
+    assert "TMPDIR" in error.value.remedy
+
+
+def test_half_a_character_in_config_json_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama", False, **SMALL)
+    edit_config(folder, x="\ud800", y="\U0001f600")
+    with pytest.raises(InputError, match="half a character"):
+        open_checkpoint(folder)
+    edit_config(folder, x="")
+    assert open_checkpoint(folder).spec.config["y"] == "\U0001f600"
 
 
 def test_an_adapter_is_refused(make_model: MakeModel, tmp_path: Path) -> None:

@@ -155,6 +155,11 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "no version": {"transformers_version": GONE},
     "no cache": {"use_cache": False},
     "no quantization": {"quantization_config": None},
+    "where it came from": {"_name_or_path": "org/model", "name_or_path": "org/model"},
+    "attention that looks ahead": {"is_causal": False},
+    "attention that looks back": {"is_causal": True},
+    "a dtype that is none": {"dtype": "auto", "torch_dtype": "garbage"},
+    "another attention": {"_attn_implementation": "eager"},
     "other weights by name": {"transformers_weights": "other.safetensors"},
 }
 NAMED: dict[str, tuple[str, ...]] = {
@@ -182,6 +187,7 @@ NAMED: dict[str, tuple[str, ...]] = {
     "unused soft caps": ("final_logit_softcapping",),
     "unused multipliers": ("embedding_multiplier",),
     "unused experts": ("num_local_experts",),
+    "attention that looks ahead": ("is_causal",),
     "other weights by name": ("transformers_weights",),
 }
 """What may be refused, and a word of which the refusal must have one."""
