@@ -118,12 +118,12 @@ class Console:
         """A line on stderr, which a terminal that is too narrow gets in several."""
         if not self.quiet:
             for line in _row("", _printable(text), sys.stderr):
-                print(line, file=sys.stderr)
+                _tell(line)
 
     def command(self, label: str, words: Sequence[str]) -> None:
         """A command on stderr, in one line to be copied."""
         if not self.quiet:
-            print(_printable(f"{label}: {shlex.join(words)}"), file=sys.stderr)
+            _tell(_printable(f"{label}: {shlex.join(words)}"))
 
     def error(self, error: AnequantError) -> None:
         """What, where and what to do, a line each; with `json` also as an object on stdout."""
@@ -132,7 +132,7 @@ class Console:
             print(_json({"error": {**parts, "exit_code": error.exit_code}}))
         for label, text in (("error", error.what), ("  where", error.where), ("  do", error.remedy)):
             for line in _row(f"{label}: ", _printable(text), sys.stderr) if text else ():
-                print(line, file=sys.stderr)
+                _tell(line)
 
     @contextmanager
     def job(self, title: str, resume: bool, max_memory: int | None = None) -> Iterator[Job]:
@@ -170,7 +170,7 @@ class Console:
             yield seen.report
 
     def _line(self, text: str) -> None:
-        print(_printable(text), file=sys.stderr, flush=True)
+        _tell(_printable(text))
 
     def _display(self, title: str, *, each: bool = False) -> AbstractContextManager[Display]:
         """On a terminal a bar, else a line now and then; both after two seconds, or with `each` a line for
@@ -180,6 +180,11 @@ class Console:
         if sys.stderr.isatty():
             return bar(title, _printable, 0.0 if each else SHOW_AFTER)
         return nullcontext(Lines(title, self._line, SHOW_AFTER, LINE_EVERY, each=each))
+
+
+def _tell(line: str) -> None:
+    """A line on stderr, with its end in one piece: Ctrl-C between the two would glue the next one to it."""
+    print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
 def escape_what_has_no_code() -> None:

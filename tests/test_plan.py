@@ -249,31 +249,34 @@ def test_sizes(size: str, good: bool, tmp_path: Path) -> None:
     assert ("is no size" in result.stderr) != good
 
 
-def test_the_planned_peak_is_within_a_quarter_of_the_measured_one(tmp_path: Path) -> None:
-    """By a process of its own, since a child's peak starts with that of the process it was forked from."""
+def planned_over_measured(model: Path, work: Path) -> float:
+    """Of resident peaks, by a process of its own: a child's starts with that of what it was forked from."""
     script = (
         "import measure_memory as m, pathlib, sys\n"
         "model, work = map(pathlib.Path, sys.argv[1:])\n"
-        "print(m.compare('tiny-qwen2', model, work, 'quantize', '--recipe', m.NEAREST)['ratio'])"
+        "print(m.compare(model.name, model, work, 'quantize', '--recipe', m.NEAREST)['ratio'])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(BUNDLED_MODEL), str(tmp_path)],
+        [sys.executable, "-c", script, str(model), str(work)],
         cwd=Path(measure_memory.__file__).parent,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert 0.75 < float(done.stdout.split()[-1]) < 1.25
+    return float(done.stdout.split()[-1])
+
+
+def test_the_planned_peak_is_within_a_quarter_of_the_measured_one(tmp_path: Path) -> None:
+    assert 0.75 < planned_over_measured(BUNDLED_MODEL, tmp_path) < 1.25
 
 
 def test_a_model_is_quantized_within_its_planned_peak(tmp_path: Path) -> None:
-    """Resident, as planned: RLIMIT_DATA also counts what stacks of threads and allocators only reserve."""
+    """Resident, as planned, to 10%: RLIMIT_DATA also counts what stacks and allocators only reserve."""
     shape = Shape("llama", 1024, 4096, 16, 4, 16384, 3)
     write_random_model(tmp_path / "model", shape)
+    assert planned_over_measured(tmp_path / "model", tmp_path) > 1 / 1.1
     plan = measure_memory.planned(tmp_path / "model", "--recipe", measure_memory.NEAREST)
     peak = plan["peak_bytes_by_step"]["quantize"]
-    _, run = limited_run(tmp_path / "model", tmp_path / "output", data_limit=2 * peak)
-    assert run.code == 0 and run.peak < 1.1 * peak
     _, refused = limited_run(tmp_path / "model", tmp_path / "output", data_limit=peak // 2)
     assert refused.code not in (0, 2, 3, 4, 6)
 
