@@ -1,14 +1,16 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`. Each sets up .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
+# pip builds wheels in its cache, which cannot be where the home is read-only.
+PIP := $(BIN)/python -m pip install --quiet $(shell test -w "$$HOME" || echo --no-cache-dir)
 
 .PHONY: demo test test-orders lint fuzz clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) --upgrade pip
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: .venv/installed
@@ -28,7 +30,7 @@ test-orders: .venv/installed
 	done
 
 .venv/fuzz: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(PIP) --constraint constraints.txt --editable '.[fuzz]'
 	touch $@
 
 # Seconds for all readers together; what escapes one is kept in fuzz-crashes/.
