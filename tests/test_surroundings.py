@@ -96,6 +96,7 @@ def test_a_conversion_without_a_home_in_an_ascii_locale(tmp_path: Path) -> None:
 
 PRESSED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where it is ignored
 name = sys.argv.pop(1)
 class Press:
     def find_spec(self, found, path=None, target=None):
@@ -129,8 +130,8 @@ except BaseException:
 ''')
 sys.path.insert(0, "")
 from anequant.interrupts import between_imports, leave, leave_until_begun
-if sys.argv[1] == "ignored":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+handlers = {"ignored": signal.SIG_IGN, "default": signal.default_int_handler}
+signal.signal(signal.SIGINT, handlers[sys.argv[1]])
 leave_until_begun()
 try:
     with between_imports():
