@@ -14,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anequant.checkpoints.online import INDEX_SUFFIX, STEM
+from anequant.checkpoints.online import INDEX_SUFFIX, STEM, SUFFIX
+from anequant.checkpoints.reader import read_object
 from anequant.checkpoints.source import TOKENIZER_FILES, Source, hub_id, local_source, resolve_source
 from anequant.errors import InputError
 
+SINGLE, INDEX = f"{STEM}{SUFFIX}", f"{STEM}{INDEX_SUFFIX}"
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
 
 
@@ -49,11 +51,12 @@ def _fetch(folder: Path, repo: str, revision: str | None) -> Source:
         present = {sibling.rfilename for sibling in info.siblings or ()}
         for name in ("config.json", *sorted(present & set(TOKENIZER_FILES))):
             api.hf_hub_download(repo, name, revision=info.sha, local_dir=folder)
-        metadata = api.get_safetensors_metadata(repo, revision=info.sha)
+        for name in _shards(api, repo, info.sha, folder, single=SINGLE in present):
+            shard = api.parse_safetensors_file_metadata(repo, name, revision=info.sha)
+            _write_header(folder / name, shard)
     except (
         hub.HTTPError,  # type: ignore[attr-defined]
         hub.HFValidationError,
-        hub.NotASafetensorsRepoError,
         hub.SafetensorsParsingError,
         OSError,
     ) as error:
@@ -62,14 +65,24 @@ def _fetch(folder: Path, repo: str, revision: str | None) -> Source:
             f"'{repo}' is no folder here and its headers could not be had from the hub: {reason}",
             remedy="check the name, the revision and the network, or download it and name the folder",
         ) from error
-    for name, shard in metadata.files_metadata.items():
+    return Source(folder, repo.split("/")[1], info.sha, repo)
+
+
+def _shards(api: Any, repo: str, revision: str | None, folder: Path, *, single: bool) -> list[str]:
+    """The names of the weights' files: the `single` one, else those of the index, which is then in `folder`
+    and not in a cache below the user's home.
+
+    Raises InputError for an index that names anything but safetensors files beside it.
+    """
+    if single:
+        return [SINGLE]
+    api.hf_hub_download(repo, INDEX, revision=revision, local_dir=folder)
+    weight_map = read_object(folder / INDEX).get("weight_map")
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    for name in sorted(names):
         if _SHARD.fullmatch(name) is None:
             raise InputError(f"'{repo}' has a shard with the impossible name {name!r}")
-        _write_header(folder / name, shard)
-    if metadata.sharded:
-        index = {"metadata": metadata.metadata, "weight_map": metadata.weight_map}
-        (folder / f"{STEM}{INDEX_SUFFIX}").write_text(json.dumps(index), encoding="utf-8")
-    return Source(folder, repo.split("/")[1], info.sha, repo)
+    return sorted(names)
 
 
 def _write_header(path: Path, shard: Any) -> None:

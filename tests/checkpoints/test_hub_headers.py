@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -117,12 +117,14 @@ def test_a_shard_with_an_impossible_name_is_refused(
     serve: Callable[[Path], Hub],
     make_model: Callable[..., Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
-    serve(make_model(tmp_path / "model", "llama", False))
-    told = SimpleNamespace(files_metadata={name: SimpleNamespace(tensors={})}, sharded=False)
-    monkeypatch.setattr(huggingface_hub.HfApi, "get_safetensors_metadata", lambda *args, **options: told)
+    folder = make_model(tmp_path / "model", "llama", False, max_shard_size="200KB", vocab_size=8192)
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["lm_head.weight"] = name
+    index.write_text(json.dumps(values))
+    serve(folder)
     with pytest.raises(InputError, match="impossible name"), headers_only("org/model"):
         pytest.fail("it was let in")
 
