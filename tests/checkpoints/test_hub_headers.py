@@ -52,11 +52,12 @@ class Hub:
 
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Hub]]:
-    """`serve(folder)`: that folder is the hub's only model."""
+def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[Path], Hub]]:
+    """`serve(folder)`: that folder is the hub's only model, and nothing of it was cached before."""
     if not hasattr(huggingface_hub, "set_client_factory"):
         pytest.skip("this huggingface_hub takes no client of ours")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def start(folder: Path) -> Hub:
         hub = Hub(folder)
