@@ -21,6 +21,7 @@ UNREAD = ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_p
 are stored in, and where a config came from is of no account."""
 
 KEPT = ("quantization_config", "transformers_version")
+"""Keys that stay as the file has them: transformers puts its own version there."""
 
 
 def resolve_config(config: Mapping[str, Any], model_type: str, where: str) -> dict[str, Any]:

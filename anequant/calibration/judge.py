@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from anequant.architectures.config import KEPT
 from anequant.architectures.spec import HEAD
 from anequant.calibration.forward import ReferenceModel
 from anequant.calibration.miniature import TOKENS, WINDOW, StockReading, Stored, read_as_stock
@@ -23,12 +24,8 @@ from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import UnsupportedError, VerificationError, shown
 
 ADAPTER, WEIGHTS_KEY = "adapter_config.json", "transformers_weights"
-OWN_KEYS = ("quantization_config", "transformers_version", "_name_or_path")
 REMEDY = "report this with the model's config.json"
-REWRITTEN = (
-    *("tie_word_embeddings", "dtype", "torch_dtype", "rope_theta", "rope_scaling"),
-    *("quantization_config", "auto_map", "transformers_version", "_name_or_path"),
-)
+REWRITTEN = ("tie_word_embeddings", "rope_theta", "rope_scaling", *KEPT)
 """What a written config.json says otherwise than its source: the head has weights of its own, and RoPE is
 there in the words of two generations."""
 
@@ -80,7 +77,7 @@ def check_written(source: Checkpoint, folder: Path) -> None:
 def _compare_configs(checkpoint: Checkpoint, stock: Mapping[str, Any]) -> None:
     for key, value in checkpoint.spec.config.items():
         theirs = stock.get(key)
-        if key not in OWN_KEYS and theirs != value:
+        if key not in KEPT and theirs != value:
             raise VerificationError(
                 f"transformers reads config key '{key}' as {shown(theirs)}, anequant as {shown(value)}",
                 where=str(checkpoint.folder / "config.json"),
@@ -92,10 +89,10 @@ def _compare_origins(checkpoint: Checkpoint, origins: Mapping[str, Stored | None
     spec = checkpoint.spec
     ours = {f"{HEAD}.weight": checkpoint.tensors[checkpoint.head_name]}
     ours |= {name: checkpoint.tensors[name] for name in spec.tensors()}
-    starts = {path.name: read_header(path) for path in checkpoint.shards}
+    headers = {path.name: read_header(path) for path in checkpoint.shards}
     for name in sorted(ours.keys() | origins.keys()):
         info, theirs = ours.get(name), origins.get(name)
-        header = {} if theirs is None else starts.get(theirs.file, {})
+        header = {} if theirs is None else headers.get(theirs.file, {})
         if info is None or theirs is None or header.get(theirs.name) != info:
             place = "nowhere" if theirs is None else f"'{theirs.name}' in '{theirs.file}'"
             here = "nowhere" if info is None else f"'{info.shard.name}'"
