@@ -73,7 +73,8 @@ def read_as_stock(checkpoint: Checkpoint) -> StockReading:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory(prefix="anequant-miniature-") as place, _quiet():
-        stored = _write_miniature(checkpoint, Path(place))
+        _write_configs(checkpoint, Path(place))
+        stored = _write_tensors(checkpoint, Path(place))
         where = str(checkpoint.folder)
         with refusing(where):
             config = AutoConfig.from_pretrained(Path(place) / WHOLE, trust_remote_code=False)
@@ -86,25 +87,26 @@ def read_as_stock(checkpoint: Checkpoint) -> StockReading:
     return StockReading(settle(config.to_dict()), origins, cos, sin, masks)
 
 
-def _write_miniature(checkpoint: Checkpoint, place: Path) -> list[Stored]:
-    """Write the miniature; the number that fills a tensor is its index in what is returned."""
-    raw = read_config(checkpoint.folder)
-    for key in UNREAD:
-        raw.pop(key, None)
-    (place / WHOLE).mkdir()
-    (place / WHOLE / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+def _write_configs(checkpoint: Checkpoint, place: Path) -> None:
+    """Write the model's own config.json, but for what is not read, below WHOLE, and the small one beside it."""
+    raw = {key: value for key, value in read_config(checkpoint.folder).items() if key not in UNREAD}
     widths = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "head_dim": checkpoint.spec.head_dim}
-    config = {**raw, **widths, "num_attention_heads": 1, "num_key_value_heads": 1}
+    small = {**raw, **widths, "num_attention_heads": 1, "num_key_value_heads": 1}
     if raw.get("sliding_window") is not None or checkpoint.spec.window is not None:
-        config["sliding_window"] = WINDOW
+        small["sliding_window"] = WINDOW
     if checkpoint.online.active:
-        config["transformers_weights"] = checkpoint.files[1]
-    (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        small["transformers_weights"] = checkpoint.files[1]
+    for folder, config in ((place / WHOLE, raw), (place, small)):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _write_tensors(checkpoint: Checkpoint, place: Path) -> list[Stored]:
+    """Write small tensors for all that the folder stores; the number that fills one is its index in what is
+    returned."""
     shapes = _shapes(checkpoint.spec)
     stored: list[Stored] = []
-    for file in sorted(checkpoint.folder.iterdir()):
-        if not file.is_file():
-            continue
+    for file in sorted(path for path in checkpoint.folder.iterdir() if path.is_file()):
         if file.name.endswith(INDEX_SUFFIX):
             shutil.copyfile(file, place / file.name)
         elif file.name.endswith(SUFFIX):
