@@ -88,7 +88,7 @@ def read_as_stock(checkpoint: Checkpoint) -> StockReading:
 
 
 def _write_configs(checkpoint: Checkpoint, place: Path) -> None:
-    """Write the model's own config.json, but for what is not read, below WHOLE, and the small one beside it."""
+    """Write the model's own config.json, but for what is not read, below WHOLE, and the small one."""
     raw = {key: value for key, value in read_config(checkpoint.folder).items() if key not in UNREAD}
     widths = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "head_dim": checkpoint.spec.head_dim}
     small = {**raw, **widths, "num_attention_heads": 1, "num_key_value_heads": 1}
