@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from anequant.interrupts import leave_until_begun
+from anequant.jobs.interrupts import leave_until_begun
 
 
 def main() -> None:
     """Run the command line; from here on Ctrl-C ends the process as documented, also while modules load."""
     leave_until_begun()
     from anequant.cli import main as commands
-    from anequant.cli_ending import PROGRAM
+    from anequant.cli.ending import PROGRAM
 
     commands(prog_name=PROGRAM)
 

@@ -18,22 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.checkpoints.custom_code import custom_code
 from anequant.checkpoints.manifest import rotation_keys
+from anequant.checkpoints.side_files import custom_code
 from anequant.checkpoints.source import Source, resolve_source
-from anequant.evaluation.windows import LENGTH, WINDOWS
+from anequant.evaluation.evaluate import Evaluation, evaluate_checkpoint
+from anequant.evaluation.sample_size import LENGTH, WINDOWS
+from anequant.jobs.control import Control, Progress, silent
+from anequant.jobs.scheduler import open_scheduler
 from anequant.pipeline.convert import ConvertResult
-from anequant.pipeline.evaluate import Evaluation, evaluate_checkpoint
 from anequant.pipeline.lower import LowerResult
 from anequant.pipeline.lower import lower as run_lower
 from anequant.pipeline.quantize import QuantizeResult
 from anequant.pipeline.quantize import quantize as run_quantize
-from anequant.pipeline.scheduler import open_scheduler
-from anequant.pipeline.verify import CheckpointCheck, PackageCheck, verify_folder
-from anequant.progress import Control, Progress, silent
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, load_recipe, recipe_from_dict
-from anequant.report.converted import convert_and_report
+from anequant.report.terminal.converted import convert_and_report
+from anequant.verification.verify import CheckpointCheck, PackageCheck, verify_folder
 
 LOG = logging.getLogger("anequant")
 

@@ -22,7 +22,7 @@ from anequant.pipeline import rounder
 from anequant.pipeline.quantize import QuantizeResult, quantize
 from anequant.quantization.calibrated import Rounding, quantize_calibrated
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.quantize import quantize_linear
+from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import load_recipe

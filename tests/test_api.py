@@ -20,10 +20,10 @@ from click.testing import CliRunner
 from conftest import REPOSITORY
 
 import anequant
-from anequant.checkpoints.output import file_hashes
 from anequant.checkpoints.source import BUNDLED_MODEL, SAMPLE_TEXT
 from anequant.cli import main
 from anequant.errors import UsageError
+from anequant.jobs.output_folder import file_hashes
 from anequant.recipe import Recipe
 from anequant.recipe_files import DEFAULT_RECIPE
 

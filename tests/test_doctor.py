@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from anequant import doctor
 from anequant.cli import main
-from anequant.pipeline import doctor
-from anequant.pipeline.doctor import (
+from anequant.doctor import (
     FAILURE,
     LEAST_MEMORY,
     LEAST_ROOM,
@@ -27,8 +27,9 @@ from anequant.pipeline.doctor import (
     diagnose,
     failed,
 )
-from anequant.pipeline.machine import Memory, memory, usable_cores
-from anequant.report.diagnosed import diagnosed
+from anequant.jobs.machine import Memory, memory, usable_cores
+from anequant.report.terminal.diagnosed import diagnosed
+from anequant.versions import installed_versions
 
 GB = 10**9
 
@@ -77,7 +78,7 @@ def test_packages_in_range_out_of_range_and_missing() -> None:
 
 def test_packages_of_other_pythons_are_not_asked_for() -> None:
     other = 'tomli>=2.0; python_version < "3.0"'
-    assert list(doctor.packages([other], versions())) == []
+    assert list(doctor.packages([other], installed_versions())) == []
 
 
 def failing(*names: str, error: Exception | None = None) -> Callable[[str], Any]:
@@ -98,7 +99,7 @@ def test_a_torch_that_cannot_be_loaded() -> None:
 
 @pytest.mark.parametrize(
     "missing",
-    ["anequant.coreml.toolkit", "coremltools.libmilstoragepython", "coremltools.libmodelpackage"],
+    ["anequant.targets.coreml.toolkit", "coremltools.libmilstoragepython", "coremltools.libmodelpackage"],
 )
 def test_coremltools_without_its_native_library(missing: str) -> None:
     check = one(doctor.native_library(failing(missing)))

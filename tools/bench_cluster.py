@@ -25,7 +25,7 @@ from distributed import LocalCluster
 from measure_memory import SHAPES, write_random_model
 from measured import PACKAGES, machine, when_and_where, write_json
 
-from anequant.checkpoints.output import file_hashes
+from anequant.jobs.output_folder import file_hashes
 
 WORKERS, VOCABULARY, RECIPE = 2, 8192, "w4-nearest"
 SIZES = ("--context", "512", "--chunks", "4", "--max-chunk-mb", "4000")

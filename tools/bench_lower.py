@@ -90,11 +90,11 @@ def ours_stage(work: Path, layers: int, lap: Lap) -> Path:
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401  (the RoPE tables come from it)
 
     from anequant.architectures.spec import FINAL_NORM
-    from anequant.calibration.rope import lowered_rope_tables
     from anequant.checkpoints.layers import load_layer
     from anequant.checkpoints.reader import open_checkpoint
-    from anequant.coreml.decoder import Geometry, chunk_program
-    from anequant.coreml.package import save_package
+    from anequant.targets.coreml.program.decoder import Geometry, chunk_program
+    from anequant.targets.coreml.program.package import save_package
+    from anequant.targets.shared.rope_tables import lowered_rope_tables
 
     lap("imports")
     package = work / "ours.mlpackage"

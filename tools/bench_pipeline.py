@@ -5,7 +5,7 @@ tokens, then with `w4-nearest`, and lowered, each in a process of its own. The f
 are timed from outside; one that runs within another stops the other's clock, so that the seconds add up. The
 floor of a stage is what its matrix products take at the rate of this machine's best product of two float32
 matrices (`numpy` and `torch` are tried), or its bytes at the rate of copying 128 MB;
-`anequant/pipeline/work.py` counts both.
+`anequant/planning/work.py` counts both.
 
     python tools/bench_pipeline.py qwen2.5-0.5b --layers 24 --json docs/pipeline.json
     python tools/bench_pipeline.py llama-3-8b --layers 2 --json docs/pipeline.json
@@ -66,7 +66,7 @@ def needed(model: Path, recipe: str) -> dict[str, tuple[float, float]]:
     """Floating-point operations and bytes that stages cannot do without."""
     from anequant.calibration.equivalence import PROBE_LENGTH
     from anequant.checkpoints.reader import open_checkpoint
-    from anequant.pipeline import work
+    from anequant.planning import work
     from anequant.recipe_files import load_recipe
 
     checkpoint, windows, chosen = open_checkpoint(model), (WINDOWS, LENGTH), load_recipe(recipe)
@@ -128,8 +128,8 @@ def in_child(step: str, model: Path, work: Path) -> None:
 
 def import_model(model: Path) -> None:
     """What transformers imports when it first makes a model."""
-    from anequant.calibration.empty_model import empty_model
     from anequant.checkpoints.reader import open_checkpoint
+    from anequant.reference.empty_model import empty_model
 
     empty_model(open_checkpoint(model).spec)
 

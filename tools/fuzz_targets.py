@@ -18,25 +18,25 @@ from safetensors.torch import save_file
 
 from anequant.architectures import read_spec
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.empty_model import empty_model
 from anequant.calibration.saved import whole_calibration
 from anequant.calibration.tokens import calibration_tokens
 from anequant.checkpoints.contract import check_contract
 from anequant.checkpoints.header import read_header
 from anequant.checkpoints.layers import load_layer, load_table, open_quantized
 from anequant.checkpoints.reader import open_checkpoint
-from anequant.checkpoints.rotations import read_rotations
+from anequant.checkpoints.rotation_files import read_rotations
 from anequant.cli import main
-from anequant.coreml.graph import package_graphs
-from anequant.coreml.interpreter import Package
-from anequant.coreml.lint import lint_package
-from anequant.coreml.meta import read_meta
-from anequant.coreml.package import MODEL_FILE, WEIGHT_FILE
 from anequant.errors import AnequantError
-from anequant.pipeline.verify import verify_checkpoint
-from anequant.pipeline.verify_packages import verify_items, verify_package_files
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
+from anequant.reference.empty_model import empty_model
+from anequant.targets.coreml.graph import package_graphs
+from anequant.targets.coreml.interpreter.interpreter import Package
+from anequant.targets.coreml.lint.rules import lint_package
+from anequant.targets.coreml.meta import read_meta
+from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE
+from anequant.verification.package_files import verify_items, verify_package_files
+from anequant.verification.verify import verify_checkpoint
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],

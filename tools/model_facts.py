@@ -21,13 +21,13 @@ from measured import DOCS, machine, write_json
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING
-from anequant.calibration.forward import ReferenceModel
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import Source
 from anequant.evaluation.divergence import evaluate
-from anequant.pipeline.evaluate import read_windows
+from anequant.evaluation.evaluate import read_windows
 from anequant.pipeline.rotate import rotate
 from anequant.recipe_files import load_recipe
+from anequant.reference.forward import ReferenceModel
 
 WINDOWS, LENGTH = 32, 512
 ROTATIONS, SEEDS = ("block-hadamard", "hadamard", "random"), (0, 1, 2)

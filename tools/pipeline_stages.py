@@ -65,16 +65,18 @@ class Stages:
 
 def quantize(model: Path, output: Path, recipe: str, tokens: Path) -> dict[str, float]:
     """With `recipe`, calibrated on all windows of a file of token ids."""
-    from anequant.calibration import statistics
+    from anequant.calibration import walkers as statistics
     from anequant.calibration.equivalence import EquivalenceProbe
-    from anequant.calibration.forward import ReferenceModel
     from anequant.checkpoints.reader import Checkpoint
     from anequant.checkpoints.source import resolve_source
     from anequant.checkpoints.writer import CheckpointWriter
-    from anequant.pipeline import journal, quantize, quantize_pass, turned
+    from anequant.jobs import journal
+    from anequant.pipeline import quantize, quantize_pass
     from anequant.quantization import calibrated
     from anequant.recipe import Calibration
     from anequant.recipe_files import load_recipe
+    from anequant.reference import rotated_model as turned
+    from anequant.reference.forward import ReferenceModel
 
     stages = Stages()
     for owner, function, name in (
@@ -103,8 +105,9 @@ def quantize(model: Path, output: Path, recipe: str, tokens: Path) -> dict[str, 
 
 
 def lower(checkpoint: Path, output: Path) -> dict[str, float]:
-    from anequant.pipeline import lower, lower_package
+    from anequant.pipeline import lower
     from anequant.recipe import LowerOptions
+    from anequant.targets.coreml import build as lower_package
 
     stages = Stages()
     stages.time(lower, "layer_ranges", "ranges")

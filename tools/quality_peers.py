@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from anequant.pipeline import peers
+from anequant.comparison import peers
 
 Run = Callable[[Path, Path, Tensor], None]
 

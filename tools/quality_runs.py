@@ -63,7 +63,7 @@ def measure(task: tuple[Row, int, Settings]) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(settings.threads)
-    from anequant.pipeline.evaluate import evaluate_text
+    from anequant.evaluation.evaluate import evaluate_text
 
     with tempfile.TemporaryDirectory() as work:
         output = Path(work) / "quantized"
@@ -108,9 +108,9 @@ def _run_recipe(row: Row, seed: int, settings: Settings, output: Path) -> float:
 def _run_peer(row: Row, settings: Settings, output: Path) -> float:
     from quality_peers import PEERS
 
-    from anequant.calibration.text import load_tokenizer, read_text, start_token, text_windows
     from anequant.checkpoints.reader import open_checkpoint
-    from anequant.pipeline.peers import GROUP
+    from anequant.comparison.peers import GROUP
+    from anequant.reference.windows import load_tokenizer, read_text, start_token, text_windows
 
     assert row.peer is not None
     folder = Path(settings.model)

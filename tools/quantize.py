@@ -12,8 +12,8 @@ from pathlib import Path
 
 import click
 
-from anequant.cli_options import command
-from anequant.console import Console
+from anequant.cli.console import Console
+from anequant.cli.options import command
 
 FILE = click.Path(path_type=Path)
 replacing = click.option("--force", is_flag=True, help="Replace an existing output folder.")
@@ -57,8 +57,8 @@ def run(
 
     from anequant.calibration.saved import whole_calibration
     from anequant.checkpoints.source import resolve_source
-    from anequant.pipeline.published_hooks import hooked_recipe, quantize_hooked
-    from anequant.report import text
+    from anequant.compat.quarot_hooks import hooked_recipe, quantize_hooked
+    from anequant.report.terminal import results as text
 
     recipe = hooked_recipe(
         method,
@@ -104,9 +104,9 @@ def quark(
     """Quantize by a scheme of AMD Quark, after QuaRot's rotations if asked for."""
     from anequant.calibration.saved import whole_calibration
     from anequant.checkpoints.source import resolve_source
-    from anequant.pipeline.published import WHOLE, published_recipe
+    from anequant.compat.quark import WHOLE, published_recipe
     from anequant.pipeline.quantize import quantize
-    from anequant.report import text
+    from anequant.report.terminal import results as text
 
     chosen = published_recipe(scheme, optimization, config, model, rotated=WHOLE)
     calibration = whole_calibration(calib)
@@ -124,8 +124,8 @@ def quark(
 @command
 def llmc(console: Console, path: Path, force: bool) -> None:
     """Rotate (method Quarot with save_trans), or quantize, as LLMC's YAML says."""
-    from anequant.pipeline.published_llmc import QUANTIZED, TRANSFORMED, plan_llmc, run_llmc
-    from anequant.report import text
+    from anequant.compat.llmc import QUANTIZED, TRANSFORMED, plan_llmc, run_llmc
+    from anequant.report.terminal import results as text
 
     plan = plan_llmc(path)
     for note in plan.notes:

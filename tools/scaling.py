@@ -49,11 +49,11 @@ def grow(work: Path) -> list[dict[str, Any]]:
 
 def order(model: Path, text: Path, calibration: Path, work: Path) -> dict[str, dict[str, float]]:
     """KL and extra NLL of rounding in order, and with every Hessian from the float model."""
-    from anequant.calibration.statistics import Walkers
+    from anequant.calibration.walkers import Walkers
     from anequant.checkpoints.reader import open_checkpoint
     from anequant.checkpoints.source import resolve_source
     from anequant.evaluation.divergence import evaluate_against, refer
-    from anequant.pipeline.evaluate import read_windows
+    from anequant.evaluation.evaluate import read_windows
     from anequant.pipeline.quantize import quantize
     from anequant.recipe import Calibration
     from anequant.recipe_files import load_recipe
@@ -99,7 +99,7 @@ def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
 def predictions(pipeline: Mapping[str, Any]) -> dict[str, Any]:
     """Hours of Llama-3-70B's shape on so many of this machine, at the rates of the largest measured shape."""
     from anequant.architectures import read_spec
-    from anequant.pipeline import work
+    from anequant.planning import work
     from anequant.recipe_files import load_recipe
 
     spec = read_spec(config_of(SHAPES[LARGE]), LARGE)

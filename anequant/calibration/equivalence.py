@@ -14,13 +14,13 @@ from torch import Tensor
 
 from anequant.architectures import read_spec
 from anequant.architectures.spec import EMBEDDING
-from anequant.calibration.forward import ReferenceModel
-from anequant.checkpoints.config import plain_config
+from anequant.checkpoints.online_config import plain_config
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError, VerificationError
 from anequant.quantization.online import NOTHING, Online
+from anequant.reference.forward import ReferenceModel
 from anequant.rotation.fold import rotate_embedding
-from anequant.rotation.plan import RotationPlan
+from anequant.rotation.rotation_plan import RotationPlan
 
 PROBE_LENGTH = 32
 PROBE_SEED = 20

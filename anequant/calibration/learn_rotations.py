@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from anequant.calibration.distill import Lesson
-from anequant.calibration.rotated import RotatedStudent
-from anequant.progress import Progress, silent
+from anequant.calibration.quantized_twin import RotatedStudent
+from anequant.jobs.control import Progress, silent
 from anequant.rotation.cayley import cayley_step
-from anequant.rotation.plan import RotationPlan
+from anequant.rotation.rotation_plan import RotationPlan
 
 WINDOWS_A_STEP = 4
 LEARNING_RATE = 1.5

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, Space, layer_prefix
-from anequant.calibration.forward import ReferenceModel
 from anequant.checkpoints.quantized import load, scales_of
 from anequant.checkpoints.reader import Checkpoint
-from anequant.quantization.quantize import LARGEST_FLOAT16
+from anequant.quantization.nearest import LARGEST_FLOAT16
 from anequant.quantization.scales import spread
+from anequant.reference.forward import ReferenceModel
 from anequant.rotation.orthogonal import Rotation
 
 LOUDEST_TOKENS = 32

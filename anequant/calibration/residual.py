@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING
-from anequant.calibration.forward import ReferenceModel, Weights
-from anequant.progress import Progress, silent
+from anequant.jobs.control import Progress, silent
+from anequant.reference.forward import ReferenceModel, Weights
 
 
 def residual_moment(weights: Weights, tokens: Tensor, progress: Progress = silent) -> Tensor:

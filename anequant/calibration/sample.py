@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
-from anequant.calibration.empty_model import empty_model
-from anequant.calibration.hooks import attach_all
-from anequant.calibration.on_demand import OnDemand, borrow
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError
-from anequant.progress import Progress, silent
+from anequant.jobs.control import Progress, silent
+from anequant.reference.empty_model import empty_model
+from anequant.reference.hooks import attach_all
+from anequant.reference.on_demand import OnDemand, borrow
 
 
 @torch.no_grad()

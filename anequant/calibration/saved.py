@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 from anequant.calibration.sources import has_rows, read_source, source_text
-from anequant.calibration.text import load_tokenizer, model_windows
 from anequant.calibration.tokens import WIKITEXT2, wikitext2
 from anequant.checkpoints.reader import read_config
 from anequant.errors import ResourceError, UsageError
 from anequant.recipe import Calibration
+from anequant.reference.windows import load_tokenizer, model_windows
 
 PREVIEW = 500
 

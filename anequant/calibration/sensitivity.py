@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import ModelSpec, layer_prefix
-from anequant.calibration.forward import ReferenceModel
-from anequant.calibration.head import head_gradients
-from anequant.progress import Progress, silent
+from anequant.jobs.control import Progress, silent
+from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import NOTHING, Online
-from anequant.quantization.quantize import quantize_linear
+from anequant.reference.forward import ReferenceModel
+from anequant.reference.head import head_gradients
 
 Losses = dict[str, dict[int, float]]
 """KL per token by tensor name and bits."""

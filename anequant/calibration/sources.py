@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.calibration.text import read_text
 from anequant.errors import UsageError, shown
+from anequant.reference.windows import read_text
 from anequant.strict import parse_json
 
 Ids = list[Any]

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from anequant.calibration.sample import sample_windows
 from anequant.calibration.sources import Ids, Texts, has_rows, read_source
-from anequant.calibration.text import (
+from anequant.checkpoints.reader import Checkpoint
+from anequant.checkpoints.source import has_tokenizer
+from anequant.errors import InputError, ResourceError, UsageError
+from anequant.jobs.control import Progress, silent
+from anequant.recipe import Calibration
+from anequant.reference.windows import (
     load_tokenizer,
     require_known,
     start_token,
     text_windows,
 )
-from anequant.checkpoints.reader import Checkpoint
-from anequant.checkpoints.source import has_tokenizer
-from anequant.errors import InputError, ResourceError, UsageError
-from anequant.progress import Progress, silent
-from anequant.recipe import Calibration
 
 SELF, WIKITEXT2 = "self", "wikitext2"
 WIKITEXT2_DATASET = ("Salesforce/wikitext", "wikitext-2-raw-v1")

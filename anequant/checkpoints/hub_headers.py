@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from anequant.checkpoints.online import INDEX_SUFFIX, STEM, SUFFIX
+from anequant.checkpoints.online_config import INDEX_SUFFIX, STEM, SUFFIX
 from anequant.checkpoints.reader import read_object
 from anequant.checkpoints.source import TOKENIZER_FILES, Source, hub_id, local_source, resolve_source
 from anequant.errors import InputError

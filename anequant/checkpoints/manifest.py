@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from anequant.architectures.spec import ModelSpec
-from anequant.checkpoints.output import file_hashes
-from anequant.checkpoints.reader import read_json
+from anequant.checkpoints.reader import Checkpoint, read_json
 from anequant.checkpoints.writer import write_json
 from anequant.errors import InputError
+from anequant.jobs.output_folder import file_hashes
 from anequant.recipe import Recipe
 from anequant.recipe_files import ROTATION_KEYS
+from anequant.versions import installed_versions
 
 MANIFEST = "anequant.json"
 CHECKPOINT, ROTATED = "checkpoint", "rotated"
 """Kinds of folders: a quantized checkpoint, and a float one that is only folded and rotated."""
 FORMAT = 1
-
-
-def versions() -> dict[str, str]:
-    packages = ("anequant", "torch", "transformers", "coremltools", "safetensors", "numpy", "numba")
-    return {"python": platform.python_version()} | {
-        package: importlib.metadata.version(package) for package in packages
-    }
 
 
 def published_config(
@@ -64,13 +56,18 @@ def manifest(kind: str, contents: Mapping[str, Any]) -> dict[str, Any]:
 
     Measured numbers are kept to six digits: the last ones depend on how many threads summed them.
     """
-    return {"format": FORMAT, "kind": kind, "versions": versions(), **six_digits(contents)}
+    return {"format": FORMAT, "kind": kind, "versions": installed_versions(), **six_digits(contents)}
 
 
 def write_manifest(folder: Path, kind: str, contents: Mapping[str, Any]) -> None:
     """Write the folder's anequant.json: `contents` and the hashes of all other files."""
     (folder / MANIFEST).unlink(missing_ok=True)
     write_json(folder / MANIFEST, manifest(kind, {**contents, "files": file_hashes(folder)}))
+
+
+def checkpoint_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """What identifies the checkpoint that packages were made from: its config and weights."""
+    return file_hashes(checkpoint.folder, checkpoint.files)
 
 
 def six_digits(value: Any) -> Any:

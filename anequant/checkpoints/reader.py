@@ -25,7 +25,7 @@ from anequant.architectures.spec import (
     layer_prefix,
 )
 from anequant.checkpoints.header import TensorInfo, read_header
-from anequant.checkpoints.online import INDEX_SUFFIX, SUFFIX, read_online, weights_stem
+from anequant.checkpoints.online_config import INDEX_SUFFIX, SUFFIX, read_online, weights_stem
 from anequant.errors import InputError, shown
 from anequant.quantization.online import NOTHING, Online
 from anequant.strict import parse_json, read_plain

@@ -18,9 +18,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from anequant.checkpoints.online import INDEX_SUFFIX, STEM, SUFFIX
-from anequant.checkpoints.work_folder import DamagedWork
+from anequant.checkpoints.online_config import INDEX_SUFFIX, STEM, SUFFIX
 from anequant.errors import UnsupportedError
+from anequant.jobs.work_folder import DamagedWork
 
 SHARD_BYTES = 5_000_000_000
 DTYPE_NAMES = {torch.float16: "F16", torch.float32: "F32"}

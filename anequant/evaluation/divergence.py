@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anequant.calibration.forward import Weights, final_hidden_states, head_logits, logits
-from anequant.progress import Progress, silent
+from anequant.jobs.control import Progress, silent
+from anequant.reference.forward import Weights, final_hidden_states, head_logits, logits
 
 
 @dataclass(frozen=True)

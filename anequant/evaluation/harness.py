@@ -17,7 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from anequant.errors import UnsupportedError, UsageError
-from anequant.progress import Progress, silent
+from anequant.jobs.control import Progress, silent
 from anequant.runtime.generate import Decoder, decoded, encoded, new_tokens, score
 from anequant.runtime.sampling import Sampling, chooser
 

@@ -10,25 +10,23 @@ from typing import Any
 
 from torch import Tensor
 
-from anequant.calibration.text import load_tokenizer, model_windows, read_text
 from anequant.checkpoints.manifest import write_manifest
+from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
-from anequant.checkpoints.work_folder import check_target
-from anequant.coreml.lint import Finding
 from anequant.evaluation.divergence import Quality, evaluate
-from anequant.evaluation.windows import SAMPLE_LENGTH, SAMPLE_WINDOWS
-from anequant.pipeline.card import Asked, write_conversion_card
-from anequant.pipeline.folders import CHECKPOINT_FOLDER, PACKAGES_FOLDER
-from anequant.pipeline.journal import Journal
-from anequant.pipeline.lint import lint, require_clean
+from anequant.evaluation.sample_size import SAMPLE_LENGTH, SAMPLE_WINDOWS
+from anequant.jobs.control import CONTROL, Control, Progress, silent, step_of
+from anequant.jobs.journal import Journal
+from anequant.jobs.resume import resumable
+from anequant.jobs.work_folder import check_target
+from anequant.outputs.card import Asked, write_conversion_card
+from anequant.pipeline.fingerprint import fingerprint
 from anequant.pipeline.lower import LowerResult, lower_into
-from anequant.pipeline.plan import base_of, make_plan
 from anequant.pipeline.quantize import QuantizeResult, quantize_into
-from anequant.pipeline.requirements import check_job
-from anequant.pipeline.resume import fingerprint, resumable
-from anequant.pipeline.rotated import open_float
-from anequant.pipeline.schedule import (
+from anequant.planning.plan import base_of, make_plan
+from anequant.planning.requirements import check_job
+from anequant.planning.schedule import (
     QUALITY,
     REPORT,
     VERIFY_CHECKPOINT,
@@ -36,14 +34,16 @@ from anequant.pipeline.schedule import (
     report_unit,
     units_of,
 )
-from anequant.pipeline.verify import (
+from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.reference.open_float import open_float
+from anequant.reference.windows import load_tokenizer, model_windows, read_text
+from anequant.targets.coreml.lint.rules import Finding, lint, require_clean
+from anequant.verification.verify import (
     CheckpointCheck,
     PackageCheck,
     verify_checkpoint,
     verify_packages,
 )
-from anequant.progress import CONTROL, Control, Progress, silent, step_of
-from anequant.recipe import Calibration, LowerOptions, Recipe
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from anequant.calibration.rotation_choice import RotationChoice, Rotations, choose_rotations
 from anequant.calibration.tokens import calibration_tokens
 from anequant.checkpoints.reader import Checkpoint
-from anequant.checkpoints.rotations import ROTATIONS, read_rotations, write_rotations
-from anequant.checkpoints.work_folder import DamagedWork
-from anequant.pipeline.footprint import resident_bytes, samples_resident
-from anequant.pipeline.jobs import ROTATING
-from anequant.pipeline.journal import Journal
-from anequant.pipeline.rotations import RotationChoice, Rotations, choose_rotations
-from anequant.pipeline.schedule import CALIBRATION_TOKENS
-from anequant.progress import Progress
+from anequant.checkpoints.rotation_files import ROTATIONS, read_rotations, write_rotations
+from anequant.jobs.control import Progress
+from anequant.jobs.journal import Journal
+from anequant.jobs.process import resident_bytes
+from anequant.jobs.work_folder import DamagedWork
+from anequant.planning.baseline import samples_resident
+from anequant.planning.schedule import CALIBRATION_TOKENS
+from anequant.planning.steps import ROTATING
 from anequant.recipe import Calibration, Recipe
-from anequant.rotation.plan import matrix_sizes, plan_rotations
+from anequant.rotation.rotation_plan import matrix_sizes, plan_rotations
 
 TOKENS = "tokens"
 

@@ -15,27 +15,27 @@ from anequant.calibration.ranges import LayerRange, layer_ranges
 from anequant.checkpoints.foreign import whole_codebook
 from anequant.checkpoints.layers import open_quantized, projection_bits
 from anequant.checkpoints.layout import projection_names
-from anequant.checkpoints.manifest import write_manifest
-from anequant.checkpoints.output import file_hashes
+from anequant.checkpoints.manifest import checkpoint_hashes, write_manifest
 from anequant.checkpoints.quantized import require_parts
 from anequant.checkpoints.reader import Checkpoint, read_object
 from anequant.checkpoints.side_files import check_side_files
 from anequant.checkpoints.source import TOKENIZER_FILES
 from anequant.checkpoints.writer import write_json
-from anequant.coreml.headroom import Headroom, plan_headroom
-from anequant.coreml.meta import PackageSet, write_meta
-from anequant.pipeline.chunks import chunk_ranges, least_chunks
-from anequant.pipeline.jobs import EMBEDDING_PACKAGE, HEAD_PACKAGE, RANGES
-from anequant.pipeline.journal import Journal
-from anequant.pipeline.lower_package import PackageSize, PackageTask, build_package
-from anequant.pipeline.lowerable import check_lowering, head_parts
-from anequant.pipeline.plan import base_of, lowering_plan
-from anequant.pipeline.probe import RANGE_TOKENS, probe_tokens
-from anequant.pipeline.resume import fingerprint, resumable
-from anequant.pipeline.schedule import units_of
-from anequant.pipeline.task_files import passing_folder
-from anequant.progress import CONTROL, Control, Progress, silent
+from anequant.jobs.control import CONTROL, Control, Progress, silent
+from anequant.jobs.journal import Journal
+from anequant.jobs.resume import resumable
+from anequant.jobs.task_files import passing_folder
+from anequant.pipeline.fingerprint import fingerprint
+from anequant.planning.plan import base_of, lowering_plan
+from anequant.planning.schedule import units_of
+from anequant.planning.steps import EMBEDDING_PACKAGE, HEAD_PACKAGE, RANGES
 from anequant.recipe import LowerOptions
+from anequant.reference.probe import RANGE_TOKENS, probe_tokens
+from anequant.targets.coreml.build import PackageSize, PackageTask, build_package
+from anequant.targets.coreml.meta import PackageSet, write_meta
+from anequant.targets.shared.geometry import chunk_ranges, least_chunks
+from anequant.targets.shared.headroom import Headroom, plan_headroom
+from anequant.targets.shared.lowerable import check_lowering, head_parts
 
 
 @dataclass(frozen=True)
@@ -204,11 +204,6 @@ def _ranges(checkpoint: Checkpoint, journal: Journal) -> list[LayerRange]:
         return [asdict(layer) for layer in layer_ranges(checkpoint, tokens)]
 
     return [LayerRange(**layer) for layer in journal.unit(RANGES, run)]
-
-
-def checkpoint_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """What identifies the checkpoint that packages were made from: its config and weights."""
-    return file_hashes(checkpoint.folder, checkpoint.files)
 
 
 def _table_bits(checkpoint: Checkpoint, name: str) -> int | None:

@@ -15,35 +15,36 @@ from torch import Tensor
 
 from anequant.architectures.spec import layer_prefix
 from anequant.calibration.distill import TuneResult
-from anequant.calibration.judge import check_written
+from anequant.calibration.rotation_choice import RotationChoice, Rotations
 from anequant.calibration.sensitivity import rounding_losses
 from anequant.checkpoints.layout import checkpoint_entries, projection_names
 from anequant.checkpoints.manifest import CHECKPOINT, published_config, rotation_keys, write_manifest
-from anequant.checkpoints.online import quantized_config, weights_stem
+from anequant.checkpoints.online_config import quantized_config, weights_stem
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
-from anequant.checkpoints.rotations import ROTATIONS, write_rotations
+from anequant.checkpoints.rotation_files import ROTATIONS, write_rotations
 from anequant.checkpoints.source import Source
 from anequant.checkpoints.writer import CheckpointWriter, write_json
-from anequant.pipeline.card import Asked, write_checkpoint_card
-from anequant.pipeline.jobs import ROTATING
-from anequant.pipeline.journal import Journal
+from anequant.jobs.control import CONTROL, Control, Progress, silent, step_of
+from anequant.jobs.journal import Journal
+from anequant.jobs.resume import resumable
+from anequant.outputs.card import Asked, write_checkpoint_card
+from anequant.outputs.records import calibration_record, copy_tokenizer, source_record
+from anequant.pipeline.fingerprint import fingerprint
 from anequant.pipeline.kept import kept_rotations, kept_tokens
-from anequant.pipeline.plan import base_of, make_plan
 from anequant.pipeline.quantize_pass import QuantizePass
-from anequant.pipeline.records import calibration_record, copy_tokenizer, source_record
-from anequant.pipeline.requirements import calibrates, check_job
-from anequant.pipeline.resume import fingerprint, resumable
-from anequant.pipeline.rotated import open_float
-from anequant.pipeline.rotations import RotationChoice, Rotations
 from anequant.pipeline.rounder import PassResult
-from anequant.pipeline.schedule import CALIBRATION_TOKENS, SENSITIVITY, TUNING, units_of
 from anequant.pipeline.tune_pass import tune_checkpoint
-from anequant.pipeline.turned import TurnedModel
-from anequant.progress import CONTROL, Control, Progress, silent, step_of
+from anequant.planning.plan import base_of, make_plan
+from anequant.planning.requirements import calibrates, check_job
+from anequant.planning.schedule import CALIBRATION_TOKENS, SENSITIVITY, TUNING, units_of
+from anequant.planning.steps import ROTATING
 from anequant.quantization.mixed import allocate_bits
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, Recipe
-from anequant.rotation.plan import RotationPlan
+from anequant.reference.judge import check_written
+from anequant.reference.open_float import open_float
+from anequant.reference.rotated_model import TurnedModel
+from anequant.rotation.rotation_plan import RotationPlan
 
 DEFAULT_CALIBRATION = Calibration()
 SENSITIVITY_TOKENS = 128

@@ -23,18 +23,18 @@ from anequant.architectures.spec import (
     layer_prefix,
 )
 from anequant.calibration.equivalence import EquivalenceProbe
-from anequant.calibration.on_demand import OnDemand
-from anequant.calibration.statistics import Walkers
+from anequant.calibration.static_scales import measured, smoothed
+from anequant.calibration.walkers import Walkers
 from anequant.checkpoints.layout import norm_names
 from anequant.checkpoints.writer import CheckpointWriter
-from anequant.pipeline.activation_scales import measured, smoothed
-from anequant.pipeline.footprint import give_back_memory
-from anequant.pipeline.journal import Journal
+from anequant.jobs.control import Progress
+from anequant.jobs.journal import Journal
+from anequant.jobs.process import give_back_memory
 from anequant.pipeline.rounder import PassResult, Rounder, RoundingTask, round_linear, told
-from anequant.pipeline.turned import ROWS, TurnedModel
-from anequant.progress import Progress
 from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Recipe
+from anequant.reference.on_demand import OnDemand
+from anequant.reference.rotated_model import ROWS, TurnedModel
 
 LAST_UNIT = "head"
 

@@ -8,31 +8,32 @@ from typing import Any
 
 import torch
 
-from anequant.calibration.judge import check_written
+from anequant.calibration.rotation_choice import RotationChoice, check_rotations
 from anequant.checkpoints.layout import checkpoint_entries, projection_names
 from anequant.checkpoints.manifest import ROTATED, rotation_keys, write_manifest
-from anequant.checkpoints.online import quantized_config, weights_stem
+from anequant.checkpoints.online_config import quantized_config, weights_stem
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
-from anequant.checkpoints.rotations import write_rotations
+from anequant.checkpoints.rotation_files import write_rotations
 from anequant.checkpoints.source import Source
 from anequant.checkpoints.writer import CheckpointWriter, write_json
 from anequant.errors import InputError
-from anequant.pipeline.card import Asked, write_rotated_card
-from anequant.pipeline.jobs import ROTATING, Job, disk, planned_checkpoint, quantizing
-from anequant.pipeline.journal import Journal
+from anequant.jobs.control import CONTROL, Control, Progress, silent, step_of
+from anequant.jobs.journal import Journal
+from anequant.jobs.resume import resumable
+from anequant.outputs.card import Asked, write_rotated_card
+from anequant.outputs.records import calibration_record, copy_tokenizer, source_record
+from anequant.pipeline.fingerprint import fingerprint
 from anequant.pipeline.kept import kept_rotations, kept_tokens
 from anequant.pipeline.quantize import DEFAULT_CALIBRATION
 from anequant.pipeline.quantize_pass import QuantizePass
-from anequant.pipeline.records import calibration_record, copy_tokenizer, source_record
-from anequant.pipeline.resume import fingerprint, resumable
-from anequant.pipeline.rotated import open_float
-from anequant.pipeline.rotations import RotationChoice, check_rotations
-from anequant.pipeline.schedule import CALIBRATION_TOKENS, units_of
-from anequant.pipeline.turned import TurnedModel
-from anequant.progress import CONTROL, Control, Progress, silent, step_of
+from anequant.planning.schedule import CALIBRATION_TOKENS, units_of
+from anequant.planning.steps import ROTATING, Job, disk, planned_checkpoint, quantizing
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import ROTATION_KEYS, recipe_from_dict
+from anequant.reference.judge import check_written
+from anequant.reference.open_float import open_float
+from anequant.reference.rotated_model import TurnedModel
 
 FLOAT = {"bits": 16, "rounding": "nearest"}
 

@@ -16,8 +16,8 @@ from anequant.checkpoints.writer import CheckpointWriter
 from anequant.errors import UnsupportedError
 from anequant.quantization.calibrated import Rounding, quantize_calibrated
 from anequant.quantization.codebook import integer_codebook
+from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.premultiply import premultiply_scales
-from anequant.quantization.quantize import quantize_linear
 from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Recipe
 

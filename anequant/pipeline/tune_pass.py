@@ -6,15 +6,15 @@ from pathlib import Path
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
 from anequant.calibration.distill import Heads, Lesson, TunableLayer, TuneResult, distill
-from anequant.calibration.forward import final_hidden_states
 from anequant.calibration.tokens import SELF, calibration_tokens
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.quantized import store
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.writer import CheckpointWriter
-from anequant.progress import Progress, part_of
+from anequant.jobs.control import Progress, part_of
 from anequant.quantization.tune import tunable
 from anequant.recipe import Calibration
+from anequant.reference.forward import final_hidden_states
 
 MOST_WINDOWS = 96
 HELD_OUT = 16

@@ -22,8 +22,8 @@ from anequant.errors import UnsupportedError
 from anequant.quantization.codebook import nearest_codes
 from anequant.quantization.gptq import Grid, Rounded, damped, descend, gptq, rounded
 from anequant.quantization.linear import QuantizedLinear
+from anequant.quantization.nearest import FittedCore, bound_bias, checked_bias, fit_core
 from anequant.quantization.products import product
-from anequant.quantization.quantize import FittedCore, bound_bias, checked_bias, fit_core
 from anequant.quantization.refine import refit
 from anequant.quantization.statistics import InputStatistics, Moments, output_loss
 

@@ -10,7 +10,7 @@ from anequant.errors import UsageError
 from anequant.quantization.activations import ActivationFormat
 from anequant.recipe import Recipe
 from anequant.rotation.orthogonal import Rotation
-from anequant.rotation.plan import online_rotation
+from anequant.rotation.rotation_plan import online_rotation
 
 
 @dataclass(frozen=True)

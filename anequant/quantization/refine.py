@@ -23,8 +23,8 @@ from torch import Tensor
 
 from anequant.quantization.codebook import separate
 from anequant.quantization.codebook_kernels import looked_up
+from anequant.quantization.nearest import FittedCore
 from anequant.quantization.products import add_square, product
-from anequant.quantization.quantize import FittedCore
 from anequant.quantization.scales import SMALLEST_INPUT_SCALE, float16_scales, spread
 
 RIDGE = 1e-6

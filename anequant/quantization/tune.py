@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anequant.quantization.codebook import separate
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.quantize import bound_bias, checked_bias
+from anequant.quantization.nearest import bound_bias, checked_bias
 from anequant.quantization.scales import float16_scales
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from anequant.architectures.spec import RESIDUAL, Linear, ModelSpec
 from anequant.rotation.orthogonal import Rotation
-from anequant.rotation.plan import RotationPlan
+from anequant.rotation.rotation_plan import RotationPlan
 
 
 def fold_and_rotate_linear(

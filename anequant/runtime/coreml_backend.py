@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anequant.calibration.text import require_known
-from anequant.coreml.decoder import INFER, PREFILL
-from anequant.coreml.device import DevicePackage
-from anequant.coreml.interpreter import Package
-from anequant.coreml.meta import META, PackageSet, read_meta
-from anequant.coreml.meta_check import check_package
-from anequant.coreml.storage import damage
 from anequant.errors import InputError
-from anequant.progress import Progress
+from anequant.jobs.control import Progress
+from anequant.reference.windows import require_known
 from anequant.runtime.generate import check_fits
+from anequant.targets.coreml.device import DevicePackage
+from anequant.targets.coreml.interpreter.interpreter import Package
+from anequant.targets.coreml.meta import META, PackageSet, read_meta
+from anequant.targets.coreml.meta_check import check_package
+from anequant.targets.coreml.program.decoder import INFER, PREFILL
+from anequant.targets.coreml.storage import damage
 
 OpenPackage = Callable[[Path], Package | DevicePackage]
 

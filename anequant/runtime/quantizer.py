@@ -18,10 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from anequant.architectures import read_spec
 from anequant.architectures.spec import INPUT_SCALES, ModelSpec, layer_prefix
-from anequant.calibration.hooks import ATTENTION, attach, register_attention
-from anequant.checkpoints.online import METHOD, WEIGHTS, read_online
+from anequant.checkpoints.online_config import METHOD, WEIGHTS, read_online
 from anequant.errors import InputError, UsageError
 from anequant.quantization.online import Online
+from anequant.reference.hooks import ATTENTION, attach, register_attention
 
 SDPA = "sdpa"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anequant.calibration.text import require_known
+from anequant.reference.windows import require_known
 from anequant.runtime.cache import new_cache
 from anequant.runtime.opening import load
 

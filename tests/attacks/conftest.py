@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from anequant.calibration.text import load_tokenizer
 from anequant.cli import main
+from anequant.reference.windows import load_tokenizer
 from attacks.damage import parts, write
 
 

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anequant.checkpoints.header import BITS, read_header
-from anequant.coreml.toolkit import Model_pb2
 from anequant.errors import AnequantError
+from anequant.targets.coreml.toolkit import Model_pb2
 
 EXAMPLES = {"decoder": 12, "meta": 20, "weights": 20, "tensors": 25, "config": 25}
 OTHERS = 60

@@ -18,9 +18,9 @@ import pytest
 from click.testing import CliRunner
 
 from anequant.cli import main
-from anequant.coreml.package import MODEL_FILE, WEIGHT_FILE
-from anequant.coreml.toolkit import Model_pb2
 from anequant.errors import InputError, VerificationError
+from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE
+from anequant.targets.coreml.toolkit import Model_pb2
 from attacks.damage import assert_refused, parts, raw
 
 FAILED, BAD = VerificationError.exit_code, InputError.exit_code

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from anequant.calibration.activations import largest_magnitudes, smoothed_scale
+from anequant.calibration.activation_scales import largest_magnitudes, smoothed_scale
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import Source
 from anequant.pipeline.quantize import quantize

@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from anequant.architectures.spec import layer_prefix
 from anequant.calibration.distill import PATIENCE, Heads, Lesson, TunableLayer, TuneResult, distill
-from anequant.calibration.forward import ReferenceModel, final_hidden_states
-from anequant.calibration.head import head_gradients, head_loss
-from anequant.calibration.text import load_tokenizer, read_text, text_windows
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
-from anequant.progress import Progress, silent
+from anequant.jobs.control import Progress, silent
 from anequant.quantization.tune import tunable
+from anequant.reference.forward import ReferenceModel, final_hidden_states
+from anequant.reference.head import head_gradients, head_loss
+from anequant.reference.windows import load_tokenizer, read_text, text_windows
 
 
 def tunable_layer(checkpoint: Checkpoint, number: int) -> TunableLayer:

@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from anequant.calibration.sensitivity import Losses, rounding_losses
-from anequant.calibration.text import load_tokenizer, read_text, text_windows
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
-from anequant.quantization.quantize import quantize_linear
+from anequant.quantization.nearest import quantize_linear
+from anequant.reference.windows import load_tokenizer, read_text, text_windows
 
 WIDTHS = (3, 4, 8)
 MEASURED = (3, 4)

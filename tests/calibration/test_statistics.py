@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.statistics import HELD_OUT, Walkers
+from anequant.calibration.walkers import HELD_OUT, Walkers
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import Source
 from anequant.pipeline import rounder

@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anequant.calibration.saved import whole_calibration
-from anequant.calibration.text import text_windows
 from anequant.calibration.tokens import calibration_tokens
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.errors import InputError, ResourceError, UsageError
-from anequant.pipeline.evaluate import read_windows
+from anequant.evaluation.evaluate import read_windows
 from anequant.recipe import Calibration
+from anequant.reference.windows import text_windows
 
 START = 8189
 

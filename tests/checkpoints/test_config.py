@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from anequant.architectures import read_spec
-from anequant.checkpoints.config import plain_config
+from anequant.checkpoints.online_config import plain_config
 
 THETA = 500000.0
 ROPES: dict[str, dict[str, Any]] = {

@@ -18,10 +18,10 @@ from anequant.checkpoints.quantized import load, store
 from anequant.checkpoints.source import Source
 from anequant.errors import InputError
 from anequant.pipeline.lower import lower
-from anequant.pipeline.rotated import open_float
-from anequant.pipeline.verify import verify_packages
-from anequant.quantization.quantize import quantize_linear
+from anequant.quantization.nearest import quantize_linear
 from anequant.recipe import LowerOptions
+from anequant.reference.open_float import open_float
+from anequant.verification.verify import verify_packages
 
 Tensors = dict[str, Tensor]
 SHARD = "model.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from anequant.checkpoints.online import quantized_config, read_online, weights_stem
+from anequant.checkpoints.online_config import quantized_config, read_online, weights_stem
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import InputError
 from anequant.quantization.online import Online, plan_online

@@ -20,7 +20,7 @@ from anequant.checkpoints.source import Source
 from anequant.errors import InputError, UsageError, VerificationError
 from anequant.pipeline.quantize import quantize
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.quantize import quantize_linear
+from anequant.quantization.nearest import quantize_linear
 from anequant.recipe import Recipe
 
 PROJECTIONS = [

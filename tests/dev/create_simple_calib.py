@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from anequant.cli_options import command
-from anequant.console import Console
+from anequant.cli.console import Console
+from anequant.cli.options import command
 
 
 @click.command()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from anequant.cli_options import command
+from anequant.cli.options import command
 
 PATH = click.Path(path_type=Path)
 
@@ -22,7 +22,7 @@ PATH = click.Path(path_type=Path)
 def main(console, model, calib, scheme, optimization, config, output, premultiply, force) -> None:
     from anequant.calibration.saved import whole_calibration
     from anequant.checkpoints.source import resolve_source
-    from anequant.pipeline.published import BLOCKS, closing_lines, published_recipe
+    from anequant.compat.quark import BLOCKS, closing_lines, published_recipe
     from anequant.pipeline.quantize import quantize
 
     chosen = published_recipe(scheme, optimization, config, model, rotated=BLOCKS, premultiply=premultiply)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from anequant.pipeline.fusion import fuse_model, fusion_quality
+from anequant.compat.fusion import fuse_model, fusion_quality
 from anequant.recipe_files import load_recipe
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from anequant.cli_options import command
-from anequant.console import Console
+from anequant.cli.console import Console
+from anequant.cli.options import command
 
 BACKENDS = click.Choice(["anemll", "transformers"])
 
@@ -20,8 +20,8 @@ BACKENDS = click.Choice(["anemll", "transformers"])
 def main(
     console: Console, model: Path, prompt: str, max_tokens: int, temperature: float, backend: str
 ) -> None:
-    from anequant.pipeline.generate import continue_text
-    from anequant.pipeline.sp_check import open_published_model
+    from anequant.compat.anemll import open_published_model
+    from anequant.runtime.continue_text import continue_text
     from anequant.runtime.sampling import Sampling
 
     pieces = []

@@ -2,8 +2,8 @@
 
 import click
 
-from anequant.cli_options import command
-from anequant.console import Console
+from anequant.cli.console import Console
+from anequant.cli.options import command
 from anequant.errors import UsageError
 
 DEFAULT = "smpanaro/Qwen2.5-0.5B-4bit-PerTensor"
@@ -17,7 +17,7 @@ DEFAULT = "smpanaro/Qwen2.5-0.5B-4bit-PerTensor"
 @command
 def main(console: Console, model: str | None, name: str | None, description: str, skip_default: bool) -> None:
     from anequant.checkpoints.source import resolve_source
-    from anequant.pipeline.sp_check import check_sp, require_switch, verdict_lines
+    from anequant.compat.anemll import check_sp, require_switch, verdict_lines
 
     require_switch()
     models = {} if skip_default else {DEFAULT: ("Qwen2.5-0.5B-4bit-PerTensor", "ANEMLL's own example")}

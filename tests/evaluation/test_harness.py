@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from anequant.errors import UnsupportedError, UsageError
-from anequant.pipeline.generate import TextModel, open_text_model
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
+from anequant.runtime.continue_text import TextModel, open_text_model
 from anequant.runtime.transformers_backend import TransformersModel
 
 harness = pytest.importorskip(

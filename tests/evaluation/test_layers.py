@@ -15,16 +15,16 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from anequant.calibration.text import load_tokenizer, read_text, text_windows
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.cli import main
-from anequant.evaluation.layers import embedding_error, layer_errors
-from anequant.pipeline.evaluate import evaluate_checkpoint
-from anequant.pipeline.turned import TurnedModel
+from anequant.evaluation.evaluate import evaluate_checkpoint
+from anequant.evaluation.layer_errors import embedding_error, layer_errors
 from anequant.recipe_files import load_recipe
-from anequant.rotation.model import turn_model
-from anequant.rotation.plan import plan_rotations
+from anequant.reference.rotated_model import TurnedModel
+from anequant.reference.windows import load_tokenizer, read_text, text_windows
+from anequant.rotation.in_memory import turn_model
+from anequant.rotation.rotation_plan import plan_rotations
 
 WINDOWS, LENGTH = 3, 48
 

@@ -13,8 +13,7 @@ import datasets
 import pytest
 from click.testing import CliRunner, Result
 
-from anequant import console
-from anequant.cli import main
+from anequant.cli import console, main
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
 

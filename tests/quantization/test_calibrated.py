@@ -22,7 +22,7 @@ from anequant.quantization.calibrated import (
 from anequant.quantization.codebook import nearest_codes
 from anequant.quantization.gptq import Grid, Rounded, damped, factorize
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.quantize import fit_core, quantize_linear
+from anequant.quantization.nearest import fit_core, quantize_linear
 from anequant.quantization.statistics import InputStatistics, Moments, output_loss
 
 PLAIN = Rounding(4, "lut", "balanced", correction=0.0, descent=0, refinement=0)

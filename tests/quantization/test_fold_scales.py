@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from anequant.calibration.forward import ReferenceModel
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.quantization.fold_scales import fold_input_scales
 from anequant.quantization.scales import output_scale
+from anequant.reference.forward import ReferenceModel
 
 LAYER = 1
 

@@ -17,7 +17,7 @@ from anequant.checkpoints.quantized import load, store
 from anequant.errors import InputError, UsageError
 from anequant.quantization.calibrated import Rounding, quantize_calibrated
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.quantize import quantize_linear
+from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.scales import group_scale, spread
 from anequant.quantization.statistics import InputStatistics, Moments
 from anequant.recipe_files import load_recipe

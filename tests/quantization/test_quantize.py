@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anequant.errors import UnsupportedError
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.quantize import quantize_linear
+from anequant.quantization.nearest import quantize_linear
 from anequant.recipe_files import load_recipe
 
 few = settings(max_examples=25, deadline=None)

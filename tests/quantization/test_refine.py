@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anequant.quantization.quantize import FittedCore
+from anequant.quantization.nearest import FittedCore
 from anequant.quantization.refine import (
     CODEBOOK_ROWS,
     LARGEST_CODEBOOK,

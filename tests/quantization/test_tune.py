@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.quantize import quantize_linear
+from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.tune import TunableLinear, tunable
 
 

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anequant.checkpoints.reader import open_checkpoint
-from anequant.checkpoints.rotations import ROTATIONS, read_rotations, write_rotations
+from anequant.checkpoints.rotation_files import ROTATIONS, read_rotations, write_rotations
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.cli import main
 from anequant.errors import InputError, UsageError
 from anequant.recipe import Recipe
 from anequant.rotation.orthogonal import random_rotation
-from anequant.rotation.plan import matrix_sizes, plan_rotations
+from anequant.rotation.rotation_plan import matrix_sizes, plan_rotations
 
 SIZES = {"r1": 12, "r2.0": 4, "r2.1": 4}
 FEW_TOKENS = ("--calib-samples", 4, "--calib-length", 32)

@@ -14,23 +14,23 @@ from transformers import AutoModelForCausalLM
 
 from anequant.calibration import learn_rotations as learning
 from anequant.calibration.distill import Lesson
-from anequant.calibration.forward import final_hidden_states
-from anequant.calibration.rotated import RotatedStudent
-from anequant.calibration.text import load_tokenizer, read_text, text_windows
+from anequant.calibration.quantized_twin import RotatedStudent
+from anequant.calibration.rotation_choice import choose_rotations
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source
 from anequant.errors import UsageError
 from anequant.evaluation.divergence import evaluate
+from anequant.jobs.control import silent
 from anequant.pipeline.quantize import quantize
-from anequant.pipeline.rotations import choose_rotations
-from anequant.progress import silent
+from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import plan_online
-from anequant.quantization.quantize import quantize_linear
 from anequant.recipe import Recipe
 from anequant.recipe_files import load_recipe
+from anequant.reference.forward import final_hidden_states
+from anequant.reference.windows import load_tokenizer, read_text, text_windows
 from anequant.rotation.cayley import cayley_step
 from anequant.rotation.orthogonal import hadamard_rotation, random_rotation
-from anequant.rotation.plan import RotationPlan, plan_rotations
+from anequant.rotation.rotation_plan import RotationPlan, plan_rotations
 
 W4A4 = {"activation_bits": 4, "r4": "block-hadamard"}
 

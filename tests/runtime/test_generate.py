@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, Pr
 
 from anequant.checkpoints.source import BUNDLED_MODEL
 from anequant.cli import main
-from anequant.coreml.meta import read_meta
 from anequant.errors import InputError, UnsupportedError, UsageError
-from anequant.pipeline.generate import Chat, TextModel, continue_text, open_text_model, stop_tokens
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
+from anequant.runtime.continue_text import Chat, TextModel, continue_text, open_text_model, stop_tokens
 from anequant.runtime.generate import decoded, new_tokens, score
 from anequant.runtime.sampling import Sampling
+from anequant.targets.coreml.meta import read_meta
 
 PROMPT = "In the morning they went down to the"
 TEMPLATE = (

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 import anequant
-from anequant.calibration.forward import logits
 from anequant.checkpoints import writer
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import InputError, UsageError
+from anequant.reference.forward import logits
 
 STATIC = {"activation_bits": 8, "activation_scales": "static", "activation_overrides": "down_proj=16"}
 CHOICES: dict[str, dict[str, Any]] = {

@@ -1,0 +1,177 @@
+"""The commands that write an output, each a job that goes on where an interrupted run stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from anequant.cli.console import Console
+from anequant.cli.options import (
+    calibration_options,
+    command,
+    lowering_options,
+    output_options,
+    read_job,
+    read_lowering,
+    recipe_options,
+    rotation_options,
+)
+from anequant.cli.plan_command import memory_option
+from anequant.cli.scheduling import scheduled_job, scheduler_option
+
+
+@click.command()
+@click.argument("model")
+@output_options
+@recipe_options
+@calibration_options
+@memory_option
+@scheduler_option
+@command
+def quantize(
+    console: Console,
+    model: str,
+    output: Path,
+    force: bool,
+    resume: bool,
+    max_memory: int | None,
+    scheduler: str,
+    **options: Any,
+) -> None:
+    """Fold, rotate and quantize MODEL into a new checkpoint folder.
+
+    \b
+    anequant quantize org/name -o CHECKPOINT
+    anequant quantize FOLDER -o CHECKPOINT --recipe w4-nearest --head-bits 6
+    """
+    source, recipe, calibration, rotations = read_job(console, model, options)
+    from anequant.pipeline.quantize import quantize as run
+    from anequant.report.terminal import results as text
+
+    with scheduled_job(console, "quantize", resume, max_memory, scheduler) as job:
+        result = run(
+            source,
+            output,
+            recipe,
+            calibration,
+            rotations,
+            force=force,
+            progress=job.progress,
+            control=job.control,
+        )
+    console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
+
+
+@click.command()
+@click.argument("model")
+@output_options
+@rotation_options
+@calibration_options
+@command
+def rotate(console: Console, model: str, output: Path, force: bool, resume: bool, **options: Any) -> None:
+    """Fold and rotate MODEL into a new float checkpoint, which quantize then takes.
+
+    --restarts and --learn measure rotations on what --recipe would quantize.
+
+    \b
+    anequant rotate org/name -o ROTATED --r1 hadamard --restarts 8
+    anequant quantize ROTATED -o CHECKPOINT
+    """
+    source, recipe, calibration, rotations = read_job(console, model, options)
+    from anequant.pipeline.rotate import rotate as run
+    from anequant.report.terminal import results as text
+
+    with console.job("rotate", resume) as job:
+        result = run(
+            source,
+            output,
+            recipe,
+            calibration,
+            rotations,
+            force=force,
+            progress=job.progress,
+            control=job.control,
+        )
+    console.result({"output": str(output), **result.to_dict()}, text.rotated(output, result))
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@output_options
+@lowering_options
+@memory_option
+@scheduler_option
+@command
+def lower(
+    console: Console,
+    checkpoint: Path,
+    output: Path,
+    force: bool,
+    resume: bool,
+    max_memory: int | None,
+    scheduler: str,
+    **options: Any,
+) -> None:
+    """Lower a quantized CHECKPOINT to Core ML packages in a new folder.
+
+    \b
+    anequant lower CHECKPOINT -o PACKAGES
+    anequant lower CHECKPOINT -o PACKAGES --context 2048 --batch 64 --chunks 2
+    """
+    from anequant.pipeline.lower import lower as run
+    from anequant.report.terminal import results as text
+
+    sizes = read_lowering(options)
+    with scheduled_job(console, "lower", resume, max_memory, scheduler) as job:
+        result = run(checkpoint, output, sizes, force=force, progress=job.progress, control=job.control)
+    console.result({"output": str(output), **result.to_dict()}, text.lowered(output, result))
+
+
+@click.command()
+@click.argument("model", required=False)
+@output_options
+@recipe_options
+@calibration_options
+@lowering_options
+@memory_option
+@scheduler_option
+@command
+def convert(
+    console: Console,
+    model: str | None,
+    output: Path,
+    force: bool,
+    resume: bool,
+    max_memory: int | None,
+    scheduler: str,
+    **options: Any,
+) -> None:
+    """Quantize MODEL, lower it, verify the packages and write a report; without MODEL, the bundled one.
+
+    \b
+    anequant convert -o OUT
+    anequant convert org/name@revision -o OUT --recipe w6-ane --max-memory 8GB
+    """
+    source, recipe, calibration, rotations = read_job(console, model, options)
+    from anequant.report.terminal import results as text
+    from anequant.report.terminal.converted import convert_and_report
+
+    if model is None:
+        console.note(f"no model named: converting the bundled {source.name}")
+    sizes = read_lowering(options)
+    with scheduled_job(console, "convert", resume, max_memory, scheduler) as job:
+        result, report = convert_and_report(
+            source,
+            output,
+            recipe,
+            calibration,
+            sizes,
+            rotations,
+            force=force,
+            progress=job.progress,
+            control=job.control,
+        )
+    rows = [*text.converted(output, result), *report.rows()]
+    console.result({"model": source.name, "output": str(output), **result.to_dict()}, rows)

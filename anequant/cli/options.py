@@ -1,0 +1,242 @@
+"""Options that several commands share, and how a command ends when something fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from glob import escape, glob
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from anequant.cli.console import Console
+from anequant.cli.ending import NO_RESUME, ending_as_documented
+from anequant.evaluation.sample_size import LENGTH, WINDOWS
+from anequant.recipe import LARGEST_SEED, Calibration, LowerOptions, Recipe
+from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
+
+if TYPE_CHECKING:
+    from anequant.checkpoints.source import Source
+
+Run = Callable[..., None]
+
+
+def command(run: Run) -> Run:
+    """Add --json, --quiet and --debug; report errors as documented instead of by traceback.
+
+    `run` gets a Console as its first argument.
+    """
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+    @click.option("--quiet", is_flag=True, help="Print errors only.")
+    @click.option("--debug", is_flag=True, help="Show the traceback of an error, and libraries' warnings.")
+    @functools.wraps(run)
+    def wrapped(*args: Any, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+        console = Console(json=as_json, quiet=quiet)
+        with ending_as_documented(console, debug, options):
+            run(console, *args, **options)
+
+    return wrapped
+
+
+def output_options(run: Run) -> Run:
+    """-o/--output, --force and --resume."""
+    run = resume_options(run, force="Replace an existing output folder.")
+    path = click.Path(path_type=Path)
+    return click.option("-o", "--output", required=True, type=path, help="New folder to write.")(run)
+
+
+def resume_options(run: Run, *, force: str) -> Run:
+    """--force, which does what `force` says, and --resume."""
+    text = "Whether to go on where an interrupted run to the same folder stopped, or to start over."
+    run = click.option(f"--resume/{NO_RESUME}", default=True, show_default=True, help=text)(run)
+    return click.option("--force", is_flag=True, help=force)(run)
+
+
+LUT_OPTIONS = {"embedding_bits": "--lut-embeddings", "bits": "--lut-ffn", "head_bits": "--lut-head"}
+"""ANEMLL's words for three of the recipe's keys; there, none means float16."""
+
+
+def _width(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    if value is None or value == "none":
+        return None if value is None else 16
+    if not value.isdigit():
+        raise click.BadParameter(f"'{value}' is neither none nor a number of bits")
+    return int(value)
+
+
+def recipe_options(run: Run) -> Run:
+    """--recipe, one option for every field of Recipe, and --rotations; `read_recipe` reads them."""
+    return _recipe_options(run, [item.name for item in dataclasses.fields(Recipe)])
+
+
+def rotation_options(run: Run) -> Run:
+    """As `recipe_options`, for the keys of rotations."""
+    return _recipe_options(run, ROTATION_KEYS)
+
+
+def _recipe_options(run: Run, keys: Sequence[str]) -> Run:
+    file = click.Path(path_type=Path)
+    text = "A rotations.safetensors to take R1 from with --r1 file, and R2 with --r2 file."
+    run = click.option("--rotations", type=file, metavar="FILE", help=text)(run)
+    for item in reversed([item for item in dataclasses.fields(Recipe) if item.name in keys]):
+        choices = item.metadata["choices"]
+        metavar = "|".join(str(choice) for choice in choices) if choices else None
+        name = f"--{item.name.replace('_', '-')}"
+        text = item.metadata["help"]
+        if isinstance(item.default, bool):
+            run = click.option(f"{name}/--no-{name[2:]}", default=None, help=text)(run)
+        elif item.name in LUT_OPTIONS:
+            flags = (name, LUT_OPTIONS[item.name], item.name)
+            run = click.option(*flags, callback=_width, metavar=metavar, help=text)(run)
+        else:
+            complete = partial(_matching, [str(choice) for choice in choices or ()])
+            kind = type(item.default)
+            run = click.option(name, type=kind, metavar=metavar, help=text, shell_complete=complete)(run)
+    names = ", ".join(named_recipes())
+    text = f"One of {names}, or a file. Default: {DEFAULT_RECIPE}. The options below override it."
+    return click.option("--recipe", metavar="NAME|FILE", help=text, shell_complete=_recipes)(run)
+
+
+def _matching(
+    words: Sequence[str], context: click.Context, option: click.Parameter, begun: str
+) -> list[CompletionItem[str]]:
+    """The words that begin as what was typed."""
+    return [CompletionItem(word) for word in words if word.startswith(begun)]
+
+
+def _recipes(context: click.Context, option: click.Parameter, begun: str) -> list[CompletionItem[str]]:
+    """Names of recipes; files where none begins as what was typed."""
+    names = _matching(list(named_recipes()), context, option, begun)
+    return names or [CompletionItem(begun, type="file")]
+
+
+def complete_recipes(
+    context: click.Context, option: click.Parameter, begun: str
+) -> list[CompletionItem[str]]:
+    """As for --recipe, of the last of several between commas; those before it are not offered again. A shell
+    completes a file's name alone, so beginnings of files after a comma are looked up here."""
+    *before, last = begun.split(",")
+    names = [name for name in named_recipes() if name.startswith(last) and name not in before]
+    if not names and not before:
+        return [CompletionItem(begun, type="file")]
+    files = [] if names else sorted(glob(f"{escape(last)}*"))
+    return [CompletionItem(",".join([*before, found])) for found in names or files]
+
+
+def read_recipe(options: dict[str, Any], rotated: Mapping[str, Any] | None = None) -> Recipe:
+    """The Recipe of `recipe_options` or `rotation_options`; raises UsageError.
+
+    `rotated` are the keys that the model was rotated with before, if it was: they stand in the place of the
+    recipe's, not of options that are given.
+    """
+    names = [item.name for item in dataclasses.fields(Recipe)]
+    overrides = {name: options[name] for name in names if options.get(name) is not None}
+    return load_recipe(options["recipe"], {**(rotated or {}), **overrides})
+
+
+def calibration_options(run: Run) -> Run:
+    """--calib, --calib-samples, --calib-length and --calib-seed; `read_calibration` reads them."""
+    default = Calibration()
+    source = "Tokens to calibrate on: self (sampled from the model), wikitext2, a text file, or JSON rows."
+    for name, kind, value, text in (
+        ("seed", click.IntRange(0, LARGEST_SEED), default.seed, "Seed of the windows' choice or sampling."),
+        ("length", click.IntRange(2), default.length, "Tokens in a window."),
+        ("samples", click.IntRange(1), default.samples, "Number of windows."),
+    ):
+        run = click.option(f"--calib-{name}", type=kind, default=value, show_default=True, help=text)(run)
+    return click.option("--calib", default=default.source, show_default=True, metavar="SOURCE", help=source)(
+        run
+    )
+
+
+def read_calibration(options: dict[str, Any]) -> Calibration:
+    """The Calibration of `calibration_options`."""
+    return Calibration(
+        options["calib"], options["calib_samples"], options["calib_length"], options["calib_seed"]
+    )
+
+
+def read_job(
+    console: Console, model: str | None, options: dict[str, Any]
+) -> tuple[Source, Recipe, Calibration, Path | None]:
+    """MODEL's folder and what `recipe_options` or `rotation_options`, and `calibration_options` say of it;
+    a wrong recipe is noticed before anything heavy is imported. Code in the folder is told, and not run."""
+    read_recipe(options)
+    from anequant.checkpoints.manifest import rotation_keys
+    from anequant.checkpoints.side_files import custom_code
+    from anequant.checkpoints.source import resolve_source
+
+    source = resolve_source(model)
+    code = custom_code(source.folder)
+    if code:
+        console.note(f"ignored, no code of a checkpoint is run: {', '.join(code)}")
+    recipe = read_recipe(options, rotation_keys(source.folder))
+    return source, recipe, read_calibration(options), options["rotations"]
+
+
+def _chunk_count(context: click.Context, option: click.Parameter, value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not value.isdigit():
+        raise click.BadParameter(f"'{value}' is neither auto nor a whole number")
+    return int(value)
+
+
+def lowering_options(run: Run) -> Run:
+    """One option for every field of LowerOptions; `read_lowering` reads them."""
+    default = LowerOptions()
+    prefix = "Beginning of the file names, instead of the architecture's."
+    run = click.option("--prefix", metavar="NAME", help=prefix)(run)
+    argmax = "End the head in the best token of each part instead of logits."
+    run = click.option("--argmax", is_flag=True, help=argmax)(run)
+    number = "Number of decoder packages; auto takes as few as --max-chunk-mb allows."
+    run = click.option("--chunks", default="auto", show_default=True, callback=_chunk_count, help=number)(run)
+    for name, value, text in (
+        ("--max-chunk-mb", default.max_chunk_mb, "Most megabytes of a package with --chunks auto."),
+        ("--batch", default.batch, "Positions that prefill takes at once."),
+        ("--context", default.context, "Most tokens the packages hold."),
+    ):
+        run = click.option(name, type=int, default=value, show_default=True, help=text)(run)
+    return run
+
+
+def read_lowering(options: dict[str, Any]) -> LowerOptions:
+    """The LowerOptions of `lowering_options`."""
+    return LowerOptions(**{item.name: options[item.name] for item in dataclasses.fields(LowerOptions)})
+
+
+def generation_options(run: Run) -> Run:
+    """--backend, --max-tokens, and one option for every field of Sampling."""
+    kinds = (
+        ("--seed", click.IntRange(0, LARGEST_SEED), 0, "Seed of sampling."),
+        ("--top-p", click.FloatRange(0, 1), 1.0, "Sample from the best tokens that make up this share."),
+        ("--top-k", click.IntRange(0), 0, "Sample from this many best tokens; 0 means all."),
+        ("--temperature", click.FloatRange(0), 0.0, "0 takes the best token, 1 the model's distribution."),
+        ("--max-tokens", click.IntRange(1), 64, "Most tokens to add."),
+    )
+    for name, kind, default, text in kinds:
+        run = click.option(name, type=kind, default=default, show_default=True, help=text)(run)
+    text = "What runs the model; coreml needs a Mac, transformers a checkpoint."
+    return backend_option("interpreter", help=text)(run)
+
+
+def window_options(run: Run) -> Run:
+    """--windows and --length."""
+    for name, least, default, text in (
+        ("--length", 2, LENGTH, "Tokens a window."),
+        ("--windows", 1, WINDOWS, "Most windows."),
+    ):
+        kind = click.IntRange(least)
+        run = click.option(name, type=kind, default=default, show_default=True, help=text)(run)
+    return run
+
+
+def backend_option(default: str, *, help: str) -> Callable[[Run], Run]:
+    """--backend."""
+    backends = click.Choice(["interpreter", "coreml", "transformers"])
+    return click.option("--backend", type=backends, default=default, show_default=True, help=help)

@@ -1,0 +1,211 @@
+"""Many models and recipes, one after the other: what fails is a row that says why, and the others go on.
+
+`batch.json` in the output folder keeps the fingerprint of every job, written before the job begins where
+there is no output yet, else when it is done. So an output is known as that of a job by its fingerprint.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from anequant.checkpoints.manifest import read_manifest, rotation_keys
+from anequant.checkpoints.places import CHECKPOINT_FOLDER
+from anequant.checkpoints.reader import read_json
+from anequant.checkpoints.source import Source, resolve_source
+from anequant.checkpoints.writer import write_json
+from anequant.comparison.batch_file import Batch, BatchJob
+from anequant.comparison.compare import stored_bits
+from anequant.comparison.trials import StoredBits
+from anequant.errors import AnequantError, InputError, Interrupted, UsageError, as_error, torch_memory
+from anequant.jobs.control import Control, Progress, part_of
+from anequant.jobs.journal import difference, plain
+from anequant.jobs.work_folder import WorkFolder, check_target
+from anequant.pipeline.fingerprint import fingerprint
+from anequant.pipeline.kept import TOKENS, collect_tokens
+from anequant.pipeline.quantize import quantize
+from anequant.planning.requirements import calibrates
+from anequant.recipe import Calibration, Recipe
+from anequant.recipe_files import load_recipe
+from anequant.reference.open_float import open_float
+
+STATE = "batch.json"
+DONE, TAKEN_OVER, FAILED = "done", "taken over", "failed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a job. `seconds` are those of the run that did it; what is not known is None.
+
+    `quality` is the conversion's, as its anequant.json has it; `failed` says why a job failed, with the exit
+    code of its error.
+    """
+
+    name: str
+    model: str
+    recipe: str
+    state: str
+    bits: StoredBits | None = None
+    quality: Mapping[str, float] | None = None
+    seconds: float | None = None
+    failed: str | None = None
+    exit_code: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Steering(Protocol):
+    """How a job is watched and steered."""
+
+    @property
+    def progress(self) -> Progress: ...
+
+    @property
+    def control(self) -> Control: ...
+
+
+Begin = Callable[[str], AbstractContextManager[Steering]]
+"""By the name of the job that begins."""
+
+Convert = Callable[..., object]
+"""`convert`, or what does more and takes the same."""
+
+
+def run_batch(
+    batch: Batch, begin: Begin, convert: Convert, note: Callable[[str], None], *, force: bool = False
+) -> list[Row]:
+    """Do the jobs that are not done; with `force` also those whose output was made in another way.
+
+    `note` gets a line for each. Raises UsageError or InputError when the output folder or its batch.json is
+    none, and Interrupted; whatever else goes wrong is a Row.
+    """
+    runner = _Runner(batch, begin, convert, force)
+    rows = []
+    for job in batch.jobs:
+        row = runner.row(job)
+        note(f"{job.name}: {row.state}{f', {row.failed}' if row.failed else ''}")
+        rows.append(row)
+    return rows
+
+
+def exit_code(rows: list[Row]) -> int:
+    """That of the first failure, 0 when all is done."""
+    return next((row.exit_code for row in rows if row.exit_code), 0)
+
+
+class _Runner:
+    """What jobs share: the records of those that are done, and calibration tokens by model."""
+
+    def __init__(self, batch: Batch, begin: Begin, convert: Convert, force: bool) -> None:
+        self._batch = batch
+        self._begin = begin
+        self._convert = convert
+        self._force = force
+        self._tokens: dict[tuple[Path, Calibration], Tensor] = {}
+        try:
+            batch.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"output '{batch.output}' cannot be created: {error.strerror}") from error
+        self._file = batch.output / STATE
+        self._records: dict[str, Any] = _records(self._file) if self._file.exists() else {}
+
+    def row(self, job: BatchJob) -> Row:
+        try:
+            with torch_memory():
+                return self._done(job)
+        except Interrupted as stop:
+            raise Interrupted(stop.kept) from stop
+        except KeyboardInterrupt as stop:
+            raise Interrupted(f"'{job.name}' was not begun, the jobs before it are done") from stop
+        except (AnequantError, MemoryError, OSError) as failure:
+            error = as_error(failure)
+            code = error.exit_code
+            return Row(job.name, job.model, job.recipe, FAILED, failed=str(error), exit_code=code)
+
+    def _done(self, job: BatchJob) -> Row:
+        target, calibration = self._batch.output / job.name, self._batch.calibration
+        source = resolve_source(job.model)
+        recipe = load_recipe(job.recipe, {**(rotation_keys(source.folder) or {}), **job.overrides})
+        kind = "quantize" if job.lowering is None else "convert"
+        made = plain(
+            fingerprint(kind, open_float(source), source.name, recipe, calibration, None, job.lowering)
+        )
+        record = self._records.get(job.name)
+        if target.exists() and record is not None:
+            changed = difference(record["fingerprint"], made)
+            if changed is None:
+                return self._measured(job, TAKEN_OVER, record["seconds"])
+            if not self._force:
+                raise UsageError(f"'{target}' had {changed}", remedy="pass --force to make it again")
+        check_target(target, force=self._force, source=source.folder)
+        self._record(job.name, None if target.exists() else {"fingerprint": made, "seconds": None})
+        begun = time.monotonic()
+        with self._begin(job.name) as steering:
+            self._run(job, target, source, recipe, steering)
+        seconds = time.monotonic() - begun
+        self._record(job.name, {"fingerprint": made, "seconds": seconds})
+        return self._measured(job, DONE, seconds)
+
+    def _run(self, job: BatchJob, target: Path, source: Source, recipe: Recipe, steering: Steering) -> None:
+        calibration = self._batch.calibration
+        tokens = self._collected(target, source, recipe, steering)
+        make = quantize if job.lowering is None else partial(self._convert, options=job.lowering)
+        make(
+            source,
+            target,
+            recipe,
+            calibration,
+            force=self._force,
+            progress=steering.progress,
+            control=steering.control,
+            collected=tokens,
+        )
+
+    def _collected(self, target: Path, source: Source, recipe: Recipe, steering: Steering) -> Tensor | None:
+        """The model's calibration tokens where a recipe needs them and an interrupted run kept none."""
+        kept = WorkFolder(target.absolute()).folder / f"{TOKENS}.safetensors"
+        if not calibrates(source, recipe) or (steering.control.resume and kept.is_file()):
+            return None
+        key = source.folder.resolve(), self._batch.calibration
+        if key not in self._tokens:
+            step = part_of(steering.progress, "calibrate", 0.0, 0.0)
+            checkpoint, limit = open_float(source), steering.control.max_memory
+            self._tokens[key] = collect_tokens(self._batch.calibration, checkpoint, step, limit)
+        return self._tokens[key]
+
+    def _record(self, name: str, record: Mapping[str, Any] | None) -> None:
+        self._records.pop(name, None)
+        if record is not None:
+            self._records[name] = record
+        unfinished = self._file.with_name(f".{STATE}")
+        write_json(unfinished, {"jobs": self._records})
+        os.replace(unfinished, self._file)
+
+    def _measured(self, job: BatchJob, state: str, seconds: float | None) -> Row:
+        target = self._batch.output / job.name
+        packages = job.lowering is not None
+        bits = stored_bits(target / CHECKPOINT_FOLDER if packages else target)
+        quality = read_manifest(target)["measured"].get("quality") if packages else None
+        return Row(job.name, job.model, job.recipe, state, bits, quality, seconds)
+
+
+def _records(path: Path) -> dict[str, Any]:
+    """What `_record` wrote."""
+    values = read_json(path)
+    jobs = values.get("jobs") if isinstance(values, dict) else None
+    if not isinstance(jobs, dict) or not all(
+        isinstance(record, dict) and record.keys() == {"fingerprint", "seconds"} for record in jobs.values()
+    ):
+        raise InputError(
+            f"'{path}' is no record of a batch", remedy="remove it; --force then makes all jobs again"
+        )
+    return jobs

@@ -1,0 +1,114 @@
+"""A per-tensor checkpoint tested as ANEMLL's users test one: the contract, perplexities, a little text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from anequant.checkpoints.contract import require_contract
+from anequant.checkpoints.layers import open_quantized
+from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
+from anequant.errors import UsageError, VerificationError
+from anequant.evaluation.divergence import evaluate
+from anequant.jobs.control import Progress, part_of, silent
+from anequant.reference.windows import load_tokenizer, model_windows, read_text
+from anequant.runtime.continue_text import TextModel, continue_text, open_text_model, stop_tokens
+from anequant.runtime.sampling import Sampling
+from anequant.runtime.snapped_backend import SnappedModel, SnappedWeights
+
+SWITCH = "ENABLE_SP_QUANT"
+WINDOWS, LENGTH = 2, 128
+PROMPT, NEW_TOKENS = "Who are you?", 16
+LARGEST_DIFFERENCE = 0.01
+ANEMLL, TRANSFORMERS = "anemll", "transformers"
+
+
+@dataclass(frozen=True)
+class SpCheck:
+    """`stored` and `rebuilt` are perplexities on the bundled text: of the weights as stock transformers
+    reads them, and as ANEMLL's loader rebuilds them. `text` continues a prompt with the latter.
+
+    Perplexities and text are None for a model that comes without a tokenizer.
+    """
+
+    projections: int
+    stored: float | None
+    rebuilt: float | None
+    text: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def require_switch(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises UsageError unless ENABLE_SP_QUANT is set as ANEMLL's scripts (true) or its model (1) want it."""
+    if environment.get(SWITCH) not in ("true", "1"):
+        raise UsageError(
+            f"{SWITCH} is not set, ANEMLL reads no per-tensor checkpoint without it",
+            remedy=f"set {SWITCH}=true",
+        )
+
+
+def check_sp(folder: Path, *, progress: Progress = silent) -> SpCheck:
+    """Test the checkpoint in `folder`.
+
+    Raises VerificationError for a violation of the contract or perplexities more than a hundredth apart,
+    InputError for a folder that cannot be read.
+    """
+    progress("contract", 0.0)
+    checkpoint = open_quantized(folder)
+    projections = require_contract(folder)
+    if not has_tokenizer(folder):
+        return SpCheck(projections, None, None, None)
+    tokenizer = load_tokenizer(folder)
+    text = read_text(SAMPLE_TEXT)
+    tokens = model_windows(tokenizer, checkpoint.spec.config, text, count=WINDOWS, length=LENGTH)
+    stored = evaluate(checkpoint, tokens, progress=part_of(progress, "stored weights", 0.1, 0.4))
+    rebuilt = evaluate(
+        SnappedWeights(checkpoint), tokens, progress=part_of(progress, "rebuilt weights", 0.4, 0.8)
+    )
+    if not abs(rebuilt.perplexity / stored.perplexity - 1) <= LARGEST_DIFFERENCE:
+        raise VerificationError(
+            f"the weights that ANEMLL rebuilds have perplexity {rebuilt.perplexity:.3f}, those in the file "
+            f"{stored.perplexity:.3f}",
+            where=str(folder),
+            remedy="quantize the model again",
+        )
+    model = _snapped_model(folder)
+    text = "".join(continue_text(model, PROMPT, NEW_TOKENS, Sampling()))
+    return SpCheck(projections, stored.perplexity, rebuilt.perplexity, text)
+
+
+def open_published_model(folder: Path, backend: str) -> TextModel:
+    """By ANEMLL's names of backends: `anemll` runs packages by the interpreter and a per-tensor checkpoint
+    as the loader rebuilds it, `transformers` any checkpoint as stored.
+
+    Raises VerificationError for a checkpoint that breaks the contract, and what `open_text_model` raises.
+    """
+    if backend == TRANSFORMERS:
+        return open_text_model(folder, backend)
+    if not (folder / "config.json").is_file() or (folder / "meta.yaml").is_file():
+        return open_text_model(folder, "interpreter")
+    open_quantized(folder)
+    require_contract(folder)
+    return _snapped_model(folder)
+
+
+def verdict_lines(title: str, description: str, result: SpCheck) -> list[str]:
+    """The log of a test that passed."""
+    lines = [f"Testing: {title}", f"Description: {description}"] if description else [f"Testing: {title}"]
+    lines.append(f"Scales, codebooks and biases of {result.projections} projections keep the contract")
+    if result.stored is None or result.rebuilt is None:
+        lines.append("Perplexity not measured: the model comes without a tokenizer")
+    else:
+        lines.append(f"Perplexity {result.rebuilt:.3f} as ANEMLL rebuilds it, {result.stored:.3f} as stored")
+        lines.append(f"Generated: {result.text}")
+    return [*lines, f"{title} test PASSED"]
+
+
+def _snapped_model(folder: Path) -> TextModel:
+    tokenizer = load_tokenizer(folder)
+    return TextModel(folder, SnappedModel(folder), tokenizer, stop_tokens(folder))

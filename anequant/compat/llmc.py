@@ -1,0 +1,220 @@
+"""LLMC's QuaRot, and GPTQ after it, as runs of anequant.
+
+Step 1 (method Quarot, save_trans) writes the rotated float model to save_path/transformed_model, step 2
+(method GPTQ of that folder) the quantized one to save_path/fake_quant_model. Without save_trans a quantized
+model is written whether save_fake asks for it or not: LLMC would evaluate it in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anequant.calibration.tokens import WIKITEXT2
+from anequant.checkpoints.manifest import rotation_keys
+from anequant.checkpoints.reader import read_config
+from anequant.checkpoints.source import Source, resolve_source
+from anequant.compat.llmc_words import LlmcFile, read_llmc
+from anequant.errors import UnsupportedError, UsageError
+from anequant.jobs.control import Progress, part_of
+from anequant.jobs.work_folder import staged_folder
+from anequant.pipeline.quantize import QuantizeResult, quantize
+from anequant.pipeline.rotate import RotateResult, rotate
+from anequant.recipe import Calibration, Recipe
+from anequant.recipe_files import recipe_from_dict
+
+TRANSFORMED, QUANTIZED = "transformed_model", "fake_quant_model"
+SCALES = {"per_channel": "output", "per_group": "group", "per_tensor": "tensor"}
+
+
+@dataclass(frozen=True)
+class LlmcRun:
+    """What a file makes of a model: which of the two folders in `output`, how, and what it cannot."""
+
+    source: Source
+    output: Path
+    recipe: Recipe
+    calibration: Calibration
+    transforms: bool
+    quantizes: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LlmcResult:
+    """What was written and measured; None for what was not asked for."""
+
+    rotated: RotateResult | None
+    quantized: QuantizeResult | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            TRANSFORMED: None if self.rotated is None else self.rotated.to_dict(),
+            QUANTIZED: None if self.quantized is None else self.quantized.to_dict(),
+        }
+
+
+def plan_llmc(path: Path) -> LlmcRun:
+    """Read a file and the config of the model that it names.
+
+    Raises what `read_llmc` and `resolve_source` raise, and UsageError where file and model disagree or
+    calibration is missing.
+    """
+    file = read_llmc(path)
+    source = resolve_source(file.values["model.path"])
+    model_type, wanted = read_config(source.folder).get("model_type"), file.values.get("model.type")
+    if wanted is not None and wanted.lower() != model_type:
+        raise UsageError(f"key 'model.type' in '{path}' is '{wanted}', and the model is a {model_type}")
+    keys, notes = llmc_recipe(file, rotation_keys(source.folder))
+    recipe, calibration = recipe_from_dict(keys), llmc_calibration(file)
+    if calibration is None and recipe.calibrated and file.quantizes:
+        raise UsageError(f"'{path}' has no section 'calib', which its method and scales need")
+    if calibration is not None and not (recipe.calibrated and file.quantizes):
+        notes += ("nothing here is calibrated: no use for calib",)
+    return LlmcRun(
+        source,
+        Path(file.values["save.save_path"]),
+        recipe,
+        calibration or Calibration(),
+        file.transforms,
+        file.quantizes,
+        file.notes + notes,
+    )
+
+
+def run_llmc(run: LlmcRun, progress: Progress, *, force: bool = False) -> LlmcResult:
+    """Write what `run` says to its new folder. Raises as `rotate` and `quantize`; nothing is left then."""
+    rotated = quantized = None
+    with staged_folder(run.output, force=force, source=run.source.folder) as staging:
+        if run.transforms:
+            step = part_of(progress, "rotate", 0.0, 0.3 if run.quantizes else 1.0)
+            rotated = rotate(run.source, staging / TRANSFORMED, run.recipe, run.calibration, progress=step)
+        if run.quantizes:
+            step = part_of(progress, "quantize", 0.3 if run.transforms else 0.0, 1.0)
+            quantized = quantize(run.source, staging / QUANTIZED, run.recipe, run.calibration, progress=step)
+    return LlmcResult(rotated, quantized)
+
+
+def llmc_recipe(file: LlmcFile, turned: Mapping[str, Any] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The recipe's keys for a model that was rotated with the keys `turned` (None: it was not), and notes.
+
+    Raises UsageError where file and model disagree on online rotations, UnsupportedError for values that have
+    no counterpart together.
+    """
+    notes: tuple[str, ...] = ()
+    if file.rotates:
+        rotations = _rotations(file)
+        if file.online:
+            notes += ("o_proj's input is turned within heads only: no use for a rotation across heads",)
+    else:
+        rotations = dict(turned) if turned else {"r1": "none", "r2": "none"}
+        if file.online != (rotations.get("r4", "none") != "none"):
+            model = "runs R4" if turned and not file.online else "does not run R4"
+            raise UsageError(
+                f"key 'quant.special.online_rotate' in '{file.path}' is {file.online}, and the model {model}",
+                remedy="use what step 1 used",
+            )
+    weights, more = _weights(file)
+    steps = {"correction": 0.0, "descent": 0, "refinement": 0}
+    rounding = {"rounding": "nearest"} if file.rotates else {"rounding": "gptq", **steps}
+    if not file.quantizes:
+        more = ("only the rotated model is written: no use for what quant says of bits",)
+    return {**rotations, **weights, **rounding, **_activations(file), **_cache(file)}, notes + more
+
+
+def llmc_calibration(file: LlmcFile) -> Calibration | None:
+    """The tokens that the section calib names; None without one.
+
+    Raises UnsupportedError for a data set that cannot be downloaded here, UsageError for one not named.
+    """
+    values = file.values
+    if not any(key.startswith("calib.") for key in values):
+        return None
+    default = Calibration()
+    if values.get("calib.download", False):
+        source = values.get("calib.name")
+        if source != WIKITEXT2:
+            raise UnsupportedError(
+                f"key 'calib.name' in '{file.path}' is {source!r}, with download",
+                remedy=f"only '{WIKITEXT2}' can be downloaded; else name a text or JSON file in calib.path",
+            )
+    elif "calib.path" not in values:
+        raise UsageError(f"key 'calib.path' is missing in '{file.path}'", remedy="or set calib.download")
+    else:
+        source = values["calib.path"]
+    return Calibration(
+        source,
+        samples=values.get("calib.n_samples", default.samples),
+        length=values.get("calib.seq_len", default.length),
+        seed=values.get("calib.seed", values.get("base.seed", default.seed)),
+    )
+
+
+def _rotations(file: LlmcFile) -> dict[str, Any]:
+    online = "hadamard" if file.online else "none"
+    return {
+        "r1": file.values.get("quant.special.rotate_mode", "hadamard"),
+        "r2": online,
+        "r4": online,
+        "seed": file.values.get("base.seed", 0),
+    }
+
+
+def _weights(file: LlmcFile) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Zero points have no counterpart: where LLMC has them, the codebook's entries are free."""
+    part = file.part("weight")
+    notes: tuple[str, ...] = ()
+    scales = SCALES[part.get("granularity", "per_channel")]
+    weights: dict[str, Any] = {"bits": part["bit"], "scales": scales}
+    if scales == "group":
+        weights["group_size"] = part.get("group_size", -1)
+    elif part.get("group_size", -1) > 0:
+        notes += (f"{part.get('granularity')} scales: no use for quant.weight.group_size",)
+    fit, symmetric = part.get("calib_algo", "minmax"), part.get("symmetric", True)
+    if symmetric and fit == "mse":
+        raise UnsupportedError(
+            f"key 'quant.weight.calib_algo' in '{file.path}' is 'mse' for symmetric weights",
+            remedy="use minmax, or symmetric: False for a codebook that is fitted",
+        )
+    weights["codebook"] = "uniform" if symmetric else "lut"
+    if not symmetric:
+        least = "" if fit == "mse" else ", fitted by least squares"
+        notes += (f"weights have a free codebook instead of zero points{least}",)
+    return weights, notes
+
+
+def _activations(file: LlmcFile) -> dict[str, Any]:
+    part = file.part("act")
+    if not part:
+        return {"activation_bits": 16}
+    if "bit" not in part:
+        raise UsageError(f"key 'quant.act.bit' is missing in '{file.path}'")
+    static, symmetric = part.get("static", False), part.get("symmetric", True)
+    fit = part.get("calib_algo", "minmax")
+    per_tensor = part.get("granularity", "per_token") == "per_tensor"
+    problem = {
+        "static": static != per_tensor,
+        "symmetric": static and not symmetric,
+        "calib_algo": not static and fit != "minmax",
+    }
+    for key, holds in problem.items():
+        if holds:
+            raise UnsupportedError(
+                f"key 'quant.act.{key}' in '{file.path}' is {part.get(key, False)!r}",
+                remedy="known are symmetric static per_tensor scales, and minmax dynamic per_token ones",
+            )
+    return {
+        "activation_bits": part["bit"],
+        "activation_scales": "static" if static else "dynamic",
+        "activation_symmetric": symmetric,
+        "activation_range": "mse" if fit == "mse" else "absmax",
+    }
+
+
+def _cache(file: LlmcFile) -> dict[str, Any]:
+    part = file.part("kvcache")
+    if part and "bit" not in part:
+        raise UsageError(f"key 'quant.kvcache.bit' is missing in '{file.path}'")
+    return {"kv_bits": part["bit"]} if part else {}

@@ -1,0 +1,169 @@
+"""Quality of a checkpoint on a text, and on the tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from anequant.calibration.sources import source_text
+from anequant.calibration.tokens import WIKITEXT2, wikitext2
+from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, made_as, read_manifest, rotation_keys
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
+from anequant.checkpoints.rotation_files import written_rotations
+from anequant.checkpoints.source import resolve_source
+from anequant.errors import InputError, UsageError
+from anequant.evaluation.divergence import Quality, evaluate
+from anequant.evaluation.layer_errors import LayerError, embedding_error, layer_errors
+from anequant.evaluation.task_scores import TaskScores, run_tasks
+from anequant.jobs.control import Progress, part_of, silent
+from anequant.recipe import Recipe
+from anequant.recipe_files import recipe_from_dict
+from anequant.reference.windows import load_tokenizer, model_windows, start_token
+from anequant.targets.coreml.meta import META
+
+LAYER_WINDOWS = 8
+LARGEST_EMBEDDING_ERROR = 0.5
+"""Four bits cost a tenth; unrelated embeddings are 1.4 apart."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality on a text; `layers` are None without a base, or for the reason in `layers_missing`."""
+
+    text: str
+    quality: Quality
+    layers: tuple[LayerError, ...] | None
+    layers_missing: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = None if self.layers is None else [asdict(error) for error in self.layers]
+        return {
+            "text": self.text,
+            **self.quality.to_dict(),
+            "layers": layers,
+            "layers_missing": self.layers_missing,
+        }
+
+
+def evaluate_text(
+    model: str,
+    text: Path | str,
+    base: str | None,
+    *,
+    windows: int,
+    length: int,
+    progress: Progress = silent,
+) -> Quality:
+    """Quality of `model` on evenly spaced windows of a text, against `base` when there is one.
+
+    Both name a folder or a hub id; the tokenizer is the model's; `text` is a file, or wikitext2 for that
+    dataset's test split. Raises InputError, UsageError and ResourceError.
+    """
+    checkpoint, original = _open(model, base)
+    tokens = read_windows(checkpoint, text, windows, length)
+    return evaluate(checkpoint, tokens, original, progress=progress)
+
+
+def evaluate_checkpoint(
+    model: str,
+    text: Path | str,
+    base: str | None,
+    *,
+    windows: int,
+    length: int,
+    progress: Progress = silent,
+) -> Evaluation:
+    """As `evaluate_text`, and with a base also the error after every layer, on the first windows."""
+    checkpoint, original = _open(model, base)
+    tokens = read_windows(checkpoint, text, windows, length)
+    quality = evaluate(checkpoint, tokens, original, progress=part_of(progress, "text", 0.0, 0.8))
+    name = Path(text).name
+    if original is None:
+        return Evaluation(name, quality, None, None)
+    missing = _why_layers_differ(checkpoint, original)
+    if missing is not None:
+        return Evaluation(name, quality, None, missing)
+    progress("layers", 0.8)
+    tokens, rotation = tokens[:LAYER_WINDOWS], _rotation(checkpoint)
+    off = embedding_error(checkpoint, original, tokens, rotation)
+    if off > LARGEST_EMBEDDING_ERROR:
+        missing = f"the embedding is {off:.0%} off the base's, as of another model or another rotation"
+        return Evaluation(name, quality, None, missing)
+    return Evaluation(name, quality, layer_errors(checkpoint, original, tokens, rotation), None)
+
+
+def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | None:
+    """Why the residual streams of two models cannot be compared; None when they can."""
+    ours, theirs = checkpoint.spec, original.spec
+    if (ours.num_layers, ours.hidden_size) != (theirs.num_layers, theirs.hidden_size):
+        return (
+            f"the base has {theirs.num_layers} layers of width {theirs.hidden_size}, "
+            f"the checkpoint {ours.num_layers} of {ours.hidden_size}"
+        )
+    if original.is_quantized:
+        return "the base is quantized itself"
+    if original.online.active or rotation_keys(original.folder) is not None:
+        return "the base is rotated itself"
+    if checkpoint.is_quantized and _recipe(checkpoint) is None:
+        return f"the checkpoint has no {MANIFEST} that tells its rotation"
+    return None
+
+
+def _recipe(checkpoint: Checkpoint) -> Recipe | None:
+    """What a checkpoint that anequant wrote was made by; None for one made elsewhere."""
+    if made_as(checkpoint.folder) not in (CHECKPOINT, ROTATED):
+        return None
+    values = read_manifest(checkpoint.folder).get("recipe")
+    return recipe_from_dict(values) if isinstance(values, dict) else None
+
+
+def _rotation(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
+    """R1 of a checkpoint that anequant wrote, read from its file or drawn again from its recipe; nothing for
+    another one."""
+    recipe = _recipe(checkpoint)
+    if recipe is None or recipe.r1 == "none":
+        return lambda hidden: hidden
+    r1 = written_rotations(checkpoint, recipe).r1
+    assert r1 is not None
+    return r1.apply
+
+
+def evaluate_tasks(model: str, tasks: str, backend: str, progress: Progress = silent) -> TaskScores:
+    """Run tasks of lm-evaluation-harness on a folder or hub id.
+
+    Raises UsageError for packages with the backend transformers, and what `resolve_source`,
+    `open_text_model` and `run_tasks` do.
+    """
+    folder = resolve_source(model).folder
+    if backend == "transformers" and (folder / META).is_file():
+        raise UsageError(
+            f"'{model}' holds packages, which transformers does not run", remedy="add --backend interpreter"
+        )
+    from anequant.runtime.continue_text import open_text_model  # imports coremltools
+
+    opened = open_text_model(folder, backend)
+    first = start_token(opened.tokenizer, read_json(opened.folder / "config.json"))
+    return run_tasks(opened.decoder, opened.tokenizer, first, opened.stop, tasks, progress)
+
+
+def _open(model: str, base: str | None) -> tuple[Checkpoint, Checkpoint | None]:
+    checkpoint = open_checkpoint(resolve_source(model).folder)
+    original = None if base is None else open_checkpoint(resolve_source(base).folder)
+    if original is not None and original.spec.vocab_size != checkpoint.spec.vocab_size:
+        raise InputError(
+            f"base '{base}' has a vocabulary of {original.spec.vocab_size}, "
+            f"'{model}' one of {checkpoint.spec.vocab_size}",
+            remedy="compare a checkpoint with the float model it was made from",
+        )
+    return checkpoint, original
+
+
+def read_windows(checkpoint: Checkpoint, text: Path | str, windows: int, length: int) -> Tensor:
+    """At most `windows` token windows of `length` of a text file, or of the test split of wikitext2."""
+    tokenizer = load_tokenizer(checkpoint.folder)
+    content = wikitext2("test") if str(text) == WIKITEXT2 else source_text(Path(text), tokenizer)
+    return model_windows(tokenizer, checkpoint.spec.config, content, count=windows, length=length)

@@ -1,0 +1,151 @@
+"""Tasks of lm-evaluation-harness, found by name or in files, and run on a Decoder."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import io
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anequant.errors import ResourceError, UnsupportedError, UsageError
+from anequant.jobs.control import Progress, silent
+from anequant.runtime.generate import Decoder
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Values by task and by the harness's `metric,filter`; None for one that is not finite.
+
+    `shortened` prompts lost their beginning because they were too long for the context.
+    """
+
+    scores: dict[str, dict[str, float | None]]
+    shortened: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"tasks": self.scores, "shortened_prompts": self.shortened}
+
+
+def run_tasks(
+    decoder: Decoder,
+    tokenizer: Any,
+    first: int,
+    stop: frozenset[int],
+    tasks: str,
+    progress: Progress = silent,
+) -> TaskScores:
+    """Run a comma-separated list of the harness's tasks and groups, of .yaml files, or of folders of them.
+
+    `first` is the token before a text without context. Seeds and few-shot examples are those of the
+    harness's own command. Raises UsageError when lm-eval is not installed, a task is unknown, cannot be
+    loaded or needs a longer context, or the decoder tells only its best tokens; ResourceError when a task's
+    data cannot be had; UnsupportedError for a task that samples, runs code or needs more than text.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("lm-evaluation-harness is not installed", remedy="pip install 'anequant[eval]'")
+    if not decoder.tells_all_logits:
+        raise UsageError(
+            "packages with arg-max heads tell no likelihoods", remedy="lower the checkpoint without --argmax"
+        )
+    from lm_eval.evaluator import evaluate
+
+    from anequant.evaluation.harness import HarnessModel
+
+    with contextlib.ExitStack() as quiet:
+        quiet.enter_context(_no_stderr())
+        model = HarnessModel(decoder, tokenizer, first, stop, progress, lambda: _lifted(quiet))
+        outcome = evaluate(lm=model, task_dict=_load(tasks), bootstrap_iters=0, log_samples=False)
+    scores = {task: _finite(values) for task, values in outcome["results"].items()}
+    return TaskScores(scores, model.shortened)
+
+
+def _no_stderr() -> contextlib.AbstractContextManager[Any]:
+    """Drops the progress bars and remarks of the harness and its libraries."""
+    return contextlib.redirect_stderr(io.StringIO())
+
+
+@contextlib.contextmanager
+def _lifted(quiet: contextlib.ExitStack) -> Iterator[None]:
+    """stderr is back while this lasts, for our own progress."""
+    quiet.close()
+    try:
+        yield
+    finally:
+        quiet.enter_context(_no_stderr())
+
+
+def _load(tasks: str) -> Any:
+    """The harness's TaskDict of what the list names, seeded as `lm-eval run` seeds it."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.tasks import TaskManager
+
+    parts = [part.strip() for part in tasks.split(",")]
+    folders = [part for part in parts if Path(part).is_dir()]
+    files = [part for part in parts if part.endswith((".yaml", ".yml"))]
+    named = len(folders) + len(files) < len(parts)
+    manager = TaskManager(include_path=folders or None, include_defaults=named)
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    wanted = []
+    for part in parts:
+        if part in folders:
+            wanted += _tasks_in(part, TaskManager(include_path=part, include_defaults=False).all_subtasks)
+        else:
+            wanted += [part] if part in files else _matches(part, manager)
+    try:
+        loaded = manager.load(wanted)
+    except OSError as error:
+        raise ResourceError(
+            f"the data of '{tasks}' cannot be had: {_first_line(error)}",
+            remedy="`datasets` loads it from the hub, its cache, or the files that the task names",
+        ) from error
+    except Exception as error:
+        raise UsageError(
+            f"'{tasks}' cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise UnsupportedError(f"task '{name}' runs code that the model writes, or needs more than text")
+        task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+    return loaded
+
+
+def _tasks_in(folder: str, names: list[str]) -> list[str]:
+    if not names:
+        raise UsageError(
+            f"folder '{folder}' holds no task", remedy="a task is a .yaml file with a `task` key"
+        )
+    return names
+
+
+def _matches(name: str, manager: Any) -> list[str]:
+    """The harness's tasks and groups of that name or pattern."""
+    matches: list[str] = manager.match_tasks([name])
+    if not matches:
+        close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+        raise UsageError(
+            f"lm-evaluation-harness knows no task '{name}'",
+            remedy=f"did you mean '{close[0]}'?" if close else "`lm-eval ls tasks` lists what it knows",
+        )
+    return matches
+
+
+def _finite(values: dict[str, Any]) -> dict[str, float | None]:
+    return {
+        key: float(value) if math.isfinite(value) else None
+        for key, value in values.items()
+        if "," in key and isinstance(value, Real)
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,169 @@
+"""Two paths compared: their checkpoints, their packages, and on demand the logits of both."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anequant.calibration.sources import source_text
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
+from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
+from anequant.errors import InputError, UnsupportedError, UsageError
+from anequant.evaluation.divergence import summarise
+from anequant.inspection.diff import CheckpointDifferences, diff_checkpoints, keys_that_differ
+from anequant.inspection.diff_packages import PackageDifferences, diff_packages, pairs
+from anequant.inspection.inspect import PACKAGE, Parts, parts_of
+from anequant.jobs.control import Progress, part_of, silent
+from anequant.reference.forward import logits
+from anequant.reference.probe import probe_tokens
+from anequant.reference.windows import load_tokenizer, model_windows
+from anequant.runtime.coreml_backend import PackageModel
+from anequant.targets.coreml.meta import META, read_meta
+
+WINDOWS, LENGTH = 4, 128
+PACKAGE_TOKENS = 64
+"""The interpreter takes them one by one."""
+
+
+@dataclass(frozen=True)
+class LogitsDifference:
+    """KL(A || B) in nats, share of equal arg-max, and the largest difference of a logit, on `tokens`."""
+
+    tokens: int
+    kl: float
+    top1: float
+    max_abs: float
+
+
+@dataclass(frozen=True)
+class PathDifferences:
+    """`set` holds what meta.yaml says differently; `only_a` and `only_b` are packages without a counterpart.
+
+    What only one of the paths has, a checkpoint or packages, is not compared.
+    """
+
+    a: str
+    b: str
+    checkpoint: CheckpointDifferences | None
+    packages: tuple[PackageDifferences, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    set: Mapping[str, tuple[Any, Any]]
+    logits: LogitsDifference | None
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs; logits follow from the rest and do not count."""
+        checkpoint = self.checkpoint is None or self.checkpoint.same
+        packages = all(package.same for package in self.packages)
+        return checkpoint and packages and not (self.only_a or self.only_b or self.set)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"same": self.same, **asdict(self)}
+
+
+def diff(
+    a: Path, b: Path, *, compare_logits: bool = False, text: Path | None = None, progress: Progress = silent
+) -> PathDifferences:
+    """`text` is what logits are computed on, None for the bundled one.
+
+    Raises UsageError for two paths that have nothing in common to compare, and what opening them raises.
+    """
+    ours, theirs = parts_of(a), parts_of(b)
+    kinds = ours.kind, theirs.kind
+    if not (ours.checkpoint and theirs.checkpoint) and not (ours.packages and theirs.packages):
+        raise UsageError(
+            f"'{a}' is a {ours.kind}, '{b}' a {theirs.kind}", remedy="compare two checkpoints or two packages"
+        )
+    end = 0.5 if compare_logits else 1.0
+    checkpoint = None
+    if ours.checkpoint and theirs.checkpoint:
+        opened = open_checkpoint(ours.checkpoint), open_checkpoint(theirs.checkpoint)
+        checkpoint = diff_checkpoints(*opened, part_of(progress, "tensors", 0.0, end))
+    matched = list(pairs(ours.packages, theirs.packages)) if ours.packages and theirs.packages else []
+    packages = []
+    for number, (one, other) in enumerate(matched):
+        if one is not None and other is not None:
+            progress(one.name, end * number / len(matched))
+            packages.append(diff_packages(one, other))
+    last = part_of(progress, "logits", end, 1.0)
+    return PathDifferences(
+        str(a),
+        str(b),
+        checkpoint,
+        tuple(packages),
+        tuple(one.name for one, other in matched if one is not None and other is None),
+        tuple(other.name for one, other in matched if one is None and other is not None),
+        keys_that_differ(_set(ours), _set(theirs)) if packages and PACKAGE not in kinds else {},
+        _logits(ours, theirs, text, last) if compare_logits else None,
+    )
+
+
+def _set(parts: Parts) -> dict[str, Any]:
+    folder = parts.packages[0].parent
+    return asdict(read_meta(folder)) if (folder / META).is_file() else {}
+
+
+def _logits(a: Parts, b: Parts, text: Path | None, progress: Progress) -> LogitsDifference:
+    """Of the checkpoints, of the packages where there are none."""
+    if a.checkpoint and b.checkpoint:
+        opened = open_checkpoint(a.checkpoint), open_checkpoint(b.checkpoint)
+        base, model = opened
+        if base.spec.vocab_size != model.spec.vocab_size:
+            sizes = f"{base.spec.vocab_size} and {model.spec.vocab_size}"
+            raise InputError(f"vocabularies of {sizes} tokens have no logits to compare")
+        tokens = _tokens(base, text)
+        return compare(tokens, logits(base, tokens), logits(model, tokens, progress=progress))
+    folders = [parts.packages[0].parent for parts in (a, b)]
+    for parts, folder in zip((a, b), folders, strict=True):
+        if parts.kind == PACKAGE or not (folder / META).is_file():
+            raise UsageError(
+                "a package alone tells no logits", remedy=f"name folders of packages with their {META}"
+            )
+    models = [PackageModel(folder) for folder in folders]
+    if not all(model.tells_all_logits for model in models):
+        raise UnsupportedError("packages with an arg-max head tell no logits to compare")
+    length = min(PACKAGE_TOKENS, *(model.context for model in models))
+    tokens = _text_windows(folders[0], read_json(folders[0] / "config.json"), text, 1, length)
+    base_logits, our_logits = ([model.feed_each(tokens[0].tolist())] for model in models)
+    if base_logits[0].shape != our_logits[0].shape:
+        raise InputError("vocabularies of two sizes have no logits to compare")
+    return compare(tokens, base_logits, our_logits)
+
+
+def compare(tokens: Tensor, base: Iterable[Tensor], ours: Iterable[Tensor]) -> LogitsDifference:
+    """Logits [length, vocab] of each window of tokens [windows, length], one of each in memory at a time."""
+    largest, kept = 0.0, deque[Tensor]()
+
+    def watched() -> Iterator[Tensor]:
+        nonlocal largest
+        for window, other in zip(ours, base, strict=True):
+            largest = max(largest, float((window - other).abs().max()))
+            kept.append(other)
+            yield window
+
+    def others() -> Iterator[Tensor]:
+        while True:
+            yield kept.popleft()
+
+    quality = summarise(tokens, watched(), others())
+    assert quality.kl is not None and quality.top1 is not None
+    return LogitsDifference(quality.tokens, max(quality.kl, 0.0), quality.top1, largest)
+
+
+def _tokens(checkpoint: Checkpoint, text: Path | None) -> Tensor:
+    if text is None and not has_tokenizer(checkpoint.folder):
+        return torch.stack([probe_tokens(checkpoint, LENGTH)])
+    return _text_windows(checkpoint.folder, checkpoint.spec.config, text, WINDOWS, LENGTH)
+
+
+def _text_windows(folder: Path, config: Any, text: Path | None, count: int, length: int) -> Tensor:
+    tokenizer = load_tokenizer(folder)
+    content = source_text(SAMPLE_TEXT if text is None else text, tokenizer)
+    return model_windows(tokenizer, config, content, count=count, length=length)

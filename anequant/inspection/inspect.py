@@ -1,0 +1,200 @@
+"""What a path holds: a checkpoint, packages, an output of convert, or a file of tensors.
+
+Only headers and programs are read, and of a quantized checkpoint its scales and codebooks; weights are read
+for a single tensor, when it is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from anequant.checkpoints.header import LONGEST_NAME, TensorInfo, read_header
+from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
+from anequant.checkpoints.quantized import load
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint
+from anequant.checkpoints.stored import read_stored
+from anequant.errors import InputError, UnsupportedError, UsageError, shown
+from anequant.evaluation.distribution import Distribution, distribution
+from anequant.inspection.inspect_checkpoint import CheckpointFacts, checkpoint_facts
+from anequant.inspection.inspect_package import PackageFacts, package_facts
+from anequant.inspection.inspect_tensors import TensorFiles, tensor_files
+from anequant.targets.coreml.census import constant_node, load_constant
+from anequant.targets.coreml.graph import package_graphs
+from anequant.targets.coreml.meta import META, read_meta
+from anequant.targets.coreml.storage import Palettized, damage
+
+CONVERSION, PACKAGES, PACKAGE, FILE = "output of convert", "folder of packages", "package", "safetensors file"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a path is made of: a checkpoint's folder, packages, or one file of tensors."""
+
+    kind: str
+    checkpoint: Path | None = None
+    packages: tuple[Path, ...] = ()
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`kind` says what the path is; `set` is what meta.yaml says of the packages, None without one."""
+
+    kind: str
+    checkpoint: CheckpointFacts | None
+    packages: tuple[PackageFacts, ...]
+    set: dict[str, Any] | None
+    file: TensorFiles | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CodeUse:
+    """A codebook entry and how many codes name it."""
+
+    entry: float
+    count: int
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """One tensor; `codes` only where it is palettized with one table, `tables` counts those of a package."""
+
+    name: str
+    place: str
+    dtype: str
+    shape: tuple[int, ...]
+    distribution: Distribution
+    codes: tuple[CodeUse, ...] | None
+    tables: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parts_of(path: Path) -> Parts:
+    """Raises InputError for a path that does not exist or holds nothing of the kind."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise InputError(
+                f"'{path.name}' is no safetensors file", remedy="name one, a model folder or an .mlpackage"
+            )
+        return Parts(FILE, file=path)
+    if not path.is_dir():
+        raise InputError(f"'{path}' does not exist")
+    if (path / "Manifest.json").is_file():
+        return Parts(PACKAGE, packages=(path,))
+    checkpoint, packages = path / CHECKPOINT_FOLDER, path / PACKAGES_FOLDER
+    if checkpoint.is_dir() and packages.is_dir():
+        return Parts(CONVERSION, checkpoint, tuple(sorted(packages.glob("*.mlpackage"))))
+    found = tuple(sorted(path.glob("*.mlpackage")))
+    if found:
+        return Parts(PACKAGES, packages=found)
+    if (path / "config.json").is_file():
+        return Parts("checkpoint", path)
+    raise InputError(
+        f"'{path}' holds neither a checkpoint nor packages",
+        remedy="name a folder with config.json and safetensors, an .mlpackage, or a folder of them",
+    )
+
+
+def inspect(path: Path) -> Inspection:
+    """Raises InputError for a path that holds nothing of the kind or is damaged, UnsupportedError for an
+    architecture or a kind of Core ML model that is not known."""
+    parts = parts_of(path)
+    checkpoint = None if parts.checkpoint is None else checkpoint_facts(open_checkpoint(parts.checkpoint))
+    meta = parts.packages[0].parent if parts.packages and parts.kind != PACKAGE else None
+    return Inspection(
+        checkpoint.kind if parts.kind == "checkpoint" and checkpoint is not None else parts.kind,
+        checkpoint,
+        tuple(package_facts(package) for package in parts.packages),
+        asdict(read_meta(meta)) if meta is not None and (meta / META).is_file() else None,
+        None if parts.file is None else tensor_files(read_header(parts.file)),
+    )
+
+
+def inspect_tensor(path: Path, name: str) -> TensorFacts:
+    """The values of one tensor: `name` as in the file, or that of a linear, whose weight it then is; in a
+    package that of a constant.
+
+    Raises UsageError with a suggestion for a name that is not there, and what `inspect` raises.
+    """
+    parts, known = parts_of(path), []
+    if parts.file is not None:
+        tensors = read_header(parts.file)
+        if name in tensors:
+            return _stored(tensors, name, parts.file.name)
+        known += list(tensors)
+    if parts.checkpoint is not None:
+        checkpoint = open_checkpoint(parts.checkpoint)
+        for full in (name, f"{name}.weight"):
+            if full in checkpoint.tensors:
+                return _of_checkpoint(checkpoint, full)
+        known += list(checkpoint.tensors)
+    for package in parts.packages:
+        graphs = package_graphs(package)
+        found = constant_node(graphs, name)
+        if found is not None:
+            with damage(str(package)):
+                return _of_package(name, package.name, load_constant(*found))
+        known += [node.name for graph in graphs for node in graph.nodes if node.constant]
+    raise UsageError(f"no tensor {shown(name)} in '{path}'", remedy=_suggestion(name, known))
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    """Names that are close, else some that there are."""
+    close = difflib.get_close_matches(name[:LONGEST_NAME], known, n=3)
+    listed = " or ".join(shown(word) for word in close or known[:3])
+    return f"did you mean {listed}?" if close else f"there are {len(known)}, for example {listed}"
+
+
+def _stored(tensors: dict[str, TensorInfo], name: str, place: str) -> TensorFacts:
+    ((_, tensor),) = read_stored(tensors, [name])
+    return _facts(name, place, tensors[name].dtype, tensor, None, None)
+
+
+def _of_checkpoint(checkpoint: Checkpoint, name: str) -> TensorFacts:
+    stored = _stored(checkpoint.tensors, name, checkpoint.tensors[name].shard.name)
+    linear = name.removesuffix(".weight")
+    if name == linear or f"{linear}.output_scales" not in checkpoint.tensors:
+        return stored
+    quantized = load(linear, checkpoint.read, checkpoint.tensors)
+    codes = tuple(_uses(quantized.codes, quantized.codebook))
+    return TensorFacts(name, stored.place, stored.dtype, stored.shape, stored.distribution, codes, 1)
+
+
+def _of_package(name: str, place: str, value: Any) -> TensorFacts:
+    if isinstance(value, str):
+        raise UnsupportedError(f"constant {shown(name)} is the text {shown(value)}, not a tensor")
+    if not isinstance(value, Palettized):
+        return _facts(name, place, _dtype(value), value, None, None)
+    *_, entries, width = value.codebook.shape
+    tables = value.codebook.numel() // (entries * width)
+    single = tables == 1 and width == 1
+    codes = tuple(_uses(value.codes, value.codebook.reshape(-1))) if single else None
+    return _facts(name, place, _dtype(value.codebook), value.dense(), codes, tables)
+
+
+def _facts(
+    name: str, place: str, dtype: str, tensor: Tensor, codes: tuple[CodeUse, ...] | None, tables: int | None
+) -> TensorFacts:
+    if tensor.is_complex():
+        raise UnsupportedError(f"tensor {shown(name)} is complex")
+    return TensorFacts(name, place, dtype, tuple(tensor.shape), distribution(tensor), codes, tables)
+
+
+def _uses(codes: Tensor, codebook: Tensor) -> Iterator[CodeUse]:
+    counts = codes.reshape(-1).int().bincount(minlength=len(codebook)).tolist()
+    return (CodeUse(float(entry), count) for entry, count in zip(codebook, counts, strict=True))
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

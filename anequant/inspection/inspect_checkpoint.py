@@ -1,0 +1,206 @@
+"""What a checkpoint is, from config.json and headers; of a quantized one also its scales and codebooks.
+
+No weight is read: scales and codebooks are vectors, so this takes seconds for a model of any size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anequant.architectures.spec import EMBEDDING, HEAD
+from anequant.checkpoints.header import BITS
+from anequant.checkpoints.layout import projection_names
+from anequant.checkpoints.manifest import MANIFEST, ROTATED, made_as, read_manifest
+from anequant.checkpoints.reader import Checkpoint
+from anequant.checkpoints.stored import read_stored
+from anequant.inspection.inspect_tensors import TensorFiles, tensor_files
+from anequant.quantization.online import Online
+
+FLOAT, TURNED, QUANTIZED = "float checkpoint", "rotated float checkpoint", "quantized checkpoint"
+PROJECTIONS, WHOLE = "projections", "whole model"
+PARTS = {EMBEDDING: "embedding", HEAD: "head"}
+PARTS_OF_LINEAR = ("weight", "input_scales", "output_scales", "codebook")
+GRID = 2.0**-10
+"""An integer grid times a scale, each entry rounded to float16, is off by less than this of its largest."""
+
+
+@dataclass(frozen=True)
+class PartBits:
+    """Weights of a part and their width: `bits` of the codes (of the dtype where nothing is quantized), None
+    where the file holds no codebook; `stored_bits` with scales and codebooks in float16, as in packages."""
+
+    weights: int
+    bits: float | None
+    stored_bits: float | None
+
+
+@dataclass(frozen=True)
+class ScaleKind:
+    """Linears whose scales are alike, as the recipe calls them, with the least and the largest magnitude."""
+
+    kind: str
+    linears: int
+    input_range: tuple[float, float]
+    output_range: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class CodebookKind:
+    """Codebooks of a length and kind: uniform (equal steps) or lut; the least and the largest entry."""
+
+    kind: str
+    entries: int
+    count: int
+    range: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """`made_by` names what wrote it, None when the folder does not tell; `recipe` likewise."""
+
+    kind: str
+    made_by: str | None
+    sizes: Mapping[str, Any]
+    tensors: TensorFiles
+    bits: Mapping[str, PartBits]
+    scales: tuple[ScaleKind, ...]
+    codebooks: tuple[CodebookKind, ...]
+    online: Mapping[str, Any]
+    recipe: Mapping[str, Any] | None
+
+
+def checkpoint_facts(checkpoint: Checkpoint) -> CheckpointFacts:
+    """Raises InputError for an anequant.json that is damaged, and what `read_stored` raises."""
+    kind = TURNED if made_as(checkpoint.folder) == ROTATED else FLOAT
+    recorded = read_manifest(checkpoint.folder) if (checkpoint.folder / MANIFEST).is_file() else {}
+    spec = checkpoint.spec
+    linears = [*projection_names(spec), *PARTS]
+    quantized = [name for name in linears if f"{name}.output_scales" in checkpoint.tensors]
+    scales, codebooks = _scales_and_codebooks(checkpoint, quantized)
+    version = recorded.get("versions", {}).get("anequant")
+    return CheckpointFacts(
+        QUANTIZED if quantized else kind,
+        f"anequant {version}" if version else None,
+        {"model_type": spec.architecture.model_type, **spec.sizes, "tied": spec.tied},
+        tensor_files(checkpoint.tensors),
+        dict(_bits(checkpoint, linears)),
+        scales,
+        codebooks,
+        online_facts(checkpoint.online),
+        recorded.get("recipe"),
+    )
+
+
+def online_facts(online: Online) -> dict[str, Any]:
+    """What the model does while it runs, empty where it is its weights and no more."""
+    facts: dict[str, Any] = {}
+    for name in ("r3", "r4"):
+        rotation = getattr(online, name)
+        if rotation is not None:
+            facts[name] = {"size": rotation.size, "hadamard_order": rotation.order}
+    if online.activations:
+        formats = list(online.activations.values())
+        scales = [format_.scale for format_ in formats if format_.scale is not None]
+        facts["activations"] = {
+            "bits": {str(bits): sum(own.bits == bits for own in formats) for bits in (4, 8)},
+            "scales": "static" if scales else "dynamic",
+            "scale_range": [min(scales), max(scales)] if scales else None,
+            "symmetric": all(own.symmetric for own in formats),
+        }
+    if online.kv_bits < 16:
+        facts["kv_bits"] = online.kv_bits
+    if online.active and online.prefix:
+        facts["float_prefix"] = online.prefix
+    return facts
+
+
+def _bits(checkpoint: Checkpoint, linears: list[str]) -> Iterator[tuple[str, PartBits]]:
+    """The parts that there are; the whole model is the parts, without norms and biases."""
+    parts: dict[str, list[tuple[int, float | None, float | None]]] = {}
+    for name in linears:
+        if f"{name}.weight" in checkpoint.tensors:
+            sizes = _linear_bits(checkpoint, name)
+            for part in (PARTS.get(name, PROJECTIONS), WHOLE):
+                parts.setdefault(part, []).append(sizes)
+    for part in (PROJECTIONS, *PARTS.values(), WHOLE):
+        if part in parts:
+            weights, codes, stored = zip(*parts[part], strict=True)
+            yield part, PartBits(sum(weights), _share(codes, weights), _share(stored, weights))
+
+
+def _linear_bits(checkpoint: Checkpoint, name: str) -> tuple[int, float | None, float | None]:
+    """Weights, bits of the codes, and with scales and codebook."""
+    shapes = {part: checkpoint.tensors.get(f"{name}.{part}") for part in PARTS_OF_LINEAR}
+    counts = {part: math.prod(info.shape) for part, info in shapes.items() if info is not None}
+    weights = counts["weight"]
+    if "output_scales" not in counts:
+        plain = float(weights * BITS[checkpoint.tensors[f"{name}.weight"].dtype])
+        return weights, plain, plain
+    if "codebook" not in counts:
+        return weights, None, None
+    codes = float(weights * max((counts["codebook"] - 1).bit_length(), 1))
+    return weights, codes, codes + 16 * sum(counts[part] for part in counts if part != "weight")
+
+
+def _share(bits: tuple[float | None, ...], weights: tuple[int, ...]) -> float | None:
+    known = [count for count in bits if count is not None]
+    return sum(known) / sum(weights) if len(known) == len(bits) else None
+
+
+def _scales_and_codebooks(
+    checkpoint: Checkpoint, quantized: list[str]
+) -> tuple[tuple[ScaleKind, ...], tuple[CodebookKind, ...]]:
+    present = [
+        f"{name}.{part}"
+        for name in quantized
+        for part in PARTS_OF_LINEAR[1:]
+        if f"{name}.{part}" in checkpoint.tensors
+    ]
+    vectors = dict(read_stored(checkpoint.tensors, present))
+    scales: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    codebooks: dict[tuple[str, int], list[Tensor]] = {}
+    for name in quantized:
+        output = vectors[f"{name}.output_scales"]
+        given = vectors.get(f"{name}.input_scales", torch.ones(1))
+        scales.setdefault(scale_kind(given, output), []).append((given.abs(), output.abs()))
+        if f"{name}.codebook" in vectors:
+            entries = vectors[f"{name}.codebook"].float().reshape(-1)
+            codebooks.setdefault((codebook_kind(entries), len(entries)), []).append(entries)
+    return (
+        tuple(
+            ScaleKind(kind, len(pairs), _range([a for a, _ in pairs]), _range([b for _, b in pairs]))
+            for kind, pairs in scales.items()
+        ),
+        tuple(
+            CodebookKind(kind, entries, len(found), _range(found))
+            for (kind, entries), found in sorted(codebooks.items())
+        ),
+    )
+
+
+def scale_kind(input_scales: Tensor, output_scales: Tensor) -> str:
+    """The recipe's word: group, balanced, output, tensor; or premultiplied, where all of them are 1."""
+    if output_scales.ndim == 2 and output_scales.shape[1] > 1:
+        return "group"
+    if not bool((input_scales == input_scales.flatten()[0]).all()):
+        return "balanced"
+    if not bool((output_scales == output_scales.flatten()[0]).all()):
+        return "output"
+    return "premultiplied" if float(output_scales.flatten()[0]) == 1 else "tensor"
+
+
+def codebook_kind(entries: Tensor) -> str:
+    """uniform where the entries [n] are equally far apart, as far as float16 tells; else lut."""
+    entries = entries.double().sort().values
+    grid = torch.linspace(float(entries[0]), float(entries[-1]), len(entries), dtype=torch.float64)
+    return "uniform" if float((entries - grid).abs().max()) <= GRID * float(entries.abs().max()) else "lut"
+
+
+def _range(tensors: list[Tensor]) -> tuple[float, float]:
+    return min(float(part.min()) for part in tensors), max(float(part.max()) for part in tensors)

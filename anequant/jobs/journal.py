@@ -1,0 +1,242 @@
+"""What of a long job is done: a file with a line for each unit of work, so that a later run goes on there.
+
+A line is a JSON object: the unit's name, the data that later units need of it, and a checksum over both and
+over the line before. A line is added when the files of its unit are on disk: bytes first, then the names of
+their folders, then the line. So a crash leaves at most a last line without its end, which is dropped, and
+files of a unit that has no line, which that unit writes again.
+
+The first line is the fingerprint: all that decides the bytes of the output. Where it differs, nothing is
+taken up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anequant.errors import UsageError
+from anequant.jobs.control import Control, Expected, Progress, Unit, part_of, shares
+from anequant.jobs.process import give_back_memory, resident_bytes
+from anequant.jobs.work_folder import JOURNAL, LOCK, START_OVER, DamagedWork, WorkFolder, sync
+
+FINGERPRINT = "fingerprint"
+TASKS = "tasks"
+CHECK_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Record:
+    unit: str
+    data: Any
+
+
+class Journal:
+    """The units of one job in their order: those that an earlier run did, then those that this one does."""
+
+    def __init__(self, work: WorkFolder, fingerprint: Mapping[str, Any], control: Control) -> None:
+        """Take up the journal of `work`, or begin one.
+
+        Raises UsageError naming what changed when the job is not the one that was begun, DamagedWork for a
+        damaged journal; both leave it as it is. Raises what connecting the scheduler with a folder does.
+        """
+        self._work = work
+        self._control = control
+        self._synced: dict[Path, tuple[int, int]] = {}
+        if not control.resume:
+            work.clear()
+        self._records, self._check = _read(work) if work.journal.is_file() else ([], "")
+        self._next = 0
+        self._shares: dict[str, tuple[float, float]] = {}
+        self._done = 0.0
+        if not work.half_published:
+            work.output.mkdir(exist_ok=True)
+        self.output = work.written
+        shutil.rmtree(self.tasks, ignore_errors=True)
+        self.tasks.mkdir()
+        self.scheduler = control.scheduler(self.tasks)
+        if self._records:
+            begun = self._records[0].data if self._records[0].unit == FINGERPRINT else {}
+            _compare(begun, plain(fingerprint), work.target)
+        self.unit(FINGERPRINT, lambda: fingerprint)
+
+    @property
+    def max_memory(self) -> int | None:
+        return self._control.max_memory
+
+    @property
+    def tasks(self) -> Path:
+        """Where tasks and the scheduler keep their files; no unit keeps anything there."""
+        return self._work.folder / TASKS
+
+    @property
+    def folder(self) -> Path:
+        """Where units keep files that are not part of the output."""
+        return self._work.folder
+
+    @property
+    def units(self) -> list[str]:
+        """The names of the units that are done."""
+        return [record.unit for record in self._records[1:]]
+
+    def plan(self, expected: Sequence[Expected]) -> None:
+        """Tell which units the job is going to do."""
+        self._shares = shares(expected)
+        self._control.planned(expected)
+
+    def share(self, called: str) -> tuple[float, float]:
+        """From where to where of the job a unit is; one that is not planned takes none of it."""
+        return self._shares.get(called, (self._done, self._done))
+
+    def part(self, progress: Progress, step: str, called: str) -> Progress:
+        """A Progress for one unit of the job."""
+        return part_of(progress, step, *self.share(called))
+
+    def unit(
+        self,
+        name: str,
+        run: Callable[[], Any],
+        tell: Callable[[Any], Sequence[str]] = lambda data: (),
+        called: str | None = None,
+    ) -> Any:
+        """What `run` returned, as JSON holds it, now or when it ran in an earlier process.
+
+        `tell` says of that what is worth showing, and `called` is the name that the plan has for the unit.
+
+        Raises KeyboardInterrupt when the unit is done and the job is to stop, DamagedWork when an earlier run
+        did another unit in this place.
+        """
+        if self._next < len(self._records):
+            record = self._records[self._next]
+            if record.unit != name:
+                raise _damaged(self._work, f"has '{record.unit}' where '{name}' is due")
+            self._next += 1
+            self._finish(called or name, tell(record.data), 0.0, replayed=True)
+            return record.data
+        begun = time.monotonic()
+        data = plain(run())
+        give_back_memory()
+        self._sync_files()
+        line, self._check = _line(name, data, self._check)
+        append_line(self._work.journal, line)
+        self._records.append(Record(name, data))
+        self._next += 1
+        self._finish(called or name, tell(data), time.monotonic() - begun, replayed=False)
+        if self._control.stopping():
+            raise KeyboardInterrupt
+        return data
+
+    def done(self, name: str) -> bool:
+        """Whether the unit is among those that are done."""
+        return any(record.unit == name for record in self._records)
+
+    def _finish(self, called: str, told: Sequence[str], seconds: float, *, replayed: bool) -> None:
+        self._done = self.share(called)[1]
+        self._control.finished(Unit(called, tuple(told), seconds, resident_bytes(), self._done, replayed))
+
+    def _sync_files(self) -> None:
+        """Have the disk hold what is new since the last unit."""
+        folders = set()
+        for path in self._files():
+            state = path.stat().st_size, path.stat().st_mtime_ns
+            if self._synced.get(path) == state:
+                continue
+            if path.is_file():
+                sync(path)
+                self._synced[path] = state
+            folders |= {parent for parent in path.parents if parent.is_relative_to(self.folder)}
+        for folder in sorted(folders, reverse=True):
+            sync(folder)
+
+    def _files(self) -> Iterator[Path]:
+        """What units have written; in `tasks` others may be at work."""
+        for path in self.folder.iterdir():
+            if path.name not in (JOURNAL, LOCK, TASKS):
+                yield path
+                yield from path.rglob("*")
+
+
+def is_journal_of(work: WorkFolder, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether the journal of `work` is sound and that of this job. Raises DamagedWork for a damaged one."""
+    records, _ = _read(work)
+    return bool(records) and records[0] == Record(FINGERPRINT, plain(fingerprint))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to the journal; it is on disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    sync(path.parent)
+
+
+def _read(work: WorkFolder) -> tuple[list[Record], str]:
+    """The records and the last checksum; cuts off a last line without its end."""
+    raw = work.journal.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) < len(raw):
+        os.truncate(work.journal, len(whole))
+    records, check = [], ""
+    for number, text in enumerate(whole.splitlines(), 1):
+        try:
+            values = json.loads(text)
+            record = Record(values["unit"], values["data"])
+            line, check = _line(record.unit, record.data, check)
+        except (ValueError, TypeError, KeyError) as error:
+            raise _damaged(work, f"is damaged in line {number}") from error
+        if line.encode() != text + b"\n":
+            raise _damaged(work, f"is damaged in line {number}")
+        records.append(record)
+    return records, check
+
+
+def _line(unit: str, data: Any, previous: str) -> tuple[str, str]:
+    """The line of a unit and its checksum."""
+    digest = hashlib.sha256(json.dumps([previous, unit, data]).encode()).hexdigest()[:CHECK_LENGTH]
+    return json.dumps({"unit": unit, "data": data, "check": digest}) + "\n", digest
+
+
+def plain(data: Any) -> Any:
+    """The data as it comes back from the journal, so that a run that goes on sees what the first one saw."""
+    return json.loads(json.dumps(data))
+
+
+def _damaged(work: WorkFolder, problem: str) -> DamagedWork:
+    return DamagedWork(f"the journal of an interrupted run for '{work.target}' {problem}", work.folder)
+
+
+def _compare(begun: Any, wanted: Any, target: Path) -> None:
+    """Raises UsageError naming the first part of the fingerprint that is not what it was."""
+    changed = difference(begun, wanted)
+    if changed is not None:
+        raise UsageError(
+            f"an interrupted run for '{target}' had {changed}",
+            remedy=f"repeat the command that was interrupted, or {START_OVER}",
+        )
+
+
+def difference(begun: Any, wanted: Any) -> str | None:
+    """The first part of a fingerprint that is not what it was, and how many there are; None for the same."""
+    before, now = dict(_leaves(begun)), dict(_leaves(wanted))
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if not changed:
+        return None
+    key = changed[0]
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    return f"{key} {before.get(key)!r}, this one has {now.get(key)!r}{more}"
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a nested object by its dotted name."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, item in value.items():
+        yield from _leaves(item, f"{name}.{key}" if name else key)

@@ -1,0 +1,53 @@
+"""What every written checkpoint takes over from its source, and says of it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anequant.checkpoints.side_files import custom_code
+from anequant.checkpoints.source import TOKENIZER_FILES, Source
+from anequant.jobs.output_folder import file_hashes
+from anequant.recipe import Calibration
+
+
+def copy_tokenizer(source: Source, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+
+
+def source_record(source: Source, files: list[str]) -> dict[str, Any]:
+    """The source by name, revision, the hashes of its `files` and the code that was ignored; no folder is
+    named."""
+    return {
+        "name": source.name,
+        "repo": source.repo,
+        "revision": source.revision,
+        "ignored": list(custom_code(source.folder)),
+        "files": file_hashes(source.folder, files),
+    }
+
+
+def calibration_record(calibration: Calibration, tokens: Tensor | None) -> dict[str, Any] | None:
+    """What the manifest says of the tokens, None for a recipe that needs none; no folder is named.
+
+    The threads belong to it: sums over tokens round differently when more of them share the work.
+    """
+    if tokens is None:
+        return None
+    name = Path(calibration.source).name
+    digest = hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
+    return {
+        **asdict(calibration),
+        "source": name,
+        "windows": len(tokens),
+        "tokens_sha256": digest,
+        "threads": torch.get_num_threads(),
+    }

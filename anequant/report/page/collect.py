@@ -1,0 +1,179 @@
+"""The data of a report, `report.json`: what the manifests say, and what is measured for it.
+
+docs/report.md describes every key. A part that cannot be told is null, and `missing` says why.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec
+from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, read_manifest, six_digits
+from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint
+from anequant.checkpoints.source import has_tokenizer
+from anequant.errors import UsageError
+from anequant.inspection.inspect_package import package_facts
+from anequant.jobs.control import Progress, part_of
+from anequant.jobs.machine import memory, usable_cores
+from anequant.jobs.output_folder import file_hashes
+from anequant.pipeline.convert import sample_quality
+from anequant.report.page.measured import Origin, measured_layers
+from anequant.targets.coreml.meta import read_meta
+from anequant.targets.coreml.signatures import TensorSpec
+from anequant.verification.hashes import CONVERSION
+
+SCHEMA = 1
+
+
+def collect(
+    folder: Path,
+    origin: Origin,
+    text: Path | None,
+    run: dict[str, Any] | None,
+    former: dict[str, Any] | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The report of an output of convert or quantize.
+
+    `run` is what a Stopwatch saw of the run that made it; where it or the float model is not there, a
+    `former` report of the same checkpoint lends its part. Raises UsageError for another kind of folder,
+    InputError for one that is damaged.
+    """
+    recorded = read_manifest(folder)
+    kind = recorded.get("kind")
+    if kind not in (CHECKPOINT, CONVERSION):
+        raise UsageError(
+            f"'{folder}' is no output of convert or quantize",
+            where=f"{MANIFEST} says '{kind}'",
+            remedy="name the folder of one of them",
+        )
+    whole = kind == CONVERSION
+    checkpoint = open_checkpoint(folder / CHECKPOINT_FOLDER if whole else folder)
+    made = read_manifest(checkpoint.folder) if whole else recorded
+    identity = checkpoint_identity(checkpoint.folder)
+    if former is not None and former["checkpoint"] != identity:
+        former = None
+    missing: dict[str, str] = {}
+    quality = recorded["measured"]["quality"] if whole else None
+    if quality is None and origin.source is not None and not whole:
+        step = part_of(progress, "quality", 0.0, 0.5)
+        measured = sample_quality(origin.source.folder, checkpoint.folder, step)
+        quality = None if measured is None else measured.to_dict()
+    if quality is None and former is not None:
+        quality = former["quality"]
+    if quality is None:
+        untold = "the model comes without a tokenizer"
+        missing["quality"] = origin.missing if has_tokenizer(checkpoint.folder) else untold
+    packages = _packages(folder / PACKAGES_FOLDER) if whole else None
+    if packages is None:
+        missing["packages"] = missing["lint"] = "this is a checkpoint alone; convert and lower make packages"
+    if run is None:
+        run = None if former is None else former["run"]
+    if run is None:
+        missing["run"] = "only convert, which measures them, tells time and memory"
+    step = part_of(progress, "layers", 0.5, 1.0)
+    layers = measured_layers(checkpoint, origin, made, text, former, missing, step)
+    rounding = made["measured"]
+    data = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "checkpoint": identity,
+        "model": _model(checkpoint.spec, made["source"]),
+        "recipe": made["recipe"],
+        "calibration": made["calibration"],
+        "sizes": _sizes(checkpoint, packages, rounding["bits_per_weight"]),
+        "quality": quality,
+        "equivalence": rounding["equivalence"],
+        "tuning": rounding["tuning"],
+        "rotations": rounding["rotations"],
+        "verified": recorded["measured"]["verified"] if whole else None,
+        "run": run,
+        "packages": packages,
+        **layers,
+        "tables": [item for item in rounding["tensors"] if item["name"] in (EMBEDDING, HEAD)],
+        "lint": recorded["measured"]["lint"] if whole else None,
+        "environment": _environment(made["versions"]),
+        "missing": missing,
+    }
+    rounded: dict[str, Any] = six_digits(data)
+    return rounded
+
+
+def checkpoint_identity(folder: Path) -> str:
+    """What tells two checkpoints apart: the hash of the manifest, which holds those of all files."""
+    return file_hashes(folder, [MANIFEST])[MANIFEST]
+
+
+def _model(spec: ModelSpec, source: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": source["name"],
+        "repo": source.get("repo"),
+        "revision": source["revision"],
+        "model_type": spec.architecture.model_type,
+        "parameters": _parameters(spec),
+        **spec.sizes,
+        "input_groups": [[linear.name for linear in group] for group in spec.input_groups],
+    }
+
+
+def _parameters(spec: ModelSpec) -> int:
+    """As the checkpoint holds them, which always has a head of its own."""
+    of_layer = sum(math.prod(shape) for shape in spec.layer_tensors().values())
+    return sum(math.prod(shape) for shape in spec.outer_tensors().values()) + spec.num_layers * of_layer
+
+
+def _sizes(checkpoint: Checkpoint, packages: dict[str, Any] | None, bits: float) -> dict[str, Any]:
+    held = None if packages is None else sum(item["bytes"] for item in packages["packages"])
+    return {
+        "bits_per_weight": bits,
+        "float16_bytes": 2 * _parameters(checkpoint.spec),
+        "packages_bytes": held,
+        "checkpoint_bytes": sum(shard.stat().st_size for shard in checkpoint.shards),
+    }
+
+
+def _packages(folder: Path) -> dict[str, Any]:
+    packages = read_meta(folder)
+    found = []
+    for name in packages.package_names:
+        facts = package_facts(folder / f"{name}.mlpackage")
+        functions = [
+            {
+                "name": function.name,
+                **{
+                    kind: [_tensor(tensor, function.enumerated) for tensor in values]
+                    for kind, values in (
+                        ("inputs", function.inputs),
+                        ("outputs", function.outputs),
+                        ("states", function.states),
+                    )
+                },
+            }
+            for function in facts.functions
+        ]
+        size = sum(facts.files.values())
+        found.append({"name": facts.name, "bytes": size, "bits": facts.bits, "functions": functions})
+    return {"context": packages.context, "batch": packages.batch, "packages": found}
+
+
+def _tensor(tensor: TensorSpec, enumerated: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
+    """`shapes` are the only ones, where there are several."""
+    shapes = [list(shape) for shape in enumerated.get(tensor.name, ())]
+    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "shapes": shapes}
+
+
+def _environment(versions: dict[str, str]) -> dict[str, Any]:
+    return {
+        "versions": versions,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": memory().total,
+    }

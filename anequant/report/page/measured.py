@@ -1,0 +1,141 @@
+"""The layers of a report: every projection's outliers, errors and codes, and the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anequant.architectures.spec import layer_prefix
+from anequant.calibration.sources import source_text
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint
+from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
+from anequant.errors import UsageError
+from anequant.inspection.measurements import (
+    LayerMeasurement,
+    Side,
+    StoredProjection,
+    describe,
+    load_projection,
+    measure,
+)
+from anequant.jobs.control import Progress
+from anequant.recipe_files import recipe_from_dict
+from anequant.reference.windows import load_tokenizer, model_windows
+
+WINDOWS, LENGTH = 2, 128
+SEED = 7
+WORST = 10
+KEYS = ("measured_on", "embedded", "layers", "worst")
+ERRORS = ("weight_error", "output_error")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The float model that a checkpoint was made from; without one, `missing` says why."""
+
+    source: Source | None
+    missing: str = ""
+
+
+def measured_layers(
+    checkpoint: Checkpoint,
+    origin: Origin,
+    made: dict[str, Any],
+    text: Path | None,
+    former: dict[str, Any] | None,
+    missing: dict[str, str],
+    progress: Progress,
+) -> dict[str, Any]:
+    """The values of KEYS; what is missing goes into `missing`.
+
+    `made` is the checkpoint's manifest. Without the float model, they are those of the `former` report, or
+    what the checkpoint alone tells.
+    """
+    count = checkpoint.spec.num_layers
+    if origin.source is None and former is not None and former["measured_on"] is not None:
+        return {key: former[key] for key in KEYS}
+    errors = {item["name"]: item for item in made["measured"]["tensors"]}
+    if origin.source is None:
+        missing["measured"] = origin.missing
+        layers = []
+        for number in range(count):
+            progress(f"layer {number + 1} of {count}", number / count)
+            names = [linear.name for linear in checkpoint.spec.architecture.linears]
+            stored = [describe(name, load_projection(checkpoint, number, name)) for name in names]
+            layers.append(_layer(number, None, stored, errors))
+        return {"measured_on": None, "embedded": None, "layers": layers, "worst": []}
+    tokens, name = _tokens(checkpoint, text)
+    recipe = recipe_from_dict(made["recipe"])
+    result = measure(checkpoint, open_checkpoint(origin.source.folder), recipe, tokens, progress)
+    if result.embedded_before is None:
+        missing["before"] = "the model came rotated, so what it was before is not here"
+    layers = [
+        _layer(layer.layer, layer, [projection.stored for projection in layer.projections], errors)
+        for layer in result.layers
+    ]
+    ranked = [
+        {"layer": layer["layer"], "name": item["name"], "output_error": item["output_error"]["written"]}
+        for layer in layers
+        for item in layer["projections"]
+        if item["bits"] < 16
+    ]
+    return {
+        "measured_on": {"text": name, "windows": len(tokens), "length": tokens.shape[1]},
+        "embedded": {"before": result.embedded_before, "after": result.embedded_after},
+        "layers": layers,
+        "worst": sorted(ranked, key=lambda item: -float(str(item["output_error"])))[:WORST],
+    }
+
+
+def _layer(
+    number: int, measured: LayerMeasurement | None, stored: list[StoredProjection], errors: dict[str, Any]
+) -> dict[str, Any]:
+    """One entry of `layers`; without measurements, the weight error is the one that quantize recorded."""
+    projections = []
+    for place, kept in enumerate(stored):
+        recorded = errors.get(layer_prefix(number) + kept.name)
+        found = None if measured is None else measured.projections[place]
+        sides: dict[str, Side | None] = {"before": None, "after": None}
+        written = {"weight_error": recorded and recorded["relative_error"], "output_error": None}
+        if found is not None:
+            sides = {"before": found.before, "after": found.after}
+            written = {key: getattr(found, key) for key in ERRORS}
+        projections.append(
+            {
+                **asdict(kept),
+                "rounding": recorded and ("nearest" if recorded["damping"] is None else "gptq"),
+                "weight": {side: _outliers(of, "weight") for side, of in sides.items()},
+                "inputs": {side: _outliers(of, "inputs") for side, of in sides.items()},
+                **{key: {**_of_sides(sides, key), "written": written[key]} for key in ERRORS},
+            }
+        )
+    residual = None
+    if measured is not None:
+        residual = {"before": measured.residual_before, "after": measured.residual_after}
+    return {"layer": number, "residual": residual, "projections": projections}
+
+
+def _outliers(side: Side | None, kind: str) -> dict[str, Any] | None:
+    return None if side is None else asdict(getattr(side, kind))
+
+
+def _of_sides(sides: dict[str, Side | None], key: str) -> dict[str, float | None]:
+    return {side: None if of is None else getattr(of, key) for side, of in sides.items()}
+
+
+def _tokens(checkpoint: Checkpoint, text: Path | None) -> tuple[Tensor, str]:
+    """A few short windows of a text [n, length], and what they are called."""
+    if not has_tokenizer(checkpoint.folder):
+        if text is not None:
+            raise UsageError("--text needs a tokenizer, and the checkpoint has none")
+        generator = torch.Generator().manual_seed(SEED)
+        shape = (WINDOWS, LENGTH)
+        return torch.randint(checkpoint.spec.vocab_size, shape, generator=generator), "random tokens"
+    tokenizer = load_tokenizer(checkpoint.folder)
+    content = source_text(SAMPLE_TEXT if text is None else text, tokenizer)
+    windows = model_windows(tokenizer, checkpoint.spec.config, content, count=WINDOWS, length=LENGTH)
+    return windows, "the bundled sample text" if text is None else text.name

@@ -1,0 +1,216 @@
+"""What `anequant inspect` found, as rows of (label, text)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from anequant.inspection.inspect import Inspection
+from anequant.inspection.inspect_checkpoint import PARTS_OF_LINEAR, WHOLE, CheckpointFacts, PartBits
+from anequant.inspection.inspect_package import FunctionFacts, PackageFacts
+from anequant.inspection.inspect_tensors import TensorFiles
+from anequant.recipe import Recipe
+
+Rows = list[tuple[str, str]]
+MAIN_KEYS = ("r1", "r2", "codebook", "scales", "rounding", "bits")
+VECTORS = tuple(f".{part}" for part in PARTS_OF_LINEAR if part != "weight")
+
+
+def inspected(found: Inspection) -> Rows:
+    rows: Rows = [("what", found.kind)]
+    if found.file is not None:
+        rows += _files(found.file)
+    if found.checkpoint is not None:
+        rows += _checkpoint(found.checkpoint, alone=not found.packages)
+    if found.set is not None:
+        rows += _set(found.set)
+    for package in found.packages:
+        rows += _package(package)
+    if len(found.packages) > 1:
+        rows += _total(found.packages)
+    return rows
+
+
+def _checkpoint(facts: CheckpointFacts, *, alone: bool) -> Rows:
+    sizes = facts.sizes
+    rows: Rows = [] if alone else [("checkpoint", facts.kind)]
+    if facts.made_by is not None:
+        rows.append(("made by", facts.made_by))
+    elif facts.scales:
+        rows.append(("made by", "not anequant, or its anequant.json is gone"))
+    rows += [
+        (
+            "model",
+            f"{sizes['model_type']}, {sizes['layers']} layers, width {sizes['hidden_size']}, feed-forward "
+            f"{sizes['intermediate_size']}, {sizes['heads']} heads of {sizes['head_dim']} and "
+            f"{sizes['key_value_heads']} for keys and values, vocabulary {sizes['vocab_size']}"
+            + (", head tied to the embedding" if sizes["tied"] else ""),
+        ),
+    ]
+    if facts.recipe is not None:
+        rows.append(("recipe", recipe_words(facts.recipe)))
+    rows += [(part, _bits(bits)) for part, bits in facts.bits.items()]
+    for kind in facts.scales:
+        given = f"{kind.input_range[0]:.3g} to {kind.input_range[1]:.3g}"
+        out = f"{kind.output_range[0]:.3g} to {kind.output_range[1]:.3g}"
+        text = f"{kind.kind} in {kind.linears} linears: input scales {given}, output scales {out}"
+        rows.append(("scales", text))
+    for book in facts.codebooks:
+        ends = f"{book.range[0]:.3g} to {book.range[1]:.3g}"
+        rows.append(("codebooks", f"{book.count} {book.kind} of {book.entries} entries, {ends}"))
+    rows += [("at run time", text) for text in _online(facts.online)]
+    return rows + _files(facts.tensors, facts.bits.get(WHOLE))
+
+
+def recipe_words(recipe: Mapping[str, Any]) -> str:
+    """The keys that say most, then those that are not as in a recipe without any key."""
+    defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}
+    told = [key for key in defaults if key in MAIN_KEYS or recipe.get(key, defaults[key]) != defaults[key]]
+    return ", ".join(f"{key} {recipe[key]}" for key in told if key in recipe)
+
+
+def _bits(part: PartBits) -> str:
+    count = f"{_count(part.weights)} weights"
+    if part.bits is None or part.stored_bits is None:
+        return f"{count}, width unknown: the file holds no codebooks (--tensor finds one linear's)"
+    return f"{count} of {_widths(part.bits, part.stored_bits, 'scales and codebooks')}"
+
+
+def _widths(bits: float, stored: float, what: str) -> str:
+    whole = "" if f"{bits:.2f}" == f"{stored:.2f}" else f" ({stored:.2f} with {what})"
+    return f"{bits:.2f} bits{whole}"
+
+
+def _online(online: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("r3", "r4"):
+        if name in online:
+            size, order = online[name]["size"], online[name]["hadamard_order"]
+            blocks = "" if order == size else f" in blocks of {order}"
+            yield f"{name.upper()}, a Hadamard rotation of {size} values{blocks}"
+    if "activations" in online:
+        own = online["activations"]
+        widths = ", ".join(f"{bits} bits in {count}" for bits, count in own["bits"].items() if count)
+        ends = own["scale_range"]
+        span = f" {ends[0]:.3g} to {ends[1]:.3g}" if ends else ""
+        form = "symmetric" if own["symmetric"] else "asymmetric"
+        yield f"linears' inputs rounded: {widths}; {own['scales']} scales{span}, {form}"
+    if "kv_bits" in online:
+        yield f"KV cache of {online['kv_bits']} bits"
+    if "float_prefix" in online:
+        yield f"the first {online['float_prefix']} positions stay in float"
+
+
+def _files(files: TensorFiles, whole: PartBits | None = None) -> Rows:
+    dtypes = ", ".join(f"{dtype} {_bytes(size)}" for dtype, size in files.dtypes.items())
+    rows: Rows = [("tensors", f"{files.tensors}: {dtypes}")]
+    vectors = [kind for kind in files.kinds if kind.name.endswith(VECTORS)]
+    listed = [kind for kind in files.kinds if kind not in vectors]
+    width = max((len(kind.name) for kind in listed), default=0)
+    for kind in listed:
+        rows.append(("", f"{kind.name:<{width}}  {kind.count:>3} {kind.dtype:<4} {shape_words(kind.shape)}"))
+    if vectors:
+        count = sum(kind.count for kind in vectors)
+        rows.append(("", f"{'scales and codebooks of linears':<{width}}  {count:>3}"))
+    sizes = list(files.files.items())
+    names = ", ".join(f"{name} {_bytes(size)}" for name, size in sizes[:2])
+    more = f", and {len(sizes) - 2} more" if len(sizes) > 2 else ""
+    total = sum(files.files.values())
+    rows.append(("files", f"{_bytes(total)}: {names}{more}"))
+    if whole is not None and whole.stored_bits is not None and whole.stored_bits < 16:
+        small, plain = whole.weights * whole.stored_bits / 8, whole.weights * 2
+        text = f"{_bytes(small)} of weights once packed, {_bytes(plain)} in float16 ({small / plain:.0%})"
+        rows.append(("size", text))
+    else:
+        rows.append(("size", f"{_bytes(files.float16_bytes)} in float16"))
+    return rows
+
+
+def _set(values: Mapping[str, Any]) -> Rows:
+    text = (
+        f"{values['model']}, {values['architecture']}: context {values['context']}, prefill of "
+        f"{values['batch']}, decoder in {values['chunks']}, head in {values['head_parts']} parts"
+    )
+    return [("meta.yaml", text + (", arg-max in the head" if values["argmax"] else ""))]
+
+
+def _package(facts: PackageFacts) -> Rows:
+    rows: Rows = [("package", f"{facts.name}, mlProgram, specification {facts.specification}")]
+    for function in facts.functions:
+        rows += _function(function)
+    for kind in facts.constants:
+        table = f", {kind.tables} tables of {kind.entries} entries" if kind.tables else ""
+        text = f"{kind.count} {kind.kind} {kind.dtype}{table}: {_count(kind.values)} values in "
+        rows.append(("  constants", text + _bytes(kind.bytes)))
+    if facts.bits is not None and facts.stored_bits is not None:
+        widths = _widths(facts.bits, facts.stored_bits, "tables")
+        rows.append(("  weights", f"{_count(facts.weights)} of {widths}"))
+    rows.append(("  size", _package_size(facts)))
+    if facts.metadata:
+        pairs = [f"{key.rpartition('.')[2]} {value}" for key, value in facts.metadata.items()]
+        rows.append(("  metadata", ", ".join(pairs)))
+    return rows
+
+
+def _package_size(facts: PackageFacts) -> str:
+    weights = sum(size for name, size in facts.files.items() if "/weights/" in name)
+    rest = sum(facts.files.values()) - weights
+    share = f" ({weights / facts.float16_bytes:.0%})" if facts.float16_bytes else ""
+    return (
+        f"weights {_bytes(weights)}, graph {_bytes(rest)}; constants in float16 "
+        f"{_bytes(facts.float16_bytes)}{share}"
+    )
+
+
+def _function(function: FunctionFacts) -> Rows:
+    rows: Rows = [("  function", function.name + (" (default)" if function.default else ""))]
+    for label, specs in (("in", function.inputs), ("state", function.states), ("out", function.outputs)):
+        for names, text in _alike(specs):
+            allowed = function.enumerated.get(names[0], ())
+            shapes = f", only {' or '.join(_shape(shape) for shape in allowed)}" if allowed else ""
+            listed = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            rows.append(("", f"{label:<5}  {listed}  {text}{shapes}"))
+    operations = ", ".join(f"{count} {kind}" for kind, count in function.operations.items())
+    rows.append(("  operations", f"{sum(function.operations.values())}: {operations}"))
+    return rows
+
+
+def _alike(specs: Sequence[Any]) -> list[tuple[list[str], str]]:
+    """Neighbours of the same dtype and shape, as the parts of a head are, together."""
+    groups: list[tuple[list[str], str]] = []
+    for spec in specs:
+        text = f"{spec.dtype} {_shape(spec.shape)}"
+        if groups and groups[-1][1] == text and groups[-1][0][-1].rstrip("0123456789") in spec.name:
+            groups[-1][0].append(spec.name)
+        else:
+            groups.append(([spec.name], text))
+    return groups
+
+
+def shape_words(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
+
+
+def _shape(shape: Sequence[int | None]) -> str:
+    return f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
+
+
+def _total(packages: Sequence[PackageFacts]) -> Rows:
+    size = sum(sum(facts.files.values()) for facts in packages)
+    plain = sum(facts.float16_bytes for facts in packages)
+    text = f"{len(packages)} packages, {_bytes(size)}; constants in float16 {_bytes(plain)}"
+    return [("total", text + (f" ({size / plain:.0%})" if plain else ""))]
+
+
+def _count(number: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f}{letter}"
+    return str(number)
+
+
+def _bytes(count: float) -> str:
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} bytes"

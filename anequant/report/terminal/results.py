@@ -1,0 +1,258 @@
+"""Results as rows of (label, text) for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from anequant.calibration.rotation_choice import RotationChoice
+from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
+from anequant.evaluation.divergence import Quality
+from anequant.evaluation.evaluate import Evaluation
+from anequant.evaluation.task_scores import TaskScores
+from anequant.inspection.device_profile import DeviceProfile
+from anequant.pipeline.convert import ConvertResult
+from anequant.pipeline.lower import LowerResult
+from anequant.pipeline.quantize import QuantizeResult
+from anequant.pipeline.rotate import RotateResult
+from anequant.pipeline.rounder import TensorError
+from anequant.targets.coreml.lint.rules import Finding
+from anequant.targets.shared.headroom import Headroom
+from anequant.verification.verify import CheckpointCheck, PackageCheck
+
+Rows = list[tuple[str, str]]
+
+
+def quantized(folder: Path, result: QuantizeResult) -> Rows:
+    errors = result.rounding.tensors
+    return [
+        ("checkpoint", str(folder)),
+        (
+            "equivalence",
+            f"folding and rotation moved the logits by {result.rounding.equivalence:.1e} relative",
+        ),
+        (
+            "size",
+            f"{result.rounding.bits_per_weight:.2f} bits per weight, {len(errors)} tensors quantized",
+        ),
+        *_worst(errors),
+        *_rotations(result.rotations),
+        *([("rotations", "as the model was rotated before")] if result.rotated_before else []),
+        *_calibrated(result),
+    ]
+
+
+def _worst(errors: Sequence[TensorError]) -> Rows:
+    """Nothing where all weights stay in float16."""
+    if not errors:
+        return []
+    worst = max(errors, key=lambda tensor: tensor.relative_error)
+    return [("worst tensor", f"{worst.name}, off by {worst.relative_error:.2%}")]
+
+
+def rotated(folder: Path, result: RotateResult) -> Rows:
+    return [
+        ("checkpoint", str(folder)),
+        ("equivalence", f"folding and rotation moved the logits by {result.equivalence:.1e} relative"),
+        *_rotations(result.rotations),
+    ]
+
+
+def _rotations(choice: RotationChoice | None) -> Rows:
+    """How rotations were found that no seed alone tells."""
+    if choice is None:
+        return []
+    rows = []
+    if choice.restarts:
+        kls = sorted(choice.restarts.values())
+        middle = kls[len(kls) // 2]
+        text = f"seed {choice.seed}, the best of {len(kls)}: KL {kls[0]:.4f}, median {middle:.4f}"
+        rows.append(("rotations", text))
+    if choice.learned is not None:
+        learned = choice.learned
+        change = f"{learned.held_out_before:.4f} to {learned.held_out_after:.4f}"
+        text = f"learned: KL on held-out windows {change}, the best after {learned.steps} steps"
+        rows.append(("rotations", text))
+    return rows or [("rotations", "kept in rotations.safetensors")]
+
+
+def _calibrated(result: QuantizeResult) -> Rows:
+    """What calibration chose, and what it could not use."""
+    seen = [tensor for tensor in result.rounding.tensors if tensor.dead_inputs is not None]
+    rows = []
+    if seen:
+        nearest = [tensor.name for tensor in seen if tensor.damping is None]
+        rows.append(("rounding", f"gptq for {len(seen) - len(nearest)} tensors"))
+        if nearest:
+            text = f"nearest for {len(nearest)}, better on held-out tokens: {_listed(nearest)}"
+            rows.append(("", text))
+    dead = [tensor.name for tensor in seen if tensor.dead_inputs]
+    if dead:
+        rows.append(("", f"{len(dead)} have inputs that no token used, rounded to nearest: {_listed(dead)}"))
+    if result.tuning is not None:
+        tuning = result.tuning
+        rows.append(
+            (
+                "tuning",
+                f"KL on held-out samples {tuning.held_out_before:.4f} to {tuning.held_out_after:.4f}, "
+                f"the best after {tuning.steps} steps",
+            )
+        )
+    return rows
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def lowered(folder: Path, result: LowerResult) -> Rows:
+    rows = [("packages", str(folder))]
+    for size in result.packages:
+        rows.append(
+            (
+                "",
+                f"{size.name}.mlpackage  weights {_megabytes(size.weight_bytes)} for constants of "
+                f"{_megabytes(size.constant_bytes)}, graph {_megabytes(size.graph_bytes)}",
+            )
+        )
+    return rows + headroom(result.headroom)
+
+
+def headroom(found: Headroom) -> Rows:
+    """The loudest layers against what float16 (65504) and the accumulator (32768) hold."""
+    loudest = max(found.ranges, key=lambda layer: layer.residual)
+    scores = max(layer.scores for layer in found.ranges)
+    sums = max(value for layer in found.ranges for value in layer.sums.values())
+    rows = [
+        (
+            "headroom",
+            f"residual stream up to {loudest.residual:.0f} (layer {loudest.layer}), q.k up to {scores:.0f} "
+            f"of 65504; convolution sums up to {sums:.0f} of 32768",
+        )
+    ]
+    if found.residual_scale != 1:
+        rows.append(("", f"residual stream scaled by {found.residual_scale:g} to stay inside float16"))
+    if found.sum_scales:
+        rows.append(("", f"{len(found.sum_scales)} codebooks scaled down to stay inside the accumulator"))
+    return rows
+
+
+def verified(checkpoint: CheckpointCheck | None, packages: PackageCheck | None) -> Rows:
+    rows = []
+    if checkpoint is not None:
+        rows.append(("verified", f"{checkpoint.tensors} stored weights are what their codes say"))
+    if packages is not None:
+        rows += [
+            ("verified", f"{packages.weights} palettized weights read back equal, bit for bit"),
+            (
+                "verified",
+                f"arg-max agrees at {packages.agreement:.1%} of {packages.positions} positions "
+                f"({packages.ties} ties within rounding) after "
+                f"{packages.prefill_tokens} tokens of prefill, logits within {packages.relative_error:.2%}",
+            ),
+        ]
+        if packages.rounding is not None:
+            rows.append(
+                (
+                    "",
+                    "that was without rounding activations; with it logits differ by "
+                    f"{packages.rounding:.2f} times what rounding does",
+                )
+            )
+    return rows
+
+
+def quality(result: Quality) -> Rows:
+    error = "" if result.nll_error is None else f" ± {result.nll_error:.4f}"
+    rows = [
+        (
+            "perplexity",
+            f"{result.perplexity:.3f} (NLL {result.nll:.4f}{error}) on "
+            f"{result.windows} windows, {result.tokens} tokens",
+        )
+    ]
+    if result.base_nll is not None:
+        rows += [
+            (
+                "base",
+                f"extra NLL {result.extra_nll:+.4f}, KL {result.kl:.4f}, same top token {result.top1:.1%}",
+            )
+        ]
+    return rows
+
+
+def evaluated(result: Evaluation) -> Rows:
+    rows = quality(result.quality)
+    if result.layers_missing is not None:
+        rows.append(("layers", f"not compared: {result.layers_missing}"))
+    if result.layers:
+        worst = sorted(result.layers, key=lambda error: -error.relative_error)[:3]
+        listed = ", ".join(f"{error.layer} ({error.relative_error:.2%})" for error in worst)
+        rows.append(("layers", f"residual stream off most after layer {listed}"))
+    return rows
+
+
+def tasks(result: TaskScores) -> Rows:
+    rows = []
+    for task, values in result.scores.items():
+        listed = [f"{name.removesuffix(',none')} {_score(value)}" for name, value in values.items()]
+        rows.append((task, ", ".join(listed)))
+    if result.shortened:
+        rows.append(("shortened", f"{result.shortened} prompts lost their beginning to fit the context"))
+    return rows
+
+
+def _score(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def profiled(result: DeviceProfile) -> Rows:
+    rows = []
+    for package in result.packages:
+        counts = ", ".join(f"{count} on {device}" for device, count in package.operations.items())
+        rows.append(("operations", f"{package.name}: {counts}"))
+        operators = sorted({item.operator for item in package.elsewhere})
+        if operators:
+            rows.append(("", f"not on the Neural Engine: {', '.join(operators)}"))
+    seconds, agreement = result.seconds, result.agreement
+    return [
+        *rows,
+        (
+            "time",
+            f"first logits after {seconds.load:.2f} s, a batch in {seconds.prefill * 1e3:.1f} ms, "
+            f"a token in {seconds.token * 1e3:.1f} ms",
+        ),
+        (
+            "agreement",
+            f"same top token as the interpreter at {agreement.top_token:.1%} of {agreement.positions} "
+            f"positions, logits within {agreement.relative_error:.2%}",
+        ),
+    ]
+
+
+def linted(findings: Sequence[Finding]) -> Rows:
+    """One row for each rule that is broken, with the first place; the number of places after it."""
+    grouped: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        grouped.setdefault((finding.severity, finding.rule), []).append(finding)
+    rows = []
+    for (severity, rule), places in grouped.items():
+        first = places[0]
+        more = f", and {len(places) - 1} more" if len(places) > 1 else ""
+        rows.append((severity, f"{rule} {first.package} {first.op}: {first.detail}{more}"))
+        rows.append(("", f"{first.why}; {first.remedy}"))
+    return rows or [("lint", "nothing found")]
+
+
+def converted(folder: Path, result: ConvertResult) -> Rows:
+    rows = quantized(folder / CHECKPOINT_FOLDER, result.quantized)
+    rows += lowered(folder / PACKAGES_FOLDER, result.lowered)
+    rows += verified(result.checkpoint, result.packages)
+    rows += linted(result.lint)
+    if result.quality is None:
+        return [*rows, ("quality", "not measured: the model comes without a tokenizer")]
+    return rows + quality(result.quality)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

@@ -1,0 +1,109 @@
+"""The constants of a program: what is known before it runs, read when first needed and then kept.
+
+A constant is kept in the form its user takes, under what it is made of. So functions that point to the same
+place of the weight file share it, and a palettized weight of a convolution is kept as one float32 matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anequant.errors import InputError
+from anequant.targets.coreml.interpreter.operators import OPERATORS
+from anequant.targets.coreml.signatures import Form, TensorSpec, constant_spec, parameters, tensor_spec
+from anequant.targets.coreml.storage import TORCH_TYPES, Palettized, Value, Weights
+
+WIDENED = (torch.float16, torch.int8, torch.uint8)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A value that is yet to be read. Equal keys are equal values, whichever function they appear in.
+
+    `kind` is the operation that makes it, and `parts` are what that takes.
+    """
+
+    key: bytes
+    load: Callable[[], Value]
+    kind: str
+    spec: TensorSpec
+    parts: Mapping[str, Constant] = field(default_factory=dict)
+
+
+class Constants:
+    """`storages` are the addresses of the tensors handed out: nobody may write to them."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._kept: dict[tuple[bytes, Form], Any] = {}
+        self.storages: set[int] = set()
+
+    def named(self, block: Any) -> dict[str, Constant]:
+        """The results of the const and constexpr operations of a MIL_pb2.Block, by name."""
+        known: dict[str, Constant] = {}
+        for operation in block.operations:
+            if operation.type == "const":
+                known[operation.outputs[0].name] = self._literal(operation.attributes["val"])
+            elif operation.type.startswith("constexpr_"):
+                sources = {}
+                for name, argument in sorted(operation.inputs.items()):
+                    source = self.bound(argument.arguments[0], known)
+                    if source is None:
+                        raise InputError(f"'{name}' of '{operation.outputs[0].name}' is not a constant")
+                    sources[name] = source
+                known[operation.outputs[0].name] = _combined(operation, sources)
+        return known
+
+    def bound(self, binding: Any, known: Mapping[str, Constant]) -> Constant | None:
+        """What an argument is bound to, by value or by name; None if that is computed while running."""
+        if binding.WhichOneof("binding") == "value":
+            return self._literal(binding.value)
+        return known.get(binding.name)
+
+    def get(self, constant: Constant, form: Form) -> Any:
+        key = (constant.key, form)
+        if key not in self._kept:
+            value = converted(constant.load(), form)
+            if isinstance(value, Tensor):
+                self.storages.add(storage_of(value))
+            self._kept[key] = value
+        return self._kept[key]
+
+    def _literal(self, value: Any) -> Constant:
+        key = value.SerializeToString(deterministic=True)
+        return Constant(key, partial(self._weights.read, value), "const", constant_spec("", value.type))
+
+
+def converted(value: Value, form: Form) -> Any:
+    """A value in the form that an operation takes it."""
+    if isinstance(value, str) or form == "palettized":
+        return value
+    if isinstance(value, Palettized):
+        value = value.dense(torch.float32 if form == "float32" else None)
+    if form == "plain":
+        return value.tolist()
+    return value.float() if form == "float32" and value.dtype in WIDENED else value
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The address of the memory that a tensor shares with its views."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _combined(operation: Any, sources: Mapping[str, Constant]) -> Constant:
+    takes = parameters(operation.type)
+    spec = tensor_spec(operation.outputs[0].name, operation.outputs[0].type)
+
+    def load() -> Value:
+        arguments = {name: converted(source.load(), takes[name].form) for name, source in sources.items()}
+        value: Value = OPERATORS[operation.type](**arguments)
+        return value.to(TORCH_TYPES[spec.dtype]) if isinstance(value, Tensor) else value
+
+    key = repr((operation.type, spec.dtype, [(name, source.key) for name, source in sources.items()]))
+    return Constant(key.encode(), load, operation.type, spec, sources)

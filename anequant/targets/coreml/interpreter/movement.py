@@ -1,0 +1,186 @@
+"""MIL operations that only move data: they see tensors as stored, and return views where they can.
+
+Everything said in operators.py holds: parameters are inputs under their MIL names, annotations say what
+arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from anequant.errors import UnsupportedError
+from anequant.targets.coreml.storage import TORCH_TYPES, Palettized
+
+Operator = Callable[..., Any]
+MOVING: dict[str, Operator] = {}
+
+
+def moves(function: Operator) -> Operator:
+    MOVING[function.__name__] = function
+    return function
+
+
+@moves
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+@moves
+def cast(x: Tensor, dtype: str) -> Tensor:
+    return x.to(TORCH_TYPES[dtype])
+
+
+@moves
+def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(cond, a, b)
+
+
+@moves
+def shape(x: Tensor) -> Tensor:
+    return torch.tensor(x.shape, dtype=torch.int32)
+
+
+@moves
+def fill(shape: list[int], value: float = 0.0) -> Tensor:
+    return torch.full(shape, value)
+
+
+@moves
+def range_1d(end: float, start: float, step: float) -> Tensor:
+    return torch.arange(start, end, step)
+
+
+@moves
+def concat(values: list[Tensor], axis: int, interleave: Literal[False] = False) -> Tensor:
+    return torch.cat([value.reshape(1) if value.ndim == 0 else value for value in values], axis)
+
+
+@moves
+def stack(values: list[Tensor], axis: int) -> Tensor:
+    return torch.stack(values, axis)
+
+
+@moves
+def split(
+    x: Tensor, axis: int, num_splits: int | None = None, split_sizes: list[int] | None = None
+) -> tuple[Tensor, ...]:
+    return torch.split(x, split_sizes or x.shape[axis] // (num_splits or 1), axis)
+
+
+@moves
+def tile(x: Tensor, reps: list[int]) -> Tensor:
+    return x.tile(reps)
+
+
+@moves
+def reshape(x: Tensor, shape: list[int]) -> Tensor:
+    """A 0 in `shape` copies the size of x's axis counted from the right; -1 is whatever remains."""
+    sizes = [1] * max(len(shape) - x.ndim, 0) + list(x.shape)
+    return x.reshape([size or sizes[i - len(shape)] for i, size in enumerate(shape)])
+
+
+@moves
+def transpose(x: Tensor, perm: list[int]) -> Tensor:
+    return x.permute(perm)
+
+
+@moves
+def expand_dims(x: Tensor, axes: list[int]) -> Tensor:
+    for axis in sorted(axis % (x.ndim + len(axes)) for axis in axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
+@moves
+def squeeze(x: Tensor, axes: list[int] | None = None) -> Tensor:
+    return x.squeeze() if axes is None else x.squeeze(axes)
+
+
+@moves
+def gather(
+    x: Tensor | Palettized,
+    indices: Tensor,
+    axis: int = 0,
+    batch_dims: Literal[0] = 0,
+    validate_indices: bool = False,
+) -> Tensor:
+    """Negative indices count from the end; any other index outside of x is an IndexError."""
+    if isinstance(x, Palettized) and (axis != 0 or x.codebook.shape[-1] > 1):
+        x = x.dense()
+    table = x.codes if isinstance(x, Palettized) else x
+    axis %= table.ndim
+    index = indices.long().flatten()
+    index = torch.where(index < 0, index + table.shape[axis], index)
+    rows = x.rows(index).dense() if isinstance(x, Palettized) else x.index_select(axis, index)
+    return rows.reshape(*table.shape[:axis], *indices.shape, *table.shape[axis + 1 :])
+
+
+@moves
+def slice_by_size(x: Tensor, begin: list[int], size: list[int]) -> Tensor:
+    """A size of -1 reaches to the end of its axis."""
+    for axis, (start, length) in enumerate(zip(begin, size, strict=True)):
+        x = x.narrow(axis, start, x.shape[axis] - start if length == -1 else length)
+    return x
+
+
+@moves
+def slice_by_index(
+    x: Tensor,
+    begin: list[int],
+    end: list[int],
+    stride: list[int] | None = None,
+    begin_mask: list[bool] | None = None,
+    end_mask: list[bool] | None = None,
+    squeeze_mask: list[bool] | None = None,
+) -> Tensor:
+    return x[_slices(begin, end, stride, begin_mask, end_mask, squeeze_mask)]
+
+
+@moves
+def slice_update(
+    x: Tensor,
+    update: Tensor,
+    begin: list[int],
+    end: list[int],
+    stride: list[int] | None = None,
+    begin_mask: list[bool] | None = None,
+    end_mask: list[bool] | None = None,
+    squeeze_mask: list[bool] | None = None,
+) -> Tensor:
+    """Writes into x itself: whoever still needs the old x passes a copy."""
+    target = x[_slices(begin, end, stride, begin_mask, end_mask, squeeze_mask)]
+    if target.shape != update.shape:
+        raise IndexError(f"the slice is {tuple(target.shape)}, the update {tuple(update.shape)}")
+    target.copy_(update)
+    return x
+
+
+def _slices(
+    begin: list[int],
+    end: list[int],
+    stride: list[int] | None,
+    begin_mask: list[bool] | None,
+    end_mask: list[bool] | None,
+    squeeze_mask: list[bool] | None,
+) -> tuple[int | slice, ...]:
+    rank = len(begin)
+    steps = stride or [1] * rank
+    if min(steps) < 1:
+        raise UnsupportedError(f"a slice with stride {steps}")
+    no = [False] * rank
+    open_begin, open_end, single = begin_mask or no, end_mask or no, squeeze_mask or no
+    return tuple(
+        (0 if open_begin[i] else begin[i])
+        if single[i]
+        else slice(None if open_begin[i] else begin[i], None if open_end[i] else end[i], steps[i])
+        for i in range(rank)
+    )
+
+
+@moves
+def constexpr_lut_to_dense(indices: Tensor, lut: Tensor, vector_axis: int = 0) -> Palettized:
+    return Palettized(indices, lut, vector_axis)

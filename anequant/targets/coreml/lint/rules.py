@@ -1,0 +1,101 @@
+"""What a package does that the Neural Engine cannot run, or runs slowly: rules that a program can be held to.
+
+The rules and their sources are in the modules `*_rules.py`. Not among them:
+
+    placement, load time   Core ML decides on the device (`anequant profile` asks it on a Mac), and copies
+                           of weights that loaded functions hold (coremltools 2351) are not in the file
+    size of activations    known only from data (`lower` measures them, see `headroom.py`); with it how far
+                           softmax, silu and tiny products are off, of which the program shows the form only
+    last axis of one       padded 32-fold, but decoding has no other shape; so S3 looks at longer ones
+    history + new tokens   of at most 65536 is a consequence of S4: together they are an axis of the scores
+    query of one or two    fails under Core AI, which does not read these packages
+    cost of a long state   grows with it; no length is a mistake
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from anequant.checkpoints.places import packages_folder
+from anequant.errors import InputError, UsageError, VerificationError, did_you_mean
+from anequant.targets.coreml.graph import package_graphs
+from anequant.targets.coreml.lint.file_rules import PACKAGE_RULES
+from anequant.targets.coreml.lint.integer_rules import INTEGER_RULES
+from anequant.targets.coreml.lint.operation_rules import GRAPH_RULES
+from anequant.targets.coreml.lint.rule import CHIPS, ERROR, NOTE, WARNING, Hit, Rule
+from anequant.targets.coreml.lint.shape_rules import SHAPE_RULES
+from anequant.targets.coreml.lint.state_rules import STATE_RULES
+from anequant.targets.coreml.lint.sum_rules import SUM_RULES
+from anequant.targets.coreml.lint.weight_rules import WEIGHT_RULES
+from anequant.targets.coreml.storage import damage
+
+FUNCTION_RULES = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *INTEGER_RULES, *SUM_RULES, *STATE_RULES)
+
+
+@dataclass(frozen=True)
+class Finding:
+    rule: str
+    severity: str
+    package: str
+    function: str
+    op: str
+    detail: str
+    why: str
+    remedy: str
+
+
+def lint_package(package: Path, chip: str = "any") -> list[Finding]:
+    """Every breach in an .mlpackage, errors first.
+
+    Raises UsageError for an unknown chip, InputError for a damaged package.
+    """
+    if chip not in CHIPS:
+        raise UsageError(f"unknown chip '{chip}'", remedy=did_you_mean(chip, CHIPS))
+    graphs = package_graphs(package)
+    findings = []
+    with damage(str(package)):
+        for graph in graphs:
+            for rule in FUNCTION_RULES:
+                hits = rule.check(graph, CHIPS[chip])
+                findings += [_finding(rule, package, graph.function, hit) for hit in hits]
+        for whole in PACKAGE_RULES:
+            findings += [_finding(whole, package, "", hit) for hit in whole.check(graphs, package)]
+    return sorted(findings, key=lambda finding: (ERROR, WARNING, NOTE).index(finding.severity))
+
+
+def errors_of(findings: Sequence[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.severity == ERROR]
+
+
+def _finding(rule: Rule, package: Path, function: str, hit: Hit) -> Finding:
+    severity = hit.severity or rule.severity
+    return Finding(rule.id, severity, package.name, function, hit.op, hit.detail, rule.why, rule.remedy)
+
+
+def lint(path: Path, chip: str = "any") -> list[Finding]:
+    """`path` is an .mlpackage, a folder of them, or an output of convert.
+
+    Raises InputError when there is none or one is damaged, UsageError for an unknown chip.
+    """
+    if (path / "Manifest.json").is_file():
+        return lint_package(path, chip)
+    packages = sorted(packages_folder(path).glob("*.mlpackage"))
+    if not packages:
+        raise InputError(f"'{path}' holds no packages", remedy="name an .mlpackage or a folder of them")
+    return [finding for package in packages for finding in lint_package(package, chip)]
+
+
+def require_clean(findings: list[Finding]) -> list[Finding]:
+    """The findings; raises VerificationError with the first error among them and their number."""
+    errors = errors_of(findings)
+    if errors:
+        first = errors[0]
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise VerificationError(
+            f"rule {first.rule}: {first.detail}: {first.why}{more}",
+            where=f"{first.package}, {first.op}",
+            remedy=first.remedy,
+        )
+    return findings

@@ -1,0 +1,209 @@
+"""Rules about how constants are compressed and scaled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from anequant.targets.coreml.graph import BLOCKS, LUT, Graph, Node
+from anequant.targets.coreml.lint.integer_rules import AFFINE
+from anequant.targets.coreml.lint.rule import ERROR, NOTE, WARNING, Chip, Hit, Rule
+
+SPARSE_TABLES = {"constexpr_lut_to_sparse", "constexpr_sparse_blockwise_shift_scale"}
+KNOWN = {LUT, BLOCKS, AFFINE, "constexpr_sparse_to_dense", *SPARSE_TABLES}
+CHANNELS_A_LUT = 8
+LONGEST_VECTOR = 16
+VALUES_OF_A_ROW, VALUES_OF_A_TENSOR = 16, 256
+"""What 4-bit and 8-bit codes hold: rows within the one in a tensor beyond the other share scaled codes."""
+
+
+def _lut_shape(graph: Graph, node: Node) -> tuple[list[int], int, int]:
+    """Groups along each axis, entries and length of an entry; ([], 1, 1) for the form of iOS 16."""
+    sizes = [size or 0 for size in graph.shape(node, "lut")] or [1, 1]
+    return sizes[:-2], sizes[-2], sizes[-1]
+
+
+def _lut_groups(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.of_kind(LUT):
+        groups, _, _ = _lut_shape(graph, node)
+        rows = node.outputs[0].shape[0] or 0
+        if math.prod(groups[1:]) > 1:
+            if groups[0] == 1:
+                yield Hit(node.name, f"{math.prod(groups)} lookup tables over input channels", ERROR)
+        elif groups and groups[0] > 1:
+            few = groups[0] <= rows // CHANNELS_A_LUT
+            yield Hit(
+                node.name, f"{groups[0]} lookup tables for {rows} output channels", None if few else ERROR
+            )
+
+
+def _lut_blocks(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.of_kind(LUT):
+        groups, _, _ = _lut_shape(graph, node)
+        if groups and groups[0] > 1 and math.prod(groups[1:]) > 1:
+            yield Hit(node.name, f"{math.prod(groups)} lookup tables over blocks")
+
+
+def _lut_vectors(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.of_kind(LUT):
+        groups, _, length = _lut_shape(graph, node)
+        axis = graph.value(node, "vector_axis")
+        if length > 1 and (math.prod(groups) > 1 or (isinstance(axis, Tensor) and int(axis) != 0)):
+            yield Hit(node.name, "a table of vectors in groups or along the input")
+        elif length > LONGEST_VECTOR:
+            yield Hit(node.name, f"a table of vectors of {length}, at most {LONGEST_VECTOR} run")
+
+
+def _widths(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.of_kind(LUT):
+        _, entries, _ = _lut_shape(graph, node)
+        if entries in (8, 64):
+            bits = entries.bit_length() - 1
+            yield Hit(node.name, f"{bits} bits are read as {4 if bits == 3 else 8}")
+
+
+def _sparse_tables(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.of_kind(*SPARSE_TABLES):
+        yield Hit(node.name, node.kind)
+
+
+def _unusual_constants(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.nodes:
+        if node.kind.startswith("constexpr_") and node.kind not in KNOWN:
+            yield Hit(node.name, node.kind)
+        elif node.kind == LUT and (source := graph.source(node, "lut")) is not None and source.constant:
+            yield Hit(node.name, "a lookup table that is itself quantized")
+
+
+def _folded_scales(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    """A convolution with one codebook whose result no vector multiplies, or float rows of few values each.
+
+    Of the first, the program cannot say whether a scale was folded in before clustering or never existed.
+    """
+    for node in graph.of_kind("conv"):
+        weight = graph.source(node, "weight")
+        if weight is not None and weight.kind == LUT and not _is_scaled(graph, node):
+            yield Hit(node.name, "a palettized convolution without an output scale")
+        elif weight is not None and weight.kind == "const" and _rows_of_few_values(graph.literal(weight)):
+            yield Hit(node.name, "a float convolution of scaled codes: few values a row, many in all")
+
+
+def _is_scaled(graph: Graph, conv: Node) -> bool:
+    shape = (1, conv.outputs[0].shape[1], 1, 1)
+    sources = [
+        graph.source(user, side)
+        for user in graph.consumers(conv)
+        if user.kind == "mul"
+        for side in ("x", "y")
+    ]
+    return any(
+        source is not None and source.constant and source.outputs[0].shape == shape for source in sources
+    )
+
+
+def _rows_of_few_values(weight: Tensor | str) -> bool:
+    """Weight [out, in, ...], too short a row telling nothing. One row of many values ends the search."""
+    if isinstance(weight, str) or weight.ndim < 2 or weight[0].numel() < 4 * VALUES_OF_A_ROW:
+        return False
+    seen: set[float] = set()
+    for row in weight.flatten(1):
+        values = set(row.tolist())
+        if len(values) > VALUES_OF_A_ROW:
+            return False
+        seen |= values
+    return len(seen) > VALUES_OF_A_TENSOR
+
+
+def _palettized_scales(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    for node in graph.of_kind("mul", "add", "layer_norm"):
+        for names in node.inputs.values():
+            source = graph.producer.get(names[0] or "")
+            if source is not None and source.kind == LUT:
+                yield Hit(node.name, f"a palettized operand of {node.kind}")
+
+
+def _dense_among_palettized(graph: Graph, chip: Chip) -> Iterator[Hit]:
+    kinds = {
+        node.name: source.kind
+        for node in graph.of_kind("conv")
+        if (source := graph.source(node, "weight")) is not None
+    }
+    if LUT in kinds.values():
+        for name, kind in kinds.items():
+            if kind == "const" and not _is_hadamard(graph.value(graph.producer[name], "weight")):
+                yield Hit(name, "a float16 convolution among palettized ones")
+
+
+def _is_hadamard(weight: Tensor | str | None) -> bool:
+    """Whether entries have one magnitude and rows are orthogonal, in the first group at least."""
+    if not isinstance(weight, Tensor) or not bool((weight.abs() == weight.abs().max()).all()):
+        return False
+    signs = weight.flatten(1)[: weight.shape[1]].float().sign()
+    return torch.equal(signs @ signs.T, signs.shape[1] * torch.eye(len(signs)))
+
+
+WEIGHT_RULES = (
+    Rule(
+        "W2",
+        WARNING,
+        "one table a tensor takes 14.8 ms where one a channel takes 59 (Apple, OPT-1.3B)",
+        "use one codebook for the tensor",
+        _lut_groups,
+    ),
+    Rule(
+        "W3", NOTE, "the hardware reads 3 bits as 4 and 6 as 8", "the file is smaller all the same", _widths
+    ),
+    Rule(
+        "W4",
+        ERROR,
+        "tables over blocks of both axes fail to compile (CoreML-LLM, ANEC -14)",
+        "use one codebook for the tensor",
+        _lut_blocks,
+    ),
+    Rule(
+        "W5",
+        ERROR,
+        "tables of vectors run along output channels, up to 16 of them, and one a tensor",
+        "use one table along axis 0",
+        _lut_vectors,
+    ),
+    Rule(
+        "W6",
+        WARNING,
+        "sparse tables are larger and slower on the engine",
+        "leave weights dense",
+        _sparse_tables,
+    ),
+    Rule(
+        "W7",
+        NOTE,
+        "the engine is known to expand float tables, integers with scales and sparse constants only",
+        "check the placement on a Mac (anequant profile)",
+        _unusual_constants,
+    ),
+    Rule(
+        "W9",
+        WARNING,
+        "one codebook fits rows of all sizes badly (Apple, OPT-1.3B: perplexity 21.6, scaled 18.7), "
+        "and coremltools' fuse_conv_scale folds scales away",
+        "keep a scale as a mul after the convolution",
+        _folded_scales,
+    ),
+    Rule(
+        "W10",
+        ERROR,
+        "palettize_weights' global_config also rounds scale vectors",
+        "palettize convolutions only (op_type_configs)",
+        _palettized_scales,
+    ),
+    Rule(
+        "W11",
+        WARNING,
+        "this weight is four times as large as its neighbours",
+        "quantize it",
+        _dense_among_palettized,
+    ),
+)

@@ -1,0 +1,75 @@
+"""What can be lowered: the sizes, the model, and what it does while it runs."""
+
+from __future__ import annotations
+
+import re
+
+from anequant.architectures.spec import ModelSpec
+from anequant.errors import UnsupportedError, UsageError
+from anequant.quantization.online import Online
+from anequant.recipe import LowerOptions
+from anequant.targets.shared.rope_tables import lowered_rope_tables
+
+LARGEST_AXIS = 16384
+MOST_HEAD_PARTS = 64
+
+
+def check_lowering(spec: ModelSpec, options: LowerOptions, online: Online) -> None:
+    """Raises UsageError for impossible sizes, UnsupportedError for a model that cannot be lowered to them."""
+    for name, value, most in (
+        ("context", options.context, 65536),
+        ("batch", options.batch, options.context),
+        ("chunks", 1 if options.chunks is None else options.chunks, spec.num_layers),
+        ("max-chunk-mb", options.max_chunk_mb, 1_000_000),
+    ):
+        if not 1 <= value <= most:
+            raise UsageError(f"--{name} is {value}, it must be between 1 and {most}")
+    if options.prefix is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", options.prefix):
+        raise UsageError(
+            f"--prefix '{options.prefix}' cannot begin file names",
+            remedy="use letters, digits, - and _, a letter or digit first",
+        )
+    if options.batch < 2:
+        raise UsageError("--batch is 1, prefill needs at least 2 positions at once")
+    if options.context % options.batch:
+        raise UsageError(
+            f"--context {options.context} is not a multiple of --batch {options.batch}",
+            remedy="ANEMLL's Swift runtime prefills whole batches only",
+        )
+    _check_online(online)
+    head_parts(spec)
+    lowered_rope_tables(spec, options.context)
+
+
+def head_parts(spec: ModelSpec) -> int:
+    """The least number of equal parts, from the architecture's own on, that keeps each within an axis."""
+    for parts in range(spec.architecture.head_split, MOST_HEAD_PARTS + 1):
+        if spec.vocab_size % parts == 0 and spec.vocab_size // parts <= LARGEST_AXIS:
+            return parts
+    raise UnsupportedError(
+        f"a vocabulary of {spec.vocab_size} does not split into equal parts of at most {LARGEST_AXIS}",
+        remedy="pad the embedding and the head to a multiple of 64 rows",
+    )
+
+
+def _check_online(online: Online) -> None:
+    """Raises UnsupportedError for what the packages cannot do while they run."""
+    if online.kv_bits < 16:
+        raise UnsupportedError(
+            f"a KV cache of {online.kv_bits} bits cannot be lowered: Core ML keeps an fp16 state",
+            remedy="use kv_bits = 16, or run the checkpoint with transformers",
+        )
+    if online.activations and online.prefix:
+        raise UnsupportedError(
+            f"a prefix of {online.prefix} float positions cannot be lowered: the packages compute every "
+            "position alike",
+            remedy="use activation_prefix = 0, or run the checkpoint with transformers",
+        )
+    for name, format_ in online.activations.items():
+        if format_.bits != 8 or format_.scale is None:
+            what = f"{format_.bits}-bit" if format_.bits != 8 else "dynamically scaled"
+            raise UnsupportedError(
+                f"the {what} input of '{name}' cannot be lowered: Core ML's quantize takes 8 bits and one "
+                "fixed scale",
+                remedy="use activation_bits = 8 and activation_scales = 'static', or transformers",
+            )

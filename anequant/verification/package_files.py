@@ -1,0 +1,131 @@
+"""Packages as files: the manifest lists what is there, and every constant lies inside its file.
+
+Nothing is run. A package is a folder with Manifest.json and Data; the manifest names items below Data by
+path, and one of them as the root model (coremltools, modelpackage/src/ModelPackage.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anequant.errors import InputError, VerificationError, shown
+from anequant.strict import parse_json, read_plain
+from anequant.targets.coreml.graph import LUT, Graph, package_graphs
+from anequant.targets.coreml.meta import META, read_meta
+from anequant.targets.coreml.meta_check import check_package
+from anequant.targets.coreml.program.decoder import INFER, PREFILL
+from anequant.targets.coreml.storage import LARGEST_MANIFEST, damage, inside, model_file
+from anequant.verification.hashes import PACKAGES, failing, verify_files
+
+DATA, MANIFEST_FILE = "Data", "Manifest.json"
+
+
+def verify_package_folder(folder: Path) -> dict[str, Any]:
+    """Check hashes, then the packages; returns the folder's anequant.json. Raises as `verify_files`."""
+    recorded = verify_files(folder, PACKAGES)
+    with failing(folder):
+        verify_package_files(folder)
+    return recorded
+
+
+def verify_package_files(folder: Path) -> None:
+    """Check every package that meta.yaml names, and that there are no others.
+
+    Raises VerificationError or InputError, naming the package, its file and the constant.
+    """
+    packages = read_meta(folder)
+    due = {f"{name}.mlpackage" for name in packages.package_names}
+    present = {path.name for path in folder.glob("*.mlpackage")}
+    for name in sorted(due - present):
+        keys = packages.keys_of(name.removesuffix(".mlpackage"))
+        problem = f"is missing; {keys} of {META} name it so"
+        raise VerificationError(f"package {shown(name)} {problem}", where=str(folder))
+    for name in sorted(present - due):
+        raise VerificationError(f"package {shown(name)} is none of {META}", where=str(folder))
+    for name in packages.package_names:
+        path = folder / f"{name}.mlpackage"
+        verify_items(path)
+        with damage(str(path)):
+            graphs = package_graphs(path)
+            check_package(packages, name, {graph.function: graph.spec for graph in graphs}, folder)
+            seen: set[bytes] = set()
+            for graph in graphs:
+                _verify_constants(graph, path, seen)
+                if name in packages.chunk_names and graph.function not in (INFER, PREFILL):
+                    problem = f"function {shown(graph.function)} is none of a decoder's"
+                    raise VerificationError(problem, where=str(path))
+
+
+def verify_items(package: Path) -> None:
+    """Raises InputError or VerificationError unless Manifest.json lists the files below Data: each once, and
+    by a path that stays there."""
+    where = str(package / MANIFEST_FILE)
+    model = model_file(package)
+    try:
+        items = list(
+            parse_json(read_plain(package / MANIFEST_FILE, LARGEST_MANIFEST))["itemInfoEntries"].values()
+        )
+        paths = [item["path"] for item in items]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError("the manifest lists no items", where=where) from error
+    if not all(isinstance(path, str) for path in paths) or len(set(paths)) != len(paths):
+        raise VerificationError("the manifest lists items without a path of their own", where=where)
+    listed = {inside(package / DATA, path) for path in paths}
+    for path in sorted(listed):
+        if not path.exists():
+            name = path.relative_to(package).as_posix()
+            raise VerificationError(f"{shown(name)}, which the manifest lists, is missing", where=where)
+    for path in sorted(package.rglob("*")):
+        known = path == package / MANIFEST_FILE or not listed.isdisjoint((path, *path.parents))
+        if not path.is_dir() and not known:
+            name = path.relative_to(package).as_posix()
+            raise VerificationError(f"{shown(name)} is in no item of the manifest", where=where)
+    if model not in listed:
+        raise VerificationError("the root model is none of the manifest's items", where=where)
+
+
+def _verify_constants(graph: Graph, package: Path, seen: set[bytes]) -> None:
+    """Every constant can be read and is finite, and every code is inside its codebook. What functions share
+    is read once: `seen` are the protobufs."""
+    where = f"{package}, {graph.function}"
+    for name, key, value in _values(graph):
+        if not _new(value, seen):
+            continue
+        content = graph.content(value)
+        if isinstance(content, Tensor) and not bool(torch.isfinite(content).all()):
+            count = int((~torch.isfinite(content)).sum())
+            raise VerificationError(f"'{name}' ({key}) holds {count} values that are not finite", where=where)
+    for node in graph.of_kind(LUT):
+        if not _new(node.proto, seen):
+            continue
+        codes, table = graph.value(node, "indices"), graph.value(node, "lut")
+        if not isinstance(codes, Tensor) or not isinstance(table, Tensor):
+            raise VerificationError(f"'{node.name}' has no codes or no codebook", where=where)
+        largest, entries = int(codes.max()) if codes.numel() else 0, table.shape[-2]
+        if largest >= entries:
+            raise VerificationError(
+                f"'{node.name}' holds the code {largest}, its codebook has {entries} entries", where=where
+            )
+
+
+def _new(message: Any, seen: set[bytes]) -> bool:
+    key = message.SerializeToString(deterministic=True)
+    new = key not in seen
+    seen.add(key)
+    return new
+
+
+def _values(graph: Graph) -> Iterator[tuple[str, str, Any]]:
+    """(operation, input, MIL_pb2.Value) of every constant that is bound by value."""
+    for node in graph.nodes:
+        if node.kind == "const":
+            yield node.name, "val", node.proto.attributes["val"]
+        for key, argument in sorted(node.proto.inputs.items()):
+            for binding in argument.arguments:
+                if binding.WhichOneof("binding") == "value":
+                    yield node.name, key, binding.value

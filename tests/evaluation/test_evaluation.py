@@ -1,0 +1,135 @@
+"""evaluate() against the same numbers computed in float64 from the logits of stock transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from anequant.checkpoints.reader import open_checkpoint
+from anequant.errors import UsageError
+from anequant.evaluation.divergence import evaluate
+from anequant.reference.windows import load_tokenizer, start_token, text_windows
+
+STORY = (
+    "The old house stood at the end of the lane, and nobody in the village could say who had built it. In "
+    "the winter its windows were dark; in the summer a light moved from room to room, and the children who "
+    "were sent to bed before sunset lay awake and watched it. When Anna was nine she asked her grandfather "
+    "about it. He put down his pipe, looked at the hill for a long time, and told her to finish her soup. "
+) * 8
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny_qwen2: Path) -> Tensor:
+    tokenizer = load_tokenizer(tiny_qwen2)
+    start = start_token(tokenizer, open_checkpoint(tiny_qwen2).spec.config)
+    return text_windows(STORY, tokenizer, start, count=5, length=64)
+
+
+@torch.no_grad()
+def log_probabilities(folder: Path, tokens: Tensor) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    logits = model(input_ids=tokens, use_cache=False).logits
+    return logits.double().log_softmax(-1)[:, :-1]
+
+
+def nll_of(log_p: Tensor, tokens: Tensor) -> Tensor:
+    """Mean over each window: [windows]."""
+    return -log_p.gather(-1, tokens[:, 1:, None])[..., 0].mean(1)
+
+
+@pytest.mark.parametrize("recipe", ["w4-nearest", "w_int8_per_tensor"])
+def test_a_quantized_checkpoint_against_its_float_model(
+    quantize_model: Callable[..., Any], tiny_qwen2: Path, tokens: Tensor, recipe: str
+) -> None:
+    folder = quantize_model(tiny_qwen2, recipe).folder
+    quality = evaluate(open_checkpoint(folder), tokens, open_checkpoint(tiny_qwen2))
+
+    log_p, log_q = log_probabilities(tiny_qwen2, tokens), log_probabilities(folder, tokens)
+    base_nll, nll = nll_of(log_p, tokens), nll_of(log_q, tokens)
+    assert quality.windows == 5 and quality.tokens == 5 * 63
+    assert quality.nll == pytest.approx(float(nll.mean()), rel=1e-5)
+    assert quality.base_nll == pytest.approx(float(base_nll.mean()), rel=1e-5)
+    assert quality.perplexity == pytest.approx(math.exp(float(nll.mean())), rel=1e-4)
+    assert quality.nll_error == pytest.approx(float(nll.std()) / 5**0.5, rel=1e-4)
+    assert quality.extra_nll == pytest.approx(float((nll - base_nll).mean()), abs=1e-5)
+    divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert quality.kl == pytest.approx(divergence, rel=1e-3, abs=1e-6) and divergence > 0
+    assert quality.top1 == pytest.approx(
+        float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()), abs=1e-9
+    )
+
+    values = quality.to_dict()
+    assert values["perplexity"] == quality.perplexity
+    assert values["base_perplexity"] == pytest.approx(math.exp(float(base_nll.mean())), rel=1e-4)
+
+
+def test_a_model_against_itself(tiny_qwen2: Path, tokens: Tensor) -> None:
+    checkpoint = open_checkpoint(tiny_qwen2)
+    quality = evaluate(checkpoint, tokens, checkpoint)
+    assert quality.kl == 0 and quality.top1 == 1
+    assert quality.extra_nll == pytest.approx(0, abs=1e-12)
+    assert quality.nll == pytest.approx(quality.base_nll, abs=1e-12)
+
+
+def test_without_a_base(tiny_qwen2: Path, tokens: Tensor) -> None:
+    quality = evaluate(open_checkpoint(tiny_qwen2), tokens)
+    expected = nll_of(log_probabilities(tiny_qwen2, tokens), tokens)
+    assert quality.nll == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert quality.base_nll is quality.extra_nll is quality.kl is quality.top1 is None
+    assert quality.to_dict()["base_perplexity"] is None
+
+
+def test_one_window_has_no_standard_error(tiny_qwen2: Path, tokens: Tensor) -> None:
+    checkpoint = open_checkpoint(tiny_qwen2)
+    assert evaluate(checkpoint, tokens[:1]).nll_error is None
+    parts = [evaluate(checkpoint, tokens[i : i + 1]).nll for i in range(5)]
+    assert evaluate(checkpoint, tokens).nll == pytest.approx(sum(parts) / 5, rel=1e-6)
+
+
+def test_more_bits_are_closer(quantize_model: Callable[..., Any], tiny_qwen2: Path, tokens: Tensor) -> None:
+    """The published scheme at 4 bits, ours at 4, ours at 8: each much closer to the float model."""
+    base = open_checkpoint(tiny_qwen2)
+    folders = [
+        quantize_model(tiny_qwen2, name).folder for name in ("w_int4_per_tensor", "w4-nearest", "w8-nearest")
+    ]
+    divergences = [evaluate(open_checkpoint(folder), tokens, base).kl for folder in folders]
+    assert divergences[0] > 2 * divergences[1] > 20 * divergences[2] > 0
+
+
+# --- windows of a text --------------------------------------------------------------------------------
+
+
+def test_windows_are_pieces_of_the_text(tiny_qwen2: Path, tokens: Tensor) -> None:
+    ids = AutoTokenizer.from_pretrained(tiny_qwen2)(STORY, add_special_tokens=False)["input_ids"]
+    assert tokens.shape == (5, 64) and tokens.dtype == torch.int64
+    assert tokens[:, 0].tolist() == [8189] * 5
+    starts = []
+    for window in tokens[:, 1:].tolist():
+        starts.append(next(i for i in range(len(ids)) if ids[i : i + 63] == window))
+    assert starts[0] == 0
+
+
+def test_windows_spread_over_the_text(tiny_qwen2: Path) -> None:
+    """A text of numbers, where every place is unique."""
+
+    class Words:
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            assert add_special_tokens is False
+            return {"input_ids": [int(word) for word in text.split()]}
+
+    text = " ".join(map(str, range(1000)))
+    windows = text_windows(text, Words(), 7777, count=4, length=101)
+    assert windows[:, 0].tolist() == [7777] * 4
+    assert windows[:, 1].tolist() == [0, 200, 400, 600]
+    assert all(window[1:].diff().eq(1).all() for window in windows)
+    assert text_windows(text, Words(), 7777, count=50, length=101).shape == (10, 101)
+    assert text_windows(text, Words(), 7777, count=1, length=1001).tolist() == [[7777, *range(1000)]]
+    with pytest.raises(UsageError, match="1000 tokens, one window needs 1001"):
+        text_windows(text, Words(), 7777, count=1, length=1002)

@@ -1,0 +1,298 @@
+"""`anequant plan` and --max-memory: what is planned against what then happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure_memory
+import pytest
+import torch
+from click.testing import CliRunner
+from measure_memory import Shape, limited_run, write_random_model
+
+from anequant.architectures.spec import EMBEDDING, HEAD
+from anequant.calibration.sample import sample_windows
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint
+from anequant.checkpoints.source import BUNDLED_MODEL, Source
+from anequant.cli import main
+from anequant.errors import ResourceError
+from anequant.jobs.control import Control
+from anequant.jobs.process import give_back_memory, resident_bytes
+from anequant.pipeline import kept
+from anequant.pipeline.lower import lower
+from anequant.pipeline.quantize import quantize
+from anequant.planning.baseline import samples_resident
+from anequant.planning.plan import Plan, lowering_plan, make_plan
+from anequant.planning.steps import LOWER, QUANTIZE, RESIDENT, STREAMED
+from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.recipe_files import load_recipe
+
+GIGABYTE = 10**9
+CALIBRATION = Calibration("self", samples=4, length=32)
+LLAMA_8B = Shape("llama", 4096, 14336, 32, 8, 128256, 4)
+
+
+def planned(folder: Path, recipe: Recipe, **options: Any) -> Plan:
+    values: dict[str, Any] = {"calibration": CALIBRATION, "options": LowerOptions(context=128), "base": 0}
+    return make_plan(open_checkpoint(folder), recipe, **{**values, **options})
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.fixture
+def without_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Checkpoint, name: str, rows: slice | None = None) -> None:
+        raise AssertionError(f"'{name}' was read")
+
+    monkeypatch.setattr(Checkpoint, "read", refuse)
+
+
+@pytest.mark.usefixtures("without_reading")
+def test_a_plan_is_one_object_with_every_job_and_reads_no_weight() -> None:
+    result = invoke("plan", str(BUNDLED_MODEL), "--recipe", "w4-ane", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    names = [job["name"] for job in plan["jobs"]]
+    layers = open_checkpoint(BUNDLED_MODEL).spec.num_layers
+    assert names[: layers + 3] == [
+        *("sample", "embedding"),
+        *[f"layer {number + 1}" for number in range(layers)],
+        "head",
+    ]
+    assert names[layers + 3 :] == [
+        *("ranges", "embedding package", "chunk 1 of 1", "head package"),
+        *("checkpoint", "packages", "quality"),
+    ]
+    for job in plan["jobs"]:
+        assert job["peak"] >= plan["base_bytes"] > 0 and job["seconds"] > 0, job
+    assert plan["peak_bytes"] == max(job["peak"] for job in plan["jobs"])
+    assert plan["seconds"] == pytest.approx(sum(job["seconds"] for job in plan["jobs"]))
+
+
+def test_planned_bytes_are_those_that_are_written(tmp_path: Path, eight_bits: Recipe) -> None:
+    quantized, packages = tmp_path / "quantized", tmp_path / "packages"
+    quantize(Source(BUNDLED_MODEL, "tiny"), quantized, eight_bits)
+    lower(quantized, packages, LowerOptions(context=128))
+    plan = planned(BUNDLED_MODEL, eight_bits)
+    written = quantized / "model.safetensors"
+    header = 8 + int.from_bytes(written.read_bytes()[:8], "little")
+    assert plan.disk.checkpoint == written.stat().st_size - header
+    assert plan.disk.packages == pytest.approx(
+        sum(file.stat().st_size for file in packages.glob("*.mlpackage/Data/**/*") if file.is_file()),
+        rel=0.05,
+    )
+    read = sum(job.bytes_in for job in plan.jobs if job.step == QUANTIZE)
+    source = BUNDLED_MODEL / "model.safetensors"
+    table = math.prod(open_checkpoint(BUNDLED_MODEL).tensors[f"{EMBEDDING}.weight"].shape)
+    assert read == pytest.approx(source.stat().st_size + 2 * table, rel=0.01)  # tied: the embedding twice
+    lowering = lowering_plan(open_checkpoint(quantized), LowerOptions(context=128), 0, None)
+    assert [job for job in plan.jobs if job.step == LOWER] == list(lowering.jobs)
+
+
+@pytest.fixture
+def eight_bits() -> Recipe:
+    return load_recipe("w8-nearest", {"head_bits": 8, "embedding_bits": 8})
+
+
+def test_everything_in_float_has_a_row_with_its_reason(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "model", "qwen3", True, vocab_size=1024)
+    rows = {row.what: row for row in planned(folder, load_recipe("w4-nearest")).kept}
+    assert rows[EMBEDDING].reason == "embedding_bits is 16"
+    assert "tied" in rows[HEAD].reason
+    assert "RoPE" in rows["self_attn.q_norm, self_attn.k_norm"].reason
+    assert rows["KV cache"].form == "fp16 state"
+    assert any(what.startswith("biases of self_attn.q_proj") for what in rows)
+    more = {"activation_bits": 8, "activation_prefix": 4, "activation_overrides": "down_proj=16"}
+    rows = {row.what: row for row in planned(folder, load_recipe("w4-nearest", more), options=None).kept}
+    assert rows["the first 4 positions"].reason == "activation_prefix is 4"
+    assert rows["input of down_proj"].form == "float"
+    assert "activations" not in rows
+
+
+CONVERSIONS: dict[str, tuple[str, ...]] = {
+    "a cache of 4 bits": ("--recipe", "w4a4kv4"),
+    "a prefix of float": ("--recipe", "w8a8-ane", "--activation-prefix", "4"),
+    "dynamic activations": ("--recipe", "w8a8-ane", "--activation-scales", "dynamic"),
+    "weights of 16 bits": ("--recipe", "w4-nearest", "--bits", "16"),
+    "a context that is no multiple": ("--context", "100", "--batch", "64"),
+    "a batch of one": ("--batch", "1"),
+    "no context": ("--context", "0"),
+    "more chunks than layers": ("--chunks", "5"),
+    "chunks too small": ("--max-chunk-mb", "1"),
+    "a name that is none": ("--prefix", "../x"),
+    "rotations without a file": ("--r1", "file"),
+    "a file of rotations that nobody asked for": ("--rotations", "r.safetensors"),
+    "a file of rotations that is not there": ("--r1", "file", "--rotations", "r.safetensors"),
+    "restarts of nothing": ("--r1", "none", "--r2", "none", "--restarts", "2"),
+    "a width without a Hadamard matrix": ("--r1-block", "128"),
+    "too little memory": ("--max-memory", "0.1GB"),
+    "a calibration that is not there": ("--calib", "gone.txt"),
+}
+
+
+@pytest.mark.parametrize("case", CONVERSIONS)
+def test_a_conversion_that_is_refused_is_not_planned(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same words; tests/attacks/damage.py does the same for every input that is refused there."""
+    monkeypatch.chdir(tmp_path)
+    words = (str(BUNDLED_MODEL), *CONVERSIONS[case])
+    converted, plan = invoke("convert", "-o", "out", *words), invoke("plan", *words)
+    assert converted.exit_code in (2, 3, 4, 5), converted.output
+    assert (plan.exit_code, plan.stderr) == (converted.exit_code, converted.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_for_people_has_a_line_for_each_job() -> None:
+    result = invoke("plan", str(BUNDLED_MODEL), "--recipe", "w4-nearest")
+    lines = result.stdout.splitlines()
+    assert lines[0].split("\t") == ["step", "job", "in", "out", "peak memory", "time, about"]
+    assert sum(line.startswith("quantize\tlayer") for line in lines) == 4
+    assert any(line.startswith("peak memory") for line in lines)
+    assert "estimate" in result.stdout
+
+
+def test_the_least_memory_that_is_named_is_the_least(tmp_path: Path) -> None:
+    folder = _headers(tmp_path / "model", LLAMA_8B)
+    recipe = load_recipe("w4-nearest")
+    with pytest.raises(ResourceError, match=r"needs .* GB, and --max-memory allows 1\.00 GB") as error:
+        planned(folder, recipe, options=None, max_memory=GIGABYTE, base=GIGABYTE // 2)
+    found = re.search(r"--max-memory ([\d.]+)GB", error.value.remedy)
+    assert found is not None
+    least = int(float(found[1]) * GIGABYTE)
+    assert planned(folder, recipe, options=None, max_memory=least, base=GIGABYTE // 2).largest.peak <= least
+    with pytest.raises(ResourceError):
+        planned(folder, recipe, options=None, max_memory=least - GIGABYTE // 50, base=GIGABYTE // 2)
+
+
+def test_the_peak_of_a_llama_3_8b_stays_below_4_gb_and_does_not_grow_with_layers(tmp_path: Path) -> None:
+    peaks = [
+        planned(
+            _headers(tmp_path / f"{layers}", dataclasses.replace(LLAMA_8B, layers=layers)),
+            load_recipe("w4-nearest"),
+            options=None,
+            base=600_000_000,
+        ).largest.peak
+        for layers in (4, 12, 32)
+    ]
+    assert len(set(peaks)) == 1
+    assert peaks[0] < 4 * GIGABYTE
+
+
+def test_less_memory_samples_without_the_model_in_memory(tmp_path: Path) -> None:
+    folder = _headers(tmp_path / "model", dataclasses.replace(LLAMA_8B, layers=32))
+    recipe = load_recipe("w4-nearest", {"target_bits": 5.0})
+    plan = planned(folder, recipe, options=None)
+    assert plan.jobs[0].name == RESIDENT and plan.jobs[0].peak > 30 * GIGABYTE
+    plan = planned(folder, recipe, options=None, max_memory=16 * GIGABYTE)
+    assert plan.jobs[0].name == STREAMED and plan.jobs[0].peak < 4 * GIGABYTE
+    checkpoint = open_checkpoint(folder)
+    assert not samples_resident(checkpoint, CALIBRATION, 16 * GIGABYTE, 0)
+    assert samples_resident(checkpoint, CALIBRATION, None, 0)
+
+
+def test_max_memory_changes_no_byte_of_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, recipe = Source(BUNDLED_MODEL, "tiny"), load_recipe("w4-ane", {"descent": 0, "refinement": 0})
+    quantize(source, tmp_path / "free", recipe, CALIBRATION)
+    asked: list[bool] = []
+
+    def streamed(*arguments: Any, **options: Any) -> bool:
+        asked.append(samples_resident(*arguments, **options))
+        return False
+
+    monkeypatch.setattr(kept, "samples_resident", streamed)
+    control = Control(max_memory=64 * GIGABYTE)
+    quantize(source, tmp_path / "bounded", recipe, CALIBRATION, control=control)
+    assert asked == [True]
+    files = sorted(path.name for path in (tmp_path / "free").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "bounded").iterdir())
+    for name in files:
+        assert (tmp_path / "free" / name).read_bytes() == (tmp_path / "bounded" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_a_model_that_is_read_again_for_every_token_writes_the_same(
+    make_model: Callable[..., Path], tmp_path: Path, model_type: str
+) -> None:
+    checkpoint = open_checkpoint(make_model(tmp_path / "model", model_type, model_type != "llama"))
+    one, other = (
+        sample_windows(checkpoint, 1, count=3, length=8, seed=5, resident=resident)
+        for resident in (True, False)
+    )
+    assert one.tolist() == other.tolist()
+
+
+@pytest.mark.parametrize("command", ["quantize", "convert"])
+def test_too_little_memory_is_refused_before_anything_is_done(tmp_path: Path, command: str) -> None:
+    output = tmp_path / "output"
+    result = invoke(command, str(BUNDLED_MODEL), "-o", str(output), "--max-memory", "0.1GB")
+    assert result.exit_code == ResourceError.exit_code
+    assert "the least that works is --max-memory" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("size", "good"), [("4GB", True), ("512MiB", True), ("7e9", False), ("four", False)])
+def test_sizes(size: str, good: bool, tmp_path: Path) -> None:
+    result = invoke("plan", str(tmp_path / "gone"), "--max-memory", size)
+    assert result.exit_code == (3 if good else 2)
+    assert ("is no size" in result.stderr) != good
+
+
+def planned_over_measured(model: Path, work: Path) -> float:
+    """Of resident peaks, by a process of its own: a child's starts with that of what it was forked from."""
+    script = (
+        "import measure_memory as m, pathlib, sys\n"
+        "model, work = map(pathlib.Path, sys.argv[1:])\n"
+        "print(m.compare(model.name, model, work, 'quantize', '--recipe', m.NEAREST)['ratio'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(model), str(work)],
+        cwd=Path(measure_memory.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout.split()[-1])
+
+
+def test_the_planned_peak_is_within_a_quarter_of_the_measured_one(tmp_path: Path) -> None:
+    assert 0.75 < planned_over_measured(BUNDLED_MODEL, tmp_path) < 1.25
+
+
+def test_a_model_is_quantized_within_its_planned_peak(tmp_path: Path) -> None:
+    """Resident, as planned, to 10%: RLIMIT_DATA also counts what stacks and allocators only reserve."""
+    shape = Shape("llama", 1024, 4096, 16, 4, 16384, 3)
+    write_random_model(tmp_path / "model", shape)
+    assert planned_over_measured(tmp_path / "model", tmp_path) > 1 / 1.1
+    plan = measure_memory.planned(tmp_path / "model", "--recipe", measure_memory.NEAREST)
+    peak = plan["peak_bytes_by_step"]["quantize"]
+    _, refused = limited_run(tmp_path / "model", tmp_path / "output", data_limit=peak // 2)
+    assert refused.code not in (0, 2, 3, 4, 6)
+
+
+def _headers(folder: Path, shape: Shape) -> Path:
+    """A model of that shape whose weights are holes."""
+    write_random_model(folder, shape, holes=True)
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps freed memory in pieces")
+def test_freed_pieces_go_back_to_the_system() -> None:
+    pieces = [torch.ones(25_000) for _ in range(3000)]
+    kept = pieces[::20]
+    before = resident_bytes()
+    del pieces
+    give_back_memory()
+    assert resident_bytes() < before - 200 * 10**6 and len(kept) == 150
