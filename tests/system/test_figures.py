@@ -29,19 +29,19 @@ DOCS = conftest.REPOSITORY / "docs"
 TEXT = (conftest.REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGES = "".join(page.read_text(encoding="utf-8") for page in fill_readme.PAGES)
 MAKE = {
-    "model": "tools/model_facts.py MODEL TEXT",
-    "quality": "tools/compare_quality.py MODEL TEXT CALIBRATION --json docs/quality.json",
-    "quiet": "tools/quiet_times.py MODEL TEXT CALIBRATION --json docs/quiet.json",
-    "ablation": "tools/ablation.py MODEL TEXT CALIBRATION --json docs/ablation.json",
-    "bench_lower": "tools/bench_lower.py --json docs/bench_lower.json",
-    "memory": "tools/measure_memory.py run --json docs/memory.json, and limited",
-    "newcomer": "tools/newcomer.py",
-    "pipeline": "tools/bench_pipeline.py SHAPE --layers N",
-    "rounding": "tools/bench_rounding.py",
-    "peers": "tools/bench_lower.py --layers 2 --grouped --json docs/peers.json",
-    "gptq": "tools/bench_gptq.py PEER",
-    "cluster": "tools/bench_cluster.py --json docs/cluster.json",
-    "scaling": "tools/scaling.py MODEL TEXT CALIBRATION",
+    "model": "tools/measure/model_facts.py MODEL TEXT",
+    "quality": "tools/measure/compare_quality.py MODEL TEXT CALIBRATION --json docs/quality.json",
+    "quiet": "tools/measure/quiet_times.py MODEL TEXT CALIBRATION --json docs/quiet.json",
+    "ablation": "tools/measure/ablation.py MODEL TEXT CALIBRATION --json docs/ablation.json",
+    "bench_lower": "tools/measure/bench_lower.py --json docs/bench_lower.json",
+    "memory": "tools/measure/measure_memory.py run --json docs/memory.json, and limited",
+    "newcomer": "tools/measure/newcomer.py",
+    "pipeline": "tools/measure/bench_pipeline.py SHAPE --layers N",
+    "rounding": "tools/measure/bench_rounding.py",
+    "peers": "tools/measure/bench_lower.py --layers 2 --grouped --json docs/peers.json",
+    "gptq": "tools/measure/bench_gptq.py PEER",
+    "cluster": "tools/measure/bench_cluster.py --json docs/cluster.json",
+    "scaling": "tools/measure/scaling.py MODEL TEXT CALIBRATION",
 }
 """How each file of measurements is made."""
 
@@ -64,7 +64,7 @@ def test_a_block_of_the_readme_is_what_its_file_says(name: str) -> None:
     file, _ = fill_readme.BLOCKS[name]
     if not (DOCS / f"{file}.json").is_file():
         pytest.skip(f"docs/{file}.json is not measured yet: python {MAKE[file]}")
-    assert fill_readme.filled(block[0]) == block[0], "python tools/fill_readme.py"
+    assert fill_readme.filled(block[0]) == block[0], "python tools/measure/fill_readme.py"
 
 
 def test_every_file_of_measurements_is_used() -> None:
@@ -142,7 +142,7 @@ def test_the_peak_of_what_a_newcomer_runs(tmp_path: Path) -> None:
     """Measured from a process of its own: a child's peak counts what its parent held when it began."""
     script = "import newcomer, pathlib, sys; words = [sys.executable, '-c', 'bytearray(b\"x\") * 10**8']\n"
     script += "print(newcomer.run(words, pathlib.Path('.')).peak)"
-    tools = {**os.environ, "PYTHONPATH": str(conftest.REPOSITORY / "tools")}
+    tools = {**os.environ, "PYTHONPATH": str(conftest.REPOSITORY / "tools" / "measure")}
     told = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=tools, check=True, capture_output=True, text=True
     )
@@ -170,7 +170,7 @@ def marks(svg: str) -> tuple[list[ElementTree.Element], list[ElementTree.Element
 
 def test_the_figure_is_drawn_from_the_results() -> None:
     svg = (DOCS / "why.svg").read_text(encoding="utf-8")
-    assert svg == why_figure.figure(read("quality")), "python tools/why_figure.py"
+    assert svg == why_figure.figure(read("quality")), "python tools/measure/why_figure.py"
     assert "![" in TEXT.partition("## Two commands")[0] and "(docs/why.svg)" in TEXT
 
 

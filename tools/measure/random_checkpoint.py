@@ -1,6 +1,6 @@
 """A random Qwen2 checkpoint of Qwen2.5-0.5B's shape.
 
-    python tools/random_checkpoint.py FOLDER [--layers 24] [--vocab 151936]
+    python tools/measure/random_checkpoint.py FOLDER [--layers 24] [--vocab 151936]
 
 It is written a few layers at a time.
 """

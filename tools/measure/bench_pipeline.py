@@ -7,8 +7,8 @@ floor of a stage is what its matrix products take at the rate of this machine's 
 matrices (`numpy` and `torch` are tried), or its bytes at the rate of copying 128 MB;
 `anequant/planning/work.py` counts both.
 
-    python tools/bench_pipeline.py qwen2.5-0.5b --layers 24 --json docs/pipeline.json
-    python tools/bench_pipeline.py llama-3-8b --layers 2 --json docs/pipeline.json
+    python tools/measure/bench_pipeline.py qwen2.5-0.5b --layers 24 --json docs/pipeline.json
+    python tools/measure/bench_pipeline.py llama-3-8b --layers 2 --json docs/pipeline.json
 
 A file that is there is added to. Linux only.
 """

@@ -1,6 +1,6 @@
 """What activations, the KV cache and online rotations cost in quality, as a Markdown table.
 
-    python tools/ablation.py MODEL TEXT CALIBRATION [--json FILE] [--jobs 2]
+    python tools/measure/ablation.py MODEL TEXT CALIBRATION [--json FILE] [--jobs 2]
         [--windows 32] [--length 512]
 
 What is measured and how: see `quality_runs.py`. W, A and KV are the bits of weights, of every projection's

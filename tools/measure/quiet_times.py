@@ -1,6 +1,6 @@
 """Seconds of `w4-ane` on a machine that does nothing else, with a thread for each of two cores.
 
-    python tools/quiet_times.py MODEL TEXT CALIBRATION --json docs/quiet.json
+    python tools/measure/quiet_times.py MODEL TEXT CALIBRATION --json docs/quiet.json
 
 The runs of `compare_quality.py` have one thread each and share the machine. What else is measured, and how:
 see `quality_runs.py`.
@@ -22,7 +22,8 @@ def sentence(results: dict[str, Any]) -> str:
     seconds = {run["row"]: run["seconds"] for run in results["runs"]}
     return (
         f"On a quiet machine `w4-ane` takes {seconds[DEFAULT.label]:.0f} s and `--tune 100` "
-        f"{seconds[TUNED.label]:.0f} s (`python tools/quiet_times.py`, {when_and_where(results['machine'])})."
+        f"{seconds[TUNED.label]:.0f} s (`python tools/measure/quiet_times.py`, "
+        f"{when_and_where(results['machine'])})."
     )
 
 

@@ -1,6 +1,6 @@
 """docs/why.svg: what one table per tensor costs in quality, and what it saves in time, in one figure.
 
-    python tools/why_figure.py
+    python tools/measure/why_figure.py
 
 Quality is drawn from docs/quality.json, which `compare_quality.py` measured. The two times are Apple's. Bars
 of what the Neural Engine does not run, or runs slowly, are hatched and outlined: colour tells nothing alone.
@@ -12,11 +12,10 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-DOCS = Path(__file__).parent.parent / "docs"
+from measured import DOCS
 
 FAST, OURS, SLOW = "fast", "ours", "slow"
 """How a bar looks."""

@@ -1,6 +1,6 @@
 """What the README says of the model that quality is measured on, as docs/model.json.
 
-    python tools/model_facts.py MODEL TEXT
+    python tools/measure/model_facts.py MODEL TEXT
 
 Its parameters; its perplexity on the windows that `compare_quality.py` takes; the layer before which the
 residual stream is loudest: its largest magnitude, and its root mean square without the first position, which

@@ -1,6 +1,6 @@
 """Rounding alone: gptq against a plain version, column by column, and Lloyd-Max against the exact optimum.
 
-    python tools/bench_rounding.py --json docs/rounding.json
+    python tools/measure/bench_rounding.py --json docs/rounding.json
 
 The plain version is the same arithmetic in torch, one column after the other, each with one product over all
 columns that follow; both have the same Cholesky factor, and their codes are compared. The exact optimum of a

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parent.parent.parent
 DOCS = REPOSITORY / "docs"
 PACKAGES = ("anequant", "torch", "transformers", "coremltools")
 

@@ -1,6 +1,6 @@
 """Measured figures of README and docs/, written into them from the files of docs/ that keep them.
 
-    python tools/fill_readme.py
+    python tools/measure/fill_readme.py
 
 A block of a page that lies between `<!-- measured: NAME -->` and `<!-- end -->` is what BLOCKS makes of a
 file; where the file is not there the block stays as it is. A test fails while a block says something else.
@@ -42,7 +42,7 @@ def model(facts: dict[str, Any]) -> str:
         f"`{facts['model']}` has {facts['parameters'] / 1e6:.1f}M parameters, was trained on books, and has "
         f"massive activations: {stream['peak']:.0f} where the root mean square of other positions is "
         f"{stream['rms_elsewhere']:.0f}. Its perplexity on held-out books is {facts['perplexity']:.2f} "
-        "(`python tools/model_facts.py`)."
+        "(`python tools/measure/model_facts.py`)."
     )
 
 

@@ -154,8 +154,9 @@ def with_table(rows: Sequence[Row], results: dict[str, Any], script: str, file: 
     settings = results["settings"]
     return (
         f"Measured on {settings['windows']} windows of {settings['length']} tokens, "
-        f"{when_and_where(results['machine'])}, by `python tools/{script}.py MODEL TEXT CALIBRATION`; the "
-        f"single runs are in [docs/{file}.json](docs/{file}.json).\n\n{table(rows, results['runs'])}"
+        f"{when_and_where(results['machine'])}, by `python tools/measure/{script}.py MODEL TEXT "
+        f"CALIBRATION`; the single runs are in [docs/{file}.json](docs/{file}.json).\n\n"
+        f"{table(rows, results['runs'])}"
     )
 
 

@@ -1,6 +1,6 @@
 """Quality of ways to quantize the projections of one model, on one text, as a Markdown table.
 
-    python tools/compare_quality.py MODEL TEXT CALIBRATION [--json FILE] [--jobs 2]
+    python tools/measure/compare_quality.py MODEL TEXT CALIBRATION [--json FILE] [--jobs 2]
         [--windows 32] [--length 512]
 
 What is measured and how: see `quality_runs.py`. The rows that decide something run for three rotation seeds.

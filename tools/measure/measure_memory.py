@@ -1,7 +1,7 @@
 """Peak memory as `anequant plan` predicts it and as a run then takes it, on models of several shapes.
 
-    python tools/measure_memory.py run [MODEL ...] [--work FOLDER]     predicted, measured, their ratio
-    python tools/measure_memory.py limited [--layers 4 12]             under RLIMIT_DATA at the planned peak
+    python tools/measure/measure_memory.py run [MODEL ...] [--work FOLDER]   predicted, measured, their ratio
+    python tools/measure/measure_memory.py limited [--layers 4 12]           under RLIMIT_DATA at that peak
 
 With --json docs/memory.json what is measured takes the place of what that file says of the same: `run` or
 `limited`.
@@ -27,10 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from measured import machine, write_json
+from measured import REPOSITORY, machine, write_json
 
-BUNDLED = Path(__file__).parent.parent / "anequant" / "bundled" / "tiny-qwen2"
-SHARED = Path(os.environ.get("ANEQUANT_SHARED", Path(__file__).parent.parent.parent / "shared"))
+BUNDLED = REPOSITORY / "anequant" / "bundled" / "tiny-qwen2"
+SHARED = Path(os.environ.get("ANEQUANT_SHARED", REPOSITORY.parent / "shared"))
 SEED = 2026
 NEAREST, GPTQ = "w4-nearest", "w4-ane"
 RANDOM_CALIBRATION = ("--calib-samples", "24", "--calib-length", "512")
@@ -245,9 +245,9 @@ def sentences(measured: Mapping[str, Any]) -> str:
     return (
         f"A Llama-3-8B's shapes with {layers} layers and the whole vocabulary were quantized (`{NEAREST}`) "
         f"with the data segment limited to the {most:.1f} GB that `plan` had said, at a peak of {peak:.1f} "
-        f"GB (`python tools/measure_memory.py limited`, {dates['limited']}). On {len(ratios)} jobs of models "
-        f"from 3M to 8B shapes the planned peak was {min(ratios):.2f} to {max(ratios):.2f} of the measured "
-        f"one (`python tools/measure_memory.py run`, {dates['run']})."
+        f"GB (`python tools/measure/measure_memory.py limited`, {dates['limited']}). On {len(ratios)} jobs "
+        f"of models from 3M to 8B shapes the planned peak was {min(ratios):.2f} to {max(ratios):.2f} of the "
+        f"measured one (`python tools/measure/measure_memory.py run`, {dates['run']})."
     )
 
 

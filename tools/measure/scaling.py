@@ -6,7 +6,7 @@ prediction takes its rates from the largest shape in docs/pipeline.json (`bench_
 there. With MODEL, TEXT and CALIBRATION, rounding with Hessians of the float model, for which no layer waits
 for another, is compared with rounding in order.
 
-    python tools/scaling.py [MODEL TEXT CALIBRATION] [--json docs/scaling.json]
+    python tools/measure/scaling.py [MODEL TEXT CALIBRATION] [--json docs/scaling.json]
 
 Linux only.
 """

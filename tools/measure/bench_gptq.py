@@ -4,7 +4,7 @@ gptqmodel has requirements of its own, so it runs in an environment of its own:
 
     python -m venv PEER && PEER/bin/pip install torch==2.13.0 setuptools numpy
     BUILD_CUDA_EXT=0 PEER/bin/pip install --no-build-isolation gptqmodel torch==2.13.0
-    python tools/bench_gptq.py PEER/bin/python
+    python tools/measure/bench_gptq.py PEER/bin/python
 
 Both read the model, round it to 4 bits with second moments of the same windows, and write it; imports are not
 timed. gptqmodel has a scale for every 128 columns of a row, `w4-ane` one codebook for the whole tensor.

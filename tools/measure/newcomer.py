@@ -1,7 +1,7 @@
 """How long a newcomer waits: for `make demo` in a fresh clone, and for the README's commands on a real shape.
 
-    python tools/newcomer.py [--json docs/newcomer.json] [--repository URL] [--demo-only] [--layers 24]
-        [--vocab 151936]
+    python tools/measure/newcomer.py [--json docs/newcomer.json] [--repository URL] [--demo-only]
+        [--layers 24] [--vocab 151936]
 
 The repository (by default this one, as it is committed) is cloned into a temporary folder. `make demo` there
 installs all dependencies from a package registry and converts the bundled model; its times count from the
@@ -86,7 +86,7 @@ def demo(repository: str, clone: Path) -> dict[str, Any]:
 def quantize_and_lower(clone: Path, layers: int, vocab: int) -> list[dict[str, Any]]:
     model = clone.parent / "model"
     sizes = ["--layers", str(layers), "--vocab", str(vocab)]
-    run([".venv/bin/python", "tools/random_checkpoint.py", str(model), *sizes], clone)
+    run([".venv/bin/python", "tools/measure/random_checkpoint.py", str(model), *sizes], clone)
     found = []
     for words in steps((clone / "README.md").read_text(encoding="utf-8")):
         ran = run([str(model) if word == "MODEL" else word for word in words], clone)
@@ -100,7 +100,7 @@ def sentences(measured: Mapping[str, Any]) -> str:
     text = (
         f"The first verified package is there {made['verified']:.0f} s after `git clone` begins, of which "
         f"{made['installed']:.0f} s install the dependencies, at a peak of {made['peak'] / 1e6:.0f} MB "
-        f"(`python tools/newcomer.py`, {when_and_where(measured['machine'])})."
+        f"(`python tools/measure/newcomer.py`, {when_and_where(measured['machine'])})."
     )
     if not measured["commands"]:
         return text
