@@ -1,7 +1,8 @@
 """How many bytes every step of a job holds at its peak, above what the imports take.
 
 Written down from what the code holds at once, in bytes an element, and compared with measured peaks by
-tools/measure_memory.py. n is a weight's size, [out, w] its shape, N a layer's size, T the calibration tokens.
+tools/measure/measure_memory.py. n is a weight's size, [out, w] its shape, N a layer's size, T the calibration
+tokens.
 
     turned      a weight as read and two float64 copies of it, beside the layer's float32 so far
     nearest     the float32 that is still to be rounded, and of the weight at hand its core and its codes

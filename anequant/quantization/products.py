@@ -1,10 +1,10 @@
 """Matrix products of float32, by the BLAS that numpy comes with where that is faster.
 
 numpy's OpenBLAS chooses its kernels by what a processor can do, torch's MKL by who made it: on an AMD EPYC
-the former is up to 1.3 times as fast (`tools/bench_pipeline.py` says by how much here). It gets as many
-threads as torch has, since the last digits of a product depend on that. What is added to goes through torch,
-which adds while it multiplies. Of the product of a matrix with its own transpose, only the blocks on and
-below the diagonal are computed: numpy would find half the work too, but fill the other half element by
+the former is up to 1.3 times as fast (`tools/measure/bench_pipeline.py` says by how much here). It gets as
+many threads as torch has, since the last digits of a product depend on that. What is added to goes through
+torch, which adds while it multiplies. Of the product of a matrix with its own transpose, only the blocks on
+and below the diagonal are computed: numpy would find half the work too, but fill the other half element by
 element at every call.
 """
 
