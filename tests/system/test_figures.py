@@ -1,4 +1,4 @@
-"""Measured figures: the README's are what docs/*.json says, and so is the figure on top of it."""
+"""Measured figures: the README's are what docs/measured/*.json says, and so is the figure on top of it."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ from quality_runs import table
 from anequant.report.page.charts import contrast
 
 DOCS = conftest.REPOSITORY / "docs"
+RESULTS = DOCS / "measured"
 TEXT = (conftest.REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGES = "".join(page.read_text(encoding="utf-8") for page in fill_readme.PAGES)
 MAKE = {
     "model": "tools/measure/model_facts.py MODEL TEXT",
-    "quality": "tools/measure/compare_quality.py MODEL TEXT CALIBRATION --json docs/quality.json",
-    "quiet": "tools/measure/quiet_times.py MODEL TEXT CALIBRATION --json docs/quiet.json",
-    "ablation": "tools/measure/ablation.py MODEL TEXT CALIBRATION --json docs/ablation.json",
-    "bench_lower": "tools/measure/bench_lower.py --json docs/bench_lower.json",
-    "memory": "tools/measure/measure_memory.py run --json docs/memory.json, and limited",
+    "quality": "tools/measure/compare_quality.py MODEL TEXT CALIBRATION --json docs/measured/quality.json",
+    "quiet": "tools/measure/quiet_times.py MODEL TEXT CALIBRATION --json docs/measured/quiet.json",
+    "ablation": "tools/measure/ablation.py MODEL TEXT CALIBRATION --json docs/measured/ablation.json",
+    "bench_lower": "tools/measure/bench_lower.py --json docs/measured/bench_lower.json",
+    "memory": "tools/measure/measure_memory.py run --json docs/measured/memory.json, and limited",
     "newcomer": "tools/measure/newcomer.py",
     "pipeline": "tools/measure/bench_pipeline.py SHAPE --layers N",
     "rounding": "tools/measure/bench_rounding.py",
-    "peers": "tools/measure/bench_lower.py --layers 2 --grouped --json docs/peers.json",
+    "peers": "tools/measure/bench_lower.py --layers 2 --grouped --json docs/measured/peers.json",
     "gptq": "tools/measure/bench_gptq.py PEER",
-    "cluster": "tools/measure/bench_cluster.py --json docs/cluster.json",
+    "cluster": "tools/measure/bench_cluster.py --json docs/measured/cluster.json",
     "scaling": "tools/measure/scaling.py MODEL TEXT CALIBRATION",
 }
 """How each file of measurements is made."""
 
 
 def read(name: str) -> Any:
-    return json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(("file", "script"), [("ablation", ablation), ("quality", compare_quality)])
@@ -62,13 +63,13 @@ def test_tables_are_printed_from_their_results(file: str, script: ModuleType) ->
 def test_a_block_of_the_readme_is_what_its_file_says(name: str) -> None:
     (block,) = (block for block in fill_readme.BLOCK.finditer(PAGES) if block["name"] == name)
     file, _ = fill_readme.BLOCKS[name]
-    if not (DOCS / f"{file}.json").is_file():
+    if not (RESULTS / f"{file}.json").is_file():
         pytest.skip(f"docs/{file}.json is not measured yet: python {MAKE[file]}")
     assert fill_readme.filled(block[0]) == block[0], "python tools/measure/fill_readme.py"
 
 
 def test_every_file_of_measurements_is_used() -> None:
-    assert {path.stem for path in DOCS.glob("*.json")} <= {file for file, _ in fill_readme.BLOCKS.values()}
+    assert {path.stem for path in RESULTS.glob("*.json")} <= {file for file, _ in fill_readme.BLOCKS.values()}
     assert set(MAKE) == {file for file, _ in fill_readme.BLOCKS.values()}
 
 

@@ -1,7 +1,7 @@
 """A model of Llama-3-8B's shapes, quantized and lowered here and by a cluster of two workers: seconds and
 bytes.
 
-    python tools/measure/bench_cluster.py --json docs/cluster.json [--layers 4] [--work DIR]
+    python tools/measure/bench_cluster.py --json docs/measured/cluster.json [--layers 4] [--work DIR]
 
 The cluster's bytes have to be those of one thread here, as its workers have one each. For comparison the same
 is also done here on all cores. The vocabulary is a small one, as head and embedding stay in float16.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_pipeline import LENGTH, RECIPES, TOKENS, WINDOWS, child
-from measured import DOCS, REPOSITORY, machine, when_and_where, write_json
+from measured import REPOSITORY, RESULTS, machine, when_and_where, write_json
 
 RECIPE = RECIPES[0]
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("peer", type=Path, help="The interpreter that gptqmodel is installed for.")
     parser.add_argument("--shape", default="qwen2.5-0.5b")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=DOCS / "gptq.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "gptq.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         measured = measure(options.peer, options.shape, options.layers, Path(work))

@@ -21,7 +21,7 @@ they wait for each other make times meaningless. `quantize` keeps the default. C
 the same reason. Imports come before the clock starts and are reported apart; peak memory is that of the
 process, imports and mapped files included. Nothing is asserted here. Linux only.
 
-    python tools/measure/bench_lower.py --json docs/bench_lower.json [--layers 24] [--work DIR]
+    python tools/measure/bench_lower.py --json docs/measured/bench_lower.json [--layers 24] [--work DIR]
 """
 
 from __future__ import annotations

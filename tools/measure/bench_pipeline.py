@@ -7,8 +7,8 @@ floor of a stage is what its matrix products take at the rate of this machine's 
 matrices (`numpy` and `torch` are tried), or its bytes at the rate of copying 128 MB;
 `anequant/planning/work.py` counts both.
 
-    python tools/measure/bench_pipeline.py qwen2.5-0.5b --layers 24 --json docs/pipeline.json
-    python tools/measure/bench_pipeline.py llama-3-8b --layers 2 --json docs/pipeline.json
+    python tools/measure/bench_pipeline.py qwen2.5-0.5b --layers 24 --json docs/measured/pipeline.json
+    python tools/measure/bench_pipeline.py llama-3-8b --layers 2 --json docs/measured/pipeline.json
 
 A file that is there is added to. Linux only.
 """
@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measured import DOCS, machine, when_and_where, write_json
+from measured import RESULTS, machine, when_and_where, write_json
 from pipeline_stages import lower, quantize
 
 # Only the standard library up here: a child's ru_maxrss starts at the size of the process it came from.
@@ -198,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("shape", nargs="?", default="qwen2.5-0.5b")
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--json", type=Path, default=DOCS / "pipeline.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "pipeline.json")
     parser.add_argument("--work", type=Path, help="Folder for models and outputs; a temporary one without.")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

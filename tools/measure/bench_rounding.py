@@ -1,6 +1,6 @@
 """Rounding alone: gptq against a plain version, column by column, and Lloyd-Max against the exact optimum.
 
-    python tools/measure/bench_rounding.py --json docs/rounding.json
+    python tools/measure/bench_rounding.py --json docs/measured/rounding.json
 
 The plain version is the same arithmetic in torch, one column after the other, each with one product over all
 columns that follow; both have the same Cholesky factor, and their codes are compared. The exact optimum of a
@@ -23,7 +23,7 @@ from anequant.quantization.gptq import Factor, Grid, factorize, gptq
 # isort: on
 import torch
 from coremltools._deps import _kmeans1d
-from measured import DOCS, machine, when_and_where, write_json
+from measured import RESULTS, machine, when_and_where, write_json
 from torch import Tensor
 
 ROWS, COLUMNS, ENTRIES = 4864, 896, 16
@@ -106,7 +106,7 @@ def sentences(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, default=DOCS / "rounding.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "rounding.json")
     options = parser.parse_args()
     found = measure()
     write_json(options.json, found)

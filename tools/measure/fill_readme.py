@@ -1,4 +1,4 @@
-"""Measured figures of README and docs/, written into them from the files of docs/ that keep them.
+"""Measured figures of README and docs/, written into them from the files of docs/measured/ that keep them.
 
     python tools/measure/fill_readme.py
 
@@ -25,7 +25,7 @@ import measure_memory
 import newcomer
 import quiet_times
 import scaling
-from measured import DOCS, REPOSITORY
+from measured import DOCS, REPOSITORY, RESULTS
 from quality_runs import with_table
 
 PAGES = (REPOSITORY / "README.md", *(DOCS / f"{name}.md" for name in ("performance", "cluster", "scaling")))
@@ -50,7 +50,7 @@ def equivalence(facts: dict[str, Any]) -> str:
     moved = [run["moved"] for run in facts["rotations"]]
     return (
         f"In {len(moved)} rotations of `{facts['model']}` they differed by {min(moved):.1e} to "
-        f"{max(moved):.1e} ([docs/model.json](docs/model.json))."
+        f"{max(moved):.1e} ([docs/measured/model.json](docs/measured/model.json))."
     )
 
 
@@ -75,7 +75,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cluster": ("cluster", bench_cluster.sentences),
     "scaling": ("scaling", scaling.sentences),
 }
-"""Of every block its file, docs/NAME.json, and what it says."""
+"""Of every block its file, docs/measured/NAME.json, and what it says."""
 
 
 def filled(page: str) -> str:
@@ -83,7 +83,7 @@ def filled(page: str) -> str:
 
     def written(block: re.Match[str]) -> str:
         file, say = BLOCKS[block["name"]]
-        path = DOCS / f"{file}.json"
+        path = RESULTS / f"{file}.json"
         if not path.is_file():
             return block[0]
         edge = f"{block['indent']}<!-- "

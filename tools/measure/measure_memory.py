@@ -3,8 +3,8 @@
     python tools/measure/measure_memory.py run [MODEL ...] [--work FOLDER]   predicted, measured, their ratio
     python tools/measure/measure_memory.py limited [--layers 4 12]           under RLIMIT_DATA at that peak
 
-With --json docs/memory.json what is measured takes the place of what that file says of the same: `run` or
-`limited`.
+With --json docs/measured/memory.json what is measured takes the place of what that file says of the same:
+`run` or `limited`.
 Measured is ru_maxrss of the child that does the work. This process stays small, since a child starts with
 the peak of what it was forked from. RLIMIT_DATA counts private writable memory, used or not; RLIMIT_AS would
 also count mapped shards, libraries and thread stacks, none of which the machine has to hold.

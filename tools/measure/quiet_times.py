@@ -1,6 +1,6 @@
 """Seconds of `w4-ane` on a machine that does nothing else, with a thread for each of two cores.
 
-    python tools/measure/quiet_times.py MODEL TEXT CALIBRATION --json docs/quiet.json
+    python tools/measure/quiet_times.py MODEL TEXT CALIBRATION --json docs/measured/quiet.json
 
 The runs of `compare_quality.py` have one thread each and share the machine. What else is measured, and how:
 see `quality_runs.py`.

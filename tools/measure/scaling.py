@@ -1,12 +1,12 @@
 """How the cost of a calibrated conversion grows, and what that says of a 70B on many machines.
 
 `w4-ane` quantizes random models of Qwen2.5-0.5B's shape, with a vocabulary of 8192, with more and more layers
-and calibration windows, each in a process of its own: seconds and peak memory, drawn in docs/scaling.svg. The
-prediction takes its rates from the largest shape in docs/pipeline.json (`bench_pipeline.py`), which has to be
-there. With MODEL, TEXT and CALIBRATION, rounding with Hessians of the float model, for which no layer waits
-for another, is compared with rounding in order.
+and calibration windows, each in a process of its own: seconds and peak memory, drawn in scaling.svg beside
+the JSON file. The prediction takes its rates from the largest shape in docs/measured/pipeline.json
+(`bench_pipeline.py`), which has to be there. With MODEL, TEXT and CALIBRATION, rounding with Hessians of the
+float model, for which no layer waits for another, is compared with rounding in order.
 
-    python tools/measure/scaling.py [MODEL TEXT CALIBRATION] [--json docs/scaling.json]
+    python tools/measure/scaling.py [MODEL TEXT CALIBRATION] [--json docs/measured/scaling.json]
 
 Linux only.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 from bench_pipeline import LENGTH, WINDOWS, child, write_tokens
 from measure_memory import SHAPES, config_of
-from measured import DOCS, machine, when_and_where, write_json
+from measured import RESULTS, machine, when_and_where, write_json
 
 SHAPE, RECIPE, VOCABULARY = "qwen2.5-0.5b-layers", "w4-ane", 8192
 LAYERS, COUNTS = (1, 2, 3), (6, 12, 24)
@@ -148,7 +148,7 @@ def sentences(found: dict[str, Any]) -> str:
     per_layer, fixed, off_layers = slope(layers)
     per_window, _, off_windows = slope(windows)
     peaks = [run["peak"] / 1e9 for run in found["runs"] if run["windows"] == WINDOWS]
-    ahead = predictions(json.loads((DOCS / "pipeline.json").read_text(encoding="utf-8")))
+    ahead = predictions(json.loads((RESULTS / "pipeline.json").read_text(encoding="utf-8")))
     seconds = ahead["seconds_per_layer"]
     said = [
         f"A layer of Qwen2.5-0.5B takes {per_layer:.1f} s beside {fixed:.1f} s for embedding, head and files "
@@ -183,7 +183,7 @@ def sentences(found: dict[str, Any]) -> str:
 
 
 def chart(found: Mapping[str, Any]) -> str:
-    """docs/scaling.svg: seconds over layers and over windows with their lines, and peaks over layers."""
+    """scaling.svg: seconds over layers and over windows with their lines, and peaks over layers."""
     layers, windows = lines(found["runs"])
     peaks = [(run["layers"], run["peak"] / 1e9) for run in found["runs"] if run["windows"] == WINDOWS]
     panels = (
@@ -233,7 +233,7 @@ def lines(runs: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[float, float]],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("texts", nargs="*", type=Path, metavar="MODEL TEXT CALIBRATION")
-    parser.add_argument("--json", type=Path, default=DOCS / "scaling.json")
+    parser.add_argument("--json", type=Path, default=RESULTS / "scaling.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         found: dict[str, Any] = {"machine": machine(), "runs": grow(Path(work))}

@@ -2,8 +2,9 @@
 
     python tools/measure/why_figure.py
 
-Quality is drawn from docs/quality.json, which `compare_quality.py` measured. The two times are Apple's. Bars
-of what the Neural Engine does not run, or runs slowly, are hatched and outlined: colour tells nothing alone.
+Quality is drawn from docs/measured/quality.json, which `compare_quality.py` measured. The two times are
+Apple's. Bars of what the Neural Engine does not run, or runs slowly, are hatched and outlined: colour tells
+nothing alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
-from measured import DOCS
+from measured import DOCS, RESULTS
 
 FAST, OURS, SLOW = "fast", "ours", "slow"
 """How a bar looks."""
@@ -68,7 +69,7 @@ class Bar:
 
 
 def figure(results: dict[str, Any]) -> str:
-    """The SVG; `results` is the content of docs/quality.json."""
+    """The SVG; `results` is the content of docs/measured/quality.json."""
     runs, settings, machine = results["runs"], results["settings"], results["machine"]
     table, groups = _losses(TABLE, runs), _losses(GROUPS, runs)
     times = [Bar(label, time, f"{time:g} ms", look) for label, time, look in APPLE]
@@ -87,7 +88,7 @@ def figure(results: dict[str, Any]) -> str:
         _space(GAP),
         _text("Time: Apple's, OPT-1.3B in 4 bits, iPhone 15 Pro", "small"),
         _text("(coremltools guide, Palettization of OPT-1.3B).", "small"),
-        _text(f"Loss: {settings['model']}, {machine['date']}, docs/quality.json.", "small"),
+        _text(f"Loss: {settings['model']}, {machine['date']}, docs/results.md.", "small"),
     ]
     markup, top = [], float(MARGIN - 4)
     for height, draw in pieces:
@@ -170,7 +171,7 @@ def _described(times: Sequence[Bar], table: Sequence[Bar], groups: Sequence[Bar]
 
 
 def main() -> None:
-    results = json.loads((DOCS / "quality.json").read_text(encoding="utf-8"))
+    results = json.loads((RESULTS / "quality.json").read_text(encoding="utf-8"))
     (DOCS / "why.svg").write_text(figure(results), encoding="utf-8")
 
 
