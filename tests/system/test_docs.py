@@ -1,5 +1,5 @@
-"""README and docs/ say what the program does: every command runs, every key, file, tensor and message that
-they name is there, and their examples give the numbers that they print.
+"""README, CONTRIBUTING and docs/ say what the program does: every command runs, every key, file, tensor and
+message that they name is there, and their examples give the numbers that they print.
 
 Commands run in this process on the bundled model. What cannot run here is marked in the page by
 `<!-- skip: reason -->`, and is listed as skipped with that reason.
@@ -42,8 +42,12 @@ from anequant.strict import parse_toml
 from anequant.targets.coreml.interpreter.interpreter import Package
 
 DOCS = conftest.REPOSITORY / "docs"
-README = "../README.md"
-PAGES = {path.name: path for path in sorted(DOCS.glob("*.md"))} | {README: conftest.REPOSITORY / "README.md"}
+README, CONTRIBUTING = "../README.md", "../CONTRIBUTING.md"
+PAGES = {path.name: path for path in sorted(DOCS.glob("*.md"))} | {
+    README: conftest.REPOSITORY / "README.md",
+    CONTRIBUTING: conftest.REPOSITORY / "CONTRIBUTING.md",
+}
+MAKEFILE = (conftest.REPOSITORY / "Makefile").read_text(encoding="utf-8")
 LANGUAGES = {"sh", "toml", "python", "pycon", "text"}
 QUICK = {"--calib-samples": "4", "--calib-length": "64", "--descent": "0", "--refinement": "0"}
 SMALL = {"--context": "64", "--batch": "16"}
@@ -146,6 +150,10 @@ def test_every_command_runs(
             invoke([*(placed(word, converted) for word in words), *extra])
 
 
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE))
+
+
 @pytest.mark.parametrize(
     "block", SKIPPED, ids=lambda block: f"{block.page}: {' '.join(block.commands[0])[:60]}"
 )
@@ -157,8 +165,7 @@ def test_what_cannot_run_here(block: Block) -> None:
         elif program.startswith("tools/"):
             assert (conftest.REPOSITORY / program).is_file()
         elif program == "make":
-            makefile = (conftest.REPOSITORY / "Makefile").read_text(encoding="utf-8")
-            assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE), words[0]
+            assert words[0] in make_targets()
     pytest.skip(f"{block.page}: {block.skip}")
 
 
@@ -213,6 +220,11 @@ def test_every_command_that_is_named_exists() -> None:
     assert isinstance(main, click.Group)
 
 
+def test_every_make_target_that_is_named_exists() -> None:
+    for page in PAGES:
+        assert set(re.findall(r"`make ([a-z-]+)", text_of(page))) <= make_targets(), page
+
+
 def test_links_lead_somewhere_and_every_page_is_listed() -> None:
     for page in PAGES:
         for target, place in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", text_of(page)):
@@ -220,7 +232,7 @@ def test_links_lead_somewhere_and_every_page_is_listed() -> None:
             assert path.exists(), f"{page}: {target}"
             assert not place or place in anchors(path), f"{page}: {target}#{place}"
     listed = re.findall(r"^\d+\. \[.*?\]\((.*?)\)", text_of("README.md"), re.MULTILINE)
-    assert sorted([*listed, "README.md", README]) == sorted(PAGES)
+    assert sorted([*listed, "README.md"]) == sorted(path.name for path in DOCS.glob("*.md"))
 
 
 def anchors(page: Path) -> set[str]:
@@ -230,12 +242,35 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_pages_are_short() -> None:
-    """Ten minutes at most: 2200 words beside the code, at 220 a minute. The README's tables are no text."""
-    for page in PAGES:
+    """Ten minutes at most: 2200 words beside the code, at 220 a minute. The results' tables are no text."""
+    for page in set(PAGES) - {README}:
         text = re.sub("<!--.*?-->", "", BLOCK.sub("", text_of(page)))
-        if page == README:
+        if page == "results.md":
             text = re.sub(r"^\|.*$", "", text, flags=re.MULTILINE)
         assert len(text.split()) <= 2200, page
+
+
+def test_the_readme_is_short() -> None:
+    assert len(text_of(README).splitlines()) <= 140
+    assert len(text_of(README).encode()) <= 9000
+
+
+def test_the_readme_has_every_guarantee_and_the_limits_that_stop_a_user() -> None:
+    """Every heading of the guarantees is a line of the README, in the same words and order."""
+    headings = re.findall(r"^## (.+)$", text_of("guarantees.md"), re.MULTILINE)
+    assert re.findall(r"^\d\. \[(.+?)\]\(docs/guarantees\.md#", text_of(README), re.MULTILINE) == headings
+    limits = re.findall(r"^- \*\*(.+?)\*\*", text_of(README).partition("## Limits")[2], re.MULTILINE)
+    assert len(limits) == 3 and "Neural Engine" in limits[0]
+
+
+def test_every_architecture_is_named() -> None:
+    for page in (README, "limits.md"):
+        assert all(f"`{name}`" in text_of(page) for name in ARCHITECTURES), page
+
+
+def test_every_command_is_explained() -> None:
+    listed = re.findall(r"^\| `anequant ([a-z]+)", text_of("commands.md"), re.MULTILINE)
+    assert sorted(listed) == sorted(main.commands)
 
 
 # Recipes

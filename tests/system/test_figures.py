@@ -1,4 +1,4 @@
-"""Measured figures: the README's are what docs/measured/*.json says, and so is the figure on top of it."""
+"""Measured figures: those of the pages are what docs/measured/*.json says, and so is the README's figure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from anequant.report.page.charts import contrast
 
 DOCS = conftest.REPOSITORY / "docs"
 RESULTS = DOCS / "measured"
-TEXT = (conftest.REPOSITORY / "README.md").read_text(encoding="utf-8")
+README = (conftest.REPOSITORY / "README.md").read_text(encoding="utf-8")
+TABLES = (DOCS / "results.md").read_text(encoding="utf-8")
 PAGES = "".join(page.read_text(encoding="utf-8") for page in fill_readme.PAGES)
 MAKE = {
     "model": "tools/measure/model_facts.py MODEL TEXT",
@@ -56,11 +57,11 @@ def test_tables_are_printed_from_their_results(file: str, script: ModuleType) ->
     results = read(file)
     rows = {row.label for row in script.ROWS}
     assert {run["row"] for run in results["runs"]} == rows
-    assert table(script.ROWS, results["runs"]) in TEXT
+    assert table(script.ROWS, results["runs"]) in TABLES
 
 
 @pytest.mark.parametrize("name", fill_readme.BLOCKS)
-def test_a_block_of_the_readme_is_what_its_file_says(name: str) -> None:
+def test_a_block_is_what_its_file_says(name: str) -> None:
     (block,) = (block for block in fill_readme.BLOCK.finditer(PAGES) if block["name"] == name)
     file, _ = fill_readme.BLOCKS[name]
     if not (RESULTS / f"{file}.json").is_file():
@@ -125,15 +126,27 @@ def test_the_words_of_a_newcomer() -> None:
         "demo": {"installed": 60.2, "verified": 130.4, "seconds": 140.0, "peak": 700_000_000},
         "commands": [{"command": ".venv/bin/anequant lower good -o x", "seconds": 12.3, "peak": 10**9}],
     }
-    said = fill_readme.BLOCKS["newcomer"][1](measured)
+    said = fill_readme.BLOCKS["demo"][1](measured)
     assert "is there 130 s after" in said and "which 60 s install" in said and "peak of 700 MB" in said
-    assert "2 cores of a Neoverse" in said and "| `anequant lower good -o x` | 12 | 1000 |" in said
-    alone = fill_readme.BLOCKS["newcomer"][1]({**measured, "commands": []})
-    assert "130 s" in alone and "|" not in alone
+    assert "2 cores of a Neoverse" in said
+    times = fill_readme.BLOCKS["newcomer"][1](measured)
+    assert "2 cores of a Neoverse" in times and "| `anequant lower good -o x` | 12 | 1000 |" in times
+    alone = {**measured, "commands": []}
+    assert fill_readme.BLOCKS["demo"][1](alone) == said
+    assert "not measured" in fill_readme.BLOCKS["newcomer"][1](alone)
+
+
+def test_the_readme_has_five_rows_of_the_results() -> None:
+    rows = re.findall(r"^\| .+? \| ([\d.]+) \| (\+[^|]+) \| ([\d.]+) \| ([\d.]+%) \|$", README, re.MULTILINE)
+    assert len(rows) == 5
+    for bits, *quality in rows:
+        assert re.search(rf"\| {bits} \| \d \| {re.escape(' | '.join(quality))} \|", TABLES), quality
+    losses = [float(loss.split()[0]) for _, loss, _, _ in rows]
+    assert losses == sorted(losses, reverse=True), "ours is the last and the least"
 
 
 def test_a_newcomer_runs_the_commands_of_the_readme() -> None:
-    commands = newcomer.steps(TEXT)
+    commands = newcomer.steps(README)
     assert [words[1] for words in commands] == ["quantize", "quantize", "lower"]
     recipes = [words[words.index("--recipe") + 1] for words in commands[:2]]
     assert recipes == ["w4-nearest", "w4-ane"] and all("#" not in words for words in commands)
@@ -172,14 +185,14 @@ def marks(svg: str) -> tuple[list[ElementTree.Element], list[ElementTree.Element
 def test_the_figure_is_drawn_from_the_results() -> None:
     svg = (DOCS / "why.svg").read_text(encoding="utf-8")
     assert svg == why_figure.figure(read("quality")), "python tools/measure/why_figure.py"
-    assert "![" in TEXT.partition("## Two commands")[0] and "(docs/why.svg)" in TEXT
+    assert "![" in README.partition("## Two commands")[0] and "(docs/why.svg)" in README
 
 
 def test_numbers_and_lengths_of_the_figure() -> None:
-    """Against the README's own table, and Apple's times."""
+    """Against the table of the results, and Apple's times."""
     rects, texts = marks((DOCS / "why.svg").read_text(encoding="utf-8"))
     numbers = [text.text or "" for text in texts if re.fullmatch(r"[\d.]+( ms)?", text.text or "")]
-    rows = dict(re.findall(r"^\| ([^|]+?) \| [\d.]+ \| \d+ \| \+([\d.]+)", TEXT, re.MULTILINE))
+    rows = dict(re.findall(r"^\| ([^|]+?) \| [\d.]+ \| \d+ \| \+([\d.]+)", TABLES, re.MULTILINE))
     shown = [rows[row] for row, _, _ in (*why_figure.TABLE, *why_figure.GROUPS)]
     assert numbers == ["14.8 ms", "59 ms", *shown]
     bars = [rect for rect in rects if rect.get("height") == "12" and rect.get("width") != "12"]

@@ -8,7 +8,9 @@ What is measured and how: see `quality_runs.py`. The rows that decide something 
 
 from __future__ import annotations
 
-from quality_runs import Row, run_table
+from typing import Any
+
+from quality_runs import Row, brief_table, run_table
 
 SEEDS = (0, 1, 2)
 PUBLISHED_ROTATED = {"r1": "block-hadamard", "r2": "hadamard"}
@@ -86,6 +88,20 @@ ROWS = [
     Row("`w3-ane`", "where size decides", "w3-ane", seeds=SEEDS),
     Row("`w2-ane`", "too few for this model", "w2-ane"),
 ]
+
+BRIEF = {
+    "published int4: one absmax scale": "one absmax scale, not rotated",
+    "coremltools sensitive k-means per tensor": "coremltools: one table, k-means by sensitivity",
+    "GPTQ, absmax scale per row": "GPTQ: a scale for every row",
+    "HQQ int4, groups of 32": "HQQ: a scale for every 32 weights",
+    "**+ refinement: `w4-ane`**": "**anequant `w4-ane`: one table, scales, rotated**",
+}
+"""The rows that the README shows, and what it calls them."""
+
+
+def brief(results: dict[str, Any]) -> str:
+    return brief_table(BRIEF, results)
+
 
 if __name__ == "__main__":
     run_table(ROWS, __doc__)

@@ -28,7 +28,8 @@ import scaling
 from measured import DOCS, REPOSITORY, RESULTS
 from quality_runs import with_table
 
-PAGES = (REPOSITORY / "README.md", *(DOCS / f"{name}.md" for name in ("performance", "cluster", "scaling")))
+FILLED = ("results", "guarantees", "performance", "cluster", "scaling")
+PAGES = (REPOSITORY / "README.md", *(DOCS / f"{name}.md" for name in FILLED))
 WIDTH = 116
 BLOCK = re.compile(
     r"^(?P<indent> *)<!-- measured: (?P<name>\w+) -->\n(?P<text>.*?)^ *<!-- end -->$",
@@ -50,7 +51,7 @@ def equivalence(facts: dict[str, Any]) -> str:
     moved = [run["moved"] for run in facts["rotations"]]
     return (
         f"In {len(moved)} rotations of `{facts['model']}` they differed by {min(moved):.1e} to "
-        f"{max(moved):.1e} ([docs/measured/model.json](docs/measured/model.json))."
+        f"{max(moved):.1e} ([measured/model.json](measured/model.json))."
     )
 
 
@@ -61,13 +62,15 @@ def tables(name: str, script: str, rows: list[Any]) -> Callable[[dict[str, Any]]
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "model": ("model", model),
     "equivalence": ("model", equivalence),
+    "brief": ("quality", compare_quality.brief),
     "quality": ("quality", tables("quality", "compare_quality", compare_quality.ROWS)),
     "quiet": ("quiet", quiet_times.sentence),
     "ablation": ("ablation", tables("ablation", "ablation", ablation.ROWS)),
     "learned": ("ablation", ablation.learned_rotations),
     "bench": ("bench_lower", bench_lower.report),
     "memory": ("memory", measure_memory.sentences),
-    "newcomer": ("newcomer", newcomer.sentences),
+    "demo": ("newcomer", newcomer.sentence),
+    "newcomer": ("newcomer", newcomer.times),
     "pipeline": ("pipeline", bench_pipeline.tables),
     "rounding": ("rounding", bench_rounding.sentences),
     "peers": ("peers", bench_lower.report),

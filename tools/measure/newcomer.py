@@ -94,18 +94,23 @@ def quantize_and_lower(clone: Path, layers: int, vocab: int) -> list[dict[str, A
     return found
 
 
-def sentences(measured: Mapping[str, Any]) -> str:
-    """What a file's measurements are, in words and as a Markdown table."""
+def sentence(measured: Mapping[str, Any]) -> str:
+    """What `make demo` took, in words."""
     made = measured["demo"]
-    text = (
+    return (
         f"The first verified package is there {made['verified']:.0f} s after `git clone` begins, of which "
         f"{made['installed']:.0f} s install the dependencies, at a peak of {made['peak'] / 1e6:.0f} MB "
         f"(`python tools/measure/newcomer.py`, {when_and_where(measured['machine'])})."
     )
+
+
+def times(measured: Mapping[str, Any]) -> str:
+    """What the README's commands took, as a Markdown table."""
     if not measured["commands"]:
-        return text
+        return "The README's commands on a real shape are not measured (`python tools/measure/newcomer.py`)."
     lines = [
-        f"{text} With random weights of Qwen2.5-0.5B's shape in {measured['layers']} layers:",
+        f"The README's commands, with random weights of Qwen2.5-0.5B's shape in {measured['layers']} "
+        f"layers (`python tools/measure/newcomer.py`, {when_and_where(measured['machine'])}):",
         "",
         "| command | seconds | peak memory, MB |",
         "|---|---:|---:|",
@@ -133,7 +138,7 @@ def main() -> None:
         if not arguments.demo_only:
             measured["commands"] = quantize_and_lower(clone, arguments.layers, arguments.vocab)
             write_json(arguments.json, measured)
-    print(sentences(measured))
+    print(f"{sentence(measured)}\n\n{times(measured)}")
 
 
 if __name__ == "__main__":

@@ -134,15 +134,48 @@ def table(rows: Sequence[Row], results: list[dict[str, Any]]) -> str:
             reason = f"not run: `{row.needs}` is not installed" if not _available(row) else "not run"
             lines.append(f"| {row.label} | | | | | | | | {reason} |")
             continue
-        mean = {key: fmean(run[key] for run in runs) for key in runs[0] if key not in ("row", "seed")}
-        losses = [run["extra_nll"] for run in runs]
-        spread = f" ± {(max(losses) - min(losses)) / 2:.4f}" if len(runs) > 1 else ""
+        mean = _means(runs)
         lines.append(
-            f"| {row.label} | {mean['bits']:.2f} | {len(runs)} | {mean['extra_nll']:+.4f}{spread} "
-            f"| {mean['kl']:.4f} | {mean['top1']:.1%} | {mean['seconds']:.0f} | {mean['peak_mb']:.0f} "
-            f"| {row.shows} |"
+            f"| {row.label} | {mean['bits']:.2f} | {len(runs)} | {_quality(runs)} "
+            f"| {mean['seconds']:.0f} | {mean['peak_mb']:.0f} | {row.shows} |"
         )
     return "\n".join(lines)
+
+
+def brief_table(names: Mapping[str, str], results: dict[str, Any]) -> str:
+    """Quality alone of the rows with the labels in `names`, by the names there, below a sentence that says
+    where it is from."""
+    lines = [
+        f"Ways to quantize `{results['settings']['model']}`, each against the float model. "
+        f"{_measured_on(results)}.",
+        "",
+        "| way | bits | extra NLL | KL | same top token |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for label, name in names.items():
+        runs = [run for run in results["runs"] if run["row"] == label]
+        lines.append(f"| {name} | {_means(runs)['bits']:.2f} | {_quality(runs)} |")
+    return "\n".join(lines)
+
+
+def _means(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Every figure of a row, as the mean over its seeds."""
+    return {key: fmean(run[key] for run in runs) for key in runs[0] if key not in ("row", "seed")}
+
+
+def _quality(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The cells of extra NLL, with half of its range over seeds, KL and agreement."""
+    mean, losses = _means(runs), [run["extra_nll"] for run in runs]
+    spread = f" ± {(max(losses) - min(losses)) / 2:.4f}" if len(runs) > 1 else ""
+    return f"{mean['extra_nll']:+.4f}{spread} | {mean['kl']:.4f} | {mean['top1']:.1%}"
+
+
+def _measured_on(results: Mapping[str, Any]) -> str:
+    settings = results["settings"]
+    return (
+        f"Measured on {settings['windows']} windows of {settings['length']} tokens, "
+        f"{when_and_where(results['machine'])}"
+    )
 
 
 def _available(row: Row) -> bool:
@@ -150,13 +183,10 @@ def _available(row: Row) -> bool:
 
 
 def with_table(rows: Sequence[Row], results: dict[str, Any], script: str, file: str) -> str:
-    """The table of a file's results, below a sentence that says where they are from."""
-    settings = results["settings"]
+    """The table of a file's results for a page in docs/, below a sentence that says where they are from."""
     return (
-        f"Measured on {settings['windows']} windows of {settings['length']} tokens, "
-        f"{when_and_where(results['machine'])}, by `python tools/measure/{script}.py MODEL TEXT "
-        f"CALIBRATION`; the single runs are in [docs/{file}.json](docs/{file}.json).\n\n"
-        f"{table(rows, results['runs'])}"
+        f"{_measured_on(results)}, by `python tools/measure/{script}.py MODEL TEXT CALIBRATION`; the single "
+        f"runs are in [measured/{file}.json](measured/{file}.json).\n\n{table(rows, results['runs'])}"
     )
 
 
