@@ -225,6 +225,13 @@ def test_every_make_target_that_is_named_exists() -> None:
         assert set(re.findall(r"`make ([a-z-]+)", text_of(page))) <= make_targets(), page
 
 
+def test_every_place_that_contributing_names_exists() -> None:
+    named = re.findall(r"`((?:anequant|tests|tools|configs|docs)/[^`\s]*)`", text_of(CONTRIBUTING))
+    assert len(named) > 15
+    gone = [place for place in named if not (conftest.REPOSITORY / place).exists()]
+    assert not gone
+
+
 def test_links_lead_somewhere_and_every_page_is_listed() -> None:
     for page in PAGES:
         for target, place in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", text_of(page)):
