@@ -975,7 +975,7 @@ def interrupt_at(call: int, work: Callable[..., Any]) -> Callable[..., Any]:
 def test_an_interrupt_keeps_what_is_done(
     model: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """tests/test_resume.py goes on from there."""
+    """tests/system/test_resume.py goes on from there."""
     work = interrupt_at(10, rounder.quantize_calibrated)
     monkeypatch.setattr(rounder, "quantize_calibrated", work)
     monkeypatch.setattr(sys, "argv", ["anequant", "quantize", str(model), "-o", str(output)])
