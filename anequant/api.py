@@ -12,7 +12,7 @@ result goes to the logger "anequant".
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +23,27 @@ from anequant.checkpoints.side_files import custom_code
 from anequant.checkpoints.source import Source, resolve_source
 from anequant.evaluation.evaluate import Evaluation, evaluate_checkpoint
 from anequant.evaluation.sample_size import LENGTH, WINDOWS
-from anequant.jobs.control import Control, Progress, silent
+from anequant.jobs.control import Progress, Run
 from anequant.jobs.scheduler import open_scheduler
-from anequant.pipeline.convert import ConvertResult
-from anequant.pipeline.lower import LowerResult
+from anequant.pipeline.converting import ConvertResult
 from anequant.pipeline.lower import lower as run_lower
-from anequant.pipeline.quantize import QuantizeResult
+from anequant.pipeline.lowering import LowerResult
 from anequant.pipeline.quantize import quantize as run_quantize
+from anequant.pipeline.quantizing import QuantizeResult
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, load_recipe, recipe_from_dict
 from anequant.report.terminal.converted import convert_and_report
+from anequant.request import LowerRequest, Request
 from anequant.verification.verify import CheckpointCheck, PackageCheck, verify_folder
 
 LOG = logging.getLogger("anequant")
+
+Tell = Callable[[str, float], None]
+"""Called with what is being done, and the share done of the whole, from 0 to 1."""
+
+
+def tell_nobody(what: str, done: float) -> None:
+    """Show nothing."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ def convert(
     scheduler: str = "local",
     force: bool = False,
     resume: bool = True,
-    progress: Progress = silent,
+    progress: Tell = tell_nobody,
     **keys: Any,
 ) -> ConvertResult:
     """Quantize a model, lower it, verify both, and write the report: `output`/checkpoint, `output`/packages.
@@ -82,20 +90,16 @@ def convert(
     UnsupportedError for a model that cannot be read or handled, ResourceError where disk or memory do not
     suffice, VerificationError when a check fails.
     """
-    source, read = _job(None if model is None else str(model), recipe, keys)
-    options = LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix)
-    with _control(resume, max_memory, scheduler) as control:
-        result, _ = convert_and_report(
-            source,
-            Path(output),
-            read,
-            Calibration(str(calib), calib_samples, calib_length, calib_seed),
-            options,
-            None if rotations is None else Path(rotations),
-            force=force,
-            progress=progress,
-            control=control,
-        )
+    source, read = _open(None if model is None else str(model), recipe, keys)
+    request = Request(
+        source,
+        read,
+        Calibration(str(calib), calib_samples, calib_length, calib_seed),
+        None if rotations is None else Path(rotations),
+        LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix),
+    )
+    with _steer(progress, scheduler, force=force, resume=resume, max_memory=max_memory) as run:
+        result, _ = convert_and_report(request, Path(output), run)
     return result
 
 
@@ -113,25 +117,22 @@ def quantize(
     scheduler: str = "local",
     force: bool = False,
     resume: bool = True,
-    progress: Progress = silent,
+    progress: Tell = tell_nobody,
     **keys: Any,
 ) -> QuantizeResult:
     """Fold, rotate and quantize a model into the new checkpoint folder `output`.
 
     Options and errors as of `convert`.
     """
-    source, read = _job(str(model), recipe, keys)
-    with _control(resume, max_memory, scheduler) as control:
-        return run_quantize(
-            source,
-            Path(output),
-            read,
-            Calibration(str(calib), calib_samples, calib_length, calib_seed),
-            None if rotations is None else Path(rotations),
-            force=force,
-            progress=progress,
-            control=control,
-        )
+    source, read = _open(str(model), recipe, keys)
+    request = Request(
+        source,
+        read,
+        Calibration(str(calib), calib_samples, calib_length, calib_seed),
+        None if rotations is None else Path(rotations),
+    )
+    with _steer(progress, scheduler, force=force, resume=resume, max_memory=max_memory) as run:
+        return run_quantize(request, Path(output), run)
 
 
 def lower(
@@ -148,21 +149,20 @@ def lower(
     scheduler: str = "local",
     force: bool = False,
     resume: bool = True,
-    progress: Progress = silent,
+    progress: Tell = tell_nobody,
 ) -> LowerResult:
     """Lower a quantized checkpoint folder to Core ML packages in the new folder `output`.
 
     Options and errors as of `convert`; InputError also for a checkpoint that is not quantized.
     """
     options = LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix)
-    with _control(resume, max_memory, scheduler) as control:
-        return run_lower(
-            Path(checkpoint), Path(output), options, force=force, progress=progress, control=control
-        )
+    request = LowerRequest(Path(checkpoint), options)
+    with _steer(progress, scheduler, force=force, resume=resume, max_memory=max_memory) as run:
+        return run_lower(request, Path(output), run)
 
 
 def verify(
-    folder: str | Path, checkpoint: str | Path | None = None, *, progress: Progress = silent
+    folder: str | Path, checkpoint: str | Path | None = None, *, progress: Tell = tell_nobody
 ) -> Verification:
     """Read back and check what `convert`, `quantize` or `lower` wrote to `folder`.
 
@@ -170,7 +170,7 @@ def verify(
     UsageError for packages without a checkpoint, VerificationError when a check fails.
     """
     made_from = None if checkpoint is None else Path(checkpoint)
-    return Verification(*verify_folder(Path(folder), made_from, progress=progress))
+    return Verification(*verify_folder(Path(folder), made_from, progress=_tell(progress)))
 
 
 def evaluate(
@@ -180,7 +180,7 @@ def evaluate(
     base: str | Path | None = None,
     windows: int = WINDOWS,
     length: int = LENGTH,
-    progress: Progress = silent,
+    progress: Tell = tell_nobody,
 ) -> Evaluation:
     """Perplexity of a checkpoint on at most `windows` windows of `length` tokens of a text.
 
@@ -190,10 +190,12 @@ def evaluate(
     short, ResourceError when WikiText-2 cannot be had.
     """
     against = None if base is None else str(base)
-    return evaluate_checkpoint(str(model), text, against, windows=windows, length=length, progress=progress)
+    return evaluate_checkpoint(
+        str(model), text, against, windows=windows, length=length, progress=_tell(progress)
+    )
 
 
-def _job(
+def _open(
     model: str | None, recipe: str | Path | Mapping[str, Any], keys: Mapping[str, Any]
 ) -> tuple[Source, Recipe]:
     """A wrong recipe is noticed before a model is downloaded; what a model was rotated with stands in the
@@ -213,6 +215,11 @@ def _recipe(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
 
 
 @contextmanager
-def _control(resume: bool, max_memory: int | None, scheduler: str) -> Iterator[Control]:
+def _steer(tell: Tell, scheduler: str, **options: Any) -> Iterator[Run]:
+    """The run of a job, with the `options` of a Run and the scheduler of that name."""
     with open_scheduler(scheduler, LOG.info) as tasks:
-        yield Control(resume, LOG.info, max_memory=max_memory, scheduler=tasks)
+        yield Run(_tell(tell), note=LOG.info, scheduler=tasks, **options)
+
+
+def _tell(tell: Tell) -> Progress:
+    return Progress(lambda parts, done: tell(": ".join(parts), done))

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
 from anequant.pipeline import rounder
-from anequant.pipeline.quantize import QuantizeResult, quantize
+from anequant.pipeline.quantize import quantize
+from anequant.pipeline.quantizing import QuantizeResult
 from anequant.quantization.calibrated import Rounding, quantize_calibrated
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import load_recipe
+from anequant.request import Request
 
 settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
@@ -150,7 +152,7 @@ def quantize_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Qu
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rounder, "quantize_linear", spy)
             patch.setattr(rounder, "quantize_calibrated", calibrated_spy)
-            result = quantize(Source(source, source.name), folder, recipe, FEW_TOKENS)
+            result = quantize(Request(Source(source, source.name), recipe, FEW_TOKENS), folder)
         return Quantized(folder, source, recipe, result, weights, chosen)
 
     return run

@@ -105,8 +105,10 @@ def quark(
     from anequant.calibration.saved import whole_calibration
     from anequant.checkpoints.source import resolve_source
     from anequant.compat.quark import WHOLE, published_recipe
+    from anequant.jobs.control import Run
     from anequant.pipeline.quantize import quantize
     from anequant.report.terminal import results as text
+    from anequant.request import Request
 
     chosen = published_recipe(scheme, optimization, config, model, rotated=WHOLE)
     calibration = whole_calibration(calib)
@@ -114,7 +116,7 @@ def quark(
         console.note(note)
     with console.progress("quantize") as progress:
         source = resolve_source(model)
-        result = quantize(source, output, chosen.recipe, calibration, force=force, progress=progress)
+        result = quantize(Request(source, chosen.recipe, calibration), output, Run(progress, force=force))
     console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
 
 

@@ -18,7 +18,7 @@ from anequant.calibration.residual import residual_moment
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import read_rotations
 from anequant.errors import UsageError
-from anequant.jobs.control import Progress, part_of
+from anequant.jobs.control import Progress
 from anequant.quantization.online import plan_online
 from anequant.recipe import Recipe
 from anequant.reference.forward import final_hidden_states
@@ -108,7 +108,7 @@ def choose_rotations(
     basis = None
     if recipe.r1 == "pca":
         assert tokens is not None
-        moment = residual_moment(checkpoint, tokens, part_of(progress, "pca", 0.0, 0.2))
+        moment = residual_moment(checkpoint, tokens, progress.part("pca", 0.0, 0.2))
         basis = torch.linalg.eigh(moment).eigenvectors
     plans = {
         seed: plan_rotations(spec, replace(recipe, seed=seed), matrices=matrices, basis=basis)
@@ -121,7 +121,7 @@ def choose_rotations(
         dense = plan.dense()
         return Rotations(dense, RotationChoice(recipe.seed, {}, None), dense.matrices())
     assert tokens is not None
-    return _measured(checkpoint, recipe, plans, tokens, part_of(progress, "rotations", 0.2, 1.0))
+    return _measured(checkpoint, recipe, plans, tokens, progress.part("rotations", 0.2, 1.0))
 
 
 def _measured(
@@ -148,7 +148,7 @@ def _measured(
     plan, learned = plans[best].dense(), None
     if recipe.learn:
         rest = Lesson(lesson.embedded[count:], lesson.taught[count:]) if count < len(tokens) else lesson
-        step = part_of(progress, "learn", end, 1.0)
+        step = progress.part("learn", end, 1.0)
         plan, learned = learn_rotations(
             student, plan, rest, measured, steps=recipe.learn, seed=recipe.seed, progress=step
         )

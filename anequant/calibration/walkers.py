@@ -17,8 +17,10 @@ still one: of rounded inputs. Scales of activations are measured here too, and w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,12 +35,24 @@ from anequant.reference.forward import WINDOWS_AT_ONCE, ReferenceModel
 HELD_OUT = 6
 
 
+@dataclass(frozen=True, eq=False)
+class GroupInputs:
+    """What is known of the input that a group of linears reads.
+
+    `statistics` are its moments, None where they are not wanted; `quantized` returns the inputs
+    [n, length, in] in the quantized model, some windows at a time.
+    """
+
+    group: Sequence[Linear]
+    statistics: InputStatistics | None
+    quantized: Callable[[], Iterator[Tensor]]
+
+
 class Walkers:
     """Hidden states [n, length, hidden_size] of the same windows in the float and the quantized model.
 
-    The last sixth of the windows, at least one of two or more, is held out. Every group of linears that read
-    the same input takes a `read` and, with what they have become, a `write`, in their order. `exact` keeps
-    all products in float32.
+    The last sixth of the windows, at least one of two or more, is held out. `exact` keeps all products in
+    float32.
     """
 
     def __init__(
@@ -50,16 +64,55 @@ class Walkers:
         *,
         exact: bool = False,
     ) -> None:
+        self._spec = spec
         self._precision = nullcontext if exact else bfloat16_products
-        self._models = [ReferenceModel(spec, torch.float32, online.rotations) for _ in range(2)]
-        self._hidden = [embedded.float().clone(), quantized.float().clone()]
+        self._float, self._quantized = (
+            _Walker(ReferenceModel(spec, torch.float32, online.rotations), start.float().clone())
+            for start in (embedded, quantized)
+        )
         count = len(embedded)
         self._cut = max(1, count - max(1, count // HELD_OUT))
         bounds = [*range(0, self._cut, WINDOWS_AT_ONCE), *range(self._cut, count, WINDOWS_AT_ONCE), count]
         self._parts = [slice(*ends) for ends in itertools.pairwise(bounds)]
-        self._inner: list[Tensor] = []
 
-    def read(
+    def layer(
+        self, layer: int, original: Mapping[str, Tensor], quantized: Mapping[str, Tensor], *, moments: bool
+    ) -> Iterator[GroupInputs]:
+        """Walk through a layer, and yield every group of linears that read the same input, in their order.
+
+        Both mappings hold all tensors of the layer by name; when the next group is asked for, `quantized` has
+        to hold what the linears of the last one have become. `moments` tells whether they are wanted.
+        """
+        for group in self._spec.input_groups:
+            if group[0].norm is not None:
+                statistics = self._measure(layer, original, quantized, group) if moments else None
+                yield GroupInputs(group, statistics, partial(self._inputs, layer, quantized, group))
+                continue
+            statistics, inner = self._leave_half(layer, original, quantized, group, moments=moments)
+            yield GroupInputs(group, statistics, partial(self._windows, inner))
+            name = group[0].name
+            weight, bias = quantized[f"{name}.weight"].float(), quantized.get(f"{name}.bias")
+            with self._precision():
+                for part, values in zip(self._parts, inner, strict=True):
+                    self._quantized.advance(part, linear(values, weight), bias)
+            inner.clear()
+
+    def _measure(
+        self,
+        layer: int,
+        original: Mapping[str, Tensor],
+        quantized: Mapping[str, Tensor],
+        group: Sequence[Linear],
+    ) -> InputStatistics:
+        """The moments of a group's input, with the float model's."""
+        width = original[f"{group[0].name}.weight"].shape[1]
+        sums = _Split(self._cut, (width, width))
+        with self._precision():
+            for part, seen, x in self._both(layer, original, quantized, group):
+                sums.of(part).add(seen, x, seen)
+        return sums.statistics(outputs=False)
+
+    def _leave_half(
         self,
         layer: int,
         original: Mapping[str, Tensor],
@@ -67,79 +120,92 @@ class Walkers:
         group: Sequence[Linear],
         *,
         moments: bool,
-    ) -> InputStatistics | None:
-        """Walk to the input of a group; its moments where they are wanted. Both mappings hold all tensors of
-        the layer."""
-        name, ends = group[0].name, group[0].norm is None
-        if not (ends or moments):
-            return None
-        weight, bias = original[f"{name}.weight"], original.get(f"{name}.bias")
-        sums = [_Sums(weight.shape if ends else (weight.shape[1], weight.shape[1])) for _ in range(2)]
-        inner = []
-        sides = (original, quantized)
-        inputs = [
-            self._models[side].inputs(layer, sides[side], self._views(side), name, within=True)
-            for side in range(2)
-        ]
-        with self._precision():
-            for part, float_input, quantized_input in zip(self._parts, *inputs, strict=True):
-                seen = float_input
-                if ends:
-                    seen = linear(float_input, weight)
-                    self._advance(0, part, seen, bias)
-                    inner.append(quantized_input)
-                if moments:
-                    sums[part.start >= self._cut].add(seen, quantized_input, float_input)
-        self._inner = inner
-        if not moments:
-            return None
-        fit, held_out = (total.moments(outputs=ends) for total in sums)
-        return InputStatistics(fit, held_out if held_out.tokens else fit)
-
-    def write(self, quantized: Mapping[str, Tensor], group: Sequence[Linear]) -> None:
-        """Walk the quantized model through a group that ends its half of the layer."""
+    ) -> tuple[InputStatistics | None, list[Tensor]]:
+        """Walk the float model through a group that ends its half; return moments with its outputs, and the
+        quantized model's inputs, some windows each."""
         name = group[0].name
-        if group[0].norm is not None:
-            return
-        weight, bias = quantized[f"{name}.weight"].float(), quantized.get(f"{name}.bias")
+        weight, bias = original[f"{name}.weight"], original.get(f"{name}.bias")
+        sums, inner = _Split(self._cut, weight.shape), []
         with self._precision():
-            for part, inner in zip(self._parts, self._inner, strict=True):
-                self._advance(1, part, linear(inner, weight), bias)
-        self._inner = []
+            for part, x_float, x in self._both(layer, original, quantized, group):
+                seen = linear(x_float, weight)
+                self._float.advance(part, seen, bias)
+                inner.append(x)
+                if moments:
+                    sums.of(part).add(seen, x, x_float)
+        return (sums.statistics(outputs=True) if moments else None), inner
 
-    def quantized_inputs(
+    def _both(
+        self,
+        layer: int,
+        original: Mapping[str, Tensor],
+        quantized: Mapping[str, Tensor],
+        group: Sequence[Linear],
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some windows, and the group's input [tokens, in] in both models, at a time."""
+        walkers = ((self._float, original), (self._quantized, quantized))
+        inputs = [
+            walker.model.inputs(layer, tensors, walker.views(self._parts), group[0].name, within=True)
+            for walker, tensors in walkers
+        ]
+        yield from zip(self._parts, *inputs, strict=True)
+
+    def _inputs(
         self, layer: int, quantized: Mapping[str, Tensor], group: Sequence[Linear]
     ) -> Iterator[Tensor]:
-        """The inputs [n, length, in] of the group that was read last, in the quantized model, some windows at
-        a time."""
-        inputs: Iterator[Tensor] = iter(self._inner)
-        if group[0].norm is not None:
-            inputs = self._models[1].inputs(layer, quantized, self._views(1), group[0].name, within=True)
-        length = self._hidden[1].shape[1]
+        walker = self._quantized
+        views = walker.views(self._parts)
+        return self._windows(walker.model.inputs(layer, quantized, views, group[0].name, within=True))
+
+    def _windows(self, inputs: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Inputs [tokens, in] as [n, length, in]."""
+        length = self._quantized.hidden.shape[1]
         return (values.view(-1, length, values.shape[1]) for values in inputs)
 
     def head_statistics(self, gain: Tensor) -> InputStatistics:
         """Moments of the head's input, after the last layer; `gain` [hidden_size] is the final norm's."""
-        sums = [_Sums((len(gain), len(gain))) for _ in range(2)]
+        sums = _Split(self._cut, (len(gain), len(gain)))
         with self._precision():
             for part in self._parts:
-                seen, quantized = (
-                    model.final_norm(hidden[part], gain).flatten(0, 1)
-                    for model, hidden in zip(self._models, self._hidden, strict=True)
+                seen, x = (
+                    walker.model.final_norm(walker.hidden[part], gain).flatten(0, 1)
+                    for walker in (self._float, self._quantized)
                 )
-                sums[part.start >= self._cut].add(seen, quantized, seen)
-        fit, held_out = (total.moments(outputs=False) for total in sums)
-        return InputStatistics(fit, held_out if held_out.tokens else fit)
+                sums.of(part).add(seen, x, seen)
+        return sums.statistics(outputs=False)
 
-    def _views(self, side: int) -> list[Tensor]:
-        return [self._hidden[side][part] for part in self._parts]
 
-    def _advance(self, side: int, part: slice, output: Tensor, bias: Tensor | None) -> None:
+@dataclass(frozen=True, eq=False)
+class _Walker:
+    """A model, and hidden states [n, length, hidden_size] that move through it in place."""
+
+    model: ReferenceModel
+    hidden: Tensor
+
+    def views(self, parts: Sequence[slice]) -> list[Tensor]:
+        return [self.hidden[part] for part in parts]
+
+    def advance(self, part: slice, output: Tensor, bias: Tensor | None) -> None:
         """Add a half's output [tokens, hidden_size] to the hidden states of some windows."""
-        hidden = self._hidden[side][part].flatten(0, 1)
+        hidden = self.hidden[part].flatten(0, 1)
         hidden += output
         if bias is not None:
             hidden += bias
+
+
+class _Split:
+    """Sums over the windows that are fitted to, and over those from `cut` on, which are held out."""
+
+    def __init__(self, cut: int, shape: Sequence[int]) -> None:
+        self._cut = cut
+        self._fit, self._held_out = _Sums(shape), _Sums(shape)
+
+    def of(self, part: slice) -> _Sums:
+        return self._held_out if part.start >= self._cut else self._fit
+
+    def statistics(self, *, outputs: bool) -> InputStatistics:
+        fit, held_out = (sums.moments(outputs=outputs) for sums in (self._fit, self._held_out))
+        return InputStatistics(fit, held_out if held_out.tokens else fit)
 
 
 class _Sums:

@@ -20,7 +20,7 @@ from anequant.checkpoints.header import TensorInfo, read_header
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError, UsageError, shown
 from anequant.recipe import Recipe
-from anequant.rotation.rotation_plan import R1, RotationPlan, matrix_sizes, plan_rotations
+from anequant.rotation.rotation_plan import R1, RotationPlan, is_drawn, matrix_sizes, plan_rotations
 
 ROTATIONS = "rotations.safetensors"
 METADATA = {
@@ -98,8 +98,7 @@ def written_rotations(checkpoint: Checkpoint, recipe: Recipe) -> RotationPlan:
         matrices = read_rotations(checkpoint.folder / ROTATIONS, sizes)
         r1, r2 = ("none" if kind == "none" else "file" for kind in (recipe.r1, recipe.r2))
         return plan_rotations(checkpoint.spec, replace(recipe, r1=r1, r2=r2), matrices=matrices)
-    drawn = {recipe.r1, recipe.r2}.isdisjoint({"pca", "file"}) and recipe.restarts == 1 and not recipe.learn
-    if sizes and not drawn:
+    if sizes and not is_drawn(recipe):
         what = "R1" if R1 in sizes else "R2"
         raise InputError(f"'{ROTATIONS}' is missing, which holds {what}", where=str(checkpoint.folder))
     return plan_rotations(checkpoint.spec, recipe)

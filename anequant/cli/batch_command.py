@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from anequant.cli.console import Console, Job
+from anequant.cli.console import Console
 from anequant.cli.options import command, resume_options
 from anequant.cli.plan_command import memory_option
 from anequant.cli.scheduling import scheduler_option
@@ -38,6 +38,7 @@ def batch(
     """
     from anequant.comparison.batch import exit_code, run_batch
     from anequant.comparison.batch_file import read_batch
+    from anequant.jobs.control import Run
     from anequant.jobs.scheduler import open_scheduler
     from anequant.report.terminal import batched
     from anequant.report.terminal.converted import convert_and_report
@@ -46,11 +47,11 @@ def batch(
     with open_scheduler(scheduler, console.note) as tasks:
 
         @contextmanager
-        def begin(name: str) -> Iterator[Job]:
-            with console.job(f"batch: {name}", resume, max_memory) as job:
-                yield replace(job, control=replace(job.control, scheduler=tasks))
+        def begin(name: str) -> Iterator[Run]:
+            with console.job(f"batch: {name}", force=force, resume=resume, max_memory=max_memory) as run:
+                yield replace(run, scheduler=tasks)
 
-        rows = run_batch(wanted, begin, convert_and_report, console.note, force=force)
+        rows = run_batch(wanted, begin, convert_and_report, console.note)
     code = exit_code(rows)
     values = {"output": str(wanted.output), "jobs": [row.to_dict() for row in rows], "exit_code": code}
     console.table(values, batched.COLUMNS, batched.lines(rows), batched.failures(rows))

@@ -79,26 +79,18 @@ def compare(
         _check_page(html)
     from anequant.checkpoints.manifest import rotation_keys
     from anequant.checkpoints.source import resolve_source
-    from anequant.comparison.compare import compare as run
+    from anequant.comparison.compare import ComparisonRequest
+    from anequant.comparison.compare import compare as compare_recipes
     from anequant.jobs.scheduler import open_scheduler
     from anequant.report.terminal import comparison_table as shown
 
     source = resolve_source(model)
     rotated = rotation_keys(source.folder)
-    with open_scheduler(scheduler, console.note) as tasks, console.watched("compare") as job:
-        result = run(
-            source,
-            {label: read_recipe({"recipe": name}, rotated) for label, name in names.items()},
-            read_calibration(options),
-            text,
-            windows=windows,
-            length=length,
-            peers=peers,
-            output=output,
-            force=force,
-            progress=job.progress,
-            control=replace(job.control, scheduler=tasks),
-        )
+    with open_scheduler(scheduler, console.note) as tasks, console.watched("compare", force=force) as run:
+        chosen = {label: read_recipe({"recipe": name}, rotated) for label, name in names.items()}
+        calibration = read_calibration(options)
+        request = ComparisonRequest(source, chosen, calibration, windows, length, text, peers)
+        result = compare_recipes(request, output, replace(run, scheduler=tasks))
     rows = shown.summary(result)
     if html is not None:
         shown.write_page(html, result)

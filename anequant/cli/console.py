@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from anequant.cli.live import Display, Lines, Nothing, bar
 from anequant.errors import AnequantError, UsageError
-from anequant.jobs.control import Control, Progress
+from anequant.jobs.control import Progress, Run
 
 SHOW_AFTER = 2.0
 LINE_EVERY = 10.0
@@ -50,14 +50,6 @@ def libraries(speak: bool) -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a job that runs is given."""
-
-    progress: Progress
-    control: Control
 
 
 @dataclass(frozen=True)
@@ -135,8 +127,8 @@ class Console:
                 _tell(line)
 
     @contextmanager
-    def job(self, title: str, resume: bool, max_memory: int | None = None) -> Iterator[Job]:
-        """How a job that can be gone on with is seen and steered.
+    def job(self, title: str, *, force: bool, resume: bool, max_memory: int | None = None) -> Iterator[Run]:
+        """How a job that can be resumed is seen and steered.
 
         It stops after the unit of work in which Ctrl-C is pressed, and at once after a second time.
         """
@@ -152,22 +144,32 @@ class Console:
         before = signal.signal(signal.SIGINT, press)
         try:
             with self._display(title) as seen:
-                control = Control(resume, self.note, lambda: pressed, max_memory, seen.plan, seen.finished)
-                yield Job(seen.report, control)
+                yield Run(
+                    Progress(seen.report),
+                    force=force,
+                    resume=resume,
+                    max_memory=max_memory,
+                    note=self.note,
+                    stopping=lambda: pressed,
+                    planned=seen.plan,
+                    finished=seen.finished,
+                )
         finally:
             signal.signal(signal.SIGINT, before)
 
     @contextmanager
-    def watched(self, title: str) -> Iterator[Job]:
+    def watched(self, title: str, *, force: bool) -> Iterator[Run]:
         """As `job`, for one that Ctrl-C ends at once; its units are few and each has a line."""
         with self._display(title, each=True) as seen:
-            yield Job(seen.report, Control(note=self.note, planned=seen.plan, finished=seen.finished))
+            yield Run(
+                Progress(seen.report), force=force, note=self.note, planned=seen.plan, finished=seen.finished
+            )
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Progress]:
         """A Progress for what has no units, or does not tell them."""
         with self._display(title) as seen:
-            yield seen.report
+            yield Progress(seen.report)
 
     def _line(self, text: str) -> None:
         _tell(_printable(text))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from anequant.cli.options import (
     command,
     lowering_options,
     output_options,
-    read_job,
     read_lowering,
+    read_request,
     recipe_options,
     rotation_options,
 )
@@ -46,21 +47,13 @@ def quantize(
     anequant quantize org/name -o CHECKPOINT
     anequant quantize FOLDER -o CHECKPOINT --recipe w4-nearest --head-bits 6
     """
-    source, recipe, calibration, rotations = read_job(console, model, options)
-    from anequant.pipeline.quantize import quantize as run
+    request = read_request(console, model, options)
+    from anequant.pipeline.quantize import quantize as quantize_model
     from anequant.report.terminal import results as text
 
-    with scheduled_job(console, "quantize", resume, max_memory, scheduler) as job:
-        result = run(
-            source,
-            output,
-            recipe,
-            calibration,
-            rotations,
-            force=force,
-            progress=job.progress,
-            control=job.control,
-        )
+    steering = {"force": force, "resume": resume, "max_memory": max_memory}
+    with scheduled_job(console, "quantize", scheduler, **steering) as run:
+        result = quantize_model(request, output, run)
     console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
 
 
@@ -79,21 +72,12 @@ def rotate(console: Console, model: str, output: Path, force: bool, resume: bool
     anequant rotate org/name -o ROTATED --r1 hadamard --restarts 8
     anequant quantize ROTATED -o CHECKPOINT
     """
-    source, recipe, calibration, rotations = read_job(console, model, options)
-    from anequant.pipeline.rotate import rotate as run
+    request = read_request(console, model, options)
+    from anequant.pipeline.rotate import rotate as rotate_model
     from anequant.report.terminal import results as text
 
-    with console.job("rotate", resume) as job:
-        result = run(
-            source,
-            output,
-            recipe,
-            calibration,
-            rotations,
-            force=force,
-            progress=job.progress,
-            control=job.control,
-        )
+    with console.job("rotate", force=force, resume=resume) as run:
+        result = rotate_model(request, output, run)
     console.result({"output": str(output), **result.to_dict()}, text.rotated(output, result))
 
 
@@ -120,12 +104,14 @@ def lower(
     anequant lower CHECKPOINT -o PACKAGES
     anequant lower CHECKPOINT -o PACKAGES --context 2048 --batch 64 --chunks 2
     """
-    from anequant.pipeline.lower import lower as run
+    from anequant.pipeline.lower import lower as lower_checkpoint
     from anequant.report.terminal import results as text
+    from anequant.request import LowerRequest
 
-    sizes = read_lowering(options)
-    with scheduled_job(console, "lower", resume, max_memory, scheduler) as job:
-        result = run(checkpoint, output, sizes, force=force, progress=job.progress, control=job.control)
+    request = LowerRequest(checkpoint, read_lowering(options))
+    steering = {"force": force, "resume": resume, "max_memory": max_memory}
+    with scheduled_job(console, "lower", scheduler, **steering) as run:
+        result = lower_checkpoint(request, output, run)
     console.result({"output": str(output), **result.to_dict()}, text.lowered(output, result))
 
 
@@ -154,24 +140,15 @@ def convert(
     anequant convert -o OUT
     anequant convert org/name@revision -o OUT --recipe w6-ane --max-memory 8GB
     """
-    source, recipe, calibration, rotations = read_job(console, model, options)
+    request = replace(read_request(console, model, options), lowering=read_lowering(options))
     from anequant.report.terminal import results as text
     from anequant.report.terminal.converted import convert_and_report
 
+    source = request.source
     if model is None:
         console.note(f"no model named: converting the bundled {source.name}")
-    sizes = read_lowering(options)
-    with scheduled_job(console, "convert", resume, max_memory, scheduler) as job:
-        result, report = convert_and_report(
-            source,
-            output,
-            recipe,
-            calibration,
-            sizes,
-            rotations,
-            force=force,
-            progress=job.progress,
-            control=job.control,
-        )
+    steering = {"force": force, "resume": resume, "max_memory": max_memory}
+    with scheduled_job(console, "convert", scheduler, **steering) as run:
+        result, report = convert_and_report(request, output, run)
     rows = [*text.converted(output, result), *report.rows()]
     console.result({"model": source.name, "output": str(output), **result.to_dict()}, rows)

@@ -37,8 +37,8 @@ class Display(Protocol):
     def plan(self, expected: Sequence[Expected]) -> None:
         """The units of the job that begins."""
 
-    def report(self, what: str, done: float) -> None:
-        """A Progress."""
+    def report(self, parts: tuple[str, ...], done: float) -> None:
+        """What is being done, from the whole to its part, and the share done of the job."""
 
     def finished(self, unit: Unit) -> None:
         """A unit is done."""
@@ -49,7 +49,7 @@ class Nothing:
 
     def plan(self, expected: Sequence[Expected]) -> None: ...
 
-    def report(self, what: str, done: float) -> None: ...
+    def report(self, parts: tuple[str, ...], done: float) -> None: ...
 
     def finished(self, unit: Unit) -> None: ...
 
@@ -78,9 +78,9 @@ class Lines:
         self._planned = {unit.name for unit in expected}
         self._estimate.plan(expected)
 
-    def report(self, what: str, done: float) -> None:
+    def report(self, parts: tuple[str, ...], done: float) -> None:
         self._estimate.reached(done)
-        self._line([what], self._every)
+        self._line([": ".join(parts)], self._every)
 
     def finished(self, unit: Unit) -> None:
         if unit.replayed:
@@ -152,9 +152,9 @@ class Bar:
         self._names = min(max(map(len, self._planned)), self._console.width // 3)
         self._estimate.plan(expected)
 
-    def report(self, what: str, done: float) -> None:
+    def report(self, parts: tuple[str, ...], done: float) -> None:
         self._estimate.reached(done)
-        description = _fitting(self._title, self._printable(what), self._room)
+        description = _fit([self._title, *map(self._printable, parts)], self._room)
         self._bar.update(self._task, description=description, completed=self._estimate.share)
         self._show()
 
@@ -206,12 +206,12 @@ def bar(title: str, printable: Callable[[str], str], wait: float) -> Iterator[Di
         shown.stop()
 
 
-def _fitting(title: str, what: str, room: int) -> str:
-    """`title: step: what`, without steps where there is no room for them."""
-    parts = [title, *what.split(": ")]
-    while len(parts) > 1 and len(": ".join(parts)) > room:
-        parts.pop(0)
-    return ": ".join(parts)
+def _fit(parts: Sequence[str], room: int) -> str:
+    """As many of the parts, the last ones, as there is room for."""
+    first = 0
+    while first < len(parts) - 1 and len(": ".join(parts[first:])) > room:
+        first += 1
+    return ": ".join(parts[first:])
 
 
 def _seconds(seconds: float) -> str:

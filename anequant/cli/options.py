@@ -20,7 +20,7 @@ from anequant.recipe import LARGEST_SEED, Calibration, LowerOptions, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
 
 if TYPE_CHECKING:
-    from anequant.checkpoints.source import Source
+    from anequant.request import Request
 
 Run = Callable[..., None]
 
@@ -161,22 +161,21 @@ def read_calibration(options: dict[str, Any]) -> Calibration:
     )
 
 
-def read_job(
-    console: Console, model: str | None, options: dict[str, Any]
-) -> tuple[Source, Recipe, Calibration, Path | None]:
+def read_request(console: Console, model: str | None, options: dict[str, Any]) -> Request:
     """MODEL's folder and what `recipe_options` or `rotation_options`, and `calibration_options` say of it;
     a wrong recipe is noticed before anything heavy is imported. Code in the folder is told, and not run."""
     read_recipe(options)
     from anequant.checkpoints.manifest import rotation_keys
     from anequant.checkpoints.side_files import custom_code
     from anequant.checkpoints.source import resolve_source
+    from anequant.request import Request
 
     source = resolve_source(model)
     code = custom_code(source.folder)
     if code:
         console.note(f"ignored, no code of a checkpoint is run: {', '.join(code)}")
     recipe = read_recipe(options, rotation_keys(source.folder))
-    return source, recipe, read_calibration(options), options["rotations"]
+    return Request(source, recipe, read_calibration(options), options["rotations"])
 
 
 def _chunk_count(context: click.Context, option: click.Parameter, value: str) -> int | None:

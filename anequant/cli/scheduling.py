@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from anequant.cli.console import Console, Job
+from anequant.cli.console import Console
 
-Run = Callable[..., None]
+if TYPE_CHECKING:
+    from anequant.jobs.control import Run
+
+Command = Callable[..., None]
 
 
-def scheduler_option(run: Run) -> Run:
+def scheduler_option(run: Command) -> Command:
     """--scheduler."""
     text = "Who does independent parts: this process, or workers of a dask cluster that share the folders."
     metavar = "local|dask://HOST:PORT"
@@ -21,11 +25,9 @@ def scheduler_option(run: Run) -> Run:
 
 
 @contextmanager
-def scheduled_job(
-    console: Console, title: str, resume: bool, max_memory: int | None, scheduler: str
-) -> Iterator[Job]:
-    """`Console.job` with the scheduler of that name. Raises as `open_scheduler` does."""
+def scheduled_job(console: Console, title: str, scheduler: str, **options: Any) -> Iterator[Run]:
+    """`Console.job`, which takes `options`, with the scheduler of that name. Raises as `open_scheduler`."""
     from anequant.jobs.scheduler import open_scheduler
 
-    with open_scheduler(scheduler, console.note) as tasks, console.job(title, resume, max_memory) as job:
-        yield replace(job, control=replace(job.control, scheduler=tasks))
+    with open_scheduler(scheduler, console.note) as tasks, console.job(title, **options) as run:
+        yield replace(run, scheduler=tasks)

@@ -10,32 +10,30 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from anequant.checkpoints.manifest import read_manifest, rotation_keys
 from anequant.checkpoints.places import CHECKPOINT_FOLDER
 from anequant.checkpoints.reader import read_json
-from anequant.checkpoints.source import Source, resolve_source
+from anequant.checkpoints.source import resolve_source
 from anequant.checkpoints.writer import write_json
 from anequant.comparison.batch_file import Batch, BatchJob
 from anequant.comparison.compare import stored_bits
 from anequant.comparison.trials import StoredBits
 from anequant.errors import AnequantError, InputError, Interrupted, UsageError, as_error, torch_memory
-from anequant.jobs.control import Control, Progress, part_of
-from anequant.jobs.journal import difference, plain
+from anequant.jobs.control import Run
+from anequant.jobs.journal import difference
+from anequant.jobs.typed import to_plain
 from anequant.jobs.work_folder import WorkFolder, check_target
-from anequant.pipeline.fingerprint import fingerprint
-from anequant.pipeline.kept import TOKENS, collect_tokens
 from anequant.pipeline.quantize import quantize
-from anequant.planning.requirements import calibrates
-from anequant.recipe import Calibration, Recipe
+from anequant.pipeline.steps.collect_tokens import TOKENS_FILE, collect_tokens
+from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
-from anequant.reference.open_float import open_float
+from anequant.request import Request
 
 STATE = "batch.json"
 DONE, TAKEN_OVER, FAILED = "done", "taken over", "failed"
@@ -63,20 +61,10 @@ class Row:
         return asdict(self)
 
 
-class Steering(Protocol):
-    """How a job is watched and steered."""
-
-    @property
-    def progress(self) -> Progress: ...
-
-    @property
-    def control(self) -> Control: ...
-
-
-Begin = Callable[[str], AbstractContextManager[Steering]]
+Begin = Callable[[str], AbstractContextManager[Run]]
 """By the name of the job that begins."""
 
-Convert = Callable[..., object]
+Convert = Callable[[Request, Path, Run], object]
 """`convert`, or what does more and takes the same."""
 
 
@@ -132,13 +120,11 @@ class _Runner:
             return Row(job.name, job.model, job.recipe, FAILED, failed=str(error), exit_code=code)
 
     def _done(self, job: BatchJob) -> Row:
-        target, calibration = self._batch.output / job.name, self._batch.calibration
+        target = self._batch.output / job.name
         source = resolve_source(job.model)
         recipe = load_recipe(job.recipe, {**(rotation_keys(source.folder) or {}), **job.overrides})
-        kind = "quantize" if job.lowering is None else "convert"
-        made = plain(
-            fingerprint(kind, open_float(source), source.name, recipe, calibration, None, job.lowering)
-        )
+        request = Request(source, recipe, self._batch.calibration, None, job.lowering)
+        made = to_plain(request.fingerprint("quantize" if job.lowering is None else "convert"))
         record = self._records.get(job.name)
         if target.exists() and record is not None:
             changed = difference(record["fingerprint"], made)
@@ -149,37 +135,24 @@ class _Runner:
         check_target(target, force=self._force, source=source.folder)
         self._record(job.name, None if target.exists() else {"fingerprint": made, "seconds": None})
         begun = time.monotonic()
-        with self._begin(job.name) as steering:
-            self._run(job, target, source, recipe, steering)
+        with self._begin(job.name) as run:
+            request = replace(request, tokens=self._collected(target, request, run))
+            make = quantize if job.lowering is None else self._convert
+            make(request, target, replace(run, force=self._force))
         seconds = time.monotonic() - begun
         self._record(job.name, {"fingerprint": made, "seconds": seconds})
         return self._measured(job, DONE, seconds)
 
-    def _run(self, job: BatchJob, target: Path, source: Source, recipe: Recipe, steering: Steering) -> None:
-        calibration = self._batch.calibration
-        tokens = self._collected(target, source, recipe, steering)
-        make = quantize if job.lowering is None else partial(self._convert, options=job.lowering)
-        make(
-            source,
-            target,
-            recipe,
-            calibration,
-            force=self._force,
-            progress=steering.progress,
-            control=steering.control,
-            collected=tokens,
-        )
-
-    def _collected(self, target: Path, source: Source, recipe: Recipe, steering: Steering) -> Tensor | None:
+    def _collected(self, target: Path, request: Request, run: Run) -> Tensor | None:
         """The model's calibration tokens where a recipe needs them and an interrupted run kept none."""
-        kept = WorkFolder(target.absolute()).folder / f"{TOKENS}.safetensors"
-        if not calibrates(source, recipe) or (steering.control.resume and kept.is_file()):
+        kept = WorkFolder(target.absolute()).folder / TOKENS_FILE
+        if not request.calibrates or (run.resume and kept.is_file()):
             return None
-        key = source.folder.resolve(), self._batch.calibration
+        key = request.source.folder.resolve(), request.calibration
         if key not in self._tokens:
-            step = part_of(steering.progress, "calibrate", 0.0, 0.0)
-            checkpoint, limit = open_float(source), steering.control.max_memory
-            self._tokens[key] = collect_tokens(self._batch.calibration, checkpoint, step, limit)
+            progress = run.progress.part("calibrate", 0.0, 0.0)
+            tokens = collect_tokens(request.calibration, request.checkpoint, progress, run.max_memory)
+            self._tokens[key] = tokens
         return self._tokens[key]
 
     def _record(self, name: str, record: Mapping[str, Any] | None) -> None:

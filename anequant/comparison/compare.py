@@ -11,8 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import Tensor
@@ -26,16 +26,16 @@ from anequant.errors import AnequantError, Interrupted, UnsupportedError, UsageE
 from anequant.evaluation.divergence import Reference, evaluate_against, refer, summarise
 from anequant.evaluation.evaluate import read_windows
 from anequant.inspection.inspect_checkpoint import PROJECTIONS, WHOLE, checkpoint_facts
-from anequant.jobs.control import CONTROL, Control, Expected, Progress, Unit, part_of, shares, silent
+from anequant.jobs.control import UNWATCHED, Expected, Progress, Run, Unit, measure_shares
 from anequant.jobs.process import resident_bytes
 from anequant.jobs.tasks import Schedulers
 from anequant.jobs.work_folder import staged_folder
 from anequant.outputs.records import calibration_record
-from anequant.pipeline.kept import collect_tokens
 from anequant.pipeline.quantize import quantize
-from anequant.planning.requirements import calibrates
+from anequant.pipeline.steps.collect_tokens import collect_tokens
 from anequant.recipe import Calibration, Recipe
 from anequant.reference.open_float import open_float
+from anequant.request import Request
 
 OFF_ANE = "group"
 """The scales that the Neural Engine does not run."""
@@ -46,111 +46,118 @@ FLOAT_MODEL, TOKENS = "float model", "calibration tokens"
 TRIALS, BEFORE = 8.0, 1.0
 """Weights of all trials together, and of each unit before them."""
 
-Run = Callable[[Tensor | None, Path, Progress], StoredBits]
+Write = Callable[[Tensor | None, Schedulers, Path, Progress], StoredBits]
 """Writes a checkpoint to a new folder; calibration tokens are None where no recipe needs any."""
 
-Written = Callable[[Path, Progress], StoredBits]
-"""The same, with the tokens."""
+
+@dataclass(frozen=True, eq=False)
+class ComparisonRequest:
+    """A model, the recipes by name that it is to be quantized with, and what that is measured on.
+
+    The text is a file, wikitext2, or None for the bundled one, of which `windows` of `length` tokens are
+    taken. With `peers` also by coremltools and the other PEERS, as far as they are installed.
+    """
+
+    source: Source
+    recipes: Mapping[str, Recipe]
+    calibration: Calibration
+    windows: int
+    length: int
+    text: Path | str | None = None
+    peers: bool = False
+
+    @cached_property
+    def each(self) -> Mapping[str, Request]:
+        """What is asked for of every recipe, by its name."""
+        return {name: Request(self.source, recipe, self.calibration) for name, recipe in self.recipes.items()}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether any recipe needs calibration tokens."""
+        return any(request.calibrates for request in self.each.values())
 
 
-def compare(
-    source: Source,
-    recipes: Mapping[str, Recipe],
-    calibration: Calibration,
-    text: Path | str | None = None,
-    *,
-    windows: int,
-    length: int,
-    peers: bool = False,
-    output: Path | None = None,
-    force: bool = False,
-    progress: Progress = silent,
-    control: Control = CONTROL,
-) -> Comparison:
-    """Quantize with each of `recipes` by name, and measure on windows of a text (the bundled one for None).
+def compare(request: ComparisonRequest, output: Path | None = None, run: Run = UNWATCHED) -> Comparison:
+    """Quantize with each of the recipes, and measure on windows of a text.
 
-    With `peers` also by coremltools and the other PEERS, as far as they are installed. The recipes'
-    checkpoints are kept in `output`, each called as its recipe, or thrown away. `control` is told what is
-    planned and what is finished, and asked for its scheduler alone.
+    The recipes' checkpoints are kept in `output`, each called as its recipe, or thrown away. The run is told
+    what is planned and what is finished, and asked for its scheduler alone.
 
     What fails is a Trial that says why; raises what goes wrong before the first: InputError and
     UnsupportedError for the model, UsageError for the text, the calibration source, the output, or a model
     that peers cannot take.
     """
-    base = open_float(source)
-    if peers and base.online.active:
+    base = open_float(request.source)
+    if request.peers and base.online.active:
         raise UsageError(
             "the model rotates while it runs, and peers do not",
             remedy="compare with peers on the float model",
         )
-    text = SAMPLE_TEXT if text is None else text
-    tokens = read_windows(base, text, windows, length)
-    calibrated = any(calibrates(source, recipe) for recipe in recipes.values())
-    runs = _runs(source, recipes, calibration, control.scheduler, peers=peers)
-    expected = _expected([trial for trial, _ in runs], recipes, calibrated=calibrated)
-    control.planned(expected)
-    ends = shares(expected)
+    text = SAMPLE_TEXT if request.text is None else request.text
+    tokens = read_windows(base, text, request.windows, request.length)
+    trials = _list_trials(request)
+    expected = _expected([trial for trial, _ in trials], request)
+    run.planned(expected)
+    ends = measure_shares(expected)
 
     def step(name: str) -> Progress:
-        return part_of(progress, name, *ends[name])
+        return run.progress.part(name, *ends[name])
 
     def finished(name: str, seconds: float, *told: str) -> None:
-        control.finished(Unit(name, told, seconds, resident_bytes(), ends[name][1], replayed=False))
+        unit = Unit(name, "compare", told, seconds, resident_bytes(), ends[name][1], replayed=False)
+        run.finished(unit)
 
-    collected, trials = None, []
-    with _kept(output, force=force, source=source) as place, tempfile.TemporaryDirectory() as scratch:
+    collected, done = None, []
+    with (
+        _kept(output, force=run.force, source=request.source) as place,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         begun = time.monotonic()
         reference = refer(base, tokens, progress=step(FLOAT_MODEL))
         quality = summarise(tokens, reference.logits(), None)
         finished(FLOAT_MODEL, time.monotonic() - begun, f"perplexity {quality.perplexity:.3f}")
-        if calibrated:
+        if request.calibrates:
             begun = time.monotonic()
-            collected = collect_tokens(calibration, base, step(TOKENS))
-            finished(TOKENS, time.monotonic() - begun, f"{len(collected)} windows of {collected.shape[1]}")
-        for trial, run in runs:
+            collected = collect_tokens(request.calibration, base, step(TOKENS))
+            told = f"{len(collected)} windows of {collected.shape[1]}"
+            finished(TOKENS, time.monotonic() - begun, told)
+        for trial, write in trials:
             home = Path(scratch) if place is None or trial.kind == PEER else place
             begun = time.monotonic()
-            write, folder = partial(run, collected), home / trial.name
-            done = _try(trial, write, folder, tokens, reference, step(trial.name))
-            finished(trial.name, done.seconds or time.monotonic() - begun, *done.told)
-            trials.append(done)
+            folder, progress = home / trial.name, step(trial.name)
+            writing = partial(write, collected, run.scheduler, folder)
+            tried = _try(trial, writing, folder, tokens, reference, progress)
+            finished(trial.name, tried.seconds or time.monotonic() - begun, *tried.told)
+            done.append(tried)
             if home != place:
                 shutil.rmtree(folder, ignore_errors=True)
     return Comparison(
-        source.name,
+        request.source.name,
         Path(text).name,
-        length,
+        request.length,
         quality,
-        calibration_record(calibration, collected),
-        with_front(trials),
+        calibration_record(request.calibration, collected),
+        with_front(done),
     )
 
 
-def _runs(
-    source: Source,
-    recipes: Mapping[str, Recipe],
-    calibration: Calibration,
-    scheduler: Schedulers,
-    *,
-    peers: bool,
-) -> list[tuple[Trial, Run]]:
+def _list_trials(request: ComparisonRequest) -> list[tuple[Trial, Write]]:
     """What is to be tried, in this order, and how."""
-    runs: list[tuple[Trial, Run]] = []
-    for name, recipe in recipes.items():
-        trial = Trial(name, RECIPE, recipe.scales != OFF_ANE)
-        runs.append((trial, partial(_recipe, source, recipe, calibration, scheduler)))
-    for peer in PEERS if peers else ():
+    trials: list[tuple[Trial, Write]] = []
+    for name, one in request.each.items():
+        trials.append((Trial(name, RECIPE, one.recipe.scales != OFF_ANE), partial(_quantize, one)))
+    for peer in PEERS if request.peers else ():
         trial = Trial(peer.name, PEER, peer.on_ane, failed=peer.missing)
-        runs.append((trial, partial(_peer, peer, source)))
-    return runs
+        trials.append((trial, partial(_run_peer, peer, request.source)))
+    return trials
 
 
-def _expected(trials: Sequence[Trial], recipes: Mapping[str, Recipe], *, calibrated: bool) -> list[Expected]:
+def _expected(trials: Sequence[Trial], request: ComparisonRequest) -> list[Expected]:
     """Recipes that round in the same way take about the same time; what cannot be run takes none."""
-    names = (FLOAT_MODEL, TOKENS) if calibrated else (FLOAT_MODEL,)
+    names = (FLOAT_MODEL, TOKENS) if request.calibrates else (FLOAT_MODEL,)
     expected = [Expected(name, name, BEFORE) for name in names]
     for trial in trials:
-        kind = recipes[trial.name].rounding if trial.kind == RECIPE else trial.name
+        kind = request.recipes[trial.name].rounding if trial.kind == RECIPE else trial.name
         weight = TRIALS / len(trials) if trial.failed is None else 0.0
         expected.append(Expected(trial.name, kind, weight))
     return expected
@@ -167,17 +174,23 @@ def _kept(output: Path | None, *, force: bool, source: Source) -> Iterator[Path 
 
 
 def _try(
-    trial: Trial, run: Written, folder: Path, tokens: Tensor, reference: Reference, progress: Progress
+    trial: Trial,
+    write: Callable[[Progress], StoredBits],
+    folder: Path,
+    tokens: Tensor,
+    reference: Reference,
+    progress: Progress,
 ) -> Trial:
-    """The trial with what `run` and measuring it gave, or with why they did not; as it is if it cannot be."""
+    """The trial with what writing and measuring it gave, or with why they did not; as it is if it
+    cannot be."""
     if trial.failed is not None:
         return trial
     try:
         begun = time.monotonic()
         with torch_memory():
-            bits = run(folder, part_of(progress, "quantize", 0.0, 0.7))
+            bits = write(progress.part("quantize", 0.0, 0.7))
             seconds = time.monotonic() - begun
-            measuring = part_of(progress, "measure", 0.7, 1.0)
+            measuring = progress.part("measure", 0.7, 1.0)
             quality = evaluate_against(open_checkpoint(folder), tokens, reference, progress=measuring)
     except (AnequantError, MemoryError, OSError) as failure:
         error = as_error(failure)
@@ -185,18 +198,11 @@ def _try(
     return replace(trial, bits=bits, quality=quality, seconds=seconds)
 
 
-def _recipe(
-    source: Source,
-    recipe: Recipe,
-    calibration: Calibration,
-    scheduler: Schedulers,
-    collected: Tensor | None,
-    folder: Path,
-    progress: Progress,
+def _quantize(
+    request: Request, collected: Tensor | None, scheduler: Schedulers, folder: Path, progress: Progress
 ) -> StoredBits:
     try:
-        control = Control(scheduler=scheduler)
-        quantize(source, folder, recipe, calibration, progress=progress, control=control, collected=collected)
+        quantize(replace(request, tokens=collected), folder, Run(progress, scheduler=scheduler))
     except Interrupted as stop:
         raise KeyboardInterrupt from stop
     return stored_bits(folder)
@@ -212,8 +218,13 @@ def stored_bits(folder: Path) -> StoredBits:
     )
 
 
-def _peer(
-    peer: Peer, source: Source, collected: Tensor | None, folder: Path, progress: Progress
+def _run_peer(
+    peer: Peer,
+    source: Source,
+    collected: Tensor | None,
+    scheduler: Schedulers,
+    folder: Path,
+    progress: Progress,
 ) -> StoredBits:
     """Raises UnsupportedError for whatever goes wrong in the peer's own code."""
     progress("whole model", 0.0)

@@ -13,7 +13,7 @@ from anequant.checkpoints.layers import open_quantized
 from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 from anequant.errors import UsageError, VerificationError
 from anequant.evaluation.divergence import evaluate
-from anequant.jobs.control import Progress, part_of, silent
+from anequant.jobs.control import Progress, silent
 from anequant.reference.windows import load_tokenizer, model_windows, read_text
 from anequant.runtime.continue_text import TextModel, continue_text, open_text_model, stop_tokens
 from anequant.runtime.sampling import Sampling
@@ -66,9 +66,9 @@ def check_sp(folder: Path, *, progress: Progress = silent) -> SpCheck:
     tokenizer = load_tokenizer(folder)
     text = read_text(SAMPLE_TEXT)
     tokens = model_windows(tokenizer, checkpoint.spec.config, text, count=WINDOWS, length=LENGTH)
-    stored = evaluate(checkpoint, tokens, progress=part_of(progress, "stored weights", 0.1, 0.4))
+    stored = evaluate(checkpoint, tokens, progress=progress.part("stored weights", 0.1, 0.4))
     rebuilt = evaluate(
-        SnappedWeights(checkpoint), tokens, progress=part_of(progress, "rebuilt weights", 0.4, 0.8)
+        SnappedWeights(checkpoint), tokens, progress=progress.part("rebuilt weights", 0.4, 0.8)
     )
     if not abs(rebuilt.perplexity / stored.perplexity - 1) <= LARGEST_DIFFERENCE:
         raise VerificationError(

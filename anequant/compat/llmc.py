@@ -18,12 +18,14 @@ from anequant.checkpoints.reader import read_config
 from anequant.checkpoints.source import Source, resolve_source
 from anequant.compat.llmc_words import LlmcFile, read_llmc
 from anequant.errors import UnsupportedError, UsageError
-from anequant.jobs.control import Progress, part_of
+from anequant.jobs.control import Progress, Run
 from anequant.jobs.work_folder import staged_folder
-from anequant.pipeline.quantize import QuantizeResult, quantize
-from anequant.pipeline.rotate import RotateResult, rotate
+from anequant.pipeline.quantize import quantize
+from anequant.pipeline.quantizing import QuantizeResult, RotateResult
+from anequant.pipeline.rotate import rotate
 from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import recipe_from_dict
+from anequant.request import Request
 
 TRANSFORMED, QUANTIZED = "transformed_model", "fake_quant_model"
 SCALES = {"per_channel": "output", "per_group": "group", "per_tensor": "tensor"}
@@ -87,13 +89,14 @@ def plan_llmc(path: Path) -> LlmcRun:
 def run_llmc(run: LlmcRun, progress: Progress, *, force: bool = False) -> LlmcResult:
     """Write what `run` says to its new folder. Raises as `rotate` and `quantize`; nothing is left then."""
     rotated = quantized = None
+    request = Request(run.source, run.recipe, run.calibration)
     with staged_folder(run.output, force=force, source=run.source.folder) as staging:
         if run.transforms:
-            step = part_of(progress, "rotate", 0.0, 0.3 if run.quantizes else 1.0)
-            rotated = rotate(run.source, staging / TRANSFORMED, run.recipe, run.calibration, progress=step)
+            step = progress.part("rotate", 0.0, 0.3 if run.quantizes else 1.0)
+            rotated = rotate(request, staging / TRANSFORMED, Run(step))
         if run.quantizes:
-            step = part_of(progress, "quantize", 0.3 if run.transforms else 0.0, 1.0)
-            quantized = quantize(run.source, staging / QUANTIZED, run.recipe, run.calibration, progress=step)
+            step = progress.part("quantize", 0.3 if run.transforms else 0.0, 1.0)
+            quantized = quantize(request, staging / QUANTIZED, Run(step))
     return LlmcResult(rotated, quantized)
 
 

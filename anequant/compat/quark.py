@@ -20,7 +20,7 @@ from anequant.checkpoints.source import resolve_source
 from anequant.compat.published_keys import Word, checked_words
 from anequant.compat.quark_pairs import check_pairs
 from anequant.errors import UnsupportedError, UsageError, did_you_mean
-from anequant.pipeline.quantize import QuantizeResult
+from anequant.pipeline.quantizing import QuantizeResult
 from anequant.recipe import Recipe
 from anequant.recipe_files import load_recipe
 from anequant.rotation.hadamard import power_of_two_divisors

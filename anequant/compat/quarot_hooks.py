@@ -7,6 +7,7 @@ weights, R3 and R4 run where small numbers need them, and what the name says is 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from anequant.checkpoints.rotation_files import ROTATIONS, write_rotations
 from anequant.checkpoints.source import Source
 from anequant.checkpoints.writer import write_json
 from anequant.errors import UnsupportedError
-from anequant.jobs.control import CONTROL, Progress
+from anequant.jobs.control import Progress, Run
 from anequant.jobs.output_folder import file_hashes
-from anequant.pipeline.quantize import QuantizeResult, quantize_into, quantize_job
+from anequant.jobs.step import Step
+from anequant.pipeline.quantize import quantize
+from anequant.pipeline.quantizing import QuantizeResult, Quantizing
 from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import recipe_from_dict
+from anequant.request import Request
 from anequant.rotation.rotation_plan import plan_rotations
 
 METHOD, NAME = "quarot", "QuaRot"
@@ -101,19 +105,35 @@ def quantize_hooked(
     Returns that folder. Raises as `quantize` does; nothing is left behind then.
     """
     output = destination / f"{source.name}_{quant_tag(recipe)}"
-    with quantize_job(source, output, recipe, calibration, None, force, CONTROL) as journal:
-        staging = journal.output
-        result = quantize_into(staging, source, recipe, calibration, progress, journal)
-        checkpoint = open_checkpoint(staging)
-        if not (staging / ROTATIONS).is_file():
-            write_rotations(staging, plan_rotations(checkpoint.spec, recipe).matrices())
-        made = read_manifest(staging)
-        write_json(staging / CONFIG, {**_settings(made), "rotation_matrices": _turned(checkpoint, recipe)})
-        write_json(staging / METADATA, _metadata(made, output.name, checkpoint.online.active))
-        (staging / RUNTIME).write_text(RUNTIME_CODE, encoding="utf-8")
-        files = {name: digest for name, digest in file_hashes(staging).items() if name != MANIFEST}
-        write_json(staging / MANIFEST, {**made, "files": files})
+    request = Request(source, recipe, calibration)
+    result = quantize(request, output, Run(progress, force=force), [WriteHooks(output.name)])
     return output, result
+
+
+@dataclass(frozen=True, eq=False)
+class WriteHooks(Step[Quantizing, None]):
+    """Write the published files beside the weights of the folder that will be called `name`."""
+
+    stage = "quantize"
+    kind = "hooks"
+
+    name: str
+
+    @property
+    def id(self) -> str:
+        return "published files"
+
+    def run(self, state: Quantizing, progress: Progress) -> None:
+        folder, recipe = state.folder, state.recipe
+        checkpoint = open_checkpoint(folder)
+        if not (folder / ROTATIONS).is_file():
+            write_rotations(folder, plan_rotations(checkpoint.spec, recipe).matrices())
+        made = read_manifest(folder)
+        write_json(folder / CONFIG, {**_settings(made), "rotation_matrices": _turned(checkpoint, recipe)})
+        write_json(folder / METADATA, _metadata(made, self.name, checkpoint.online.active))
+        (folder / RUNTIME).write_text(RUNTIME_CODE, encoding="utf-8")
+        files = {name: digest for name, digest in file_hashes(folder).items() if name != MANIFEST}
+        write_json(folder / MANIFEST, {**made, "files": files})
 
 
 def _settings(made: dict[str, Any]) -> dict[str, Any]:

@@ -56,13 +56,11 @@ def evaluate(
     if base is None:
         return summarise(tokens, logits(model, tokens, progress=progress), None)
 
-    def half(what: str, done: float) -> None:
-        progress(what, done / 2)
-
-    def other_half(what: str, done: float) -> None:
-        progress(f"base {what}", 0.5 + done / 2)
-
-    return summarise(tokens, logits(model, tokens, progress=half), logits(base, tokens, progress=other_half))
+    halves = progress.part("model", 0.0, 0.5), progress.part("base", 0.5, 1.0)
+    ours, theirs = (
+        logits(each, tokens, progress=half) for each, half in zip((model, base), halves, strict=True)
+    )
+    return summarise(tokens, ours, theirs)
 
 
 @dataclass(frozen=True)

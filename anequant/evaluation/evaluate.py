@@ -19,7 +19,7 @@ from anequant.errors import InputError, UsageError
 from anequant.evaluation.divergence import Quality, evaluate
 from anequant.evaluation.layer_errors import LayerError, embedding_error, layer_errors
 from anequant.evaluation.task_scores import TaskScores, run_tasks
-from anequant.jobs.control import Progress, part_of, silent
+from anequant.jobs.control import Progress, silent
 from anequant.recipe import Recipe
 from anequant.recipe_files import recipe_from_dict
 from anequant.reference.windows import load_tokenizer, model_windows, start_token
@@ -80,7 +80,7 @@ def evaluate_checkpoint(
     """As `evaluate_text`, and with a base also the error after every layer, on the first windows."""
     checkpoint, original = _open(model, base)
     tokens = read_windows(checkpoint, text, windows, length)
-    quality = evaluate(checkpoint, tokens, original, progress=part_of(progress, "text", 0.0, 0.8))
+    quality = evaluate(checkpoint, tokens, original, progress=progress.part("text", 0.0, 0.8))
     name = Path(text).name
     if original is None:
         return Evaluation(name, quality, None, None)

@@ -19,7 +19,7 @@ from anequant.evaluation.divergence import summarise
 from anequant.inspection.diff import CheckpointDifferences, diff_checkpoints, keys_that_differ
 from anequant.inspection.diff_packages import PackageDifferences, diff_packages, pairs
 from anequant.inspection.inspect import PACKAGE, Parts, parts_of
-from anequant.jobs.control import Progress, part_of, silent
+from anequant.jobs.control import Progress, silent
 from anequant.reference.forward import logits
 from anequant.reference.probe import probe_tokens
 from anequant.reference.windows import load_tokenizer, model_windows
@@ -85,14 +85,14 @@ def diff(
     checkpoint = None
     if ours.checkpoint and theirs.checkpoint:
         opened = open_checkpoint(ours.checkpoint), open_checkpoint(theirs.checkpoint)
-        checkpoint = diff_checkpoints(*opened, part_of(progress, "tensors", 0.0, end))
+        checkpoint = diff_checkpoints(*opened, progress.part("tensors", 0.0, end))
     matched = list(pairs(ours.packages, theirs.packages)) if ours.packages and theirs.packages else []
     packages = []
     for number, (one, other) in enumerate(matched):
         if one is not None and other is not None:
             progress(one.name, end * number / len(matched))
             packages.append(diff_packages(one, other))
-    last = part_of(progress, "logits", end, 1.0)
+    last = progress.part("logits", end, 1.0)
     return PathDifferences(
         str(a),
         str(b),

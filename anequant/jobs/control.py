@@ -1,14 +1,42 @@
-"""How long work tells whoever watches, and is told to stop; the console decides what to show."""
+"""How a job tells whoever watches it, and is steered by whoever starts it; the console shows it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from anequant.jobs.tasks import Schedulers, local
 
-Progress = Callable[[str, float], None]
-"""(what is being done, share done from 0 to 1)"""
+Show = Callable[[tuple[str, ...], float], None]
+"""Gets what is being done, from the whole to its part, and the share done of the whole, from 0 to 1."""
+
+
+def show_nothing(parts: tuple[str, ...], done: float) -> None:
+    """Drop what is being done."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Tells `show` how far a piece of work is, which lies `within` others and takes a share of the whole.
+
+    Called with what is being done and the share done of the piece itself, from 0 to 1.
+    """
+
+    show: Show
+    within: tuple[str, ...] = ()
+    start: float = 0.0
+    end: float = 1.0
+
+    def __call__(self, what: str, done: float) -> None:
+        self.show((*self.within, what), self.start + (self.end - self.start) * done)
+
+    def part(self, name: str, start: float, end: float) -> Progress:
+        """Return the Progress of a piece called `name`, from `start` to `end` of this one."""
+        span = self.end - self.start
+        return Progress(self.show, (*self.within, name), self.start + span * start, self.start + span * end)
+
+
+silent = Progress(show_nothing)
 
 
 @dataclass(frozen=True)
@@ -28,11 +56,13 @@ class Expected:
 class Unit:
     """A unit of work that is done, here or (`replayed`) by the run that was interrupted.
 
-    `told` is what was measured, the most important first; `seconds` is what it took here, `memory` the bytes
-    that the process then held, and `share` what of the job is done with it.
+    `stage` is the part of the job that it belongs to; `told` is what was measured, the most important first;
+    `seconds` is what it took here, `memory` the bytes that the process then held, and `share` what of the job
+    is done with it.
     """
 
     name: str
+    stage: str
     told: tuple[str, ...]
     seconds: float
     memory: int
@@ -40,70 +70,57 @@ class Unit:
     replayed: bool
 
 
-def silent(what: str, done: float) -> None:
-    """A Progress that shows nothing."""
-
-
-def part_of(progress: Progress, step: str, start: float, end: float) -> Progress:
-    """A Progress for one step that takes the share from `start` to `end` of the whole."""
-
-    def report(what: str, done: float) -> None:
-        progress(f"{step}: {what}", start + (end - start) * done)
-
-    return report
-
-
-def step_of(progress: Progress, step: str) -> Progress:
-    """A Progress for one step of a job whose units know their shares of the whole."""
-    return part_of(progress, step, 0.0, 1.0)
-
-
-def shares(expected: Sequence[Expected]) -> dict[str, tuple[float, float]]:
-    """From where to where of the whole every unit is, by its weight."""
-    total, begun, found = sum(unit.weight for unit in expected), 0.0, {}
+def measure_shares(expected: Sequence[Expected]) -> dict[str, tuple[float, float]]:
+    """Return from where to where of the whole every unit is, by its weight."""
+    total, begun, found = sum(unit.weight for unit in expected) or 1.0, 0.0, {}
     for unit in expected:
         found[unit.name] = begun / total, (begun + unit.weight) / total
         begun += unit.weight
     return found
 
 
-def no_note(text: str) -> None:
-    """Drops a line."""
+def drop_note(text: str) -> None:
+    """Drop a line."""
 
 
-def no_plan(expected: Sequence[Expected]) -> None:
-    """Drops what a job is going to do."""
+def drop_plan(expected: Sequence[Expected]) -> None:
+    """Drop what a job is going to do."""
 
 
-def no_unit(unit: Unit) -> None:
-    """Drops what a job has done."""
+def drop_unit(unit: Unit) -> None:
+    """Drop what a job has done."""
 
 
-def never() -> bool:
-    """Goes on to the end."""
+def never_stop() -> bool:
+    """Let a job run to its end."""
     return False
 
 
 @dataclass(frozen=True)
-class Control:
-    """How whoever starts a long job steers it and watches it.
+class Run:
+    """How whoever starts a job watches and steers it.
 
+    progress    told what is being done
+    force       whether an existing output is replaced
     resume      whether what an interrupted run has done is taken up, or else thrown away
+    max_memory  bytes that the job is to stay within, None for as many as it is fastest with
+    scheduler   does the parts of the job that are independent of each other
     note        gets a line that is worth reading when progress is not shown
     stopping    asked when a unit of work is done: whether to stop there
-    max_memory  bytes that the job is to stay within, None for as many as it is fastest with
     planned     gets the units that the job is going to do, those included that an interrupted run did
     finished    gets every unit that is done
-    scheduler   who does the parts of the job that are independent of each other
     """
 
+    progress: Progress = silent
+    force: bool = False
     resume: bool = True
-    note: Callable[[str], None] = no_note
-    stopping: Callable[[], bool] = never
     max_memory: int | None = None
-    planned: Callable[[Sequence[Expected]], None] = no_plan
-    finished: Callable[[Unit], None] = no_unit
-    scheduler: Schedulers = local
+    scheduler: Schedulers = field(default=local)
+    note: Callable[[str], None] = drop_note
+    stopping: Callable[[], bool] = never_stop
+    planned: Callable[[Sequence[Expected]], None] = drop_plan
+    finished: Callable[[Unit], None] = drop_unit
 
 
-CONTROL = Control()
+UNWATCHED = Run()
+"""A run that nobody watches or steers."""

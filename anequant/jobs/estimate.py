@@ -15,7 +15,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 
-from anequant.jobs.control import Expected, shares
+from anequant.jobs.control import Expected, measure_shares
 
 ENOUGH = 0.05
 """Share of what is to be done here that has to be done before anything is told."""
@@ -43,7 +43,7 @@ class Estimate:
 
     def plan(self, expected: Sequence[Expected]) -> None:
         """The units of the job, before any of them; without, all work is of one kind."""
-        ends = shares(expected)
+        ends = measure_shares(expected)
         self._ends = [(ends[unit.name][1], unit.kind) for unit in expected]
 
     def reached(self, share: float) -> None:

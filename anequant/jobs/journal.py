@@ -19,11 +19,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from anequant.errors import UsageError
-from anequant.jobs.control import Control, Expected, Progress, Unit, part_of, shares
+from anequant.jobs.control import Expected, Run, Unit, measure_shares
 from anequant.jobs.process import give_back_memory, resident_bytes
+from anequant.jobs.step import AnyStep, Result, State, Step, expect
+from anequant.jobs.typed import from_plain, to_plain
 from anequant.jobs.work_folder import JOURNAL, LOCK, START_OVER, DamagedWork, WorkFolder, sync
 
 FINGERPRINT = "fingerprint"
@@ -31,8 +33,13 @@ TASKS = "tasks"
 CHECK_LENGTH = 16
 
 
+Value = TypeVar("Value")
+
+
 @dataclass(frozen=True)
 class Record:
+    """A line of the journal: a unit's name, and the data that later units need of it, as JSON holds it."""
+
     unit: str
     data: Any
 
@@ -40,35 +47,31 @@ class Record:
 class Journal:
     """The units of one job in their order: those that an earlier run did, then those that this one does."""
 
-    def __init__(self, work: WorkFolder, fingerprint: Mapping[str, Any], control: Control) -> None:
+    def __init__(self, work: WorkFolder, fingerprint: Mapping[str, Any], run: Run) -> None:
         """Take up the journal of `work`, or begin one.
 
         Raises UsageError naming what changed when the job is not the one that was begun, DamagedWork for a
         damaged journal; both leave it as it is. Raises what connecting the scheduler with a folder does.
         """
         self._work = work
-        self._control = control
+        self._run = run
         self._synced: dict[Path, tuple[int, int]] = {}
-        if not control.resume:
+        if not run.resume:
             work.clear()
         self._records, self._check = _read(work) if work.journal.is_file() else ([], "")
         self._next = 0
+        self._steps: Sequence[AnyStep] = ()
         self._shares: dict[str, tuple[float, float]] = {}
-        self._done = 0.0
         if not work.half_published:
             work.output.mkdir(exist_ok=True)
         self.output = work.written
         shutil.rmtree(self.tasks, ignore_errors=True)
         self.tasks.mkdir()
-        self.scheduler = control.scheduler(self.tasks)
+        self.scheduler = run.scheduler(self.tasks)
         if self._records:
             begun = self._records[0].data if self._records[0].unit == FINGERPRINT else {}
-            _compare(begun, plain(fingerprint), work.target)
-        self.unit(FINGERPRINT, lambda: fingerprint)
-
-    @property
-    def max_memory(self) -> int | None:
-        return self._control.max_memory
+            _compare(begun, to_plain(fingerprint), work.target)
+        self.unit(FINGERPRINT, lambda: dict(fingerprint), dict)
 
     @property
     def tasks(self) -> Path:
@@ -85,60 +88,63 @@ class Journal:
         """The names of the units that are done."""
         return [record.unit for record in self._records[1:]]
 
-    def plan(self, expected: Sequence[Expected]) -> None:
-        """Tell which units the job is going to do."""
-        self._shares = shares(expected)
-        self._control.planned(expected)
+    def plan(self, steps: Sequence[AnyStep]) -> None:
+        """Take the steps that the job is going to do, in their order."""
+        expected: Sequence[Expected] = expect(steps)
+        self._steps, self._shares = tuple(steps), measure_shares(expected)
+        self._run.planned(expected)
 
-    def share(self, called: str) -> tuple[float, float]:
-        """From where to where of the job a unit is; one that is not planned takes none of it."""
-        return self._shares.get(called, (self._done, self._done))
+    def do(self, step: Step[State, Result], state: State) -> Result:
+        """Do the step that is due, or take over what an earlier run did of it.
 
-    def part(self, progress: Progress, step: str, called: str) -> Progress:
-        """A Progress for one unit of the job."""
-        return part_of(progress, step, *self.share(called))
+        Raises as `unit`, and RuntimeError for a step that is not the next of the plan.
+        """
+        place = self._next - 1
+        if place >= len(self._steps) or self._steps[place] is not step:
+            raise RuntimeError(f"'{step.id}' is not step {place + 1} of the plan")
+        replayed = self._next < len(self._records)
+        begun, (start, end) = time.monotonic(), self._shares[step.id]
+        progress = self._run.progress.part(step.stage, start, end)
+        progress(step.title, 0.0)
+        result: Result = self.unit(step.id, lambda: step.run(state, progress), step.result)
+        if replayed:
+            step.replay(state, result)
+        step.accept(state, result)
+        seconds = 0.0 if replayed else time.monotonic() - begun
+        told = tuple(step.tell(result))
+        self._run.finished(Unit(step.id, step.stage, told, seconds, resident_bytes(), end, replayed))
+        if not replayed and self._run.stopping():
+            raise KeyboardInterrupt
+        return result
 
-    def unit(
-        self,
-        name: str,
-        run: Callable[[], Any],
-        tell: Callable[[Any], Sequence[str]] = lambda data: (),
-        called: str | None = None,
-    ) -> Any:
-        """What `run` returned, as JSON holds it, now or when it ran in an earlier process.
+    def require_complete(self) -> None:
+        """Raises RuntimeError unless every step of the plan is done."""
+        if self._next - 1 != len(self._steps):
+            raise RuntimeError(f"{self._next - 1} of the plan's {len(self._steps)} steps are done")
 
-        `tell` says of that what is worth showing, and `called` is the name that the plan has for the unit.
+    def unit(self, name: str, run: Callable[[], Value], kind: type[Value]) -> Value:
+        """What `run` returned, of type `kind` and as JSON holds it, now or when it ran in an earlier process.
 
-        Raises KeyboardInterrupt when the unit is done and the job is to stop, DamagedWork when an earlier run
-        did another unit in this place.
+        Raises DamagedWork when an earlier run did another unit in this place.
         """
         if self._next < len(self._records):
             record = self._records[self._next]
             if record.unit != name:
                 raise _damaged(self._work, f"has '{record.unit}' where '{name}' is due")
-            self._next += 1
-            self._finish(called or name, tell(record.data), 0.0, replayed=True)
-            return record.data
-        begun = time.monotonic()
-        data = plain(run())
-        give_back_memory()
-        self._sync_files()
-        line, self._check = _line(name, data, self._check)
-        append_line(self._work.journal, line)
-        self._records.append(Record(name, data))
+        else:
+            record = Record(name, to_plain(run()))
+            give_back_memory()
+            self._sync_files()
+            line, self._check = _line(record.unit, record.data, self._check)
+            append_line(self._work.journal, line)
+            self._records.append(record)
         self._next += 1
-        self._finish(called or name, tell(data), time.monotonic() - begun, replayed=False)
-        if self._control.stopping():
-            raise KeyboardInterrupt
-        return data
+        value: Value = from_plain(kind, record.data)
+        return value
 
     def done(self, name: str) -> bool:
         """Whether the unit is among those that are done."""
         return any(record.unit == name for record in self._records)
-
-    def _finish(self, called: str, told: Sequence[str], seconds: float, *, replayed: bool) -> None:
-        self._done = self.share(called)[1]
-        self._control.finished(Unit(called, tuple(told), seconds, resident_bytes(), self._done, replayed))
 
     def _sync_files(self) -> None:
         """Have the disk hold what is new since the last unit."""
@@ -165,7 +171,7 @@ class Journal:
 def is_journal_of(work: WorkFolder, fingerprint: Mapping[str, Any]) -> bool:
     """Whether the journal of `work` is sound and that of this job. Raises DamagedWork for a damaged one."""
     records, _ = _read(work)
-    return bool(records) and records[0] == Record(FINGERPRINT, plain(fingerprint))
+    return bool(records) and records[0] == Record(FINGERPRINT, to_plain(fingerprint))
 
 
 def append_line(path: Path, line: str) -> None:
@@ -201,11 +207,6 @@ def _line(unit: str, data: Any, previous: str) -> tuple[str, str]:
     """The line of a unit and its checksum."""
     digest = hashlib.sha256(json.dumps([previous, unit, data]).encode()).hexdigest()[:CHECK_LENGTH]
     return json.dumps({"unit": unit, "data": data, "check": digest}) + "\n", digest
-
-
-def plain(data: Any) -> Any:
-    """The data as it comes back from the journal, so that a run that goes on sees what the first one saw."""
-    return json.loads(json.dumps(data))
 
 
 def _damaged(work: WorkFolder, problem: str) -> DamagedWork:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from anequant.errors import UsageError, shown
-from anequant.jobs.control import no_note
+from anequant.jobs.control import drop_note
 from anequant.jobs.tasks import Schedulers, local
 
 LOCAL, DASK = "local", "dask://"
 
 
 @contextmanager
-def open_scheduler(name: str, note: Callable[[str], None] = no_note) -> Iterator[Schedulers]:
+def open_scheduler(name: str, note: Callable[[str], None] = drop_note) -> Iterator[Schedulers]:
     """Schedulers by name: `local`, or `dask://host:port`, with a connection until the block ends; `note` is
     then told who did how many tasks.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,8 @@ from anequant.checkpoints.source import Source
 from anequant.evaluation.divergence import Quality
 from anequant.outputs.card_page import Rows, card_page, code, plain, table
 from anequant.outputs.command_line import convert_command, model_word, quantize_command, rotate_command
-from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.recipe import LowerOptions, Recipe
+from anequant.request import Request
 from anequant.versions import installed_versions
 
 if TYPE_CHECKING:
@@ -32,21 +32,8 @@ HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]{1,96}", re.ASCII)
 QUANTIZED = {"base_model_relation": "quantized"}
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a run was asked for: the model, how, and the tokens that it was to see."""
-
-    source: Source
-    recipe: Recipe
-    calibration: Calibration
-
-    def used(self, seen: Mapping[str, Any] | None) -> Calibration:
-        """The calibration as far as it matters to the output; `seen` is None where no tokens were."""
-        return Calibration() if seen is None and not self.recipe.tune else self.calibration
-
-
 def write_rotated_card(
-    folder: Path, asked: Asked, seen: Mapping[str, Any] | None, equivalence: float
+    folder: Path, request: Request, seen: Mapping[str, Any] | None, equivalence: float
 ) -> None:
     """README.md of the rotated checkpoint in `folder`, whose config.json is there, and the licence files of
     its source; `seen` as in `calibration_record`, `equivalence` the relative change of the logits."""
@@ -54,26 +41,26 @@ def write_rotated_card(
     note = "A float model with the function of the original." + (" Part of it runs online." if online else "")
     sections = {
         "How it was made": [
-            *code("sh", rotate_command(asked.source, asked.recipe, asked.used(seen))),
-            *table([_model(asked), _rotations(asked.recipe), *_calibration(seen)]),
+            *code("sh", rotate_command(request.source, request.recipe, request.used_calibration(seen))),
+            *table([_model(request), _rotations(request.recipe), *_calibration(seen)]),
         ],
         "What was measured": table([_moved(equivalence)]),
         "How to open it": [note, "", *_opening(online), "`anequant quantize . -o OUT` goes on with it."],
     }
-    _write(folder, asked.source, "folded and rotated", {}, _library(online), [], sections)
+    _write(folder, request.source, "folded and rotated", {}, _library(online), [], sections)
 
 
-def write_checkpoint_card(folder: Path, asked: Asked, seen: Mapping[str, Any] | None) -> None:
+def write_checkpoint_card(folder: Path, request: Request, seen: Mapping[str, Any] | None) -> None:
     """README.md of the quantized checkpoint in `folder`, whose config files are there; as above."""
     online = _is_online(folder)
     if online:
         note = "It rounds and turns activations while it runs, which stock transformers does not do."
     else:
         note = "The weights lie here dequantized in float16, their codebooks and scales beside them."
-    source, recipe = asked.source, asked.recipe
-    command = quantize_command(source, recipe, asked.used(seen), rotated=_is_rotated(source))
+    source, recipe = request.source, request.recipe
+    command = quantize_command(source, recipe, request.used_calibration(seen), rotated=_is_rotated(source))
     sections = {
-        "How it was made": [*code("sh", command), *table(_choices(asked, seen))],
+        "How it was made": [*code("sh", command), *table(_choices(request, seen))],
         "What was measured": table(_errors(folder)),
         "How to open it": [
             note,
@@ -86,18 +73,20 @@ def write_checkpoint_card(folder: Path, asked: Asked, seen: Mapping[str, Any] | 
 
 
 def write_conversion_card(
-    folder: Path, asked: Asked, options: LowerOptions, packages: PackageCheck, quality: Quality | None
+    folder: Path, request: Request, options: LowerOptions, packages: PackageCheck, quality: Quality | None
 ) -> None:
     """README.md of the whole conversion in `folder`, whose checkpoint is there; as above."""
     checkpoint = folder / CHECKPOINT_FOLDER
-    source, recipe, seen = asked.source, asked.recipe, read_manifest(checkpoint)["calibration"]
-    command = convert_command(source, recipe, asked.used(seen), options, rotated=_is_rotated(source))
+    source, recipe, seen = request.source, request.recipe, read_manifest(checkpoint)["calibration"]
+    command = convert_command(
+        source, recipe, request.used_calibration(seen), options, rotated=_is_rotated(source)
+    )
     same = f"{packages.agreement:.1%} of {packages.positions} positions, {packages.ties} ties within rounding"
     agreement = ("packages choose the checkpoint's token", same)
     note = f"`{CHECKPOINT_FOLDER}` is the quantized checkpoint, `{PACKAGES_FOLDER}` the Core ML packages and"
     note += f" `meta.yaml`, for up to {options.context} tokens. `--backend coreml` runs them on a Mac."
     sections = {
-        "How it was made": [*code("sh", command), *table(_choices(asked, seen))],
+        "How it was made": [*code("sh", command), *table(_choices(request, seen))],
         "What was measured": table([*_errors(checkpoint), agreement, *_quality(quality)]),
         "How to open it": [
             *(note, ""),
@@ -160,12 +149,12 @@ def _recipe_tags(recipe: Recipe) -> list[str]:
     return [*(["quarot"] if turned else []), f"{width:g}-bit"]
 
 
-def _choices(asked: Asked, seen: Mapping[str, Any] | None) -> Rows:
+def _choices(request: Request, seen: Mapping[str, Any] | None) -> Rows:
     """The recipe in words; every key of it is in anequant.json."""
-    recipe = asked.recipe
+    recipe = request.recipe
     bits = f"{recipe.target_bits:g} of {recipe.mixed_bits}" if recipe.target_bits else str(recipe.bits)
     rows = [
-        _model(asked),
+        _model(request),
         _rotations(recipe),
         ("weights", f"{bits} bits, codebook {recipe.codebook}, scales {recipe.scales}, {recipe.rounding}"),
         ("head and embedding", f"{recipe.head_bits} and {recipe.embedding_bits} bits"),
@@ -179,8 +168,8 @@ def _choices(asked: Asked, seen: Mapping[str, Any] | None) -> Rows:
     return [*rows, *_calibration(seen)]
 
 
-def _model(asked: Asked) -> tuple[str, str]:
-    return ("model", model_word(asked.source))
+def _model(request: Request) -> tuple[str, str]:
+    return ("model", model_word(request.source))
 
 
 def _rotations(recipe: Recipe) -> tuple[str, str]:

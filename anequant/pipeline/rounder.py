@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,26 +88,22 @@ class Rounder:
     def __init__(
         self, recipe: Recipe, bits: Mapping[str, int], writer: CheckpointWriter, dtype: torch.dtype
     ) -> None:
-        self.errors: list[TensorError] = []
+        self._errors: list[TensorError] = []
         self._recipe = recipe
         self._bits_of = bits
         self._writer = writer
         self._dtype = dtype
-        self._bits = self._weights = 0
+        self.bits = self.weights = 0
 
-    @property
-    def bits_per_weight(self) -> float:
-        return self._bits / self._weights
+    def hand_over_errors(self) -> tuple[TensorError, ...]:
+        """Return the errors since the last time, and forget them."""
+        errors = tuple(self._errors)
+        self._errors.clear()
+        return errors
 
-    def state(self, known: int) -> dict[str, Any]:
-        """What is counted, and the errors after the first `known` of them, for `restore`."""
-        errors = [asdict(error) for error in self.errors[known:]]
-        return {"errors": errors, "bits": self._bits, "weights": self._weights}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state` whose first errors are here."""
-        self.errors += [TensorError(**error) for error in state["errors"]]
-        self._bits, self._weights = state["bits"], state["weights"]
+    def go_on(self, bits: int, weights: int) -> None:
+        """Count on from what an earlier run had counted."""
+        self.bits, self.weights = bits, weights
 
     def keeps(self, name: str) -> bool:
         """Whether the linear or table of that name stays as it is."""
@@ -145,14 +140,14 @@ class Rounder:
 
     def take(self, rounded: RoundedLinear) -> None:
         """Write what a task came to."""
-        self.errors.append(rounded.error)
+        self._errors.append(rounded.error)
         self._count(rounded.error.weights, rounded.error.bits)
         for name, tensor in rounded.tensors.items():
             self._writer.write(name, tensor)
 
     def _count(self, weights: int, bits: int) -> None:
-        self._bits += weights * bits
-        self._weights += weights
+        self.bits += weights * bits
+        self.weights += weights
 
 
 def round_linear(task: RoundingTask) -> RoundedLinear:
@@ -188,9 +183,8 @@ def round_linear(task: RoundingTask) -> RoundedLinear:
     return RoundedLinear(tensors, quantized.input_scale, error)
 
 
-def told(state: Mapping[str, Any]) -> tuple[str, ...]:
-    """What is worth showing of a unit, from its `Rounder.state`: the mean error, and the worst of several."""
-    errors = [TensorError(**error) for error in state["errors"]]
+def tell_errors(errors: Sequence[TensorError]) -> tuple[str, ...]:
+    """Return what is worth showing of errors: their mean, and the worst of several."""
     if not errors:
         return ("not quantized",)
     mean = sum(error.relative_error for error in errors) / len(errors)

@@ -11,7 +11,7 @@ from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.quantized import store
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.writer import CheckpointWriter
-from anequant.jobs.control import Progress, part_of
+from anequant.jobs.control import Progress
 from anequant.quantization.tune import tunable
 from anequant.recipe import Calibration
 from anequant.reference.forward import final_hidden_states
@@ -38,7 +38,7 @@ def tune_checkpoint(
     spec = quantized.spec
     windows = min(MOST_WINDOWS, HELD_OUT + 2 * steps)
     source = Calibration(SELF, windows, calibration.length, calibration.seed + 1)
-    tokens = calibration_tokens(source, original, part_of(progress, "tune", 0.0, 0.2))
+    tokens = calibration_tokens(source, original, progress.part("tune", 0.0, 0.2))
     progress("tune: float model", 0.2)
     lesson = Lesson(
         quantized.read(f"{EMBEDDING}.weight")[tokens].float(), final_hidden_states(original, tokens)
@@ -65,7 +65,7 @@ def tune_checkpoint(
         steps=steps,
         seed=calibration.seed,
         online=quantized.online.rotations,
-        progress=part_of(progress, "tune", 0.2, 1.0),
+        progress=progress.part("tune", 0.2, 1.0),
     )
     _copy(quantized, EMBEDDING, writer)
     for number, layer in enumerate(layers):

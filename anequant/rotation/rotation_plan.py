@@ -74,6 +74,11 @@ def matrix_sizes(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
     return sizes
 
 
+def is_drawn(recipe: Recipe) -> bool:
+    """Whether the seed alone tells the rotations: none is measured, learned or read from a file."""
+    return {recipe.r1, recipe.r2}.isdisjoint({"pca", "file"}) and recipe.restarts == 1 and not recipe.learn
+
+
 def plan_rotations(
     spec: ModelSpec,
     recipe: Recipe,

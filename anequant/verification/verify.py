@@ -16,7 +16,7 @@ from anequant.checkpoints.manifest import CHECKPOINT, ROTATED, checkpoint_hashes
 from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import UsageError, VerificationError
-from anequant.jobs.control import Progress, part_of, silent
+from anequant.jobs.control import Progress, silent
 from anequant.reference.forward import logits
 from anequant.reference.probe import DECODE_TOKENS, PREFILL_TOKENS, probe_tokens
 from anequant.runtime.coreml_backend import package_by_package
@@ -164,7 +164,7 @@ def _run_both(folder: Path, checkpoint: Checkpoint, weights: int, progress: Prog
     decode = min(DECODE_TOKENS, context - prefill)
     tokens = probe_tokens(checkpoint, prefill + decode)
     progress("checkpoint in transformers", 0.5)
-    running = part_of(progress, "run", 0.6, 1.0)
+    running = progress.part("run", 0.6, 1.0)
     plain = next(logits(replace(checkpoint, online=online.rotations), tokens[None]))[prefill - 1 :]
     result = compare_logits(
         weights,

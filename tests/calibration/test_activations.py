@@ -20,6 +20,7 @@ from anequant.checkpoints.source import Source
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
+from anequant.request import Request
 
 STATIC = {"bits": 16, "activation_bits": 8, "activation_scales": "static"}
 WINDOWS, LENGTH = 6, 24
@@ -34,7 +35,7 @@ def written(folder: Path, model: Path, tokens: Tensor, **overrides: Any) -> Path
     (folder / "calib.json").write_text(json.dumps(tokens.tolist()))
     recipe = load_recipe("w8-nearest", {"r1": "none", "r2": "none", **STATIC, **overrides})
     calibration = Calibration(str(folder / "calib.json"), WINDOWS, LENGTH)
-    quantize(Source(model, "model"), folder / "written", recipe, calibration)
+    quantize(Request(Source(model, "model"), recipe, calibration), folder / "written")
     return folder / "written"
 
 

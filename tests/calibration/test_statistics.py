@@ -23,6 +23,7 @@ from anequant.quantization.calibrated import quantize_calibrated
 from anequant.quantization.statistics import InputStatistics, Moments
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
+from anequant.request import Request
 
 WINDOWS, LENGTH = 9, 16
 
@@ -80,11 +81,11 @@ def test_moments_are_those_of_the_models_own_inputs(
     for layer in range(spec.num_layers):
         original = {name: value.float() for name, value in checkpoint.layer(layer).items()}
         quantized, current = rounded(original), dict(original)
-        for group in spec.input_groups:
+        for inputs in walkers.layer(layer, original, current, moments=True):
+            group, seen = inputs.group, inputs.statistics
             name = layer_prefix(layer) + group[0].name
             x_float = hooked_inputs(float_model, embedded, [name])[name]
             x = hooked_inputs(current_model, embedded.half().float(), [name])[name]
-            seen = walkers.read(layer, original, current, group, moments=True)
             assert seen is not None
             weight = original[f"{group[0].name}.weight"] if group[0].norm is None else None
             assert_moments(seen.fit, x[:cut], x_float[:cut], weight)
@@ -94,7 +95,6 @@ def test_moments_are_those_of_the_models_own_inputs(
                 name = f"{linear.name}.weight"
                 current[name] = quantized[name]
                 current_model.get_parameter(layer_prefix(layer) + name).data = quantized[name]
-            walkers.write(current, group)
 
     gain = checkpoint.final_gain().float()
     x_float = hooked_inputs(float_model, embedded, ["lm_head"])["lm_head"]
@@ -124,11 +124,10 @@ def test_this_processors_products_change_moments_little(
         for layer in range(spec.num_layers):
             original = {name: value.float() for name, value in checkpoint.layer(layer).items()}
             current = rounded(original)
-            for group in spec.input_groups:
-                seen = walkers.read(layer, original, current, group, moments=True)
+            for inputs in walkers.layer(layer, original, current, moments=True):
+                seen = inputs.statistics
                 assert seen is not None
                 found += [seen.fit.hessian, seen.fit.cross if seen.fit.outputs is None else seen.fit.outputs]
-                walkers.write(current, group)
         return found
 
     pairs = zip(walk(exact=False), walk(exact=True), strict=True)
@@ -143,7 +142,7 @@ def test_a_single_window_serves_both_ends(make_model: Callable[..., Path], tmp_p
     original = {name: value.float() for name, value in checkpoint.layer(0).items()}
     walkers = Walkers(checkpoint.spec, embedded, embedded)
     for seen in (
-        walkers.read(0, original, original, checkpoint.spec.input_groups[0], moments=True),
+        next(walkers.layer(0, original, original, moments=True)).statistics,
         walkers.head_statistics(torch.ones(128)),
     ):
         assert seen is not None and seen.fit.cross is not None
@@ -173,7 +172,7 @@ def test_the_pass_sees_the_inputs_of_the_model_that_it_writes(
     monkeypatch.setattr(products, "has_slow_blas", lambda: False)
     recipe = load_recipe(None, {"r1": "none", "r2": "none", "embedding_bits": 4, "head_bits": 4})
     calibration = Calibration(str(tmp_path / "calib.json"), WINDOWS, LENGTH)
-    quantize(Source(folder, "model"), tmp_path / "written", recipe, calibration)
+    quantize(Request(Source(folder, "model"), recipe, calibration), tmp_path / "written")
 
     checkpoint = open_checkpoint(folder)
     gains = {"lm_head": checkpoint.final_gain()}

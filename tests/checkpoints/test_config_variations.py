@@ -22,6 +22,7 @@ from anequant.checkpoints.source import Source
 from anequant.errors import AnequantError
 from anequant.pipeline.rotate import rotate
 from anequant.recipe_files import load_recipe
+from anequant.request import Request
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 WINDOWED = ("mistral", "qwen2", "qwen3")
@@ -229,7 +230,7 @@ def test_a_variation_is_the_same_model_or_refused_by_name(
 ) -> None:
     source = varied(models[family], tmp_path / "source", VARIATIONS[name])
     try:
-        rotate(Source(source, "source"), tmp_path / "out", load_recipe("w4-nearest", {}))
+        rotate(Request(Source(source, "source"), load_recipe("w4-nearest", {})), tmp_path / "out")
     except AnequantError as error:
         assert any(word in str(error) for word in NAMED.get(name, ())), f"{error!r}"
         assert not (tmp_path / "out").exists()

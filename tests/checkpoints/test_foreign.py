@@ -21,6 +21,7 @@ from anequant.pipeline.lower import lower
 from anequant.quantization.nearest import quantize_linear
 from anequant.recipe import LowerOptions
 from anequant.reference.open_float import open_float
+from anequant.request import LowerRequest
 from anequant.verification.verify import verify_packages
 
 Tensors = dict[str, Tensor]
@@ -89,7 +90,7 @@ def test_it_is_read_for_what_it_is_and_lowered(
         weight = before[f"{name}.weight"].float()
         torch.testing.assert_close(ours.dequantize(), weight, rtol=2e-3, atol=1e-6)
         assert len(ours.codebook) in (16, 64)
-    lower(folder, tmp_path / "packages", LowerOptions(context=80, batch=16))
+    lower(LowerRequest(folder, LowerOptions(context=80, batch=16)), tmp_path / "packages")
     assert verify_packages(tmp_path / "packages", folder).weights == 28
 
 
@@ -117,7 +118,7 @@ def test_a_tied_head_and_anemlls_own_config(folder: Path, tmp_path: Path, quanti
     method = {"quant_method": "quarot", "bits": 4, "group_size": -1, "per_tensor": True, "rotated": True}
     config |= {"tie_word_embeddings": True, "quantization_config": method}
     (folder / "config.json").write_text(json.dumps(config))
-    lower(folder, tmp_path / "packages", LowerOptions(context=80, batch=16))
+    lower(LowerRequest(folder, LowerOptions(context=80, batch=16)), tmp_path / "packages")
     check = verify_packages(tmp_path / "packages", folder)
     assert check.weights == (28 + 1 + 16 if quantized else 28) and check.relative_error < 2e-3
     with pytest.raises(InputError, match="is already quantized"):
@@ -190,5 +191,5 @@ def test_a_broken_contract_is_refused_by_tensor(
 ) -> None:
     rewrite(folder, change)
     with pytest.raises(InputError, match=message):
-        lower(folder, tmp_path / "packages", LowerOptions(context=80, batch=16))
+        lower(LowerRequest(folder, LowerOptions(context=80, batch=16)), tmp_path / "packages")
     assert not (tmp_path / "packages").exists()

@@ -22,6 +22,7 @@ from anequant.pipeline.quantize import quantize
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
 from anequant.recipe import Recipe
+from anequant.request import Request
 
 PROJECTIONS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -232,7 +233,7 @@ def test_the_same_input_and_recipe_give_the_same_bytes(
     quantize_model: Callable[..., Any], tiny_qwen2: Path, tmp_path: Path
 ) -> None:
     first = quantize_model(tiny_qwen2, "w4-nearest")
-    quantize(Source(tiny_qwen2, tiny_qwen2.name), tmp_path / "again", first.recipe)
+    quantize(Request(Source(tiny_qwen2, tiny_qwen2.name), first.recipe), tmp_path / "again")
     for path in first.folder.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -242,7 +243,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again(
 ) -> None:
     first = quantize_model(tiny_qwen2, "w4-nearest")
     with pytest.raises(InputError, match="already quantized"):
-        quantize(Source(first.folder, "model"), tmp_path / "again", first.recipe)
+        quantize(Request(Source(first.folder, "model"), first.recipe), tmp_path / "again")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,7 +251,7 @@ def test_an_existing_output_is_kept(tiny_qwen2: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
     with pytest.raises(UsageError, match="exists"):
-        quantize(Source(tiny_qwen2, "tiny"), tmp_path / "out", Recipe())
+        quantize(Request(Source(tiny_qwen2, "tiny"), Recipe()), tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
 
 

@@ -19,6 +19,7 @@ from anequant.checkpoints.source import Source
 from anequant.errors import AnequantError, InputError, UnsupportedError
 from anequant.pipeline.quantize import quantize
 from anequant.recipe_files import load_recipe
+from anequant.request import Request
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -69,7 +70,7 @@ def refused(folder: Path, kind: type[AnequantError], *parts: str) -> AnequantErr
         assert part in str(caught.value)
     output = folder.parent / "output"
     with pytest.raises(kind):
-        quantize(Source(folder, "model"), output, NEAREST)
+        quantize(Request(Source(folder, "model"), NEAREST), output)
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name]
     return caught.value
 
@@ -98,7 +99,7 @@ def test_reads_what_safetensors_reads(folder: str, request: pytest.FixtureReques
 def test_shards_or_one_file_give_the_same_output(whole: Path, in_shards: Path, tmp_path: Path) -> None:
     assert len(shards_of(in_shards)) > 2
     for source, output in ((whole, "from-whole"), (in_shards, "from-shards")):
-        quantize(Source(source, "model"), tmp_path / output, NEAREST)
+        quantize(Request(Source(source, "model"), NEAREST), tmp_path / output)
     names = {path.name for path in (tmp_path / "from-whole").iterdir()}
     assert names == {path.name for path in (tmp_path / "from-shards").iterdir()}
     for name in sorted(names - {"anequant.json"}):
@@ -333,5 +334,5 @@ def test_a_value_that_is_not_finite(single: Path, name: str, value: float) -> No
         checkpoint.read(name)
     assert name in str(caught.value) and SINGLE in str(caught.value) and "1 values" in str(caught.value)
     with pytest.raises(InputError, match="not finite"):
-        quantize(Source(single, "model"), single.parent / "output", NEAREST)
+        quantize(Request(Source(single, "model"), NEAREST), single.parent / "output")
     assert [path.name for path in single.parent.iterdir()] == ["single"]

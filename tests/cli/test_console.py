@@ -26,9 +26,10 @@ from anequant.checkpoints.source import BUNDLED_MODEL
 from anequant.cli import console, main
 from anequant.cli import options as cli_options
 from anequant.cli.live import Lines
-from anequant.jobs.control import Expected, Unit, shares
+from anequant.jobs.control import Expected, Unit, measure_shares
 from anequant.jobs.estimate import Estimate, told
-from anequant.pipeline import convert as convert_module
+from anequant.pipeline import converting
+from anequant.pipeline.steps import checks
 from anequant.recipe_files import named_recipes
 from anequant.report.terminal import converted as converted_module
 from anequant.targets.coreml import build as lower_package
@@ -81,7 +82,7 @@ def even(count: int) -> list[Expected]:
 
 def work(estimate: Estimate, clock: Clock, units: Sequence[Expected], number: int, seconds: float) -> None:
     """Do one unit, with reports of its beginning and its end."""
-    start, end = shares(units)[units[number].name]
+    start, end = measure_shares(units)[units[number].name]
     estimate.reached(start)
     clock.now += seconds
     estimate.reached(end)
@@ -142,7 +143,7 @@ def test_what_an_interrupted_run_did_is_no_speed(clock: Clock, replaying: float)
     estimate, units = Estimate(clock), even(20)
     estimate.plan(units)
     for number in range(12):
-        start, end = shares(units)[units[number].name]
+        start, end = measure_shares(units)[units[number].name]
         estimate.reached(start)
         estimate.taken_over(end)
         clock.now += replaying
@@ -210,7 +211,9 @@ def test_an_estimate_is_told_no_more_precisely_than_it_is(seconds: float | None,
 def unit_of(units: Sequence[Expected], number: int, seconds: float, *, replayed: bool = False) -> Unit:
     name = units[number].name
     measured = ("error 9.87%", "worst down_proj 12.34%")
-    return Unit(name, measured, seconds, MEGABYTES * 10**6, shares(units)[name][1], replayed)
+    return Unit(
+        name, "quantize", measured, seconds, MEGABYTES * 10**6, measure_shares(units)[name][1], replayed
+    )
 
 
 def test_plain_lines_are_few_and_whole(clock: Clock) -> None:
@@ -221,7 +224,9 @@ def test_plain_lines_are_few_and_whole(clock: Clock) -> None:
     for number in range(20):
         seconds = 0.125 if number < 10 else 4.0
         for part in range(4):
-            shown.report(f"round: layer {number} part {part}", shares(units)[units[number].name][0])
+            shown.report(
+                ("round", f"layer {number} part {part}"), measure_shares(units)[units[number].name][0]
+            )
             clock.now += seconds / 4
         shown.finished(unit_of(units, number, seconds))
     assert [line.split(", ")[0] for line in lines] == [
@@ -285,13 +290,13 @@ def job() -> None:
     """One with as many layers as a large model has, done at once."""
     names = ["calibration tokens", *(f"layer {number} of {LAYERS}" for number in range(1, LAYERS + 1))]
     units = [Expected(name, name.split()[0], 1.0) for name in names]
-    ends = shares(units)
-    with console.Console().job("convert", True) as running:
-        running.control.planned(units)
+    ends = measure_shares(units)
+    with console.Console().job("convert", force=False, resume=True) as running:
+        running.planned(units)
         for name in names:
             running.progress(f"quantize: round: {name}", ends[name][0])
             measured = ("error 10.23%", "worst down_proj 12.34%")
-            running.control.finished(Unit(name, measured, 123.4, 4567 * 10**6, ends[name][1], False))
+            running.finished(Unit(name, "quantize", measured, 123.4, 4567 * 10**6, ends[name][1], False))
             time.sleep(0.005)
     console.Console().note("a note that is longer than a narrow terminal has columns goes on in more rows")
 
@@ -336,7 +341,7 @@ def test_a_job_on_a_terminal(at_once: None, tmp_path: Path) -> None:
     assert code == 0, written
     seen = rows(written)
     lines = [row for row in seen if re.search(r"\d s +\d+ MB$", row)]
-    assert [" ".join(row.split()[:1]) for row in lines] == ["embedding", *["layer"] * 4, "head"]
+    assert [" ".join(row.split()[:1]) for row in lines] == ["embedding", *["layer"] * 4, "head", "checkpoint"]
     assert seen.index(lines[-1]) < next(n for n, row in enumerate(seen) if row.startswith("checkpoint "))
 
 
@@ -358,13 +363,13 @@ def press(monkeypatch: pytest.MonkeyPatch, module: object, name: str, *, times: 
 def test_an_interrupted_conversion_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In lowering, in verification and in the report, each of which the next run goes on from."""
     monkeypatch.setattr(console, "SHOW_AFTER", 3600.0)
-    monkeypatch.setattr(convert_module, "SAMPLE_WINDOWS", 1)
+    monkeypatch.setattr(converting, "SAMPLE_WINDOWS", 1)
     output = tmp_path / "my out"
     words = ["convert", "-o", str(output), *NEAREST, *SIZES]
     monkeypatch.setattr(sys, "argv", ["anequant", *words])
     for module, name, times, last in (
-        (lower_package, "save_package", 1, "qwen25_embeddings"),
-        (convert_module, "verify_packages", 2, "verify checkpoint"),
+        (lower_package, "save_package", 1, "embedding package"),
+        (checks, "verify_packages", 2, "verify checkpoint"),
         (converted_module, "write_report", 2, "conversion files"),
     ):
         with monkeypatch.context() as patch:

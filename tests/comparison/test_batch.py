@@ -17,8 +17,10 @@ from anequant.comparison import batch as module
 from anequant.comparison.batch import DONE, FAILED, STATE, TAKEN_OVER
 from anequant.comparison.batch_file import read_batch
 from anequant.errors import Interrupted
+from anequant.jobs.control import Run
 from anequant.recipe import Calibration, LowerOptions
 from anequant.report.terminal.batched import COLUMNS
+from anequant.request import Request
 
 USAGE, INPUT, INTERRUPTED = 2, 3, 130
 HEAD = """
@@ -150,11 +152,11 @@ def test_an_interrupted_batch_goes_on(place: Path, monkeypatch: pytest.MonkeyPat
     def embedded() -> bool:
         return any(unit.name == "embedding" for unit in units)
 
-    def interrupted(*arguments: Any, control: Any, **options: Any) -> Any:
-        asked.append(options["collected"])
+    def interrupted(request: Request, output: Path, run: Run) -> Any:
+        asked.append(request.tokens)
         if len(asked) == 2:
-            control = replace(control, finished=units.append, stopping=embedded)
-        return quantize(*arguments, control=control, **options)
+            run = replace(run, finished=units.append, stopping=embedded)
+        return quantize(request, output, run)
 
     monkeypatch.setattr(module, "quantize", interrupted)
     result = run()

@@ -32,12 +32,13 @@ from anequant.comparison.peers import (
 from anequant.comparison.trials import PEER, RECIPE, Comparison, StoredBits, Trial, with_front
 from anequant.evaluation.evaluate import evaluate_text
 from anequant.jobs.output_folder import file_hashes
-from anequant.pipeline import kept
 from anequant.pipeline.quantize import quantize
+from anequant.pipeline.steps import collect_tokens as kept
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.report.page.scatter import Point, scatter
 from anequant.report.terminal.comparison_table import COLUMNS, lines
+from anequant.request import Request
 
 SOURCE = Source(BUNDLED_MODEL, BUNDLED_MODEL.name)
 SIZES = ("--windows", 2, "--length", 64)
@@ -84,7 +85,7 @@ def test_numbers_are_those_of_quantize_and_eval(
 ) -> None:
     for trial, name in zip(compared["trials"], RECIPES, strict=False):
         assert (trial["name"], trial["kind"], trial["failed"]) == (name, "recipe", None)
-        quantize(SOURCE, tmp_path / name, load_recipe(name))
+        quantize(Request(SOURCE, load_recipe(name)), tmp_path / name)
         assert file_hashes(place / "kept" / name) == file_hashes(tmp_path / name)
         quality = evaluate_text(str(tmp_path / name), SAMPLE_TEXT, str(BUNDLED_MODEL), windows=2, length=64)
         assert trial["quality"] == quality.to_dict()
@@ -131,10 +132,11 @@ def test_tokens_are_collected_once_and_the_float_model_runs_once(
     static = "w_int8_a_int8_per_tensor_sym"
     recipes = {"one": load_recipe(static), "other": load_recipe(static, {"bits": 4})}
     calibration = Calibration("self", 2, 32)
-    result = module.compare(SOURCE, recipes, calibration, windows=1, length=32, output=tmp_path / "kept")
+    request = module.ComparisonRequest(SOURCE, recipes, calibration, windows=1, length=32)
+    result = module.compare(request, tmp_path / "kept")
     assert sorted(calls) == ["calibration_tokens", "refer"]
     assert result.exit_code == 0 and result.calibration is not None
-    quantize(SOURCE, tmp_path / "alone", recipes["other"], calibration)
+    quantize(Request(SOURCE, recipes["other"], calibration), tmp_path / "alone")
     assert file_hashes(tmp_path / "alone") == file_hashes(tmp_path / "kept" / "other")
 
 

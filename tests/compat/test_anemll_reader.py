@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
+from anequant.request import LowerRequest
 from anequant.targets.coreml.interpreter.interpreter import Package
 
 CONTEXT, BATCH, NEW_TOKENS = 48, 16, 12
@@ -137,7 +138,7 @@ def test_the_text_is_that_of_stock_transformers(
 ) -> None:
     checkpoint = quantize_model(tiny_qwen2, "w4-nearest").folder
     options = LowerOptions(context=CONTEXT, batch=BATCH, chunks=chunks, argmax=argmax)
-    lower(checkpoint, tmp_path / "out", options)
+    lower(LowerRequest(checkpoint, options), tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     for prompt in PROMPTS:
         ids = tokenizer(prompt)["input_ids"]
@@ -153,7 +154,7 @@ def test_every_architecture_follows_the_contract(
 ) -> None:
     model = make_model(tmp_path / "model", model_type, False, vocab_size=112)
     checkpoint = quantize_model(model, "w8-nearest").folder
-    lower(checkpoint, tmp_path / "out", LowerOptions(context=CONTEXT, batch=BATCH, chunks=3))
+    lower(LowerRequest(checkpoint, LowerOptions(context=CONTEXT, batch=BATCH, chunks=3)), tmp_path / "out")
     loader = Loader(tmp_path / "out")
     assert loader.parameters["model_prefix"] == MODELS[model_type]
     assert loader.parts == (8 if model_type == "llama" else 16)
@@ -165,7 +166,10 @@ def test_meta_can_be_read_by_column(
     tiny_qwen2: Path, quantize_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     """ANEMLL's prepare_hf.sh greps keys and cuts at spaces: four before a top key's value, six inside."""
-    lower(quantize_model(tiny_qwen2, "w4-nearest").folder, tmp_path / "out", LowerOptions(64, 16, 2))
+    lower(
+        LowerRequest(quantize_model(tiny_qwen2, "w4-nearest").folder, LowerOptions(64, 16, 2)),
+        tmp_path / "out",
+    )
     lines = (tmp_path / "out" / "meta.yaml").read_text().splitlines()
 
     def cut(key: str, field: int) -> str:

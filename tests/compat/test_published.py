@@ -24,6 +24,7 @@ from anequant.compat.quarot_hooks import hooked_recipe, quant_tag
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import Calibration, Recipe
 from anequant.reference.forward import logits
+from anequant.request import Request
 from anequant.verification.verify import verify_checkpoint
 
 SCRIPTS = REPOSITORY / "tests" / "dev"
@@ -427,7 +428,7 @@ def test_step_2_is_gptq_of_it(
     assert verify_checkpoint(quantized).tensors == 7 * LAYERS
     assert divergence(quantized, model) < 0.05
     tokens = Calibration(str(calibration), samples=128, length=32)
-    quantize(resolve_source(str(model)), tmp_path / "one", Recipe(**recipe), tokens)
+    quantize(Request(resolve_source(str(model)), Recipe(**recipe), tokens), tmp_path / "one")
     one, two = weights(tmp_path / "one"), weights(quantized)
     for name in (f"{QUERY}.weight", "model.layers.2.mlp.down_proj.weight"):
         assert (one[name].float() - two[name].float()).norm() < 1e-2 * one[name].float().norm()

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from anequant.cli.options import command
+from anequant.request import Request
 
 PATH = click.Path(path_type=Path)
 
@@ -23,6 +24,7 @@ def main(console, model, calib, scheme, optimization, config, output, premultipl
     from anequant.calibration.saved import whole_calibration
     from anequant.checkpoints.source import resolve_source
     from anequant.compat.quark import BLOCKS, closing_lines, published_recipe
+    from anequant.jobs.control import Run
     from anequant.pipeline.quantize import quantize
 
     chosen = published_recipe(scheme, optimization, config, model, rotated=BLOCKS, premultiply=premultiply)
@@ -30,8 +32,8 @@ def main(console, model, calib, scheme, optimization, config, output, premultipl
     for note in chosen.notes:
         console.note(note)
     with console.progress("quantize") as progress:
-        source = resolve_source(model)
-        result = quantize(source, output, chosen.recipe, calibration, force=force, progress=progress)
+        request = Request(resolve_source(model), chosen.recipe, calibration)
+        result = quantize(request, output, Run(progress, force=force))
     console.text("\n".join(closing_lines(output, result)) + "\n")
     console.result({"output": str(output), **result.to_dict()}, [])
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from anequant.errors import UnsupportedError, UsageError
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
+from anequant.request import LowerRequest
 from anequant.runtime.continue_text import TextModel, open_text_model
 from anequant.runtime.transformers_backend import TransformersModel
 
@@ -49,7 +50,7 @@ def model(
         opened.decoder.context = CONTEXT
         return opened
     folder = tmp_path_factory.mktemp("packages") / "out"
-    lower(checkpoint, folder, LowerOptions(context=CONTEXT, batch=8))
+    lower(LowerRequest(checkpoint, LowerOptions(context=CONTEXT, batch=8)), folder)
     return open_text_model(folder, "interpreter")
 
 

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from anequant.cli import console, main
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
+from anequant.request import LowerRequest
 
 QUESTIONS = [
     {"question": "The sky is", "choices": [" blue", " qq zz xx"], "answer": 0},
@@ -109,7 +110,7 @@ def test_the_packages_of_a_conversion(
 ) -> None:
     """A context of 10 tokens, which the longer question and its answers do not fit."""
     checkpoint = quantize_model(tiny_qwen2, "w4-nearest").folder
-    lower(checkpoint, tmp_path / "out" / "packages", LowerOptions(context=10, batch=2))
+    lower(LowerRequest(checkpoint, LowerOptions(context=10, batch=2)), tmp_path / "out" / "packages")
     values = scores(tmp_path / "out", folder / "colours.yaml", "--backend", "interpreter")
     assert values["tasks"]["colours"]["acc,none"] in (0.0, 0.5, 1.0) and values["shortened_prompts"] > 0
     shown = run(tmp_path / "out", folder / "colours.yaml", "--backend", "interpreter").stdout

@@ -32,6 +32,7 @@ from anequant.pipeline.quantize import quantize
 from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.reference.probe import probe_tokens
+from anequant.request import LowerRequest, Request
 from anequant.targets.coreml import graph as graph_module
 from anequant.targets.coreml.graph import package_graphs
 from anequant.targets.coreml.interpreter import interpreter
@@ -59,8 +60,8 @@ def made(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     model = make_model(root / "model", "llama", False, num_hidden_layers=2, vocab_size=VOCAB)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_qwen2 / name, model)
-    quantize(Source(model, "model"), root / "checkpoint", load_recipe("w4-nearest"))
-    lower(root / "checkpoint", root / "packages", LowerOptions(context=32, batch=8))
+    quantize(Request(Source(model, "model"), load_recipe("w4-nearest")), root / "checkpoint")
+    lower(LowerRequest(root / "checkpoint", LowerOptions(context=32, batch=8)), root / "packages")
     return Made(model, root / "checkpoint", root / "packages")
 
 

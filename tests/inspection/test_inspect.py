@@ -37,6 +37,7 @@ from anequant.pipeline.quantize import quantize
 from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.report.terminal.inspected_tensor import BAR
+from anequant.request import LowerRequest, Request
 from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE
 from anequant.targets.coreml.storage import Weights
 
@@ -61,8 +62,8 @@ def made(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     root = tmp_path_factory.mktemp("inspected")
     sizes = {"num_hidden_layers": LAYERS, "vocab_size": VOCAB}
     model = make_model(root / "model", "llama", False, max_shard_size="300KB", **sizes)
-    quantize(Source(model, "model"), root / "checkpoint", load_recipe("w4-nearest"))
-    lower(root / "checkpoint", root / "packages", LowerOptions(context=32, batch=8))
+    quantize(Request(Source(model, "model"), load_recipe("w4-nearest")), root / "checkpoint")
+    lower(LowerRequest(root / "checkpoint", LowerOptions(context=32, batch=8)), root / "packages")
     return Made(model, root / "checkpoint", root / "packages")
 
 
@@ -156,7 +157,7 @@ def test_floats_are_as_wide_as_their_dtype(made: Made) -> None:
 
 def test_bits_of_mixed_and_quantized_tables(made: Made, tmp_path: Path) -> None:
     recipe = load_recipe("w4-nearest", {"bits": 8, "codebook": "uniform", "scales": "output", "head_bits": 6})
-    quantize(Source(made.model, "model"), tmp_path / "out", recipe)
+    quantize(Request(Source(made.model, "model"), recipe), tmp_path / "out")
     facts = inspect(tmp_path / "out").checkpoint
     assert facts is not None
     assert [facts.bits[part].bits for part in ("projections", "head", "embedding")] == [8, 6, 16]
@@ -168,7 +169,7 @@ def test_bits_of_mixed_and_quantized_tables(made: Made, tmp_path: Path) -> None:
 
 
 def test_what_a_checkpoint_does_at_run_time(made: Made, tmp_path: Path) -> None:
-    quantize(Source(made.model, "model"), tmp_path / "out", load_recipe("w4-nearest", ONLINE))
+    quantize(Request(Source(made.model, "model"), load_recipe("w4-nearest", ONLINE)), tmp_path / "out")
     online = values(tmp_path / "out")["checkpoint"]["online"]
     assert online["r4"] == {"size": 192, "hadamard_order": 192}
     assert online["activations"]["bits"] == {"4": 0, "8": LINEARS}

@@ -24,7 +24,7 @@ from anequant.checkpoints.source import BUNDLED_MODEL, resolve_source
 from anequant.cli import main
 from anequant.errors import InputError, Interrupted, ResourceError, UsageError
 from anequant.jobs import dask_scheduler as scheduler_dask
-from anequant.jobs.control import Control, Unit
+from anequant.jobs.control import Run, Unit
 from anequant.jobs.scheduler import open_scheduler
 from anequant.jobs.task_files import VALUE, passing_folder, read_value, write_value
 from anequant.jobs.tasks import TasksLost, local
@@ -33,6 +33,7 @@ from anequant.pipeline.quantize import quantize
 from anequant.quantization.linear import QuantizedLinear
 from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
+from anequant.request import LowerRequest, Request
 from anequant.targets.coreml import build as lower_package
 
 SIZES = LowerOptions(context=32, batch=16, chunks=2)
@@ -246,8 +247,8 @@ def test_workers_of_several_threads_and_none_at_all() -> None:
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint and packages, made in this process."""
     home = tmp_path_factory.mktemp("here")
-    quantize(resolve_source(None), home / "checkpoint", load_recipe("w4-nearest"))
-    lower(home / "checkpoint", home / "packages", SIZES)
+    quantize(Request(resolve_source(None), load_recipe("w4-nearest")), home / "checkpoint")
+    lower(LowerRequest(home / "checkpoint", SIZES), home / "packages")
     return home
 
 
@@ -274,9 +275,9 @@ def test_a_job_begun_on_a_cluster_goes_on_here(
         stopped = unit.name == "chunk 1 of 2"
 
     with open_scheduler(address) as schedulers:
-        control = Control(stopping=lambda: stopped, finished=stop, scheduler=schedulers)
+        control = Run(stopping=lambda: stopped, finished=stop, scheduler=schedulers)
         with pytest.raises(Interrupted, match="the last is 'qwen25_FFN_PF_lut4_chunk_01of02'"):
-            lower(here / "checkpoint", tmp_path / "packages", SIZES, control=control)
+            lower(LowerRequest(here / "checkpoint", SIZES), tmp_path / "packages", control)
     built: list[str] = []
     save = lower_package.save_package
 
@@ -285,7 +286,7 @@ def test_a_job_begun_on_a_cluster_goes_on_here(
         save(program, path, metadata)
 
     monkeypatch.setattr(lower_package, "save_package", listed)
-    lower(here / "checkpoint", tmp_path / "packages", SIZES)
+    lower(LowerRequest(here / "checkpoint", SIZES), tmp_path / "packages")
     assert built == ["qwen25_FFN_PF_lut4_chunk_02of02", "qwen25_lm_head"]
     assert contents(tmp_path / "packages") == contents(here / "packages")
 
@@ -312,8 +313,8 @@ def test_packages_are_built_once_each_also_when_a_worker_is_killed(
             os.kill(processes(cluster)[1], signal.SIGKILL)
 
     with open_scheduler(address) as schedulers:
-        control = Control(scheduler=schedulers, finished=kill)
-        lower(here / "checkpoint", tmp_path / "packages", SIZES, control=control)
+        control = Run(scheduler=schedulers, finished=kill)
+        lower(LowerRequest(here / "checkpoint", SIZES), tmp_path / "packages", control)
     assert contents(tmp_path / "packages") == contents(here / "packages")
     assert [path.name for path in tmp_path.iterdir()] == ["packages"]
 
@@ -321,15 +322,15 @@ def test_packages_are_built_once_each_also_when_a_worker_is_killed(
 def test_calibrated_rounding_has_the_same_bytes(cluster: LocalCluster, address: str, tmp_path: Path) -> None:
     """A worker is killed half-way."""
     recipe, source = load_recipe("w4-ane", QUICK), resolve_source(None)
-    quantize(source, tmp_path / "here", recipe, FEW_TOKENS)
+    quantize(Request(source, recipe, FEW_TOKENS), tmp_path / "here")
 
     def kill(unit: Unit) -> None:
         if unit.name.startswith("layer 2"):
             os.kill(processes(cluster)[0], signal.SIGKILL)
 
     with open_scheduler(address) as schedulers:
-        control = Control(scheduler=schedulers, finished=kill)
-        quantize(source, tmp_path / "there", recipe, FEW_TOKENS, control=control)
+        control = Run(scheduler=schedulers, finished=kill)
+        quantize(Request(source, recipe, FEW_TOKENS), tmp_path / "there", control)
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
 
 
@@ -351,13 +352,13 @@ def test_without_workers_a_job_ends_and_keeps_what_is_done(
             cluster.scale(0)
 
     with open_scheduler(address) as schedulers:
-        control = Control(scheduler=schedulers, finished=lose)
+        control = Run(scheduler=schedulers, finished=lose)
         words = "no worker has taken a task for 2 seconds: all are gone"
         with pytest.raises(TasksLost, match=words) as raised:
-            lower(here / "checkpoint", tmp_path / "packages", SIZES, control=control)
+            lower(LowerRequest(here / "checkpoint", SIZES), tmp_path / "packages", control)
     assert raised.value.exit_code == RESOURCE and "goes on where it stopped" in raised.value.remedy
     notes: list[str] = []
-    lower(here / "checkpoint", tmp_path / "packages", SIZES, control=Control(note=notes.append))
+    lower(LowerRequest(here / "checkpoint", SIZES), tmp_path / "packages", Run(note=notes.append))
     assert ["the last is 'qwen25_embeddings'" in note for note in notes] == [True]
     assert contents(tmp_path / "packages") == contents(here / "packages")
 
@@ -389,4 +390,4 @@ def test_without_dask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
     result = run("quantize", BUNDLED_MODEL, "-o", tmp_path / "out", "--scheduler", "dask://127.0.0.1:1")
     assert result.exit_code == USAGE and "pip install 'anequant[cluster]'" in result.stderr
-    assert replace(Control(), note=print).scheduler is local
+    assert replace(Run(), note=print).scheduler is local

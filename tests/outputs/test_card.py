@@ -25,6 +25,7 @@ from anequant.pipeline.quantize import quantize
 from anequant.pipeline.rotate import rotate
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.recipe_files import load_recipe, named_recipes
+from anequant.request import Request
 from anequant.verification.verify import verify_checkpoint
 
 NEAREST = load_recipe("w4-nearest")
@@ -50,7 +51,7 @@ def options_of(command: str) -> tuple[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("card") / "out"
-    quantize(HUB, folder, NEAREST)
+    quantize(Request(HUB, NEAREST), folder)
     return folder
 
 
@@ -79,7 +80,7 @@ def test_the_card_names_no_machine_and_no_day(written: Path, tmp_path: Path) -> 
     text = (written / "README.md").read_text(encoding="utf-8")
     assert str(BUNDLED_MODEL) not in text and str(written.parent) not in text
     assert not re.search(r"\b20\d\d-\d\d-\d\d\b|(?<![\w`.])/\w+/", text.split("---\n", 2)[2])
-    quantize(HUB, tmp_path / "again", NEAREST)
+    quantize(Request(HUB, NEAREST), tmp_path / "again")
     assert (tmp_path / "again" / "README.md").read_text(encoding="utf-8") == text
 
 
@@ -95,7 +96,7 @@ def test_the_python_of_the_card_opens_the_model(written: Path, monkeypatch: pyte
 def test_a_model_with_more_than_weights_is_opened_by_anequant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize(HUB, tmp_path / "out", load_recipe("w4-nearest", {"activation_bits": 8, "kv_bits": 8}))
+    quantize(Request(HUB, load_recipe("w4-nearest", {"activation_bits": 8, "kv_bits": 8})), tmp_path / "out")
     metadata = front_matter(tmp_path / "out")
     assert metadata["library_name"] == "anequant"
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -106,7 +107,7 @@ def test_a_model_with_more_than_weights_is_opened_by_anequant(
 
 
 def test_a_folder_whose_name_the_hub_would_refuse_is_no_base_model(tmp_path: Path) -> None:
-    quantize(Source(BUNDLED_MODEL, "my model | (old)"), tmp_path / "out", NEAREST)
+    quantize(Request(Source(BUNDLED_MODEL, "my model | (old)"), NEAREST), tmp_path / "out")
     assert "base_model" not in front_matter(tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "# my model \\| (old)\n" in text
@@ -119,8 +120,8 @@ def test_what_rotate_writes_hands_base_and_licence_on(
     (model / "README.md").write_text("---\nlicense: llama3.2\n---\n", encoding="utf-8")
     (model / "NOTICE").write_text("Theirs.", encoding="utf-8")
     recipe = load_recipe("w4-nearest", {"r1": "hadamard", "r3": "hadamard"})
-    rotate(Source(model, "some-model", "c0ffee", "org/some-model"), tmp_path / "turned", recipe)
-    quantize(Source(tmp_path / "turned", "turned"), tmp_path / "out", recipe)
+    rotate(Request(Source(model, "some-model", "c0ffee", "org/some-model"), recipe), tmp_path / "turned")
+    quantize(Request(Source(tmp_path / "turned", "turned"), recipe), tmp_path / "out")
     turned, out = front_matter(tmp_path / "turned"), front_matter(tmp_path / "out")
     assert turned["base_model"] == out["base_model"] == "org/some-model"
     assert turned["license"] == out["license"] == "llama3.2"
@@ -217,7 +218,7 @@ def test_licence_files_come_along(make_model: Callable[..., Path], tmp_path: Pat
     model = make_model(tmp_path / "model", "llama", True)
     (model / "LICENSE").write_text("Terms.", encoding="utf-8")
     (model / "README.md").write_text("---\nlicense: llama3.2\n---\n# Theirs\n", encoding="utf-8")
-    quantize(Source(model, "model"), tmp_path / "out", NEAREST)
+    quantize(Request(Source(model, "model"), NEAREST), tmp_path / "out")
     assert (tmp_path / "out" / "LICENSE").read_text(encoding="utf-8") == "Terms."
     assert front_matter(tmp_path / "out")["license"] == "llama3.2"
     assert "Theirs" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

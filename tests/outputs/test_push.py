@@ -18,6 +18,7 @@ from anequant.checkpoints.source import BUNDLED_MODEL, Source
 from anequant.cli import main
 from anequant.pipeline.quantize import quantize
 from anequant.recipe_files import load_recipe
+from anequant.request import Request
 from anequant.verification.verify import verify_checkpoint
 
 USAGE, INPUT, RESOURCE, VERIFICATION = 2, 3, 5, 6
@@ -57,7 +58,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("push") / "out"
-    quantize(Source(BUNDLED_MODEL, "tiny"), folder, load_recipe("w4-nearest"))
+    quantize(Request(Source(BUNDLED_MODEL, "tiny"), load_recipe("w4-nearest")), folder)
     return folder
 
 

@@ -25,6 +25,7 @@ from anequant.recipe_files import load_recipe
 from anequant.reference import miniature
 from anequant.reference.judge import check_reading, check_written
 from anequant.reference.miniature import TOKENS, WINDOW, Stored, read_as_stock
+from anequant.request import Request
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -51,7 +52,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 def assert_rotation_keeps_the_logits(folder: Path) -> None:
     out = folder.with_name("out")
-    rotate(Source(folder, "model"), out, load_recipe("w4-nearest", {}))
+    rotate(Request(Source(folder, "model"), load_recipe("w4-nearest", {})), out)
     expected = logits(folder)
     assert float((logits(out) - expected).abs().max() / expected.abs().max()) < 1e-5
 
@@ -168,7 +169,7 @@ def test_what_is_read_differently_is_named(make_model: MakeModel, tmp_path: Path
 def test_a_written_config_that_is_another_model_is_named(make_model: MakeModel, tmp_path: Path) -> None:
     source = open_checkpoint(make_model(tmp_path / "model", "qwen3", False, **SMALL))
     out = tmp_path / "out"
-    rotate(Source(source.folder, "model"), out, load_recipe("w4-nearest", {}))
+    rotate(Request(Source(source.folder, "model"), load_recipe("w4-nearest", {})), out)
     check_written(source, out)
     edit_config(out, rms_norm_eps=1e-3)
     with pytest.raises(

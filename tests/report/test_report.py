@@ -33,6 +33,7 @@ from anequant.recipe_files import load_recipe
 from anequant.report.page import charts
 from anequant.report.page.run import Stopwatch
 from anequant.report.page.write import write_report
+from anequant.request import Request
 from anequant.rotation.rotation_plan import plan_rotations
 from anequant.verification.verify import verify_folder
 
@@ -180,10 +181,10 @@ def keys_of(value: Any) -> set[str]:
 def test_the_command_writes_both_files_and_verify_accepts_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anequant.pipeline.convert.SAMPLE_WINDOWS", 1)
-    monkeypatch.setattr("anequant.pipeline.convert.SAMPLE_LENGTH", 64)
+    monkeypatch.setattr("anequant.pipeline.converting.SAMPLE_WINDOWS", 1)
+    monkeypatch.setattr("anequant.pipeline.converting.SAMPLE_LENGTH", 64)
     copy = tmp_path / "out"
-    quantize(Source(BUNDLED_MODEL, "tiny-qwen2"), copy, load_recipe("w4-nearest"), Calibration())
+    quantize(Request(Source(BUNDLED_MODEL, "tiny-qwen2"), load_recipe("w4-nearest"), Calibration()), copy)
     result = CliRunner().invoke(main, ["report", str(copy), "--json"])
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
@@ -244,8 +245,8 @@ def test_a_report_of_another_checkpoint_lends_nothing(copy: Path) -> None:
 def test_a_model_that_came_rotated_has_no_before(source: Path, tmp_path: Path) -> None:
     between, folder = tmp_path / "rotated", tmp_path / "out"
     recipe = load_recipe("w4-nearest", {"r1": "hadamard"})
-    rotate(Source(source, source.name), between, recipe, FEW_TOKENS)
-    quantize(Source(between, between.name), folder, recipe, FEW_TOKENS)
+    rotate(Request(Source(source, source.name), recipe, FEW_TOKENS), between)
+    quantize(Request(Source(between, between.name), recipe, FEW_TOKENS), folder)
     data = write_report(folder, base=str(between)).data
     assert "came rotated" in data["missing"]["before"]
     items = [item for layer in data["layers"] for item in layer["projections"]]
@@ -257,7 +258,7 @@ def test_wrong_folders_and_models_are_refused(
     quantized: Quantized, copy: Path, source: Path, tmp_path: Path
 ) -> None:
     between = tmp_path / "rotated"
-    rotate(Source(source, source.name), between, load_recipe("w4-nearest"), FEW_TOKENS)
+    rotate(Request(Source(source, source.name), load_recipe("w4-nearest"), FEW_TOKENS), between)
     with pytest.raises(UsageError, match="no output of convert or quantize"):
         write_report(between)
     with pytest.raises(InputError, match="is not the model that this checkpoint was made from"):
@@ -283,7 +284,9 @@ def test_a_damaged_report_is_named(copy: Path) -> None:
 
 def test_sixteen_bits_are_reported_as_kept(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    quantize(Source(source, source.name), folder, load_recipe("w4-nearest", {"bits": 16}), FEW_TOKENS)
+    quantize(
+        Request(Source(source, source.name), load_recipe("w4-nearest", {"bits": 16}), FEW_TOKENS), folder
+    )
     data = write_report(folder, base=str(source)).data
     item = data["layers"][0]["projections"][0]
     assert (item["bits"], item["codes"], data["worst"]) == (16, [], [])

@@ -13,12 +13,14 @@ from browser import Page, browser
 from page import HIDDEN, OUTSIDE, SMALL, WIDER, Tree, violations
 
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
+from anequant.jobs.control import Run
 from anequant.pipeline.convert import convert
 from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.report.page.charts import contrast
 from anequant.report.page.run import Stopwatch
 from anequant.report.page.write import write_report
+from anequant.request import Request
 
 SECTIONS = [
     *("summary", "where", "residual", "outliers", "layers", "packages", "recipe", "lint", "environment"),
@@ -42,11 +44,10 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     watch = Stopwatch()
     source = Source(BUNDLED_MODEL, BUNDLED_MODEL.name)
     options = LowerOptions(context=16, batch=8)
-    progress = watch.listen(lambda what, done: None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("anequant.pipeline.convert.SAMPLE_WINDOWS", 1)
-        patch.setattr("anequant.pipeline.convert.SAMPLE_LENGTH", 64)
-        convert(source, folder, recipe, Calibration(), options, progress=progress)
+        patch.setattr("anequant.pipeline.converting.SAMPLE_WINDOWS", 1)
+        patch.setattr("anequant.pipeline.converting.SAMPLE_LENGTH", 64)
+        convert(Request(source, recipe, Calibration(), lowering=options), folder, Run(finished=watch.add))
     write_report(folder, source, run=watch.result())
     return folder
 

@@ -28,6 +28,7 @@ from anequant.recipe import Recipe
 from anequant.recipe_files import load_recipe
 from anequant.reference.forward import final_hidden_states
 from anequant.reference.windows import load_tokenizer, read_text, text_windows
+from anequant.request import Request
 from anequant.rotation.cayley import cayley_step
 from anequant.rotation.orthogonal import hadamard_rotation, random_rotation
 from anequant.rotation.rotation_plan import RotationPlan, plan_rotations
@@ -159,7 +160,7 @@ def test_the_students_divergence_is_that_of_the_written_checkpoint(
 ) -> None:
     """Float16 storage, and the last position, make the difference."""
     recipe = load_recipe("w4-nearest", W4A4)
-    quantize(Source(tiny_qwen2, "tiny"), tmp_path / "out", recipe)
+    quantize(Request(Source(tiny_qwen2, "tiny"), recipe), tmp_path / "out")
     written = evaluate(open_checkpoint(tmp_path / "out"), windows[:4], tiny).kl
     assert written is not None and written > 0.01
     ours = student_of(tiny, recipe).divergence(

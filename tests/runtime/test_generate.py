@@ -23,6 +23,7 @@ from anequant.cli import main
 from anequant.errors import InputError, UnsupportedError, UsageError
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
+from anequant.request import LowerRequest
 from anequant.runtime.continue_text import Chat, TextModel, continue_text, open_text_model, stop_tokens
 from anequant.runtime.generate import decoded, new_tokens, score
 from anequant.runtime.sampling import Sampling
@@ -53,7 +54,7 @@ def packages(
     """One and three chunks, with logits and with arg-max heads; the context is no power of two."""
     chunks, argmax = request.param
     folder = tmp_path_factory.mktemp("packages") / "out"
-    lower(checkpoint, folder, LowerOptions(context=48, batch=8, chunks=chunks, argmax=argmax))
+    lower(LowerRequest(checkpoint, LowerOptions(context=48, batch=8, chunks=chunks, argmax=argmax)), folder)
     return folder
 
 

@@ -25,15 +25,16 @@ from anequant.checkpoints.places import REPORT_DATA, REPORT_PAGE
 from anequant.checkpoints.source import resolve_source
 from anequant.errors import AnequantError
 from anequant.jobs import journal
-from anequant.jobs.control import Control
+from anequant.jobs.control import Run
 from anequant.jobs.work_folder import WorkFolder
-from anequant.pipeline import convert as convert_module
+from anequant.pipeline import converting
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.report.page import measured
 from anequant.report.page import write as report_module
 from anequant.report.terminal.converted import convert_and_report
+from anequant.request import Request
 from anequant.targets.coreml import build as lower_package
 
 AT_ONCE = 2
@@ -41,7 +42,7 @@ CALIBRATION = Calibration("self", samples=3, length=16)
 SIZES = LowerOptions(context=16, batch=8, chunks=2)
 
 
-Run = Callable[[Path, list[str]], None]
+Start = Callable[[Path, list[str]], None]
 """Run a job with an output and a list that gets its notes."""
 
 
@@ -97,20 +98,20 @@ def _is_compared(path: Path) -> bool:
     return path.is_file() and path.name not in (REPORT_PAGE, REPORT_DATA)
 
 
-def _job(job: str, recipe: str, keys: dict[str, Any]) -> Run:
+def _job(job: str, recipe: str, keys: dict[str, Any]) -> Start:
     source, chosen = resolve_source(None), load_recipe(recipe, keys)
 
     def run(output: Path, notes: list[str]) -> None:
-        control = Control(note=notes.append)
+        control = Run(note=notes.append)
         if job == "convert":
-            convert_and_report(source, output, chosen, CALIBRATION, SIZES, control=control)
+            convert_and_report(Request(source, chosen, CALIBRATION, lowering=SIZES), output, control)
         else:
-            quantize(source, output, chosen, CALIBRATION, control=control)
+            quantize(Request(source, chosen, CALIBRATION), output, control)
 
     return run
 
 
-def _uninterrupted(run: Run, output: Path) -> list[str]:
+def _uninterrupted(run: Start, output: Path) -> list[str]:
     """The units of a run in the order of their records."""
     units: list[str] = []
     append = journal.append_line
@@ -125,7 +126,7 @@ def _uninterrupted(run: Run, output: Path) -> list[str]:
     return units
 
 
-def _go_on(folder: Path, home: Path, status: int, kill: Callable[[], None] | None, run: Run) -> None:
+def _go_on(folder: Path, home: Path, status: int, kill: Callable[[], None] | None, run: Start) -> None:
     """Go on with what a kill left in `home`; with `kill`, first in a process that it ends in turn."""
     if kill is not None:
         status = _killed(kill, lambda: run(home / "out", []))
@@ -229,7 +230,7 @@ def _kill_in_publish() -> None:
 BETWEEN = {
     "layer 3 of 4": lambda: _kill_in_tensor("model.layers.2.mlp.up_proj.weight"),
     "checkpoint files": lambda: _kill_in_line(1),
-    "qwen25_FFN_PF_lut4_chunk_01of02": lambda: _kill_in_package(1),
+    "chunk 1 of 2": lambda: _kill_in_package(1),
     "report": lambda: _kill_in_report(),
     "publish": lambda: _kill_in_publish(),
 }
@@ -262,7 +263,7 @@ def _collect(running: dict[int, str], results: dict[str, Any], folder: Path) -> 
 
 def main(words: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    convert_module.SAMPLE_WINDOWS, convert_module.SAMPLE_LENGTH = 1, 16
+    converting.SAMPLE_WINDOWS, converting.SAMPLE_LENGTH = 1, 16
     measured.WINDOWS, measured.LENGTH = 1, 16
     print(json.dumps(kill_matrix(Path(words[0]), **json.loads(words[1]))))
 

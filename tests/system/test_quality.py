@@ -18,6 +18,7 @@ from anequant.evaluation.evaluate import evaluate_text, read_windows
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
+from anequant.request import Request
 
 ROTATED = {"r1": "block-hadamard", "r2": "hadamard"}
 UNROTATED = {"r1": "none", "r2": "none"}
@@ -61,7 +62,7 @@ def test_extra_nll_of_qwen2_29m(
     least: float,
     most: float,
 ) -> None:
-    quantize(resolve_source(str(qwen2_29m)), tmp_path / "out", load_recipe(recipe, overrides))
+    quantize(Request(resolve_source(str(qwen2_29m)), load_recipe(recipe, overrides)), tmp_path / "out")
     quality = measure(tmp_path / "out")
     assert (quality.windows, quality.tokens) == (32, 32 * 511)
     assert quality.extra_nll is not None and least <= quality.extra_nll <= most
@@ -69,7 +70,7 @@ def test_extra_nll_of_qwen2_29m(
 
 def calibrated(model: Path, output: Path, source: str, windows: int) -> None:
     recipe = load_recipe("w4-ane")
-    quantize(resolve_source(str(model)), output, recipe, Calibration(source, windows, 512))
+    quantize(Request(resolve_source(str(model)), recipe, Calibration(source, windows, 512)), output)
 
 
 def test_w4_ane_beats_groups_of_32(

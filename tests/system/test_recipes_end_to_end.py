@@ -22,6 +22,7 @@ from anequant.checkpoints.reader import open_checkpoint
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
 from anequant.reference.forward import logits
+from anequant.request import LowerRequest
 from anequant.verification.verify import verify_checkpoint, verify_packages
 
 SIZES = LowerOptions(context=80, batch=16)
@@ -70,7 +71,7 @@ def test_the_checkpoint_is_what_was_chosen(made: Any) -> None:
 
 
 def test_the_packages_compute_what_the_checkpoint_does(made: Any, tmp_path: Path) -> None:
-    lower(made.folder, tmp_path / "packages", SIZES)
+    lower(LowerRequest(made.folder, SIZES), tmp_path / "packages")
     check = verify_packages(tmp_path / "packages", made.folder)
     assert check.weights >= 28 and check.agreement + check.ties / check.positions >= 0.99
 
@@ -128,7 +129,7 @@ def test_folded_scales_cost_no_multiplication(
             assert bool((value == 1).all()), name
     counts, gains = {}, {}
     for label, made in (("folded", folded), ("plain", plain)):
-        lower(made.folder, tmp_path / label, SIZES)
+        lower(LowerRequest(made.folder, SIZES), tmp_path / label)
         operations = infer_operations(tmp_path / label / "qwen25_FFN_PF_lut4_chunk_01of01.mlpackage")
         counts[label] = sum(operation.op_type == "mul" for operation in operations)
         norms = [operation for operation in operations if operation.op_type == "layer_norm"]

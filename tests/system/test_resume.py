@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from anequant import request as request_module
 from anequant.checkpoints.writer import CheckpointWriter
 from anequant.cli import console, main
 from anequant.jobs import journal as journal_module
 from anequant.jobs import output_folder as output_module
-from anequant.jobs import resume as resume_module
 from anequant.jobs.work_folder import WorkFolder
 
 SCRIPT = Path(__file__).with_name("killing.py")
@@ -267,8 +267,8 @@ def test_another_source_is_refused(model: Path, out: Path, tmp_path: Path) -> No
 
 def test_another_version_is_refused(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped_at(out, "layer 2 of 3", model)
-    versions = resume_module.installed_versions()
-    monkeypatch.setattr(resume_module, "versions", lambda: {**versions, "torch": "9.9"})
+    versions = request_module.installed_versions()
+    monkeypatch.setattr(request_module, "installed_versions", lambda: {**versions, "torch": "9.9"})
     refused(quantize(model, out), USAGE, "versions.torch", "has '9.9'")
 
 
@@ -276,7 +276,7 @@ def test_another_number_of_threads_is_refused(
     model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped_at(out, "layer 2 of 3", model)
-    monkeypatch.setattr(resume_module.torch, "get_num_threads", lambda: 99)
+    monkeypatch.setattr(request_module.torch, "get_num_threads", lambda: 99)
     refused(quantize(model, out), USAGE, "threads", "has 99")
 
 

@@ -78,10 +78,11 @@ def quantize_stage(work: Path, layers: int, lap: Lap) -> Path:
     from anequant.checkpoints.source import Source
     from anequant.pipeline.quantize import quantize
     from anequant.recipe_files import load_recipe
+    from anequant.request import Request
 
     lap("imports")
     output = work / "quantized"
-    quantize(Source(work / "float", f"random-qwen2-{layers}"), output, load_recipe("w4-nearest"))
+    quantize(Request(Source(work / "float", f"random-qwen2-{layers}"), load_recipe("w4-nearest")), output)
     lap("quantize")
     return output
 

@@ -5,7 +5,7 @@ tokens, then with `w4-nearest`, and lowered, each in a process of its own. The f
 are timed from outside; one that runs within another stops the other's clock, so that the seconds add up. The
 floor of a stage is what its matrix products take at the rate of this machine's best product of two float32
 matrices (`numpy` and `torch` are tried), or its bytes at the rate of copying 128 MB;
-`anequant/planning/work.py` counts both.
+`anequant/pipeline/steps/rounding.py` counts both.
 
     python tools/measure/bench_pipeline.py qwen2.5-0.5b --layers 24 --json docs/measured/pipeline.json
     python tools/measure/bench_pipeline.py llama-3-8b --layers 2 --json docs/measured/pipeline.json
@@ -66,7 +66,7 @@ def needed(model: Path, recipe: str) -> dict[str, tuple[float, float]]:
     """Floating-point operations and bytes that stages cannot do without."""
     from anequant.calibration.equivalence import PROBE_LENGTH
     from anequant.checkpoints.reader import open_checkpoint
-    from anequant.planning import work
+    from anequant.pipeline.steps import rounding
     from anequant.recipe_files import load_recipe
 
     checkpoint, windows, chosen = open_checkpoint(model), (WINDOWS, LENGTH), load_recipe(recipe)
@@ -82,9 +82,9 @@ def needed(model: Path, recipe: str) -> dict[str, tuple[float, float]]:
     }
     if chosen.feeds_back:
         result |= {
-            "forward": (layers * work.walking(spec, windows).flops, 0.0),
-            "Hessians": (layers * work.moments(spec, windows).flops, 0.0),
-            "rounding": (layers * work.feedback(spec, chosen).flops, 0.0),
+            "forward": (layers * rounding.walking_work(spec, windows).flops, 0.0),
+            "Hessians": (layers * rounding.moment_work(spec, windows).flops, 0.0),
+            "rounding": (layers * rounding.gptq_work(spec, chosen).flops, 0.0),
         }
     return result
 

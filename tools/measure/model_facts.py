@@ -28,6 +28,7 @@ from anequant.evaluation.evaluate import read_windows
 from anequant.pipeline.rotate import rotate
 from anequant.recipe_files import load_recipe
 from anequant.reference.forward import ReferenceModel
+from anequant.request import Request
 
 WINDOWS, LENGTH = 32, 512
 ROTATIONS, SEEDS = ("block-hadamard", "hadamard", "random"), (0, 1, 2)
@@ -52,7 +53,7 @@ def moved(folder: Path) -> list[dict[str, Any]]:
         for seed in SEEDS:
             recipe = load_recipe("w4-nearest", {"r1": r1, "seed": seed})
             with tempfile.TemporaryDirectory() as work:
-                result = rotate(Source(folder, folder.name), Path(work) / "rotated", recipe)
+                result = rotate(Request(Source(folder, folder.name), recipe), Path(work) / "rotated")
             found.append({"r1": r1, "seed": seed, "moved": result.equivalence})
     return found
 

@@ -71,12 +71,14 @@ def quantize(model: Path, output: Path, recipe: str, tokens: Path) -> dict[str, 
     from anequant.checkpoints.source import resolve_source
     from anequant.checkpoints.writer import CheckpointWriter
     from anequant.jobs import journal
-    from anequant.pipeline import quantize, quantize_pass
+    from anequant.pipeline import quantize, rounding_pass
+    from anequant.pipeline.steps.checkpoint_files import WriteCheckpointFiles
     from anequant.quantization import calibrated
     from anequant.recipe import Calibration
     from anequant.recipe_files import load_recipe
     from anequant.reference import rotated_model as turned
     from anequant.reference.forward import ReferenceModel
+    from anequant.request import Request
 
     stages = Stages()
     for owner, function, name in (
@@ -87,33 +89,34 @@ def quantize(model: Path, output: Path, recipe: str, tokens: Path) -> dict[str, 
         (EquivalenceProbe, "layer", "probe"),
         (EquivalenceProbe, "head", "probe"),
         (ReferenceModel, "inputs", "forward"),
-        (statistics.Walkers, "read", "forward"),
-        (statistics.Walkers, "write", "forward"),
+        (statistics.Walkers, "layer", "forward"),
         (statistics._Sums, "add", "Hessians"),
         (calibrated, "fit_core", "scales and codebooks"),
-        (quantize_pass, "round_linear", "rounding"),
+        (rounding_pass, "round_linear", "rounding"),
         (CheckpointWriter, "write", "write"),
         (CheckpointWriter, "flush", "write"),
         (journal.Journal, "_sync_files", "write"),
-        (quantize, "_write_side_files", "hash and card"),
+        (WriteCheckpointFiles, "run", "hash and card"),
     ):
         stages.time(owner, function, name)
     windows = json.loads(tokens.read_text(encoding="utf-8"))
     calibration = Calibration(str(tokens), len(windows), len(windows[0]))
-    quantize.quantize(resolve_source(str(model)), output, load_recipe(recipe), calibration)
+    quantize.quantize(Request(resolve_source(str(model)), load_recipe(recipe), calibration), output)
     return stages.finished()
 
 
 def lower(checkpoint: Path, output: Path) -> dict[str, float]:
     from anequant.pipeline import lower
+    from anequant.pipeline.steps import magnitudes
     from anequant.recipe import LowerOptions
+    from anequant.request import LowerRequest
     from anequant.targets.coreml import build as lower_package
 
     stages = Stages()
-    stages.time(lower, "layer_ranges", "ranges")
+    stages.time(magnitudes, "layer_ranges", "ranges")
     for function, name in (("load_layer", "read"), ("load_table", "read"), ("save_package", "save")):
         stages.time(lower_package, function, name)
     for function in ("chunk_program", "embeddings_program", "head_program"):
         stages.time(lower_package, function, "build")
-    lower.lower(checkpoint, output, LowerOptions(max_chunk_mb=MAX_CHUNK_MB))
+    lower.lower(LowerRequest(checkpoint, LowerOptions(max_chunk_mb=MAX_CHUNK_MB)), output)
     return stages.finished()

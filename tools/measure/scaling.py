@@ -57,33 +57,26 @@ def order(model: Path, text: Path, calibration: Path, work: Path) -> dict[str, d
     from anequant.pipeline.quantize import quantize
     from anequant.recipe import Calibration
     from anequant.recipe_files import load_recipe
+    from anequant.request import Request
 
     base = open_checkpoint(model)
     tokens = read_windows(base, text, 32, LENGTH)
     reference = refer(base, tokens)
-    read, write = Walkers.read, Walkers.write
+    walk = Walkers.layer
 
-    def read_float(self: Any, layer: int, original: Any, quantized: Any, group: Any, *, moments: bool) -> Any:
-        self.original = original
-        return read(self, layer, original, original, group, moments=moments)
-
-    def write_float(self: Any, quantized: Any, group: Any) -> None:
-        write(self, self.original, group)
+    def walk_float(self: Any, layer: int, original: Any, quantized: Any, *, moments: bool) -> Any:
+        return walk(self, layer, original, original, moments=moments)
 
     found = {}
-    for name, walk in (("in order", (read, write)), ("float Hessians", (read_float, write_float))):
-        Walkers.read, Walkers.write = walk  # type: ignore[method-assign]
+    for name, walking in (("in order", walk), ("float Hessians", walk_float)):
+        Walkers.layer = walking  # type: ignore[method-assign]
         output = work / name.replace(" ", "-")
-        quantize(
-            resolve_source(str(model)),
-            output,
-            load_recipe(RECIPE),
-            Calibration(str(calibration), WINDOWS, LENGTH),
-        )
+        calibrated = Calibration(str(calibration), WINDOWS, LENGTH)
+        quantize(Request(resolve_source(str(model)), load_recipe(RECIPE), calibrated), output)
         quality = evaluate_against(open_checkpoint(output), tokens, reference)
         assert quality.kl is not None and quality.extra_nll is not None
         found[name] = {"kl": quality.kl, "extra_nll": quality.extra_nll}
-    Walkers.read, Walkers.write = read, write  # type: ignore[method-assign]
+    Walkers.layer = walk  # type: ignore[method-assign]
     return found
 
 
@@ -99,7 +92,7 @@ def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
 def predictions(pipeline: Mapping[str, Any]) -> dict[str, Any]:
     """Hours of Llama-3-70B's shape on so many of this machine, at the rates of the largest measured shape."""
     from anequant.architectures import read_spec
-    from anequant.planning import work
+    from anequant.pipeline.steps import rounding
     from anequant.recipe_files import load_recipe
 
     spec = read_spec(config_of(SHAPES[LARGE]), LARGE)
@@ -107,9 +100,9 @@ def predictions(pipeline: Mapping[str, Any]) -> dict[str, Any]:
     run = max(pipeline["runs"], key=lambda one: one["steps"][RECIPE]["needed"]["rounding"][0] / one["layers"])
     step = run["steps"][RECIPE]
     flops = {
-        "forward": work.walking(spec, windows).flops,
-        "Hessians": work.moments(spec, windows).flops,
-        "rounding": work.feedback(spec, recipe).flops,
+        "forward": rounding.walking_work(spec, windows).flops,
+        "Hessians": rounding.moment_work(spec, windows).flops,
+        "rounding": rounding.gptq_work(spec, recipe).flops,
     }
     seconds = {
         stage: step["stages"][stage] * amount / step["needed"][stage][0] for stage, amount in flops.items()

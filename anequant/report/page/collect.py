@@ -20,10 +20,10 @@ from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import UsageError
 from anequant.inspection.inspect_package import package_facts
-from anequant.jobs.control import Progress, part_of
+from anequant.jobs.control import Progress
 from anequant.jobs.machine import memory, usable_cores
 from anequant.jobs.output_folder import file_hashes
-from anequant.pipeline.convert import sample_quality
+from anequant.pipeline.converting import measure_sample
 from anequant.report.page.measured import Origin, measured_layers
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.signatures import TensorSpec
@@ -62,10 +62,10 @@ def collect(
         former = None
     missing: dict[str, str] = {}
     quality = recorded["measured"]["quality"] if whole else None
-    if quality is None and origin.source is not None and not whole:
-        step = part_of(progress, "quality", 0.0, 0.5)
-        measured = sample_quality(origin.source.folder, checkpoint.folder, step)
-        quality = None if measured is None else measured.to_dict()
+    compared = origin.source is not None and has_tokenizer(origin.source.folder) and not whole
+    if quality is None and origin.source is not None and compared:
+        step, original = progress.part("quality", 0.0, 0.5), open_checkpoint(origin.source.folder)
+        quality = measure_sample(original, checkpoint.folder, step).to_dict()
     if quality is None and former is not None:
         quality = former["quality"]
     if quality is None:
@@ -78,7 +78,7 @@ def collect(
         run = None if former is None else former["run"]
     if run is None:
         missing["run"] = "only convert, which measures them, tells time and memory"
-    step = part_of(progress, "layers", 0.5, 1.0)
+    step = progress.part("layers", 0.5, 1.0)
     layers = measured_layers(checkpoint, origin, made, text, former, missing, step)
     rounding = made["measured"]
     data = {

@@ -7,41 +7,27 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from anequant.jobs.control import Progress
+from anequant.jobs.control import Unit
 
 
 @dataclass
 class Stopwatch:
-    """Listens to a Progress whose texts begin with "step: "; `seconds` by step, in order of first use."""
+    """Adds up the seconds of units by their stage, in order of first use."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    _begun: float = field(default_factory=lambda: time.monotonic())
-    _last: float | None = None
-    _step: str | None = None
+    _begun: float = field(default_factory=time.monotonic)
 
-    def listen(self, progress: Progress) -> Progress:
-        """The same Progress, listened to."""
-
-        def report(what: str, done: float) -> None:
-            self._enter(what.partition(":")[0])
-            progress(what, done)
-
-        return report
+    def add(self, unit: Unit) -> None:
+        """Take a unit that is done; one that an interrupted run did took no time here."""
+        self.seconds[unit.stage] = self.seconds.get(unit.stage, 0.0) + unit.seconds
 
     def result(self) -> dict[str, Any]:
         """The `run` of report.json, up to now."""
-        self._enter(None)
         return {
             "seconds": time.monotonic() - self._begun,
-            "steps": [{"step": step, "seconds": seconds} for step, seconds in self.seconds.items()],
+            "steps": [{"step": stage, "seconds": seconds} for stage, seconds in self.seconds.items()],
             "peak_memory_bytes": peak_memory(),
         }
-
-    def _enter(self, step: str | None) -> None:
-        now = time.monotonic()
-        if self._step is not None and self._last is not None:
-            self.seconds[self._step] = self.seconds.get(self._step, 0.0) + now - self._last
-        self._last, self._step = now, step
 
 
 def peak_memory() -> int | None:

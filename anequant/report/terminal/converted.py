@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
-from anequant.checkpoints.source import Source
-from anequant.jobs.control import CONTROL, Control, Progress, silent
-from anequant.pipeline.convert import ConvertResult, convert
-from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.evaluation.sample_size import SAMPLE_LENGTH, SAMPLE_WINDOWS
+from anequant.jobs.control import UNWATCHED, Progress, Run, Unit
+from anequant.jobs.step import Step, Work
+from anequant.pipeline.convert import convert
+from anequant.pipeline.converting import Converting, ConvertResult
+from anequant.pipeline.steps.rounding import layer_work
+from anequant.pipeline.steps.sizes import forward_work
 from anequant.report.page.run import Stopwatch
 from anequant.report.page.write import Written, write_report, written_report
+from anequant.request import Request
+
+PASSES = 4
+"""Times that the windows go through a model."""
 
 
-def convert_and_report(
-    source: Source,
-    output: Path,
-    recipe: Recipe,
-    calibration: Calibration,
-    options: LowerOptions,
-    rotations_file: Path | None = None,
-    *,
-    force: bool = False,
-    progress: Progress = silent,
-    control: Control = CONTROL,
-    collected: Tensor | None = None,
-) -> tuple[ConvertResult, Written]:
+@dataclass(frozen=True, eq=False)
+class WriteReport(Step[Converting, None]):
+    """Write the report: layers are rounded again, and some windows go through both models."""
+
+    stage = "report"
+    kind = "report"
+
+    request: Request
+    watch: Stopwatch
+
+    @property
+    def id(self) -> str:
+        return "report"
+
+    @property
+    def cost(self) -> Work:
+        spec, recipe = self.request.checkpoint.spec, self.request.recipe
+        measuring = forward_work(spec, (SAMPLE_WINDOWS, SAMPLE_LENGTH), PASSES)
+        return sum([layer_work(spec, recipe, None)] * spec.num_layers, measuring)
+
+    def run(self, state: Converting, progress: Progress) -> None:
+        write_report(state.folder, self.request.source, run=self.watch.result(), progress=progress)
+
+
+def convert_and_report(request: Request, output: Path, run: Run = UNWATCHED) -> tuple[ConvertResult, Written]:
     """As `convert`, with a report of the time and memory of it in the output. Raises what it and
     `write_report` raise."""
     watch = Stopwatch()
 
-    def report(folder: Path, reporting: Progress) -> None:
-        write_report(folder, source, run=watch.result(), progress=reporting)
+    def finished(unit: Unit) -> None:
+        watch.add(unit)
+        run.finished(unit)
 
-    result = convert(
-        source,
-        output,
-        recipe,
-        calibration,
-        options,
-        rotations_file,
-        force=force,
-        progress=watch.listen(progress),
-        control=control,
-        collected=collected,
-        report=report,
-    )
+    report = WriteReport(request, watch)
+    result = convert(request, output, replace(run, finished=finished), [report])
     return result, written_report(output)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from anequant.planning.plan import Plan
-from anequant.planning.work import Speed
+from anequant.jobs.step import Speed
+from anequant.pipeline.plan import Plan
 
 COLUMNS = ("step", "job", "in", "out", "peak memory", "time, about")
 
@@ -12,23 +12,23 @@ def jobs(plan: Plan, speed: Speed) -> list[tuple[str, ...]]:
     """A row for each job, in the order of COLUMNS."""
     return [
         (
-            job.step,
-            job.name,
-            _size(job.bytes_in),
-            _size(job.bytes_out),
-            _size(job.peak),
-            _time(speed.seconds(job.work)),
+            step.stage,
+            step.title,
+            _size(step.moves[0]),
+            _size(step.moves[1]),
+            _size(plan.peak(step)),
+            _time(speed.seconds(step.cost)),
         )
-        for job in plan.jobs
+        for step in plan.steps
     ]
 
 
 def summary(plan: Plan, speed: Speed) -> list[tuple[str, str]]:
     peaks = ", ".join(f"{step} {_size(peak)}" for step, peak in plan.peaks().items())
-    seconds = sum(speed.seconds(job.work) for job in plan.jobs)
+    seconds = sum(speed.seconds(step.cost) for step in plan.steps)
     disk = plan.disk
     rows = [
-        ("peak memory", f"{_size(plan.largest.peak)} at '{plan.largest.name}' ({peaks})"),
+        ("peak memory", f"{_size(plan.peak(plan.largest))} at '{plan.largest.title}' ({peaks})"),
         (
             "disk",
             f"{_size(disk.total)}: checkpoint {_size(disk.checkpoint)}, packages {_size(disk.packages)}, "

@@ -11,10 +11,9 @@ from anequant.evaluation.divergence import Quality
 from anequant.evaluation.evaluate import Evaluation
 from anequant.evaluation.task_scores import TaskScores
 from anequant.inspection.device_profile import DeviceProfile
-from anequant.pipeline.convert import ConvertResult
-from anequant.pipeline.lower import LowerResult
-from anequant.pipeline.quantize import QuantizeResult
-from anequant.pipeline.rotate import RotateResult
+from anequant.pipeline.converting import ConvertResult
+from anequant.pipeline.lowering import LowerResult
+from anequant.pipeline.quantizing import QuantizeResult, RotateResult
 from anequant.pipeline.rounder import TensorError
 from anequant.targets.coreml.lint.rules import Finding
 from anequant.targets.shared.headroom import Headroom

@@ -23,6 +23,7 @@ from anequant.pipeline.convert import convert
 from anequant.pipeline.lower import lower
 from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
+from anequant.request import LowerRequest, Request
 from anequant.targets.coreml.lint.integer_rules import INTEGER_RULES
 from anequant.targets.coreml.lint.operation_rules import GRAPH_RULES
 from anequant.targets.coreml.lint.rule import CHIPS
@@ -442,7 +443,10 @@ def test_what_lower_writes_is_clean(
 ) -> None:
     """Two notes, which the traced form of the network has too: silu and the product of attention."""
     model = make_model(tmp_path / "model", model_type, False, vocab_size=112)
-    lower(quantize_model(model, "w4-nearest").folder, tmp_path / "out", LowerOptions(64, 32, **options))
+    lower(
+        LowerRequest(quantize_model(model, "w4-nearest").folder, LowerOptions(64, 32, **options)),
+        tmp_path / "out",
+    )
     findings = lint(tmp_path / "out")
     assert broken(findings) == {("D4", "note"), ("N3", "note")}
     assert require_clean(findings) == findings
@@ -500,16 +504,17 @@ def test_convert_ends_with_lint_and_writes_nothing_on_errors(
     make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(tmp_path / "model", "llama", False, vocab_size=112)
-    job = Source(model, "model"), tmp_path / "out", load_recipe("w4-nearest"), FEW_TOKENS
-    result = convert(*job, LowerOptions(64, 32))
+    recipe, sizes = load_recipe("w4-nearest"), LowerOptions(64, 32)
+    request = Request(Source(model, "model"), recipe, FEW_TOKENS, lowering=sizes)
+    result = convert(request, tmp_path / "out")
     assert lint(tmp_path / "out") == lint(tmp_path / "out" / "packages") == list(result.lint)
     assert result.to_dict()["lint"] == [asdict(finding) for finding in result.lint]
 
     finding = replace(result.lint[0], severity="error")
-    monkeypatch.setattr("anequant.pipeline.convert.lint", lambda folder: [finding])
+    monkeypatch.setattr("anequant.pipeline.steps.checks.lint", lambda folder: [finding])
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(VerificationError, match=f"rule {finding.rule}"):
-        convert(*job, LowerOptions(64, 32))
+        convert(request, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

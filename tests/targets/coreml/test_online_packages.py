@@ -31,6 +31,7 @@ from anequant.quantization.online import plan_online
 from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.reference.forward import ReferenceModel
+from anequant.request import LowerRequest
 from anequant.rotation.hadamard import hadamard
 from anequant.rotation.orthogonal import plain_hadamard
 from anequant.targets.coreml.interpreter.integers import integer_conv
@@ -276,7 +277,7 @@ def lowered(
 ) -> tuple[Path, Path, Counter[str]]:
     """Checkpoint, packages, and how many of each operation coremltools reads in the chunk."""
     checkpoint = quantize_model(model, "w4-nearest", **recipe).folder
-    lower(checkpoint, folder / "out", SIZES)
+    lower(LowerRequest(checkpoint, SIZES), folder / "out")
     (chunk,) = read_meta(folder / "out").chunk_names
     counts: Counter[str] = Counter()
     for operation in operations(folder / "out" / f"{chunk}.mlpackage"):

@@ -20,11 +20,13 @@ from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, resolve_source
 from anequant.errors import UnsupportedError, UsageError, VerificationError
 from anequant.jobs.control import silent
-from anequant.pipeline.lower import LowerResult, lower
+from anequant.pipeline.lower import lower
+from anequant.pipeline.lowering import LowerResult
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.reference.windows import load_tokenizer, read_text, text_windows
+from anequant.request import LowerRequest, Request
 from anequant.runtime.coreml_backend import PackageModel, package_by_package
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
@@ -46,8 +48,8 @@ class Written:
 
 
 def write(folder: Path, model: Path, options: LowerOptions, **recipe: Any) -> Written:
-    quantize(resolve_source(str(model)), folder / "checkpoint", load_recipe("w4-nearest", recipe))
-    result = lower(folder / "checkpoint", folder / "packages", options)
+    quantize(Request(resolve_source(str(model)), load_recipe("w4-nearest", recipe)), folder / "checkpoint")
+    result = lower(LowerRequest(folder / "checkpoint", options), folder / "packages")
     return Written(folder / "checkpoint", folder / "packages", result)
 
 
@@ -95,7 +97,7 @@ def test_prefill_and_decode_agree_with_stock_transformers(trained: Written) -> N
 
 def test_package_by_package_is_the_same_with_a_single_one_open(trained: Written, tmp_path: Path) -> None:
     packages = tmp_path / "packages"
-    lower(trained.checkpoint, packages, LowerOptions(context=64, batch=8, chunks=2))
+    lower(LowerRequest(trained.checkpoint, LowerOptions(context=64, batch=8, chunks=2)), packages)
     tokens = torch.randint(8192, (20,), generator=torch.Generator().manual_seed(2))
     opened: list[weakref.ref[Package]] = []
 
@@ -171,7 +173,7 @@ def test_functions_share_one_copy_of_every_weight(trained: Written) -> None:
 
 
 def test_chunks_do_not_change_the_logits(trained: Written, tmp_path: Path) -> None:
-    lower(trained.checkpoint, tmp_path / "whole", LowerOptions(context=160, batch=32, chunks=1))
+    lower(LowerRequest(trained.checkpoint, LowerOptions(context=160, batch=32, chunks=1)), tmp_path / "whole")
     tokens = torch.randint(8192, (40,), generator=torch.Generator().manual_seed(2))
     one = package_logits(PackageModel(tmp_path / "whole"), tokens, 36)
     two = package_logits(PackageModel(trained.packages), tokens, 36)
@@ -271,7 +273,7 @@ def test_impossible_sizes_are_refused(
     trained: Written, tmp_path: Path, options: LowerOptions, word: str
 ) -> None:
     with pytest.raises(UsageError, match=word):
-        lower(trained.checkpoint, tmp_path / "out", options)
+        lower(LowerRequest(trained.checkpoint, options), tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 

@@ -21,6 +21,7 @@ from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.errors import AnequantError, UnsupportedError, VerificationError
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
+from anequant.request import LowerRequest
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
@@ -139,7 +140,7 @@ def test_a_loud_stream_is_scaled_exactly(
 ) -> None:
     source = changed(make_model(tmp_path / "model", model_type, False, vocab_size=112), loud_stream)
     folder = quantize_model(source, "w4-nearest").folder
-    result = lower(folder, tmp_path / "out", SIZES)
+    result = lower(LowerRequest(folder, SIZES), tmp_path / "out")
     peak = max(layer.residual for layer in result.headroom.ranges)
     assert peak > 65504 and peak * result.headroom.residual_scale <= 65504 / 4
     assert verify_packages(tmp_path / "out", folder).agreement >= 0.99
@@ -147,7 +148,7 @@ def test_a_loud_stream_is_scaled_exactly(
     assert recorded["residual_scale"] == result.headroom.residual_scale < 1
 
     monkeypatch.setattr(headroom, "power_of_two_below", lambda value, most: 1.0)
-    lower(folder, tmp_path / "unscaled", SIZES)
+    lower(LowerRequest(folder, SIZES), tmp_path / "unscaled")
     assert not bool(run(tmp_path / "unscaled").isfinite().all())
     assert bool(run(tmp_path / "out").isfinite().all())
 
@@ -160,7 +161,10 @@ def test_a_scaled_model_computes_what_the_quiet_one_does(
     quiet = make_model(tmp_path / "quiet", "qwen2", False, **options)
     loud = changed(make_model(tmp_path / "loud", "qwen2", False, **options), loud_stream)
     for name, model in (("quiet", quiet), ("loud", loud)):
-        lower(quantize_model(model, "w4-nearest", r1="none").folder, tmp_path / f"{name}-out", SIZES)
+        lower(
+            LowerRequest(quantize_model(model, "w4-nearest", r1="none").folder, SIZES),
+            tmp_path / f"{name}-out",
+        )
     first, second = run(tmp_path / "quiet-out"), run(tmp_path / "loud-out")
     assert float((first - second).abs().max()) <= 0.02 * float(first.abs().max())
 
@@ -170,7 +174,7 @@ def test_loud_sums_move_from_codebook_to_scales(
 ) -> None:
     source = changed(make_model(tmp_path / "model", "qwen2", False, vocab_size=112), loud_product)
     folder = quantize_model(source, "w4-nearest").folder
-    result = lower(folder, tmp_path / "out", SIZES)
+    result = lower(LowerRequest(folder, SIZES), tmp_path / "out")
     assert result.headroom.residual_scale == 1
     moved = result.headroom.sum_scales
     assert set(moved) == {f"model.layers.{layer}.mlp.down_proj" for layer in range(3)}
@@ -193,7 +197,7 @@ def test_what_must_overflow_is_refused(
     source = changed(make_model(tmp_path / "model", "qwen2", False, vocab_size=112), loud_scores)
     folder = quantize_model(source, "w4-nearest", r2="none").folder
     with pytest.raises(UnsupportedError, match=r"q \. k in layer 0 reaches .* 65504") as caught:
-        lower(folder, tmp_path / "out", SIZES)
+        lower(LowerRequest(folder, SIZES), tmp_path / "out")
     assert caught.value.exit_code == 4
     assert not (tmp_path / "out").exists()
 
@@ -223,7 +227,7 @@ def test_scores_too_coarse_for_float16_are_named(
         assert layer.scores < 65504 and layer.attention <= math.tanh(layer.scores * 2**-11 + 2**-9)
 
     def both() -> None:
-        lower(folder, tmp_path / "out", SIZES)
+        lower(LowerRequest(folder, SIZES), tmp_path / "out")
         verify_packages(tmp_path / "out", folder)
 
     if refused is None:

@@ -24,16 +24,20 @@ from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
 from anequant.cli import main
 from anequant.errors import ResourceError
-from anequant.jobs.control import Control
+from anequant.jobs.control import Run
 from anequant.jobs.process import give_back_memory, resident_bytes
-from anequant.pipeline import kept
+from anequant.jobs.resume import Job, open_job
+from anequant.jobs.step import AnyStep
+from anequant.pipeline import plan as plan_module
+from anequant.pipeline.convert import convert
 from anequant.pipeline.lower import lower
+from anequant.pipeline.plan import Plan, plan_lowering, plan_request
 from anequant.pipeline.quantize import quantize
-from anequant.planning.baseline import samples_resident
-from anequant.planning.plan import Plan, lowering_plan, make_plan
-from anequant.planning.steps import LOWER, QUANTIZE, RESIDENT, STREAMED
+from anequant.pipeline.steps.collect_tokens import RESIDENT, STREAMED, fits_whole
+from anequant.pipeline.steps.rounding import RoundPart
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.recipe_files import load_recipe
+from anequant.request import LowerRequest, Request
 
 GIGABYTE = 10**9
 CALIBRATION = Calibration("self", samples=4, length=32)
@@ -41,8 +45,14 @@ LLAMA_8B = Shape("llama", 4096, 14336, 32, 8, 128256, 4)
 
 
 def planned(folder: Path, recipe: Recipe, **options: Any) -> Plan:
-    values: dict[str, Any] = {"calibration": CALIBRATION, "options": LowerOptions(context=128), "base": 0}
-    return make_plan(open_checkpoint(folder), recipe, **{**values, **options})
+    lowering = options.pop("options", LowerOptions(context=128))
+    request = Request(Source(folder, folder.name), recipe, CALIBRATION, lowering=lowering)
+    return plan_request(request, **{"base": 0, **options})
+
+
+def told(step: AnyStep) -> tuple[Any, ...]:
+    """What a plan says of a step."""
+    return step.id, step.title, step.moves, step.holds, step.cost
 
 
 def invoke(*arguments: str) -> Any:
@@ -64,14 +74,14 @@ def test_a_plan_is_one_object_with_every_job_and_reads_no_weight() -> None:
     plan = json.loads(result.stdout)
     names = [job["name"] for job in plan["jobs"]]
     layers = open_checkpoint(BUNDLED_MODEL).spec.num_layers
-    assert names[: layers + 3] == [
+    assert names[: layers + 4] == [
         *("sample", "embedding"),
         *[f"layer {number + 1}" for number in range(layers)],
-        "head",
+        *("head", "checkpoint files"),
     ]
-    assert names[layers + 3 :] == [
-        *("ranges", "embedding package", "chunk 1 of 1", "head package"),
-        *("checkpoint", "packages", "quality"),
+    assert names[layers + 4 :] == [
+        *("ranges", "embedding package", "chunk 1 of 1", "head package", "package files"),
+        *("checkpoint", "packages", "lint", "quality", "conversion files"),
     ]
     for job in plan["jobs"]:
         assert job["peak"] >= plan["base_bytes"] > 0 and job["seconds"] > 0, job
@@ -81,8 +91,8 @@ def test_a_plan_is_one_object_with_every_job_and_reads_no_weight() -> None:
 
 def test_planned_bytes_are_those_that_are_written(tmp_path: Path, eight_bits: Recipe) -> None:
     quantized, packages = tmp_path / "quantized", tmp_path / "packages"
-    quantize(Source(BUNDLED_MODEL, "tiny"), quantized, eight_bits)
-    lower(quantized, packages, LowerOptions(context=128))
+    quantize(Request(Source(BUNDLED_MODEL, "tiny"), eight_bits), quantized)
+    lower(LowerRequest(quantized, LowerOptions(context=128)), packages)
     plan = planned(BUNDLED_MODEL, eight_bits)
     written = quantized / "model.safetensors"
     header = 8 + int.from_bytes(written.read_bytes()[:8], "little")
@@ -91,12 +101,43 @@ def test_planned_bytes_are_those_that_are_written(tmp_path: Path, eight_bits: Re
         sum(file.stat().st_size for file in packages.glob("*.mlpackage/Data/**/*") if file.is_file()),
         rel=0.05,
     )
-    read = sum(job.bytes_in for job in plan.jobs if job.step == QUANTIZE)
+    read = sum(step.moves[0] for step in plan.steps if isinstance(step, RoundPart))
     source = BUNDLED_MODEL / "model.safetensors"
     table = math.prod(open_checkpoint(BUNDLED_MODEL).tensors[f"{EMBEDDING}.weight"].shape)
     assert read == pytest.approx(source.stat().st_size + 2 * table, rel=0.01)  # tied: the embedding twice
-    lowering = lowering_plan(open_checkpoint(quantized), LowerOptions(context=128), 0, None)
-    assert [job for job in plan.jobs if job.step == LOWER] == list(lowering.jobs)
+    lowering = plan_lowering(LowerRequest(quantized, LowerOptions(context=128)))
+    assert [told(step) for step in plan.stage("lower")] == [told(step) for step in lowering.steps]
+
+
+@pytest.mark.parametrize("recipe", ["w4-ane", "w4-nearest"])
+def test_a_run_does_the_steps_of_the_plan_and_no_others(recipe: str, tmp_path: Path) -> None:
+    """The plan's ids, in their order, are what is told before a run, and what it then does."""
+    steps = load_recipe(recipe, {"descent": 0, "refinement": 0} if recipe == "w4-ane" else {})
+    request = Request(Source(BUNDLED_MODEL, "tiny"), steps, CALIBRATION, lowering=LowerOptions(128, 64))
+    ids = [step.id for step in plan_request(request).steps]
+    assert len(set(ids)) == len(ids)
+    expected: list[str] = []
+    done: list[str] = []
+    run = Run(
+        planned=lambda units: expected.extend(unit.name for unit in units),
+        finished=lambda unit: done.append(unit.name),
+    )
+    convert(request, tmp_path / "out", run)
+    assert expected == done == ids
+
+
+def test_a_step_that_is_not_due_is_refused(tmp_path: Path) -> None:
+    request = Request(Source(BUNDLED_MODEL, "tiny"), load_recipe("w4-nearest"), CALIBRATION)
+    steps = plan_request(request).steps
+    job = Job(BUNDLED_MODEL, tmp_path / "out", request.fingerprint("quantize"), steps, 0)
+    with pytest.raises(RuntimeError, match="'layer 1 of 4' is not step 1"), open_job(job, Run()) as journal:
+        journal.do(steps[1], None)
+    with (
+        pytest.raises(RuntimeError, match=f"0 of the plan's {len(steps)} steps are done"),
+        open_job(job, Run()),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
@@ -172,21 +213,23 @@ def test_the_least_memory_that_is_named_is_the_least(tmp_path: Path) -> None:
     found = re.search(r"--max-memory ([\d.]+)GB", error.value.remedy)
     assert found is not None
     least = int(float(found[1]) * GIGABYTE)
-    assert planned(folder, recipe, options=None, max_memory=least, base=GIGABYTE // 2).largest.peak <= least
+    plan = planned(folder, recipe, options=None, max_memory=least, base=GIGABYTE // 2)
+    assert plan.peak(plan.largest) <= least
     with pytest.raises(ResourceError):
         planned(folder, recipe, options=None, max_memory=least - GIGABYTE // 50, base=GIGABYTE // 2)
 
 
 def test_the_peak_of_a_llama_3_8b_stays_below_4_gb_and_does_not_grow_with_layers(tmp_path: Path) -> None:
-    peaks = [
+    plans = [
         planned(
             _headers(tmp_path / f"{layers}", dataclasses.replace(LLAMA_8B, layers=layers)),
             load_recipe("w4-nearest"),
             options=None,
             base=600_000_000,
-        ).largest.peak
+        )
         for layers in (4, 12, 32)
     ]
+    peaks = [plan.peak(plan.largest) for plan in plans]
     assert len(set(peaks)) == 1
     assert peaks[0] < 4 * GIGABYTE
 
@@ -195,26 +238,26 @@ def test_less_memory_samples_without_the_model_in_memory(tmp_path: Path) -> None
     folder = _headers(tmp_path / "model", dataclasses.replace(LLAMA_8B, layers=32))
     recipe = load_recipe("w4-nearest", {"target_bits": 5.0})
     plan = planned(folder, recipe, options=None)
-    assert plan.jobs[0].name == RESIDENT and plan.jobs[0].peak > 30 * GIGABYTE
+    assert plan.steps[0].title == RESIDENT and plan.peak(plan.steps[0]) > 30 * GIGABYTE
     plan = planned(folder, recipe, options=None, max_memory=16 * GIGABYTE)
-    assert plan.jobs[0].name == STREAMED and plan.jobs[0].peak < 4 * GIGABYTE
+    assert plan.steps[0].title == STREAMED and plan.peak(plan.steps[0]) < 4 * GIGABYTE
     checkpoint = open_checkpoint(folder)
-    assert not samples_resident(checkpoint, CALIBRATION, 16 * GIGABYTE, 0)
-    assert samples_resident(checkpoint, CALIBRATION, None, 0)
+    assert not fits_whole(checkpoint, CALIBRATION, 16 * GIGABYTE, 0)
+    assert fits_whole(checkpoint, CALIBRATION, None, 0)
 
 
 def test_max_memory_changes_no_byte_of_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, recipe = Source(BUNDLED_MODEL, "tiny"), load_recipe("w4-ane", {"descent": 0, "refinement": 0})
-    quantize(source, tmp_path / "free", recipe, CALIBRATION)
+    quantize(Request(source, recipe, CALIBRATION), tmp_path / "free")
     asked: list[bool] = []
 
     def streamed(*arguments: Any, **options: Any) -> bool:
-        asked.append(samples_resident(*arguments, **options))
+        asked.append(fits_whole(*arguments, **options))
         return False
 
-    monkeypatch.setattr(kept, "samples_resident", streamed)
-    control = Control(max_memory=64 * GIGABYTE)
-    quantize(source, tmp_path / "bounded", recipe, CALIBRATION, control=control)
+    monkeypatch.setattr(plan_module, "fits_whole", streamed)
+    control = Run(max_memory=64 * GIGABYTE)
+    quantize(Request(source, recipe, CALIBRATION), tmp_path / "bounded", control)
     assert asked == [True]
     files = sorted(path.name for path in (tmp_path / "free").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "bounded").iterdir())

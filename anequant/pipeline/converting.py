@@ -1,0 +1,77 @@
+"""A conversion after its packages are written: what the steps that check and measure it share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint
+from anequant.checkpoints.source import SAMPLE_TEXT
+from anequant.evaluation.divergence import Quality, evaluate
+from anequant.evaluation.sample_size import SAMPLE_LENGTH, SAMPLE_WINDOWS
+from anequant.jobs.control import Progress
+from anequant.pipeline.lowering import LowerResult
+from anequant.pipeline.quantizing import QuantizeResult
+from anequant.reference.windows import load_tokenizer, model_windows, read_text
+from anequant.request import Request
+from anequant.targets.coreml.lint.rules import Finding
+from anequant.verification.verify import CheckpointCheck, PackageCheck
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """What was written and measured; `quality` is None for a model that comes without a tokenizer."""
+
+    quantized: QuantizeResult
+    lowered: LowerResult
+    checkpoint: CheckpointCheck
+    packages: PackageCheck
+    lint: tuple[Finding, ...]
+    quality: Quality | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quantized": self.quantized.to_dict(),
+            "lowered": self.lowered.to_dict(),
+            "verified": {"checkpoint": self.checkpoint.to_dict(), "packages": self.packages.to_dict()},
+            "lint": [asdict(finding) for finding in self.lint],
+            "quality": None if self.quality is None else self.quality.to_dict(),
+        }
+
+
+@dataclass(eq=False)
+class Converting:
+    """What the steps after quantizing and lowering find of the output in `folder`."""
+
+    request: Request
+    folder: Path
+    quantized: QuantizeResult
+    lowered: LowerResult
+    checkpoint: CheckpointCheck | None = None
+    packages: PackageCheck | None = None
+    findings: tuple[Finding, ...] = ()
+    quality: Quality | None = None
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.folder / CHECKPOINT_FOLDER
+
+    @property
+    def packages_folder(self) -> Path:
+        return self.folder / PACKAGES_FOLDER
+
+    @property
+    def result(self) -> ConvertResult:
+        """All of it, once the steps are done."""
+        assert self.checkpoint is not None and self.packages is not None
+        parts = self.quantized, self.lowered, self.checkpoint, self.packages
+        return ConvertResult(*parts, self.findings, self.quality)
+
+
+def measure_sample(original: Checkpoint, checkpoint: Path, progress: Progress) -> Quality:
+    """Measure a checkpoint against its float model, which has a tokenizer, on the bundled text."""
+    tokenizer, text = load_tokenizer(original.folder), read_text(SAMPLE_TEXT)
+    tokens = model_windows(tokenizer, original.spec.config, text, count=SAMPLE_WINDOWS, length=SAMPLE_LENGTH)
+    return evaluate(open_checkpoint(checkpoint), tokens, original, progress=progress)

@@ -1,0 +1,271 @@
+"""The steps of a job in their order, with what they move, hold and cost: a run does this very list.
+
+Everything follows from config.json and the shards' headers; no weight is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec
+from anequant.calibration.tokens import SELF
+from anequant.checkpoints.header import TensorInfo
+from anequant.checkpoints.layout import checkpoint_entries, projection_names
+from anequant.checkpoints.reader import Checkpoint
+from anequant.checkpoints.source import has_tokenizer
+from anequant.checkpoints.writer import DTYPE_NAMES
+from anequant.errors import ResourceError, UsageError
+from anequant.jobs.process import resident_bytes
+from anequant.jobs.step import AnyStep, Speed
+from anequant.pipeline.skips import Kept, kept_in_float
+from anequant.pipeline.speed import measure_speed
+from anequant.pipeline.steps.checkpoint_files import WriteCheckpointFiles, WriteRotatedFiles
+from anequant.pipeline.steps.checks import (
+    Lint,
+    MeasureQuality,
+    VerifyCheckpoint,
+    VerifyPackages,
+    WriteConversionFiles,
+)
+from anequant.pipeline.steps.collect_tokens import CollectTokens, fits_whole
+from anequant.pipeline.steps.magnitudes import MeasureRanges
+from anequant.pipeline.steps.packages import BuildChunk, BuildPackage, BuildTable, WritePackageFiles
+from anequant.pipeline.steps.rotations import ChooseRotations
+from anequant.pipeline.steps.rounding import RoundEmbedding, RoundHead, RoundLayer
+from anequant.pipeline.steps.sizes import Facts, resident
+from anequant.pipeline.steps.tuning import Tune
+from anequant.pipeline.steps.widths import ChooseWidths
+from anequant.quantization.nearest import quantize_linear
+from anequant.quantization.online import plan_online
+from anequant.recipe import LowerOptions, Recipe
+from anequant.recipe_files import ROTATION_KEYS, recipe_from_dict
+from anequant.reference.forward import ReferenceModel
+from anequant.reference.probe import RANGE_TOKENS, probe_tokens
+from anequant.request import LowerRequest, Request
+from anequant.rotation.rotation_plan import is_drawn
+from anequant.targets.shared.geometry import chunk_ranges, least_chunks
+from anequant.targets.shared.lowerable import check_lowering
+
+FLOAT = {"bits": 16, "rounding": "nearest"}
+SMALL = 256
+"""A weight's rows and columns, enough for every loop to run once."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes written: those that stay, and the second copy of a package while it is written, or the checkpoint
+    that is yet to be tuned."""
+
+    checkpoint: int
+    packages: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.checkpoint + self.packages + self.temporary
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps in their order; `base` are the resident bytes of the imports alone."""
+
+    base: int
+    steps: tuple[AnyStep, ...]
+    kept: tuple[Kept, ...] = ()
+
+    def peak(self, step: AnyStep) -> int:
+        """The most resident bytes of the process during a step."""
+        return resident(self.base, step.holds)
+
+    @property
+    def largest(self) -> AnyStep:
+        return max(self.steps, key=lambda step: step.holds)
+
+    @property
+    def disk(self) -> Disk:
+        packages = [step.moves[1] for step in self.steps if isinstance(step, BuildPackage)]
+        untuned = [step.moves[1] for step in self.steps if isinstance(step, Tune)]
+        written = sum(step.moves[1] for step in self.steps)
+        return Disk(written - sum(packages) - sum(untuned), sum(packages), max([0, *untuned, *packages]))
+
+    def peaks(self) -> dict[str, int]:
+        """The peak of every stage."""
+        stages = dict.fromkeys(step.stage for step in self.steps)
+        return {stage: max(self.peak(step) for step in self.steps if step.stage == stage) for stage in stages}
+
+    def stage(self, *names: str) -> tuple[AnyStep, ...]:
+        """The steps of some stages."""
+        return tuple(step for step in self.steps if step.stage in names)
+
+    def to_dict(self, speed: Speed) -> dict[str, Any]:
+        jobs = [
+            {
+                "step": step.stage,
+                "name": step.title,
+                "bytes_in": step.moves[0],
+                "bytes_out": step.moves[1],
+                "peak": self.peak(step),
+                "seconds": speed.seconds(step.cost),
+            }
+            for step in self.steps
+        ]
+        return {
+            "base_bytes": self.base,
+            "peak_bytes": self.peak(self.largest),
+            "peak_job": self.largest.title,
+            "peak_bytes_by_step": self.peaks(),
+            "seconds": sum(speed.seconds(step.cost) for step in self.steps),
+            "disk": {**asdict(self.disk), "total": self.disk.total},
+            "jobs": jobs,
+            "kept": [asdict(row) for row in self.kept],
+        }
+
+
+def plan_request(request: Request, max_memory: int | None = None, base: int | None = None) -> Plan:
+    """Return the plan of `quantize`, or of `convert` where the request has a lowering.
+
+    With `max_memory`, in bytes, it is the one that stays within it without changing a byte of the output.
+    `base` is measured where it is None and a limit asks for it. Raises ResourceError naming the least
+    `max_memory` that works, and what the steps raise for an impossible recipe or lowering, or a tokenizer
+    that packages cannot be checked with.
+    """
+    checkpoint, recipe, options = request.checkpoint, request.recipe, request.lowering
+    if options is not None:
+        check_lowering(checkpoint.spec, options, plan_online(checkpoint.spec, recipe))
+        if 16 in recipe.widths:
+            problem = "recipe key 'bits' is 16, and packages hold palettized weights"
+            raise UsageError(problem, remedy="use fewer")
+        probe_tokens(checkpoint, RANGE_TOKENS)
+    if base is None:
+        base = base_for(checkpoint.spec, max_memory)
+    facts = Facts(checkpoint, foresee_checkpoint(checkpoint, recipe), recipe, request.calibration)
+    steps: list[AnyStep] = [*_list_rounding(request, facts, recipe, max_memory, base)]
+    steps.append(WriteCheckpointFiles(facts))
+    if options is not None:
+        packages = list(_list_packages(facts.written, options))
+        steps += [MeasureRanges(facts.written), *packages, WritePackageFiles(packages)]
+        steps += [VerifyCheckpoint(facts), VerifyPackages(facts, packages, options), Lint(facts)]
+        steps += [MeasureQuality(facts)] if has_tokenizer(checkpoint.folder) else []
+        steps.append(WriteConversionFiles(facts, packages))
+    return _keep_within(Plan(base, tuple(steps), kept_in_float(checkpoint, recipe, options)), max_memory)
+
+
+def plan_rotating(request: Request) -> Plan:
+    """Return the plan of `rotate`: the whole recipe chooses rotations, and nothing is quantized."""
+    plain = rotations_alone(request.recipe)
+    written = foresee_checkpoint(request.checkpoint, plain, torch.float32)
+    facts = Facts(request.checkpoint, written, plain, request.calibration)
+    steps = list(_list_rounding(request, facts, plain, None, 0))
+    return Plan(0, (*steps, WriteRotatedFiles(facts)))
+
+
+def plan_lowering(request: LowerRequest, max_memory: int | None = None, base: int | None = None) -> Plan:
+    """Return the plan of `lower` for a quantized checkpoint; raises as `plan_request`."""
+    checkpoint, options = request.checkpoint, request.lowering
+    check_lowering(checkpoint.spec, options, checkpoint.online)
+    if base is None:
+        base = base_for(checkpoint.spec, max_memory)
+    packages = list(_list_packages(checkpoint, options))
+    steps: tuple[AnyStep, ...] = (MeasureRanges(checkpoint), *packages, WritePackageFiles(packages))
+    return _keep_within(Plan(base, steps), max_memory)
+
+
+def plan_conversion(request: Request, max_memory: int | None) -> tuple[Plan, Speed]:
+    """Return the plan of `convert` for a float model, and how fast this machine is.
+
+    Raises what `convert` raises before it reads a weight.
+    """
+    request.check()
+    base = measure_base(request.checkpoint.spec)
+    return plan_request(request, max_memory, base), measure_speed()
+
+
+def rotations_alone(recipe: Recipe) -> Recipe:
+    """Return a recipe with the rotations of this one, that quantizes nothing."""
+    return recipe_from_dict({**{key: getattr(recipe, key) for key in ROTATION_KEYS}, **FLOAT})
+
+
+def foresee_checkpoint(
+    checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype = torch.float16
+) -> Checkpoint:
+    """Return the checkpoint that quantizing writes, as its headers will say; what is not quantized is in
+    `dtype`."""
+    spec = replace(checkpoint.spec, tied=False)
+    width = recipe.bits if not recipe.target_bits else max(recipe.widths)
+    entries = checkpoint_entries(spec, recipe, dict.fromkeys(projection_names(spec), width), dtype)
+    tensors = {
+        entry.name: TensorInfo(Path("model.safetensors"), DTYPE_NAMES[entry.dtype], entry.shape, 0)
+        for entry in entries
+    }
+    return Checkpoint(checkpoint.folder, spec, tensors, plan_online(spec, recipe))
+
+
+def base_for(spec: ModelSpec, max_memory: int | None) -> int:
+    """Return `measure_base` for a job that is about to run: nothing where no limit asks for its peaks."""
+    return 0 if max_memory is None else measure_base(spec)
+
+
+def measure_base(spec: ModelSpec) -> int:
+    """Return the resident bytes of this process with all that a run imports, the model without weights, and
+    what libraries keep from their first use: a BLAS's buffers, and compiled loops."""
+    ReferenceModel(spec, torch.float32)
+    for dtype in (torch.float32, torch.float64):
+        square = torch.ones(SMALL, SMALL, dtype=dtype)
+        _ = square @ square
+    small = torch.linspace(-1, 1, SMALL * SMALL).view(SMALL, SMALL)
+    quantize_linear(small, None, bits=4, codebook="lut", scales="balanced", name="none")
+    return resident_bytes()
+
+
+def _list_rounding(
+    request: Request, facts: Facts, recipe: Recipe, max_memory: int | None, base: int
+) -> Iterator[AnyStep]:
+    """The steps that make a checkpoint's weights with `recipe`; rotations are chosen by the request's own."""
+    calibrates = request.calibrates if recipe is request.recipe else recipe.calibrated
+    if calibrates:
+        sampled = request.calibration.source == SELF
+        whole = not sampled or fits_whole(facts.checkpoint, request.calibration, max_memory, base)
+        yield CollectTokens(facts, whole)
+    if request.rotated_with is None and not is_drawn(recipe):
+        yield ChooseRotations(replace(facts, recipe=request.recipe), request.rotations)
+    if calibrates and recipe.target_bits:
+        yield ChooseWidths(facts)
+    yield RoundEmbedding(facts)
+    for layer in range(facts.spec.num_layers):
+        yield RoundLayer(facts, layer)
+    yield RoundHead(facts)
+    if recipe.tune:
+        yield Tune(facts)
+
+
+def _list_packages(written: Checkpoint, options: LowerOptions) -> Iterator[BuildPackage]:
+    """The steps that build the packages of a checkpoint, in running order."""
+    chunks = options.chunks or least_chunks(written, options.context, options.max_chunk_mb)
+    yield BuildTable(written, 0, EMBEDDING)
+    for number, layers in enumerate(chunk_ranges(written.spec.num_layers, chunks), 1):
+        yield BuildChunk(written, number, layers, chunks, options.context)
+    yield BuildTable(written, chunks + 1, HEAD)
+
+
+def _keep_within(plan: Plan, max_memory: int | None) -> Plan:
+    """The plan; raises ResourceError when a step of it needs more."""
+    peak = plan.peak(plan.largest)
+    if max_memory is not None and peak > max_memory:
+        least = math.ceil(peak / 1e7) / 100
+        raise ResourceError(
+            f"'{plan.largest.title}' needs {peak / 1e9:.2f} GB, and --max-memory allows "
+            f"{max_memory / 1e9:.2f} GB",
+            remedy=f"the least that works is --max-memory {least:.2f}GB",
+        )
+    return plan
+
+
+def count_chunks(steps: Sequence[AnyStep]) -> int:
+    """Return how many packages of layers the steps build."""
+    return sum(isinstance(step, BuildChunk) for step in steps)

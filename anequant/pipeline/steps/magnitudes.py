@@ -1,0 +1,61 @@
+"""The magnitudes inside a quantized model, which packages in float16 have to hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anequant.calibration.ranges import LayerRange, layer_ranges
+from anequant.checkpoints.reader import Checkpoint
+from anequant.jobs.control import Progress
+from anequant.jobs.step import Step, Work
+from anequant.pipeline.lowering import Lowering
+from anequant.pipeline.steps.sizes import (
+    FLOAT16,
+    FLOAT32,
+    PACKING_PASSES,
+    layer_size,
+    linear_sizes,
+    stored_bytes,
+    table_size,
+)
+from anequant.reference.probe import RANGE_TOKENS, probe_tokens
+from anequant.targets.shared.headroom import plan_headroom
+
+
+@dataclass(frozen=True, eq=False)
+class MeasureRanges(Step[Lowering, tuple[LayerRange, ...]]):
+    """Look at the magnitudes of a few tokens in every layer; `written` is quantized, or will be."""
+
+    stage = "lower"
+    kind = "ranges"
+    result = tuple[LayerRange, ...]
+
+    written: Checkpoint
+
+    @property
+    def id(self) -> str:
+        return "ranges"
+
+    @property
+    def moves(self) -> tuple[int, int]:
+        return stored_bytes(self.written, "model.layers."), 0
+
+    @property
+    def holds(self) -> int:
+        """A layer in float32, its codes, and of a linear its code numbers and entries; or the embedding."""
+        spec = self.written.spec
+        largest = max(linear_sizes(spec))
+        running = max((FLOAT16 + FLOAT32) * largest, 2 * FLOAT32 * largest)
+        return max(FLOAT16 * table_size(spec), (FLOAT32 + 1) * layer_size(spec) + running)
+
+    @property
+    def cost(self) -> Work:
+        size = self.written.spec.num_layers * layer_size(self.written.spec)
+        return Work(2 * 4 * RANGE_TOKENS * size, 4 * PACKING_PASSES * size)
+
+    def run(self, state: Lowering, progress: Progress) -> tuple[LayerRange, ...]:
+        tokens = probe_tokens(state.checkpoint, RANGE_TOKENS)[None]
+        return tuple(layer_ranges(state.checkpoint, tokens))
+
+    def accept(self, state: Lowering, result: tuple[LayerRange, ...]) -> None:
+        state.headroom = plan_headroom(list(result))
