@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from anequant.errors import UsageError
 from anequant.jobs.control import Expected, Run, Unit, measure_shares
@@ -65,8 +66,7 @@ class Journal:
         if not work.half_published:
             work.output.mkdir(exist_ok=True)
         self.output = work.written
-        shutil.rmtree(self.tasks, ignore_errors=True)
-        self.tasks.mkdir()
+        self._clear_tasks()
         self.scheduler = run.scheduler(self.tasks)
         if self._records:
             begun = self._records[0].data if self._records[0].unit == FINGERPRINT else {}
@@ -146,6 +146,15 @@ class Journal:
         """Whether the unit is among those that are done."""
         return any(record.unit == name for record in self._records)
 
+    def _clear_tasks(self) -> None:
+        """Begin with no files of tasks; a worker that an earlier run left at work finds its folder gone, and
+        cannot keep this one from being made."""
+        if self.tasks.exists():
+            gone = self.tasks.with_name(f"{TASKS}.{uuid4().hex}")
+            self.tasks.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+        self.tasks.mkdir()
+
     def _sync_files(self) -> None:
         """Have the disk hold what is new since the last unit."""
         folders = set()
@@ -163,7 +172,7 @@ class Journal:
     def _files(self) -> Iterator[Path]:
         """What units have written; in `tasks` others may be at work."""
         for path in self.folder.iterdir():
-            if path.name not in (JOURNAL, LOCK, TASKS):
+            if path.name not in (JOURNAL, LOCK) and path.name.partition(".")[0] != TASKS:
                 yield path
                 yield from path.rglob("*")
 

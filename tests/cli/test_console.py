@@ -244,7 +244,7 @@ def test_plain_lines_of_a_long_unit(clock: Clock) -> None:
     shown = Lines("convert", lines.append, 2.0, 10.0, clock)
     shown.plan(even(20))
     for second in range(35):
-        shown.report(f"token {second}", second / 20 / 35)
+        shown.report((f"token {second}",), second / 20 / 35)
         clock.now += 1.0
     assert [line.split(", ")[0] for line in lines] == [f"convert: token {n}" for n in (2, 12, 22, 32)]
     assert all(line.endswith(", estimating") for line in lines)

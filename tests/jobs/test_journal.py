@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,15 @@ def test_nothing_is_on_record_before_it_is_on_disk(work: WorkFolder, monkeypatch
     synced.clear()
     journal.unit("unit 2", lambda: None, object)
     assert "output/deep/weights" not in synced
+
+
+def test_a_worker_that_is_still_at_work_keeps_no_job_from_beginning(
+    work: WorkFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes into the folder of tasks while that is being removed, which then is not empty."""
+    late = Journal(work, PRINT, Run()).tasks / "late"
+    late.write_bytes(b"a result")
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+    journal = Journal(work, PRINT, Run())
+    assert list(journal.tasks.iterdir()) == []
+    assert journal.unit("unit 0", lambda: 1, int) == 1
