@@ -24,6 +24,7 @@ from packaging.specifiers import SpecifierSet
 
 from anequant.jobs.machine import Memory, memory, torch_threads, usable_cores
 from anequant.recipe import LowerOptions
+from anequant.units import format_bytes
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 MEGABYTE, GIGABYTE = 10**6, 10**9
@@ -164,11 +165,11 @@ def cores(
 def free_memory(found: Memory | None = None) -> Iterator[Check]:
     found = memory() if found is None else found
     if found.available is None:
-        yield Check("memory", OK, f"{_gigabytes(found.total)}")
+        yield Check("memory", OK, format_bytes(found.total))
         return
-    detail = f"{_gigabytes(found.available)} free of {_gigabytes(found.total)}"
+    detail = f"{format_bytes(found.available)} free of {format_bytes(found.total)}"
     if found.available < LEAST_MEMORY:
-        remedy = f"close other programs; {_gigabytes(LEAST_MEMORY)} suffice for half a billion weights"
+        remedy = f"close other programs; {format_bytes(LEAST_MEMORY)} suffice for half a billion weights"
         yield Check("memory", WARNING, detail, remedy)
     else:
         yield Check("memory", OK, detail)
@@ -186,11 +187,11 @@ def disk(
         ("working folder", working, LEAST_ROOM, "work in a folder on another disk"),
         ("temporary folder", temporary, LEAST_TEMPORARY, "set TMPDIR to a folder on another disk"),
     ):
-        detail = f"{_gigabytes(free(folder))} free in {folder}"
+        detail = f"{format_bytes(free(folder))} free in {folder}"
         if not os.access(folder, os.W_OK):
             yield Check(name, WARNING, f"{folder} cannot be written to", other)
         elif free(folder) < least:
-            yield Check(name, WARNING, detail, f"free {_gigabytes(least)}, or {other}")
+            yield Check(name, WARNING, detail, f"free {format_bytes(least)}, or {other}")
         else:
             yield Check(name, OK, detail)
 
@@ -254,7 +255,3 @@ def _output(command: Sequence[str]) -> str | None:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / GIGABYTE:.1f} GB"

@@ -128,8 +128,8 @@ def test_more_threads_than_cores() -> None:
 def test_little_memory() -> None:
     assert one(doctor.free_memory(Memory(8 * GB, LEAST_MEMORY))).status == OK
     low = one(doctor.free_memory(Memory(8 * GB, LEAST_MEMORY - 1)))
-    assert low.status == WARNING and low.detail.endswith("free of 8.0 GB")
-    assert one(doctor.free_memory(Memory(8 * GB, None))).detail == "8.0 GB"
+    assert low.status == WARNING and low.detail.endswith("free of 8 GB")
+    assert one(doctor.free_memory(Memory(8 * GB, None))).detail == "8 GB"
 
 
 def test_little_room(tmp_path: Path) -> None:

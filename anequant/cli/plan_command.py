@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,18 +17,14 @@ from anequant.cli.options import (
     read_recipe,
     recipe_options,
 )
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>([KMG]I?)?)B?", re.IGNORECASE)
+from anequant.units import parse_bytes
 
 
 def _bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    """Bytes of 4GB, 512MiB or a plain number."""
-    match = None if value is None else _SIZE.fullmatch(value.strip())
-    if value is not None and match is None:
-        raise click.BadParameter(f"'{value}' is no size such as 4GB or 512MiB")
     try:
-        return None if match is None else int(float(match["number"]) * UNITS[match["unit"].upper()])
+        return None if value is None else parse_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
     except OverflowError as error:
         raise click.BadParameter("that is more than any machine has") from error
 

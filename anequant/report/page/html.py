@@ -16,6 +16,7 @@ from anequant.recipe import Recipe
 from anequant.report.page import charts
 from anequant.report.page.charts import LineChart
 from anequant.report.terminal.inspected import recipe_words
+from anequant.units import format_bytes, format_duration
 
 TEMPLATE = "report.html.jinja"
 NOTHING = "–"
@@ -35,7 +36,7 @@ def page(template: str, **values: Any) -> str:
         "number": number,
         "percent": percent,
         "size": size,
-        "duration": duration,
+        "duration": format_duration,
         "short": short_name,
         "shape": shape,
         "form": lambda value, form: percent(value) if form == "percent" else number(value),
@@ -84,20 +85,7 @@ def percent(share: float | None) -> str:
 
 
 def size(count: float | None) -> str:
-    if count is None:
-        return NOTHING
-    for step, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= step:
-            return f"{count / step:.3g} {unit}" if count < 1000 * step else f"{count / step:,.0f} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return NOTHING if count is None else format_bytes(count)
 
 
 def short_name(projection: str) -> str:

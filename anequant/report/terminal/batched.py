@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from anequant.comparison.batch import Row
-from anequant.report.page.html import NOTHING, size
+from anequant.report.page.html import NOTHING
+from anequant.units import format_bytes
 
 COLUMNS = ("job", "recipe", "model", "bits/weight", "size", "NLL", "KL", "seconds", "state")
 
@@ -22,7 +23,7 @@ def _line(row: Row) -> tuple[str, ...]:
         row.recipe,
         row.model,
         NOTHING if row.bits is None else f"{row.bits.whole:.2f}",
-        NOTHING if row.bits is None else size(row.bits.nbytes),
+        NOTHING if row.bits is None else format_bytes(row.bits.nbytes),
         *(f"{quality[key]:.4f}" if key in quality else NOTHING for key in ("nll", "kl")),
         NOTHING if row.seconds is None else f"{row.seconds:.1f}",
         row.state,

@@ -8,8 +8,9 @@ from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.comparison.trials import MEMORY_MISSING, PEER, Comparison, Trial
 from anequant.errors import UsageError
 from anequant.report.page import scatter
-from anequant.report.page.html import NOTHING, page, size
+from anequant.report.page.html import NOTHING, page
 from anequant.report.page.write import replace_file
+from anequant.units import format_bytes
 
 COLUMNS = (
     *("recipe", "front", "bits/weight", "projections", "size", "extra NLL", "KL", "top token", "seconds"),
@@ -34,7 +35,7 @@ def _line(trial: Trial) -> tuple[str, ...]:
         front,
         f"{bits.whole:.2f}",
         f"{bits.projections:.2f}",
-        size(bits.nbytes),
+        format_bytes(bits.nbytes),
         f"{quality.extra_nll:+.4f}",
         f"{quality.kl:.4f}",
         f"{quality.top1:.1%}",

@@ -11,6 +11,7 @@ from anequant.inspection.inspect_checkpoint import PARTS_OF_LINEAR, WHOLE, Check
 from anequant.inspection.inspect_package import FunctionFacts, PackageFacts
 from anequant.inspection.inspect_tensors import TensorFiles
 from anequant.recipe import Recipe
+from anequant.units import format_bytes
 
 Rows = list[tuple[str, str]]
 MAIN_KEYS = ("r1", "r2", "codebook", "scales", "rounding", "bits")
@@ -102,7 +103,7 @@ def _online(online: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _files(files: TensorFiles, whole: PartBits | None = None) -> Rows:
-    dtypes = ", ".join(f"{dtype} {_bytes(size)}" for dtype, size in files.dtypes.items())
+    dtypes = ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in files.dtypes.items())
     rows: Rows = [("tensors", f"{files.tensors}: {dtypes}")]
     vectors = [kind for kind in files.kinds if kind.name.endswith(VECTORS)]
     listed = [kind for kind in files.kinds if kind not in vectors]
@@ -113,16 +114,16 @@ def _files(files: TensorFiles, whole: PartBits | None = None) -> Rows:
         count = sum(kind.count for kind in vectors)
         rows.append(("", f"{'scales and codebooks of linears':<{width}}  {count:>3}"))
     sizes = list(files.files.items())
-    names = ", ".join(f"{name} {_bytes(size)}" for name, size in sizes[:2])
+    names = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes[:2])
     more = f", and {len(sizes) - 2} more" if len(sizes) > 2 else ""
     total = sum(files.files.values())
-    rows.append(("files", f"{_bytes(total)}: {names}{more}"))
+    rows.append(("files", f"{format_bytes(total)}: {names}{more}"))
     if whole is not None and whole.stored_bits is not None and whole.stored_bits < 16:
         small, plain = whole.weights * whole.stored_bits / 8, whole.weights * 2
-        text = f"{_bytes(small)} of weights once packed, {_bytes(plain)} in float16 ({small / plain:.0%})"
-        rows.append(("size", text))
+        packed = f"{format_bytes(small)} of weights once packed"
+        rows.append(("size", f"{packed}, {format_bytes(plain)} in float16 ({small / plain:.0%})"))
     else:
-        rows.append(("size", f"{_bytes(files.float16_bytes)} in float16"))
+        rows.append(("size", f"{format_bytes(files.float16_bytes)} in float16"))
     return rows
 
 
@@ -141,7 +142,7 @@ def _package(facts: PackageFacts) -> Rows:
     for kind in facts.constants:
         table = f", {kind.tables} tables of {kind.entries} entries" if kind.tables else ""
         text = f"{kind.count} {kind.kind} {kind.dtype}{table}: {_count(kind.values)} values in "
-        rows.append(("  constants", text + _bytes(kind.bytes)))
+        rows.append(("  constants", text + format_bytes(kind.bytes)))
     if facts.bits is not None and facts.stored_bits is not None:
         widths = _widths(facts.bits, facts.stored_bits, "tables")
         rows.append(("  weights", f"{_count(facts.weights)} of {widths}"))
@@ -157,8 +158,8 @@ def _package_size(facts: PackageFacts) -> str:
     rest = sum(facts.files.values()) - weights
     share = f" ({weights / facts.float16_bytes:.0%})" if facts.float16_bytes else ""
     return (
-        f"weights {_bytes(weights)}, graph {_bytes(rest)}; constants in float16 "
-        f"{_bytes(facts.float16_bytes)}{share}"
+        f"weights {format_bytes(weights)}, graph {format_bytes(rest)}; constants in float16 "
+        f"{format_bytes(facts.float16_bytes)}{share}"
     )
 
 
@@ -198,7 +199,7 @@ def _shape(shape: Sequence[int | None]) -> str:
 def _total(packages: Sequence[PackageFacts]) -> Rows:
     size = sum(sum(facts.files.values()) for facts in packages)
     plain = sum(facts.float16_bytes for facts in packages)
-    text = f"{len(packages)} packages, {_bytes(size)}; constants in float16 {_bytes(plain)}"
+    text = f"{len(packages)} packages, {format_bytes(size)}; constants in float16 {format_bytes(plain)}"
     return [("total", text + (f" ({size / plain:.0%})" if plain else ""))]
 
 
@@ -207,10 +208,3 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.2f}{letter}"
     return str(number)
-
-
-def _bytes(count: float) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} bytes"

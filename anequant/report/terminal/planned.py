@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from anequant.planning.plan import Plan
 from anequant.planning.work import Speed
+from anequant.units import format_bytes, format_estimate
 
 COLUMNS = ("step", "job", "in", "out", "peak memory", "time, about")
 
@@ -14,39 +15,28 @@ def jobs(plan: Plan, speed: Speed) -> list[tuple[str, ...]]:
         (
             job.step,
             job.name,
-            _size(job.bytes_in),
-            _size(job.bytes_out),
-            _size(job.peak),
-            _time(speed.seconds(job.work)),
+            format_bytes(job.bytes_in),
+            format_bytes(job.bytes_out),
+            format_bytes(job.peak),
+            format_estimate(speed.seconds(job.work)),
         )
         for job in plan.jobs
     ]
 
 
 def summary(plan: Plan, speed: Speed) -> list[tuple[str, str]]:
-    peaks = ", ".join(f"{step} {_size(peak)}" for step, peak in plan.peaks().items())
+    peaks = ", ".join(f"{step} {format_bytes(peak)}" for step, peak in plan.peaks().items())
     seconds = sum(speed.seconds(job.work) for job in plan.jobs)
     disk = plan.disk
     rows = [
-        ("peak memory", f"{_size(plan.largest.peak)} at '{plan.largest.name}' ({peaks})"),
+        ("peak memory", f"{format_bytes(plan.largest.peak)} at '{plan.largest.name}' ({peaks})"),
         (
             "disk",
-            f"{_size(disk.total)}: checkpoint {_size(disk.checkpoint)}, packages {_size(disk.packages)}, "
-            f"while it runs {_size(disk.temporary)} more",
+            f"{format_bytes(disk.total)}: checkpoint {format_bytes(disk.checkpoint)}, packages "
+            f"{format_bytes(disk.packages)}, while it runs {format_bytes(disk.temporary)} more",
         ),
-        ("time", f"about {_time(seconds)}, an estimate"),
+        ("time", f"about {format_estimate(seconds)}, an estimate"),
     ]
     kept = [f"{row.what}: {row.form} ({row.reason})" for row in plan.kept]
     labels = ["kept as it is", *[""] * (len(kept) - 1)]
     return [*rows, *zip(labels, kept, strict=True)]
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

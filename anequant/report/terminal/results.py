@@ -18,6 +18,7 @@ from anequant.pipeline.rotate import RotateResult
 from anequant.pipeline.rounder import TensorError
 from anequant.targets.coreml.lint.rules import Finding
 from anequant.targets.shared.headroom import Headroom
+from anequant.units import format_bytes
 from anequant.verification.verify import CheckpointCheck, PackageCheck
 
 Rows = list[tuple[str, str]]
@@ -111,8 +112,8 @@ def lowered(folder: Path, result: LowerResult) -> Rows:
         rows.append(
             (
                 "",
-                f"{size.name}.mlpackage  weights {_megabytes(size.weight_bytes)} for constants of "
-                f"{_megabytes(size.constant_bytes)}, graph {_megabytes(size.graph_bytes)}",
+                f"{size.name}.mlpackage  weights {format_bytes(size.weight_bytes)} for constants of "
+                f"{format_bytes(size.constant_bytes)}, graph {format_bytes(size.graph_bytes)}",
             )
         )
     return rows + headroom(result.headroom)
@@ -252,7 +253,3 @@ def converted(folder: Path, result: ConvertResult) -> Rows:
     if result.quality is None:
         return [*rows, ("quality", "not measured: the model comes without a tokenizer")]
     return rows + quality(result.quality)
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"
