@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.checkpoints.manifest import rotation_keys
+from anequant.checkpoints.manifest import load_recipe_for
 from anequant.checkpoints.side_files import custom_code
 from anequant.checkpoints.source import Source, resolve_source
 from anequant.evaluation.evaluate import Evaluation, evaluate_checkpoint
@@ -31,7 +31,7 @@ from anequant.pipeline.lower import lower as run_lower
 from anequant.pipeline.quantize import QuantizeResult
 from anequant.pipeline.quantize import quantize as run_quantize
 from anequant.recipe import Calibration, LowerOptions, Recipe
-from anequant.recipe_files import DEFAULT_RECIPE, load_recipe, recipe_from_dict
+from anequant.recipe_files import DEFAULT_RECIPE, load_recipe
 from anequant.report.terminal.converted import convert_and_report
 from anequant.verification.verify import CheckpointCheck, PackageCheck, verify_folder
 
@@ -196,20 +196,13 @@ def evaluate(
 def _job(
     model: str | None, recipe: str | Path | Mapping[str, Any], keys: Mapping[str, Any]
 ) -> tuple[Source, Recipe]:
-    """A wrong recipe is noticed before a model is downloaded; what a model was rotated with stands in the
-    place of the recipe's keys, not of `keys`."""
-    _recipe(recipe, keys)
+    """The model's folder and its recipe; a wrong recipe is noticed before a model is downloaded."""
+    load_recipe(recipe, keys)
     source = resolve_source(model)
     code = custom_code(source.folder)
     if code:
         LOG.warning("ignored, no code of a checkpoint is run: %s", ", ".join(code))
-    return source, _recipe(recipe, {**(rotation_keys(source.folder) or {}), **keys})
-
-
-def _recipe(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -> Recipe:
-    if isinstance(recipe, Mapping):
-        return recipe_from_dict({**recipe, **overrides})
-    return load_recipe(str(recipe), overrides)
+    return source, load_recipe_for(source.folder, recipe, keys)
 
 
 @contextmanager

@@ -19,13 +19,18 @@ ROTATION_KEYS = ("r1", "r1_block", "r2", "r3", "r4", "r4_block", "seed", "restar
 """The recipe's keys that say how a float model is rotated, before anything is rounded."""
 
 
-def load_recipe(name_or_path: str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe by name (`configs/`) or from a TOML, JSON or YAML file, then apply `overrides`.
+def load_recipe(
+    recipe: str | Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read a recipe by name (`configs/`), from a TOML, JSON or YAML file or from a mapping of its keys, then
+    apply `overrides`.
 
     Raises UsageError for an unknown recipe, an unreadable file, an unknown key (with a suggestion),
     a wrong type or a value outside the choices.
     """
-    path = _find_recipe(name_or_path or DEFAULT_RECIPE)
+    if isinstance(recipe, Mapping):
+        return recipe_from_dict({**recipe, **(overrides or {})})
+    path = _find_recipe(str(recipe or DEFAULT_RECIPE))
     values = _read_recipe_file(path)
     try:
         return recipe_from_dict({**values, **(overrides or {})})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from glob import escape, glob
 from pathlib import Path
@@ -128,15 +128,18 @@ def complete_recipes(
     return [CompletionItem(",".join([*before, found])) for found in names or files]
 
 
-def read_recipe(options: dict[str, Any], rotated: Mapping[str, Any] | None = None) -> Recipe:
-    """The Recipe of `recipe_options` or `rotation_options`; raises UsageError.
+def read_recipe(options: dict[str, Any], folder: Path | None = None) -> Recipe:
+    """Read the Recipe of `recipe_options` or `rotation_options`, for the model in `folder` where it is known.
 
-    `rotated` are the keys that the model was rotated with before, if it was: they stand in the place of the
-    recipe's, not of options that are given.
+    Raises what `load_recipe_for` raises.
     """
     names = [item.name for item in dataclasses.fields(Recipe)]
     overrides = {name: options[name] for name in names if options.get(name) is not None}
-    return load_recipe(options["recipe"], {**(rotated or {}), **overrides})
+    if folder is None:
+        return load_recipe(options["recipe"], overrides)
+    from anequant.checkpoints.manifest import load_recipe_for
+
+    return load_recipe_for(folder, options["recipe"], overrides)
 
 
 def calibration_options(run: Run) -> Run:
@@ -167,7 +170,6 @@ def read_job(
     """MODEL's folder and what `recipe_options` or `rotation_options`, and `calibration_options` say of it;
     a wrong recipe is noticed before anything heavy is imported. Code in the folder is told, and not run."""
     read_recipe(options)
-    from anequant.checkpoints.manifest import rotation_keys
     from anequant.checkpoints.side_files import custom_code
     from anequant.checkpoints.source import resolve_source
 
@@ -175,7 +177,7 @@ def read_job(
     code = custom_code(source.folder)
     if code:
         console.note(f"ignored, no code of a checkpoint is run: {', '.join(code)}")
-    recipe = read_recipe(options, rotation_keys(source.folder))
+    recipe = read_recipe(options, source.folder)
     return source, recipe, read_calibration(options), options["rotations"]
 
 
