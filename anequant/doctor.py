@@ -63,6 +63,22 @@ def failed(checks: Sequence[Check]) -> bool:
     return any(check.status == FAILURE for check in checks)
 
 
+def describe_checks(checks: Sequence[Check]) -> list[tuple[str, str]]:
+    """Return a row of (label, text) for each check, its remedy below it, and the sum at the end."""
+    width = max(len(check.name) for check in checks)
+    rows = []
+    for check in checks:
+        rows.append((check.status, f"{check.name:<{width}}  {check.detail}"))
+        if check.remedy:
+            rows.append(("", f"{'':<{width}}  do: {check.remedy}"))
+    counts = [
+        f"{count} {word}{'' if count == 1 else 's'}"
+        for word in (FAILURE, WARNING)
+        if (count := sum(check.status == word for check in checks))
+    ]
+    return [*rows, ("", ", ".join(counts) or "nothing is wrong")]
+
+
 def python(
     version: str = platform.python_version(), required: str | None = None, executable: str = sys.executable
 ) -> Iterator[Check]:

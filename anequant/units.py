@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 
+NOTHING = "–"
+"""Stands for a number that is not known."""
+
 SIZES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>([KMG]I?)?)B?", re.IGNORECASE)
 
 
-def format_bytes(count: float) -> str:
-    """Return three digits and the largest unit that fits: 12 bytes, 1.23 kB, 45.6 MB, 1,234 GB."""
+def format_bytes(count: float | None) -> str:
+    """Return three digits and the largest unit that fits: 12 bytes, 1.23 kB, 45.6 MB, 1,234 GB; NOTHING for
+    None."""
+    if count is None:
+        return NOTHING
     for size, unit in SIZES:
         if count >= 0.9995 * size:
             return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:,.0f} {unit}"

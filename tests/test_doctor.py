@@ -24,11 +24,11 @@ from anequant.doctor import (
     OK,
     WARNING,
     Check,
+    describe_checks,
     diagnose,
     failed,
 )
 from anequant.jobs.machine import Memory, memory, usable_cores
-from anequant.report.terminal.diagnosed import diagnosed
 from anequant.versions import installed_versions
 
 GB = 10**9
@@ -249,7 +249,7 @@ def test_a_failure_is_exit_code_4_and_a_warning_is_not(monkeypatch: pytest.Monke
 
 
 def test_the_sum_of_no_complaints() -> None:
-    assert diagnosed([Check("a", OK, "b")])[-1] == ("", "nothing is wrong")
+    assert describe_checks([Check("a", OK, "b")])[-1] == ("", "nothing is wrong")
 
 
 def test_it_runs_where_torch_and_coremltools_are_broken() -> None:

@@ -74,7 +74,7 @@ def run(
         console.note("Hadamard rotations and nearest rounding: no use for calibration data")
     with console.progress("quantize") as progress:
         output, result = quantize_hooked(resolve_source(src), dst, recipe, calibration, progress, force=force)
-    console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
+    console.result({"output": str(output), **result.to_dict()}, text.describe_quantization(output, result))
 
 
 @main.command()
@@ -115,7 +115,7 @@ def quark(
     with console.progress("quantize") as progress:
         source = resolve_source(model)
         result = quantize(source, output, chosen.recipe, calibration, force=force, progress=progress)
-    console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
+    console.result({"output": str(output), **result.to_dict()}, text.describe_quantization(output, result))
 
 
 @main.command()
@@ -134,9 +134,9 @@ def llmc(console: Console, path: Path, force: bool) -> None:
         result = run_llmc(plan, progress, force=force)
     rows = []
     if result.rotated is not None:
-        rows += text.rotated(plan.output / TRANSFORMED, result.rotated)
+        rows += text.describe_rotation(plan.output / TRANSFORMED, result.rotated)
     if result.quantized is not None:
-        rows += text.quantized(plan.output / QUANTIZED, result.quantized)
+        rows += text.describe_quantization(plan.output / QUANTIZED, result.quantized)
     console.result({"output": str(plan.output), **result.to_dict()}, rows)
 
 

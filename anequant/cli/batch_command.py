@@ -39,8 +39,8 @@ def batch(
     from anequant.comparison.batch import exit_code, run_batch
     from anequant.comparison.batch_file import read_batch
     from anequant.jobs.scheduler import open_scheduler
-    from anequant.report.terminal import batched
     from anequant.report.terminal.converted import convert_and_report
+    from anequant.report.terminal.tables import tabulate_batch
 
     wanted = read_batch(jobs)
     with open_scheduler(scheduler, console.note) as tasks:
@@ -53,6 +53,6 @@ def batch(
         rows = run_batch(wanted, begin, convert_and_report, console.note, force=force)
     code = exit_code(rows)
     values = {"output": str(wanted.output), "jobs": [row.to_dict() for row in rows], "exit_code": code}
-    console.table(values, batched.COLUMNS, batched.lines(rows), batched.failures(rows))
+    console.table(values, tabulate_batch(rows))
     if code:
         sys.exit(code)

@@ -76,7 +76,7 @@ def verify(console: Console, folder: Path, checkpoint: Path | None) -> None:
         "checkpoint": None if written is None else written.to_dict(),
         "packages": None if packages is None else packages.to_dict(),
     }
-    console.result({"folder": str(folder), **values}, text.verified(written, packages))
+    console.result({"folder": str(folder), **values}, text.describe_verification(written, packages))
 
 
 @main.command()
@@ -96,7 +96,7 @@ def lint(console: Console, path: Path, chip: str) -> None:
     from anequant.targets.coreml.lint.rules import lint as run
 
     findings = run(path, chip)
-    console.result({"findings": [asdict(finding) for finding in findings]}, text.linted(findings))
+    console.result({"findings": [asdict(finding) for finding in findings]}, text.describe_lint(findings))
     if errors_of(findings):
         sys.exit(VerificationError.exit_code)
 
@@ -116,7 +116,7 @@ def profile(console: Console, packages: Path, tokens: int) -> None:
 
     with console.progress("profile") as progress:
         result = run(packages, tokens, progress=progress)
-    console.result({"folder": str(packages), **result.to_dict()}, text.profiled(result))
+    console.result({"folder": str(packages), **result.to_dict()}, text.describe_profile(result))
 
 
 @main.command(name="eval")
@@ -158,12 +158,12 @@ def evaluate(
                 checkpoint, text, base, windows=windows, length=length, progress=progress
             )
         values |= result.to_dict()
-        printed += rows.evaluated(result)
+        printed += rows.describe_evaluation(result)
     if lm_eval is not None:
         with console.progress("lm-eval") as progress:
             scores = evaluate_tasks(checkpoint, lm_eval, backend, progress)
         values |= scores.to_dict()
-        printed += rows.tasks(scores)
+        printed += rows.describe_tasks(scores)
     console.result(values, printed)
 
 

@@ -80,7 +80,8 @@ def compare(
     from anequant.checkpoints.source import resolve_source
     from anequant.comparison.compare import compare as run
     from anequant.jobs.scheduler import open_scheduler
-    from anequant.report.terminal import comparison_table as shown
+    from anequant.report.page.comparison_page import write_comparison_page
+    from anequant.report.terminal.tables import tabulate_comparison
 
     source = resolve_source(model)
     with open_scheduler(scheduler, console.note) as tasks, console.watched("compare") as job:
@@ -97,11 +98,11 @@ def compare(
             progress=job.progress,
             control=replace(job.control, scheduler=tasks),
         )
-    rows = shown.summary(result)
+    table = tabulate_comparison(result)
     if html is not None:
-        shown.write_page(html, result)
-        rows.append(("page", str(html)))
-    console.table(result.to_dict(), shown.COLUMNS, shown.lines(result), rows)
+        write_comparison_page(html, result, table)
+        table = replace(table, rows=[*table.rows, ("page", str(html))])
+    console.table(result.to_dict(), table)
     if result.exit_code:
         sys.exit(result.exit_code)
 

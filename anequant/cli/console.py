@@ -16,11 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from anequant.cli.live import Display, Lines, Nothing, bar
 from anequant.errors import AnequantError, UsageError
 from anequant.jobs.control import Control, Progress
+
+if TYPE_CHECKING:
+    from anequant.report.terminal.tables import Table
 
 SHOW_AFTER = 2.0
 LINE_EVERY = 10.0
@@ -78,21 +81,15 @@ class Console:
                 for line in _row(f"{_printable(label):<{width}}  ", _printable(text), sys.stdout):
                     print(line)
 
-    def table(
-        self,
-        values: dict[str, Any],
-        columns: Sequence[str],
-        lines: Sequence[Sequence[str]],
-        rows: Sequence[tuple[str, str]],
-    ) -> None:
-        """As `result`, with a table of `lines` before the rows: drawn on a terminal, else with tabs."""
+    def table(self, values: dict[str, Any], table: Table) -> None:
+        """As `result`, with the table's lines before its rows: drawn on a terminal, else with tabs."""
         if not self.json and not self.quiet:
             if sys.stdout.isatty():
-                _draw(columns, lines)
+                _draw(table)
             else:
-                for line in (columns, *lines):
+                for line in (table.columns, *table.lines):
                     print("\t".join(map(_printable, line)))
-        self.result(values, rows)
+        self.result(values, table.rows)
 
     def text(self, piece: str) -> None:
         """Part of a running text, shown at once and as it is: a model says what it likes."""
@@ -193,25 +190,24 @@ def escape_what_has_no_code() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _draw(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """A table whose first two columns are words, and the others numbers; a row of words for each line where
-    the terminal is too narrow for the longest."""
+def _draw(shown: Table) -> None:
+    """A row of words for each line where the terminal is too narrow for the longest."""
     from rich.console import Console as RichConsole
     from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
     table = Table()
-    for number, column in enumerate(columns):
+    for number, column in enumerate(shown.columns):
         table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
-    for line in lines:
+    for line in shown.lines:
         table.add_row(*(Text(_printable(cell)) for cell in line))
     rich = RichConsole()
     if Measurement.get(rich, rich.options.update(max_width=UNLIMITED), table).minimum <= rich.width:
         rich.print(table)
         return
-    for first, *others in lines:
-        named = (f"{column} {cell}" for column, cell in zip(columns[1:], others, strict=True) if cell)
+    for first, *others in shown.lines:
+        named = (f"{column} {cell}" for column, cell in zip(shown.columns[1:], others, strict=True) if cell)
         for text in _row(f"{_printable(first)}  ", _printable(", ".join(named)), sys.stdout):
             print(text)
 

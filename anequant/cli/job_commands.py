@@ -61,7 +61,7 @@ def quantize(
             progress=job.progress,
             control=job.control,
         )
-    console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
+    console.result({"output": str(output), **result.to_dict()}, text.describe_quantization(output, result))
 
 
 @click.command()
@@ -94,7 +94,7 @@ def rotate(console: Console, model: str, output: Path, force: bool, resume: bool
             progress=job.progress,
             control=job.control,
         )
-    console.result({"output": str(output), **result.to_dict()}, text.rotated(output, result))
+    console.result({"output": str(output), **result.to_dict()}, text.describe_rotation(output, result))
 
 
 @click.command()
@@ -126,7 +126,7 @@ def lower(
     sizes = read_lowering(options)
     with scheduled_job(console, "lower", resume, max_memory, scheduler) as job:
         result = run(checkpoint, output, sizes, force=force, progress=job.progress, control=job.control)
-    console.result({"output": str(output), **result.to_dict()}, text.lowered(output, result))
+    console.result({"output": str(output), **result.to_dict()}, text.describe_lowering(output, result))
 
 
 @click.command()
@@ -173,5 +173,5 @@ def convert(
             progress=job.progress,
             control=job.control,
         )
-    rows = [*text.converted(output, result), *report.rows()]
+    rows = [*text.describe_conversion(output, result), *text.describe_report(report)]
     console.result({"model": source.name, "output": str(output), **result.to_dict()}, rows)

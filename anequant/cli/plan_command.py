@@ -55,16 +55,11 @@ def plan(console: Console, model: str | None, max_memory: int | None, **options:
     read_recipe(options)
     from anequant.checkpoints.hub_headers import headers_only
     from anequant.planning.plan import plan_source
-    from anequant.report.terminal import planned
+    from anequant.report.terminal.tables import tabulate_plan
 
     with headers_only(model) as source:
         recipe = read_recipe(options, source.folder)
         calibration, sizes = read_calibration(options), read_lowering(options)
         result, speed = plan_source(source, recipe, calibration, sizes, options["rotations"], max_memory)
     values = {"model": source.name, "revision": source.revision, "recipe": recipe.to_dict()}
-    console.table(
-        {**values, **result.to_dict(speed)},
-        planned.COLUMNS,
-        planned.jobs(result, speed),
-        planned.summary(result, speed),
-    )
+    console.table({**values, **result.to_dict(speed)}, tabulate_plan(result, speed))

@@ -28,10 +28,10 @@ def push(console: Console, folder: Path, repo: str, private: bool, yes: bool) ->
     """
     from anequant.outputs.push import plan_upload
     from anequant.outputs.push import push as run
-    from anequant.report.terminal.upload import uploaded
+    from anequant.report.terminal.results import describe_upload
 
     with console.progress("push") as progress:
         upload = plan_upload(folder, repo, private=private, progress=progress)
         if yes:
             upload = run(folder, upload, progress)
-    console.result({"folder": str(folder), **upload.to_dict()}, uploaded(upload))
+    console.result({"folder": str(folder), **upload.to_dict()}, describe_upload(upload))

@@ -28,7 +28,8 @@ def report(console: Console, folder: Path, base: str | None, text: Path | None) 
     anequant report CHECKPOINT --base org/name --text FILE
     """
     from anequant.report.page.write import write_report
+    from anequant.report.terminal.results import describe_report
 
     with console.progress("report") as progress:
         written = write_report(folder, base=base, text=text, progress=progress)
-    console.result(written.to_dict(), written.rows())
+    console.result(written.to_dict(), describe_report(written))

@@ -37,7 +37,7 @@ from anequant.pipeline.quantize import quantize
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.report.page.scatter import Point, scatter
-from anequant.report.terminal.comparison_table import COLUMNS, lines
+from anequant.report.terminal.tables import tabulate_comparison
 
 SOURCE = Source(BUNDLED_MODEL, BUNDLED_MODEL.name)
 SIZES = ("--windows", 2, "--length", 64)
@@ -291,7 +291,7 @@ def test_no_terminal_is_too_narrow_for_the_numbers(
     base = trials[0].quality
     assert base is not None
     result = Comparison("model", "text", 2, base, None, trials)
-    console._draw(COLUMNS, lines(result))
+    console._draw(tabulate_comparison(result))
     shown = capsys.readouterr().out
     assert "…" not in shown and {"4.06", "0.0347", "+0.0000"} <= set(re.split(r"[\s,│]+", shown))
     assert "a-recipe-of-my-own" in shown or width > 90

@@ -36,7 +36,7 @@ from anequant.pipeline.lower import lower
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
-from anequant.report.terminal.inspected_tensor import BAR
+from anequant.report.terminal.inspect_rows import BAR
 from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE
 from anequant.targets.coreml.storage import Weights
 

@@ -15,11 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from anequant.recipe import Recipe
 from anequant.report.page import charts
 from anequant.report.page.charts import LineChart
-from anequant.report.terminal.inspected import recipe_words
-from anequant.units import format_bytes, format_duration
+from anequant.report.terminal.inspect_rows import describe_recipe
+from anequant.units import NOTHING, format_bytes, format_duration
 
 TEMPLATE = "report.html.jinja"
-NOTHING = "–"
 BEFORE, AFTER, WRITTEN = "before", "after", "written"
 
 
@@ -35,7 +34,7 @@ def page(template: str, **values: Any) -> str:
     environment.filters |= {
         "number": number,
         "percent": percent,
-        "size": size,
+        "size": format_bytes,
         "duration": format_duration,
         "short": short_name,
         "shape": shape,
@@ -57,7 +56,7 @@ def render(data: dict[str, Any]) -> str:
         data=data,
         missing=data["missing"],
         layers=layers,
-        words=recipe_words(data["recipe"]),
+        words=describe_recipe(data["recipe"]),
         projections=[item["name"] for item in layers[0]["projections"]],
         groups=groups,
         heat=charts.heat_map(_table(layers, "output_error", WRITTEN)),
@@ -82,10 +81,6 @@ def number(value: float | None) -> str:
 
 def percent(share: float | None) -> str:
     return NOTHING if share is None else f"{share:.1%}"
-
-
-def size(count: float | None) -> str:
-    return NOTHING if count is None else format_bytes(count)
 
 
 def short_name(projection: str) -> str:

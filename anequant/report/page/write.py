@@ -38,14 +38,6 @@ class Written:
             "missing": self.data["missing"],
         }
 
-    def rows(self) -> list[tuple[str, str]]:
-        rows = [("report", str(self.folder / REPORT_PAGE))]
-        if self.data["worst"]:
-            worst = self.data["worst"][0]
-            name = f"{worst['name']} of layer {worst['layer']}"
-            rows.append(("worst output", f"{name}, off by {worst['output_error']:.2%}"))
-        return rows + [("missing", f"{what}: {why}") for what, why in self.data["missing"].items()]
-
 
 def write_report(
     folder: Path,

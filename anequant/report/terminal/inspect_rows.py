@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from anequant.inspection.inspect import Inspection
+from anequant.evaluation.distribution import Distribution
+from anequant.inspection.inspect import CodeUse, Inspection, TensorFacts
 from anequant.inspection.inspect_checkpoint import PARTS_OF_LINEAR, WHOLE, CheckpointFacts, PartBits
 from anequant.inspection.inspect_package import FunctionFacts, PackageFacts
 from anequant.inspection.inspect_tensors import TensorFiles
@@ -16,9 +18,12 @@ from anequant.units import format_bytes
 Rows = list[tuple[str, str]]
 MAIN_KEYS = ("r1", "r2", "codebook", "scales", "rounding", "bits")
 VECTORS = tuple(f".{part}" for part in PARTS_OF_LINEAR if part != "weight")
+BAR = 24
+"""Characters of the longest bar of a histogram."""
 
 
-def inspected(found: Inspection) -> Rows:
+def describe_inspection(found: Inspection) -> Rows:
+    """Return what `inspect` found, parts of a set of packages under their names."""
     rows: Rows = [("what", found.kind)]
     if found.file is not None:
         rows += _files(found.file)
@@ -50,7 +55,7 @@ def _checkpoint(facts: CheckpointFacts, *, alone: bool) -> Rows:
         ),
     ]
     if facts.recipe is not None:
-        rows.append(("recipe", recipe_words(facts.recipe)))
+        rows.append(("recipe", describe_recipe(facts.recipe)))
     rows += [(part, _bits(bits)) for part, bits in facts.bits.items()]
     for kind in facts.scales:
         given = f"{kind.input_range[0]:.3g} to {kind.input_range[1]:.3g}"
@@ -64,8 +69,8 @@ def _checkpoint(facts: CheckpointFacts, *, alone: bool) -> Rows:
     return rows + _files(facts.tensors, facts.bits.get(WHOLE))
 
 
-def recipe_words(recipe: Mapping[str, Any]) -> str:
-    """The keys that say most, then those that are not as in a recipe without any key."""
+def describe_recipe(recipe: Mapping[str, Any]) -> str:
+    """Return the keys that say most, then those that are not as in a recipe without any key."""
     defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}
     told = [key for key in defaults if key in MAIN_KEYS or recipe.get(key, defaults[key]) != defaults[key]]
     return ", ".join(f"{key} {recipe[key]}" for key in told if key in recipe)
@@ -109,7 +114,7 @@ def _files(files: TensorFiles, whole: PartBits | None = None) -> Rows:
     listed = [kind for kind in files.kinds if kind not in vectors]
     width = max((len(kind.name) for kind in listed), default=0)
     for kind in listed:
-        rows.append(("", f"{kind.name:<{width}}  {kind.count:>3} {kind.dtype:<4} {shape_words(kind.shape)}"))
+        rows.append(("", f"{kind.name:<{width}}  {kind.count:>3} {kind.dtype:<4} {format_shape(kind.shape)}"))
     if vectors:
         count = sum(kind.count for kind in vectors)
         rows.append(("", f"{'scales and codebooks of linears':<{width}}  {count:>3}"))
@@ -188,7 +193,7 @@ def _alike(specs: Sequence[Any]) -> list[tuple[list[str], str]]:
     return groups
 
 
-def shape_words(shape: Sequence[int]) -> str:
+def format_shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "a number"
 
 
@@ -208,3 +213,62 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.2f}{letter}"
     return str(number)
+
+
+def describe_tensor(facts: TensorFacts) -> Rows:
+    """Return statistics of one tensor, its histogram, and its codes."""
+    own = facts.distribution
+    rows: Rows = [
+        ("tensor", facts.name),
+        ("in", facts.place),
+        ("dtype", facts.dtype),
+        ("shape", format_shape(facts.shape)),
+    ]
+    if own.not_finite:
+        rows.append(("not finite", f"{own.not_finite} values, left out below"))
+    for label, value in (
+        ("min", own.low),
+        ("max", own.high),
+        ("mean", own.mean),
+        ("std", own.std),
+        ("rms", own.rms),
+        ("max/rms", own.peak),
+    ):
+        rows.append((label, "none" if value is None else f"{value:.6g}"))
+    rows.append(("kurtosis", "none" if own.kurtosis is None else f"{own.kurtosis:.3f} (normal values: 3)"))
+    rows.append(("zeros", "none" if own.zeros is None else f"{own.zeros:.2%}"))
+    rows += _histogram(own)
+    if facts.codes is not None:
+        rows += _codes(facts.codes)
+    elif facts.tables:
+        rows.append(("tables", f"{facts.tables} lookup tables"))
+    return rows
+
+
+def _histogram(own: Distribution) -> Rows:
+    """A bar for each bin, as long as its share of the fullest."""
+    if own.low is None or own.high is None:
+        return []
+    if own.low == own.high:
+        return [("histogram", f"all values are {own.low:.6g}")]
+    step = (own.high - own.low) / len(own.counts)
+    rows: Rows = [("histogram", f"from {own.low:.4g} to {own.high:.4g}, bins {step:.3g} wide")]
+    for number, count in enumerate(own.counts):
+        start = own.low + number * step
+        rows.append(("", f"{start:>10.3g} {count:>9}  {_bar(count, max(own.counts))}"))
+    return rows
+
+
+def _codes(codes: Sequence[CodeUse]) -> Rows:
+    total, most = sum(use.count for use in codes), max(use.count for use in codes)
+    used = sum(use.count > 0 for use in codes)
+    rows: Rows = [("codebook", f"{len(codes)} entries, {used} of them used")]
+    for use in codes:
+        share = f"{use.count / total:6.2%}" if total else ""
+        rows.append(("", f"{use.entry:>10.4g} {share:>9}  {_bar(use.count, most)}"))
+    return rows
+
+
+def _bar(count: int, most: int) -> str:
+    """At least one mark for what is not zero."""
+    return "#" * math.ceil(BAR * count / most) if most else ""
