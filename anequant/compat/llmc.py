@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from anequant.calibration.tokens import WIKITEXT2
 from anequant.checkpoints.manifest import rotation_keys
 from anequant.checkpoints.reader import read_config
 from anequant.checkpoints.source import Source, resolve_source
-from anequant.compat.llmc_words import LlmcFile, read_llmc
+from anequant.compat.words import LLMC_GPTQ, LLMC_QUAROT, LLMC_REQUIRED, LLMC_WORDS, check_words
 from anequant.errors import UnsupportedError, UsageError
 from anequant.jobs.control import Progress, part_of
 from anequant.jobs.work_folder import staged_folder
@@ -27,6 +29,41 @@ from anequant.recipe_files import recipe_from_dict
 
 TRANSFORMED, QUANTIZED = "transformed_model", "fake_quant_model"
 SCALES = {"per_channel": "output", "per_group": "group", "per_tensor": "tensor"}
+
+
+@dataclass(frozen=True)
+class LlmcFile:
+    """What a file asks for: `values` by dotted key, and `notes` on what has no effect."""
+
+    path: Path
+    values: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def part(self, name: str) -> dict[str, Any]:
+        """The keys below quant.`name`, without that prefix."""
+        prefix = f"quant.{name}."
+        return {
+            key.removeprefix(prefix): value for key, value in self.values.items() if key.startswith(prefix)
+        }
+
+    @property
+    def rotates(self) -> bool:
+        return bool(self.values["quant.method"] == LLMC_QUAROT)
+
+    @property
+    def online(self) -> bool:
+        """Whether R2 and R4 are wanted beside R1."""
+        return bool(self.values.get("quant.special.online_rotate", False))
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the rotated float model is to be written."""
+        return bool(self.values.get("save.save_trans", False))
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether a quantized model is to be written."""
+        return bool(self.values.get("save.save_fake", False)) or not self.transforms
 
 
 @dataclass(frozen=True)
@@ -218,3 +255,45 @@ def _cache(file: LlmcFile) -> dict[str, Any]:
     if part and "bit" not in part:
         raise UsageError(f"key 'quant.kvcache.bit' is missing in '{file.path}'")
     return {"kv_bits": part["bit"]} if part else {}
+
+
+def read_llmc(path: Path) -> LlmcFile:
+    """Read and check a file. Raises UsageError for a file that cannot be read, an unknown or missing key or a
+    value of a wrong type, UnsupportedError for one that has no counterpart."""
+    values = _flat(_read_yaml(path), path)
+    notes = check_words(values, LLMC_WORDS, path)
+    for key in LLMC_REQUIRED:
+        if key not in values:
+            raise UsageError(f"key '{key}' is missing in '{path}'")
+    file = LlmcFile(path, values, notes)
+    if file.transforms and not file.rotates:
+        raise UnsupportedError(
+            f"key 'save.save_trans' in '{path}' is true, and {LLMC_GPTQ} transforms nothing",
+            remedy="save_trans is for method Quarot",
+        )
+    return file
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"LLMC file '{path}' cannot be read: {reason}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"LLMC file '{path}' holds no table of keys and values")
+    return values
+
+
+def _flat(values: Mapping[Any, Any], path: Path, prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, keys joined by dots; raises UsageError for a key without a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if value is None:
+            raise UsageError(f"key '{name}' in '{path}' has no value")
+        if isinstance(value, dict):
+            flat |= _flat(value, path, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
