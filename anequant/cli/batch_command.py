@@ -13,8 +13,7 @@ import click
 
 from anequant.cli.console import Console, Job
 from anequant.cli.options import command, resume_options
-from anequant.cli.plan_command import memory_option
-from anequant.cli.scheduling import scheduler_option
+from anequant.cli.scheduling import memory_option, scheduler_option
 
 
 @click.command()

@@ -18,8 +18,7 @@ from anequant.cli.options import (
     recipe_options,
     rotation_options,
 )
-from anequant.cli.plan_command import memory_option
-from anequant.cli.scheduling import scheduled_job, scheduler_option
+from anequant.cli.scheduling import memory_option, scheduled_job, scheduler_option
 
 
 @click.command()

@@ -1,8 +1,7 @@
-"""`anequant plan`, and --max-memory."""
+"""The command that tells what convert would do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -17,22 +16,7 @@ from anequant.cli.options import (
     read_recipe,
     recipe_options,
 )
-from anequant.units import parse_bytes
-
-
-def _bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    try:
-        return None if value is None else parse_bytes(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-    except OverflowError as error:
-        raise click.BadParameter("that is more than any machine has") from error
-
-
-def memory_option(run: Callable[..., None]) -> Callable[..., None]:
-    """--max-memory."""
-    text = "Most memory to use: kept without changing the output, or refused before anything is done."
-    return click.option("--max-memory", callback=_bytes, metavar="SIZE", help=text)(run)
+from anequant.cli.scheduling import memory_option
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""--scheduler, and a job whose independent parts go where it says."""
+"""--max-memory and --scheduler, and a job whose independent parts go where the latter says."""
 
 from __future__ import annotations
 
@@ -9,8 +9,24 @@ from dataclasses import replace
 import click
 
 from anequant.cli.console import Console, Job
+from anequant.units import parse_bytes
 
 Run = Callable[..., None]
+
+
+def _read_bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    try:
+        return None if value is None else parse_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    except OverflowError as error:
+        raise click.BadParameter("that is more than any machine has") from error
+
+
+def memory_option(run: Run) -> Run:
+    """--max-memory."""
+    text = "Most memory to use: kept without changing the output, or refused before anything is done."
+    return click.option("--max-memory", callback=_read_bytes, metavar="SIZE", help=text)(run)
 
 
 def scheduler_option(run: Run) -> Run:
