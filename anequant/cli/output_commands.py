@@ -74,7 +74,7 @@ def report(console: Console, folder: Path, base: str | None, text: Path | None) 
     anequant report OUT
     anequant report CHECKPOINT --base org/name --text FILE
     """
-    from anequant.report.page.write import write_report
+    from anequant.report.page.write_report import write_report
     from anequant.report.terminal.results import describe_report
 
     with console.progress("report") as progress:

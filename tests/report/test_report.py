@@ -32,7 +32,7 @@ from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.report.page import charts
 from anequant.report.page.run import Stopwatch
-from anequant.report.page.write import write_report
+from anequant.report.page.write_report import write_report
 from anequant.rotation.rotation_plan import plan_rotations
 from anequant.verification.verify import verify_folder
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from anequant.comparison.trials import PEER, Comparison, Trial
 from anequant.errors import UsageError
 from anequant.report.page import scatter
-from anequant.report.page.html import AFTER, BEFORE, WRITTEN, page
-from anequant.report.page.write import replace_file
+from anequant.report.page.render import AFTER, BEFORE, WRITTEN, fill_template
+from anequant.report.page.write_report import replace_file
 from anequant.report.terminal.tables import Table, list_conditions
 
 TEMPLATE = "compare.html.jinja"
@@ -33,7 +33,7 @@ def render_comparison(result: Comparison, table: Table) -> str:
         if trial.point is not None
     ]
     kinds = {choose_mark(trial) for trial in result.trials if trial.point is not None}
-    return page(
+    return fill_template(
         TEMPLATE,
         result=result,
         trials=result.trials,

@@ -11,7 +11,7 @@ from anequant.jobs.control import CONTROL, Control, Progress, silent
 from anequant.pipeline.convert import ConvertResult, convert
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.report.page.run import Stopwatch
-from anequant.report.page.write import Written, write_report, written_report
+from anequant.report.page.write_report import Report, read_report, write_report
 
 
 def convert_and_report(
@@ -26,7 +26,7 @@ def convert_and_report(
     progress: Progress = silent,
     control: Control = CONTROL,
     collected: Tensor | None = None,
-) -> tuple[ConvertResult, Written]:
+) -> tuple[ConvertResult, Report]:
     """As `convert`, with a report of the time and memory of it in the output. Raises what it and
     `write_report` raise."""
     watch = Stopwatch()
@@ -47,4 +47,4 @@ def convert_and_report(
         collected=collected,
         report=report,
     )
-    return result, written_report(output)
+    return result, read_report(output)

@@ -18,7 +18,7 @@ from anequant.pipeline.lower import LowerResult
 from anequant.pipeline.quantize import QuantizeResult
 from anequant.pipeline.rotate import RotateResult
 from anequant.pipeline.rounder import TensorError
-from anequant.report.page.write import Written
+from anequant.report.page.write_report import Report
 from anequant.targets.coreml.lint.rules import Finding
 from anequant.targets.shared.headroom import Headroom
 from anequant.units import format_bytes
@@ -260,7 +260,7 @@ def describe_conversion(folder: Path, result: ConvertResult) -> Rows:
     return rows + describe_quality(result.quality)
 
 
-def describe_report(report: Written) -> Rows:
+def describe_report(report: Report) -> Rows:
     """Return where a report is, which projection came out worst, and what is missing."""
     rows = [("report", str(report.folder / REPORT_PAGE))]
     if report.data["worst"]:

@@ -41,38 +41,46 @@ class Origin:
     missing: str = ""
 
 
-def measured_layers(
-    checkpoint: Checkpoint,
-    origin: Origin,
-    made: dict[str, Any],
-    text: Path | None,
-    former: dict[str, Any] | None,
-    missing: dict[str, str],
-    progress: Progress,
-) -> dict[str, Any]:
-    """The values of KEYS; what is missing goes into `missing`.
+@dataclass(frozen=True)
+class Known:
+    """What a report draws on beside the output.
 
-    `made` is the checkpoint's manifest. Without the float model, they are those of the `former` report, or
-    what the checkpoint alone tells.
+    text    what layers are measured on, None for the bundled text
+    run     what a Stopwatch saw of the run that made the output, None for another run
+    former  the report that was there, None without one
+    """
+
+    origin: Origin
+    text: Path | None = None
+    run: dict[str, Any] | None = None
+    former: dict[str, Any] | None = None
+
+
+def collect_layers(
+    checkpoint: Checkpoint, made: dict[str, Any], known: Known, progress: Progress
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of KEYS, and why some of them are missing; `made` is the checkpoint's manifest.
+
+    Without the float model the values are those of the former report, or what the checkpoint alone tells.
     """
     count = checkpoint.spec.num_layers
+    origin, former = known.origin, known.former
     if origin.source is None and former is not None and former["measured_on"] is not None:
-        return {key: former[key] for key in KEYS}
+        return {key: former[key] for key in KEYS}, {}
     errors = {item["name"]: item for item in made["measured"]["tensors"]}
     if origin.source is None:
-        missing["measured"] = origin.missing
         layers = []
         for number in range(count):
             progress(f"layer {number + 1} of {count}", number / count)
             names = [linear.name for linear in checkpoint.spec.architecture.linears]
             stored = [describe(name, load_projection(checkpoint, number, name)) for name in names]
             layers.append(_layer(number, None, stored, errors))
-        return {"measured_on": None, "embedded": None, "layers": layers, "worst": []}
-    tokens, name = _tokens(checkpoint, text)
+        missing = {"measured": origin.missing}
+        return {"measured_on": None, "embedded": None, "layers": layers, "worst": []}, missing
+    tokens, name = _tokens(checkpoint, known.text)
     recipe = recipe_from_dict(made["recipe"])
     result = measure(checkpoint, open_checkpoint(origin.source.folder), recipe, tokens, progress)
-    if result.embedded_before is None:
-        missing["before"] = "the model came rotated, so what it was before is not here"
+    rotated = {"before": "the model came rotated, so what it was before is not here"}
     layers = [
         _layer(layer.layer, layer, [projection.stored for projection in layer.projections], errors)
         for layer in result.layers
@@ -83,12 +91,13 @@ def measured_layers(
         for item in layer["projections"]
         if item["bits"] < 16
     ]
-    return {
+    values = {
         "measured_on": {"text": name, "windows": len(tokens), "length": tokens.shape[1]},
         "embedded": {"before": result.embedded_before, "after": result.embedded_after},
         "layers": layers,
         "worst": sorted(ranked, key=lambda item: -float(str(item["output_error"])))[:WORST],
     }
+    return values, rotated if result.embedded_before is None else {}
 
 
 def _layer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from anequant.jobs.control import Progress, part_of
 from anequant.jobs.machine import memory, usable_cores
 from anequant.jobs.output_folder import file_hashes
 from anequant.pipeline.convert import sample_quality
-from anequant.report.page.measured import Origin, measured_layers
+from anequant.report.page.report_layers import Known, collect_layers
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.signatures import TensorSpec
 from anequant.verification.hashes import CONVERSION
@@ -32,19 +33,11 @@ from anequant.verification.hashes import CONVERSION
 SCHEMA = 1
 
 
-def collect(
-    folder: Path,
-    origin: Origin,
-    text: Path | None,
-    run: dict[str, Any] | None,
-    former: dict[str, Any] | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    """The report of an output of convert or quantize.
+def collect_report(folder: Path, known: Known, progress: Progress) -> dict[str, Any]:
+    """Collect the report of an output of convert or quantize.
 
-    `run` is what a Stopwatch saw of the run that made it; where it or the float model is not there, a
-    `former` report of the same checkpoint lends its part. Raises UsageError for another kind of folder,
-    InputError for one that is damaged.
+    Where the run or the float model is not known, a former report of the same checkpoint lends its part.
+    Raises UsageError for another kind of folder, InputError for one that is damaged.
     """
     recorded = read_manifest(folder)
     kind = recorded.get("kind")
@@ -58,28 +51,22 @@ def collect(
     checkpoint = open_checkpoint(folder / CHECKPOINT_FOLDER if whole else folder)
     made = read_manifest(checkpoint.folder) if whole else recorded
     identity = checkpoint_identity(checkpoint.folder)
-    if former is not None and former["checkpoint"] != identity:
-        former = None
+    if known.former is not None and known.former["checkpoint"] != identity:
+        known = replace(known, former=None)
+    former = known.former or {}
     missing: dict[str, str] = {}
-    quality = recorded["measured"]["quality"] if whole else None
-    if quality is None and origin.source is not None and not whole:
-        step = part_of(progress, "quality", 0.0, 0.5)
-        measured = sample_quality(origin.source.folder, checkpoint.folder, step)
-        quality = None if measured is None else measured.to_dict()
-    if quality is None and former is not None:
-        quality = former["quality"]
+    quality = recorded["measured"]["quality"] if whole else _measure_quality(checkpoint, known, progress)
+    quality = quality or former.get("quality")
     if quality is None:
         untold = "the model comes without a tokenizer"
-        missing["quality"] = origin.missing if has_tokenizer(checkpoint.folder) else untold
+        missing["quality"] = known.origin.missing if has_tokenizer(checkpoint.folder) else untold
     packages = _packages(folder / PACKAGES_FOLDER) if whole else None
     if packages is None:
         missing["packages"] = missing["lint"] = "this is a checkpoint alone; convert and lower make packages"
-    if run is None:
-        run = None if former is None else former["run"]
+    run = known.run or former.get("run")
     if run is None:
         missing["run"] = "only convert, which measures them, tells time and memory"
-    step = part_of(progress, "layers", 0.5, 1.0)
-    layers = measured_layers(checkpoint, origin, made, text, former, missing, step)
+    layers, unmeasured = collect_layers(checkpoint, made, known, part_of(progress, "layers", 0.5, 1.0))
     rounding = made["measured"]
     data = {
         "schema": SCHEMA,
@@ -100,10 +87,19 @@ def collect(
         "tables": [item for item in rounding["tensors"] if item["name"] in (EMBEDDING, HEAD)],
         "lint": recorded["measured"]["lint"] if whole else None,
         "environment": _environment(made["versions"]),
-        "missing": missing,
+        "missing": missing | unmeasured,
     }
     rounded: dict[str, Any] = six_digits(data)
     return rounded
+
+
+def _measure_quality(checkpoint: Checkpoint, known: Known, progress: Progress) -> dict[str, Any] | None:
+    """None without the float model or a tokenizer."""
+    if known.origin.source is None:
+        return None
+    step = part_of(progress, "quality", 0.0, 0.5)
+    quality = sample_quality(known.origin.source.folder, checkpoint.folder, step)
+    return None if quality is None else quality.to_dict()
 
 
 def checkpoint_identity(folder: Path) -> str:

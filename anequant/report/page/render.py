@@ -22,8 +22,8 @@ TEMPLATE = "report.html.jinja"
 BEFORE, AFTER, WRITTEN = "before", "after", "written"
 
 
-def page(template: str, **values: Any) -> str:
-    """A template beside this module, filled in."""
+def fill_template(template: str, **values: Any) -> str:
+    """Return a template beside this module, filled in."""
     environment = Environment(
         loader=PackageLoader("anequant.report", "page"),
         autoescape=True,
@@ -32,26 +32,26 @@ def page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "number": number,
-        "percent": percent,
+        "number": format_number,
+        "percent": format_percent,
         "size": format_bytes,
         "duration": format_duration,
         "short": short_name,
-        "shape": shape,
-        "form": lambda value, form: percent(value) if form == "percent" else number(value),
-        "alike": alike,
+        "shape": format_sizes,
+        "form": lambda value, form: format_percent(value) if form == "percent" else format_number(value),
+        "alike": join_alike,
         "bars": charts.code_bars,
         "entropy": charts.entropy,
     }
     return environment.get_template(template).render(chart=charts, **values).strip() + "\n"
 
 
-def render(data: dict[str, Any]) -> str:
-    """The page for the data that `collect` returns."""
+def render_report(data: dict[str, Any]) -> str:
+    """Return the page for the data that `collect_report` returns."""
     layers: list[dict[str, Any]] = data["layers"]
     inputs = _by_projection(layers, "inputs", (BEFORE, AFTER), "kurtosis")
     groups = {names[0]: ", ".join(map(short_name, names)) for names in data["model"]["input_groups"]}
-    return page(
+    return fill_template(
         TEMPLATE,
         data=data,
         missing=data["missing"],
@@ -69,7 +69,7 @@ def render(data: dict[str, Any]) -> str:
     )
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Three significant digits, thousands apart."""
     if value is None:
         return NOTHING
@@ -79,7 +79,7 @@ def number(value: float | None) -> str:
     return text if "e" not in text else f"{value:.1e}"
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     return NOTHING if share is None else f"{share:.1%}"
 
 
@@ -88,11 +88,11 @@ def short_name(projection: str) -> str:
     return projection.rpartition(".")[2].removesuffix("_proj")
 
 
-def shape(sizes: Sequence[int | None]) -> str:
+def format_sizes(sizes: Sequence[int | None]) -> str:
     return " × ".join("?" if part is None else str(part) for part in sizes) or "a number"
 
 
-def alike(tensors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def join_alike(tensors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Neighbours of one form whose names differ in a number at the end, as one: the parts of a head."""
     groups: list[list[dict[str, Any]]] = []
     for tensor in tensors:
