@@ -21,8 +21,8 @@ from typing import Any
 from anequant.checkpoints.manifest import load_recipe_for
 from anequant.checkpoints.side_files import custom_code
 from anequant.checkpoints.source import Source, resolve_source
+from anequant.evaluation import LENGTH, WINDOWS
 from anequant.evaluation.evaluate import Evaluation, evaluate_checkpoint
-from anequant.evaluation.sample_size import LENGTH, WINDOWS
 from anequant.jobs.control import Control, Progress, silent
 from anequant.jobs.scheduler import open_scheduler
 from anequant.pipeline.convert import ConvertResult

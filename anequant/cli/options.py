@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 
 from anequant.cli.console import Console
 from anequant.cli.ending import NO_RESUME, ending_as_documented
-from anequant.evaluation.sample_size import LENGTH, WINDOWS
+from anequant.evaluation import LENGTH, WINDOWS
 from anequant.recipe import LARGEST_SEED, Calibration, LowerOptions, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
 

@@ -21,9 +21,13 @@ from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.stored import read_stored
 from anequant.errors import InputError, UnsupportedError, UsageError, shown
 from anequant.evaluation.distribution import Distribution, distribution
-from anequant.inspection.inspect_checkpoint import CheckpointFacts, checkpoint_facts
+from anequant.inspection.inspect_checkpoint import (
+    CheckpointFacts,
+    TensorFiles,
+    checkpoint_facts,
+    tensor_files,
+)
 from anequant.inspection.inspect_package import PackageFacts, package_facts
-from anequant.inspection.inspect_tensors import TensorFiles, tensor_files
 from anequant.targets.coreml.census import constant_node, load_constant
 from anequant.targets.coreml.graph import package_graphs
 from anequant.targets.coreml.meta import META, read_meta

@@ -1,11 +1,13 @@
-"""What a checkpoint is, from config.json and headers; of a quantized one also its scales and codebooks.
+"""What a checkpoint is, and what any files of tensors hold, from config.json and headers.
 
-No weight is read: scales and codebooks are vectors, so this takes seconds for a model of any size.
+Scales and codebooks of a quantized one are read too. They are vectors, and no weight is read, so this takes
+seconds for a model of any size.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +16,44 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, HEAD
-from anequant.checkpoints.header import BITS
+from anequant.checkpoints.header import BITS, TensorInfo
 from anequant.checkpoints.layout import projection_names
 from anequant.checkpoints.manifest import MANIFEST, ROTATED, made_as, read_manifest
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.stored import read_stored
-from anequant.inspection.inspect_tensors import TensorFiles, tensor_files
 from anequant.quantization.online import Online
 
-FLOAT, TURNED, QUANTIZED = "float checkpoint", "rotated float checkpoint", "quantized checkpoint"
+FLOAT, ROTATED_FLOAT, QUANTIZED = "float checkpoint", "rotated float checkpoint", "quantized checkpoint"
 PROJECTIONS, WHOLE = "projections", "whole model"
 PARTS = {EMBEDDING: "embedding", HEAD: "head"}
 PARTS_OF_LINEAR = ("weight", "input_scales", "output_scales", "codebook")
 GRID = 2.0**-10
 """An integer grid times a scale, each entry rounded to float16, is off by less than this of its largest."""
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """Tensors that differ in the numbers of their names only, which `name` has as *."""
+
+    name: str
+    count: int
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """Files of tensors; `dtypes` are bytes by dtype, `float16_bytes` what as many values take in float16."""
+
+    tensors: int
+    values: int
+    kinds: tuple[TensorKind, ...]
+    dtypes: Mapping[str, int]
+    files: Mapping[str, int]
+    float16_bytes: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +103,7 @@ class CheckpointFacts:
 
 def checkpoint_facts(checkpoint: Checkpoint) -> CheckpointFacts:
     """Raises InputError for an anequant.json that is damaged, and what `read_stored` raises."""
-    kind = TURNED if made_as(checkpoint.folder) == ROTATED else FLOAT
+    kind = ROTATED_FLOAT if made_as(checkpoint.folder) == ROTATED else FLOAT
     recorded = read_manifest(checkpoint.folder) if (checkpoint.folder / MANIFEST).is_file() else {}
     spec = checkpoint.spec
     linears = [*projection_names(spec), *PARTS]
@@ -204,3 +230,30 @@ def codebook_kind(entries: Tensor) -> str:
 
 def _range(tensors: list[Tensor]) -> tuple[float, float]:
     return min(float(part.min()) for part in tensors), max(float(part.max()) for part in tensors)
+
+
+def tensor_files(tensors: Mapping[str, TensorInfo]) -> TensorFiles:
+    """`tensors` as `read_header` and `open_checkpoint` give them; only sizes of files are looked up."""
+    found: dict[tuple[str, str, tuple[int, ...]], int] = {}
+    dtypes: dict[str, int] = {}
+    for name, info in tensors.items():
+        key = (name_pattern(name), info.dtype, info.shape)
+        found[key] = found.get(key, 0) + 1
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + stored_bytes(info)
+    kinds = tuple(
+        TensorKind(name, count, dtype, shape, count * math.prod(shape) * BITS[dtype] // 8)
+        for (name, dtype, shape), count in found.items()
+    )
+    values = sum(math.prod(info.shape) for info in tensors.values())
+    shards = sorted({info.shard for info in tensors.values()})
+    sizes = {shard.name: shard.stat().st_size for shard in shards}
+    return TensorFiles(len(tensors), values, kinds, dtypes, sizes, 2 * values)
+
+
+def name_pattern(name: str) -> str:
+    """A name with * for every part that is a number."""
+    return _NUMBER.sub("*", name)
+
+
+def stored_bytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * BITS[info.dtype] // 8

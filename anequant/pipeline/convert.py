@@ -14,8 +14,8 @@ from anequant.checkpoints.manifest import write_manifest
 from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
+from anequant.evaluation import SAMPLE_LENGTH, SAMPLE_WINDOWS
 from anequant.evaluation.divergence import Quality, evaluate
-from anequant.evaluation.sample_size import SAMPLE_LENGTH, SAMPLE_WINDOWS
 from anequant.jobs.control import CONTROL, Control, Progress, silent, step_of
 from anequant.jobs.journal import Journal
 from anequant.jobs.resume import resumable

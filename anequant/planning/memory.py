@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 
 from anequant.architectures.spec import Linear, ModelSpec, Space
 from anequant.checkpoints.header import BITS
-from anequant.evaluation.sample_size import SAMPLE_LENGTH, SAMPLE_WINDOWS
+from anequant.evaluation import SAMPLE_LENGTH, SAMPLE_WINDOWS
 from anequant.quantization.refine import CODEBOOK_ROWS, CODEBOOK_WEIGHTS, LARGEST_CODEBOOK
 from anequant.recipe import Calibration, Recipe
 from anequant.reference.forward import HEAD_ROWS, WINDOWS_AT_ONCE

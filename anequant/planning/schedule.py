@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from anequant.architectures.spec import ModelSpec
-from anequant.evaluation.sample_size import SAMPLE_LENGTH, SAMPLE_WINDOWS
+from anequant.evaluation import SAMPLE_LENGTH, SAMPLE_WINDOWS
 from anequant.jobs.control import Expected
 from anequant.planning import steps as jobs
 from anequant.planning import work

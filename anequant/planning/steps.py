@@ -16,7 +16,7 @@ from anequant.checkpoints.layout import checkpoint_entries, projection_names
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.source import has_tokenizer
 from anequant.checkpoints.writer import DTYPE_NAMES
-from anequant.evaluation.sample_size import SAMPLE_LENGTH, SAMPLE_WINDOWS
+from anequant.evaluation import SAMPLE_LENGTH, SAMPLE_WINDOWS
 from anequant.planning import memory, work
 from anequant.planning.baseline import samples_resident
 from anequant.planning.work import Work

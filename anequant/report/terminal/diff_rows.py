@@ -9,7 +9,7 @@ from typing import Any
 from anequant.inspection.diff import Differences, ValueDifference
 from anequant.inspection.diff_packages import PackageDifferences
 from anequant.inspection.diff_paths import PathDifferences
-from anequant.inspection.inspect_tensors import name_pattern
+from anequant.inspection.inspect_checkpoint import name_pattern
 from anequant.report.terminal.inspect_rows import describe_recipe
 
 Rows = list[tuple[str, str]]

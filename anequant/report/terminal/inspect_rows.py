@@ -9,9 +9,14 @@ from typing import Any
 
 from anequant.evaluation.distribution import Distribution
 from anequant.inspection.inspect import CodeUse, Inspection, TensorFacts
-from anequant.inspection.inspect_checkpoint import PARTS_OF_LINEAR, WHOLE, CheckpointFacts, PartBits
+from anequant.inspection.inspect_checkpoint import (
+    PARTS_OF_LINEAR,
+    WHOLE,
+    CheckpointFacts,
+    PartBits,
+    TensorFiles,
+)
 from anequant.inspection.inspect_package import FunctionFacts, PackageFacts
-from anequant.inspection.inspect_tensors import TensorFiles
 from anequant.recipe import Recipe
 from anequant.units import format_bytes
 
