@@ -57,10 +57,10 @@ def run(
 
     from anequant.calibration.saved import whole_calibration
     from anequant.checkpoints.source import resolve_source
-    from anequant.compat.quarot_hooks import hooked_recipe, quantize_hooked
+    from anequant.compat.quarot_hooks import make_hooked_recipe, quantize_hooked
     from anequant.report.terminal import results as text
 
-    recipe = hooked_recipe(
+    recipe = make_hooked_recipe(
         method,
         bits=bits,
         acts_bits=acts_bits,
@@ -104,11 +104,11 @@ def quark(
     """Quantize by a scheme of AMD Quark, after QuaRot's rotations if asked for."""
     from anequant.calibration.saved import whole_calibration
     from anequant.checkpoints.source import resolve_source
-    from anequant.compat.quark import WHOLE, published_recipe
+    from anequant.compat.quark import WHOLE, translate_recipe
     from anequant.pipeline.quantize import quantize
     from anequant.report.terminal import results as text
 
-    chosen = published_recipe(scheme, optimization, config, model, rotated=WHOLE)
+    chosen = translate_recipe(scheme, optimization, config, model, rotated=WHOLE)
     calibration = whole_calibration(calib)
     for note in chosen.notes:
         console.note(note)

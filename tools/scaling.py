@@ -52,7 +52,7 @@ def order(model: Path, text: Path, calibration: Path, work: Path) -> dict[str, d
     from anequant.calibration.walkers import Walkers
     from anequant.checkpoints.reader import open_checkpoint
     from anequant.checkpoints.source import resolve_source
-    from anequant.evaluation.divergence import evaluate_against, refer
+    from anequant.evaluation.divergence import measure_quality_against, record_reference
     from anequant.evaluation.evaluate import read_windows
     from anequant.pipeline.quantize import quantize
     from anequant.recipe import Calibration
@@ -60,7 +60,7 @@ def order(model: Path, text: Path, calibration: Path, work: Path) -> dict[str, d
 
     base = open_checkpoint(model)
     tokens = read_windows(base, text, 32, LENGTH)
-    reference = refer(base, tokens)
+    reference = record_reference(base, tokens)
     read, write = Walkers.read, Walkers.write
 
     def read_float(self: Any, layer: int, original: Any, quantized: Any, group: Any, *, moments: bool) -> Any:
@@ -80,7 +80,7 @@ def order(model: Path, text: Path, calibration: Path, work: Path) -> dict[str, d
             load_recipe(RECIPE),
             Calibration(str(calibration), WINDOWS, LENGTH),
         )
-        quality = evaluate_against(open_checkpoint(output), tokens, reference)
+        quality = measure_quality_against(open_checkpoint(output), tokens, reference)
         assert quality.kl is not None and quality.extra_nll is not None
         found[name] = {"kl": quality.kl, "extra_nll": quality.extra_nll}
     Walkers.read, Walkers.write = read, write  # type: ignore[method-assign]

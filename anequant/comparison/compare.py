@@ -23,9 +23,9 @@ from anequant.checkpoints.source import SAMPLE_TEXT, Source
 from anequant.comparison.peers import FLOAT, PEERS, Peer, projection_bits
 from anequant.comparison.trials import PEER, RECIPE, Comparison, StoredBits, Trial, with_front
 from anequant.errors import AnequantError, Interrupted, UnsupportedError, UsageError, as_error, torch_memory
-from anequant.evaluation.divergence import Reference, evaluate_against, refer, summarise
+from anequant.evaluation.divergence import Reference, measure_quality_against, record_reference, summarise
 from anequant.evaluation.evaluate import read_windows
-from anequant.inspection.inspect_checkpoint import PROJECTIONS, WHOLE, checkpoint_facts
+from anequant.inspection.inspect_checkpoint import PROJECTIONS, WHOLE, inspect_checkpoint
 from anequant.jobs.control import CONTROL, Control, Expected, Progress, Unit, part_of, shares, silent
 from anequant.jobs.process import resident_bytes
 from anequant.jobs.tasks import Schedulers
@@ -100,7 +100,7 @@ def compare(
     collected, trials = None, []
     with _kept(output, force=force, source=source) as place, tempfile.TemporaryDirectory() as scratch:
         begun = time.monotonic()
-        reference = refer(base, tokens, progress=step(FLOAT_MODEL))
+        reference = record_reference(base, tokens, progress=step(FLOAT_MODEL))
         quality = summarise(tokens, reference.logits(), None)
         finished(FLOAT_MODEL, time.monotonic() - begun, f"perplexity {quality.perplexity:.3f}")
         if calibrated:
@@ -178,7 +178,7 @@ def _try(
             bits = run(folder, part_of(progress, "quantize", 0.0, 0.7))
             seconds = time.monotonic() - begun
             measuring = part_of(progress, "measure", 0.7, 1.0)
-            quality = evaluate_against(open_checkpoint(folder), tokens, reference, progress=measuring)
+            quality = measure_quality_against(open_checkpoint(folder), tokens, reference, progress=measuring)
     except (AnequantError, MemoryError, OSError) as failure:
         error = as_error(failure)
         return replace(trial, failed=error.what, exit_code=error.exit_code)
@@ -204,7 +204,7 @@ def _recipe(
 
 def stored_bits(folder: Path) -> StoredBits:
     """Those of a quantized checkpoint."""
-    bits = checkpoint_facts(open_checkpoint(folder)).bits
+    bits = inspect_checkpoint(open_checkpoint(folder)).bits
     whole, projections = bits[WHOLE], bits[PROJECTIONS]
     assert whole.stored_bits is not None and projections.stored_bits is not None
     return StoredBits(

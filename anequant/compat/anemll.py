@@ -12,7 +12,7 @@ from anequant.checkpoints.contract import require_contract
 from anequant.checkpoints.layers import open_quantized
 from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 from anequant.errors import UsageError, VerificationError
-from anequant.evaluation.divergence import evaluate
+from anequant.evaluation.divergence import measure_quality
 from anequant.jobs.control import Progress, part_of, silent
 from anequant.reference.windows import load_tokenizer, model_windows, read_text
 from anequant.runtime.continue_text import TextModel, continue_text, open_text_model, stop_tokens
@@ -66,8 +66,8 @@ def check_sp(folder: Path, *, progress: Progress = silent) -> SpCheck:
     tokenizer = load_tokenizer(folder)
     text = read_text(SAMPLE_TEXT)
     tokens = model_windows(tokenizer, checkpoint.spec.config, text, count=WINDOWS, length=LENGTH)
-    stored = evaluate(checkpoint, tokens, progress=part_of(progress, "stored weights", 0.1, 0.4))
-    rebuilt = evaluate(
+    stored = measure_quality(checkpoint, tokens, progress=part_of(progress, "stored weights", 0.1, 0.4))
+    rebuilt = measure_quality(
         SnappedWeights(checkpoint), tokens, progress=part_of(progress, "rebuilt weights", 0.4, 0.8)
     )
     if not abs(rebuilt.perplexity / stored.perplexity - 1) <= LARGEST_DIFFERENCE:

@@ -104,8 +104,8 @@ def plan_llmc(path: Path) -> LlmcRun:
     model_type, wanted = read_config(source.folder).get("model_type"), file.values.get("model.type")
     if wanted is not None and wanted.lower() != model_type:
         raise UsageError(f"key 'model.type' in '{path}' is '{wanted}', and the model is a {model_type}")
-    keys, notes = llmc_recipe(file, rotation_keys(source.folder))
-    recipe, calibration = recipe_from_dict(keys), llmc_calibration(file)
+    keys, notes = make_llmc_recipe(file, rotation_keys(source.folder))
+    recipe, calibration = recipe_from_dict(keys), make_llmc_calibration(file)
     if calibration is None and recipe.calibrated and file.quantizes:
         raise UsageError(f"'{path}' has no section 'calib', which its method and scales need")
     if calibration is not None and not (recipe.calibrated and file.quantizes):
@@ -134,8 +134,10 @@ def run_llmc(run: LlmcRun, progress: Progress, *, force: bool = False) -> LlmcRe
     return LlmcResult(rotated, quantized)
 
 
-def llmc_recipe(file: LlmcFile, turned: Mapping[str, Any] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The recipe's keys for a model that was rotated with the keys `turned` (None: it was not), and notes.
+def make_llmc_recipe(
+    file: LlmcFile, rotated_by: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the recipe's keys, and notes, for a model that came rotated with keys, or None.
 
     Raises UsageError where file and model disagree on online rotations, UnsupportedError for values that have
     no counterpart together.
@@ -146,9 +148,9 @@ def llmc_recipe(file: LlmcFile, turned: Mapping[str, Any] | None) -> tuple[dict[
         if file.online:
             notes += ("o_proj's input is turned within heads only: no use for a rotation across heads",)
     else:
-        rotations = dict(turned) if turned else {"r1": "none", "r2": "none"}
+        rotations = dict(rotated_by) if rotated_by else {"r1": "none", "r2": "none"}
         if file.online != (rotations.get("r4", "none") != "none"):
-            model = "runs R4" if turned and not file.online else "does not run R4"
+            model = "runs R4" if rotated_by and not file.online else "does not run R4"
             raise UsageError(
                 f"key 'quant.special.online_rotate' in '{file.path}' is {file.online}, and the model {model}",
                 remedy="use what step 1 used",
@@ -161,7 +163,7 @@ def llmc_recipe(file: LlmcFile, turned: Mapping[str, Any] | None) -> tuple[dict[
     return {**rotations, **weights, **rounding, **_activations(file), **_cache(file)}, notes + more
 
 
-def llmc_calibration(file: LlmcFile) -> Calibration | None:
+def make_llmc_calibration(file: LlmcFile) -> Calibration | None:
     """The tokens that the section calib names; None without one.
 
     Raises UnsupportedError for a data set that cannot be downloaded here, UsageError for one not named.
@@ -260,7 +262,14 @@ def _cache(file: LlmcFile) -> dict[str, Any]:
 def read_llmc(path: Path) -> LlmcFile:
     """Read and check a file. Raises UsageError for a file that cannot be read, an unknown or missing key or a
     value of a wrong type, UnsupportedError for one that has no counterpart."""
-    values = _flat(_read_yaml(path), path)
+    try:
+        tables = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"LLMC file '{path}' cannot be read: {reason}") from error
+    if not isinstance(tables, dict):
+        raise UsageError(f"LLMC file '{path}' holds no table of keys and values")
+    values = _flat(tables, path)
     notes = check_words(values, LLMC_WORDS, path)
     for key in LLMC_REQUIRED:
         if key not in values:
@@ -272,17 +281,6 @@ def read_llmc(path: Path) -> LlmcFile:
             remedy="save_trans is for method Quarot",
         )
     return file
-
-
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"LLMC file '{path}' cannot be read: {reason}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"LLMC file '{path}' holds no table of keys and values")
-    return values
 
 
 def _flat(values: Mapping[Any, Any], path: Path, prefix: str = "") -> dict[str, Any]:

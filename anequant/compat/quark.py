@@ -51,7 +51,7 @@ class PublishedRecipe:
     notes: tuple[str, ...]
 
 
-def published_recipe(
+def translate_recipe(
     scheme: str,
     optimization: str,
     config: Path | None,

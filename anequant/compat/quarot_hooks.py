@@ -43,7 +43,7 @@ def load_quarot_model(path, model=None):
 '''
 
 
-def hooked_recipe(
+def make_hooked_recipe(
     method: str,
     *,
     bits: int,
@@ -108,7 +108,10 @@ def quantize_hooked(
         if not (staging / ROTATIONS).is_file():
             write_rotations(staging, plan_rotations(checkpoint.spec, recipe).matrices())
         made = read_manifest(staging)
-        write_json(staging / CONFIG, {**_settings(made), "rotation_matrices": _turned(checkpoint, recipe)})
+        write_json(
+            staging / CONFIG,
+            {**_settings(made), "rotation_matrices": _describe_rotations(checkpoint, recipe)},
+        )
         write_json(staging / METADATA, _metadata(made, output.name, checkpoint.online.active))
         (staging / RUNTIME).write_text(RUNTIME_CODE, encoding="utf-8")
         files = {name: digest for name, digest in file_hashes(staging).items() if name != MANIFEST}
@@ -157,17 +160,17 @@ def _metadata(made: dict[str, Any], name: str, online: bool) -> dict[str, Any]:
     }
 
 
-def _turned(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, dict[str, Any]]:
+def _describe_rotations(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, dict[str, Any]]:
     """By linear of a layer: the rotation that its input comes with, and how its weight is stored."""
     spec = checkpoint.spec
-    turned = {Space.RESIDUAL: ("r1", spec.hidden_size), Space.VALUE: ("r2", spec.head_dim)}
+    rotated = {Space.RESIDUAL: ("r1", spec.hidden_size), Space.VALUE: ("r2", spec.head_dim)}
     if recipe.r4 != "none":
-        turned[Space.FFN] = ("r4", spec.intermediate_size)
+        rotated[Space.FFN] = ("r4", spec.intermediate_size)
     return {
         linear.name: {
-            "has_rotation": linear.input.space in turned,
-            "rotation": turned[linear.input.space][0] if linear.input.space in turned else None,
-            "rotation_shape": [turned[linear.input.space][1]] * 2 if linear.input.space in turned else None,
+            "has_rotation": linear.input.space in rotated,
+            "rotation": rotated[linear.input.space][0] if linear.input.space in rotated else None,
+            "rotation_shape": [rotated[linear.input.space][1]] * 2 if linear.input.space in rotated else None,
             "weight_bits": recipe.bits,
             "group_size": recipe.group_size,
         }

@@ -36,7 +36,7 @@ class Distribution:
     counts: tuple[int, ...] = ()
 
 
-def distribution(tensor: Tensor, bins: int = BINS) -> Distribution:
+def measure_distribution(tensor: Tensor, bins: int = BINS) -> Distribution:
     """Of a tensor of any shape and real dtype; two passes over a million values at a time."""
     values, zeros = 0, 0
     low, high, total, squares = math.inf, -math.inf, 0.0, 0.0

@@ -49,7 +49,7 @@ class Quality:
         }
 
 
-def evaluate(
+def measure_quality(
     model: Weights, tokens: Tensor, base: Weights | None = None, *, progress: Progress = silent
 ) -> Quality:
     """Quality on token windows [n, length]; every window's first token is given, the rest are predicted."""
@@ -79,14 +79,14 @@ class Reference:
         return (head_logits(self.head, window) for window in self.hidden)
 
 
-def refer(base: Weights, tokens: Tensor, *, progress: Progress = silent) -> Reference:
+def record_reference(base: Weights, tokens: Tensor, *, progress: Progress = silent) -> Reference:
     return Reference(final_hidden_states(base, tokens, progress=progress), base.read(base.head_name))
 
 
-def evaluate_against(
+def measure_quality_against(
     model: Weights, tokens: Tensor, base: Reference, *, progress: Progress = silent
 ) -> Quality:
-    """What `evaluate` measures, with a base that was run on the same `tokens` before."""
+    """What `measure_quality` measures, with a base that was run on the same `tokens` before."""
     return summarise(tokens, logits(model, tokens, progress=progress), base.logits())
 
 

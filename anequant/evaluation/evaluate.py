@@ -16,8 +16,8 @@ from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
 from anequant.checkpoints.rotation_files import written_rotations
 from anequant.checkpoints.source import resolve_source
 from anequant.errors import InputError, UsageError
-from anequant.evaluation.divergence import Quality, evaluate
-from anequant.evaluation.layer_errors import LayerError, embedding_error, layer_errors
+from anequant.evaluation.divergence import Quality, measure_quality
+from anequant.evaluation.layer_errors import LayerError, measure_embedding_error, measure_layer_errors
 from anequant.evaluation.task_scores import TaskScores, run_tasks
 from anequant.jobs.control import Progress, part_of, silent
 from anequant.recipe import Recipe
@@ -65,7 +65,7 @@ def evaluate_text(
     """
     checkpoint, original = _open(model, base)
     tokens = read_windows(checkpoint, text, windows, length)
-    return evaluate(checkpoint, tokens, original, progress=progress)
+    return measure_quality(checkpoint, tokens, original, progress=progress)
 
 
 def evaluate_checkpoint(
@@ -80,7 +80,7 @@ def evaluate_checkpoint(
     """As `evaluate_text`, and with a base also the error after every layer, on the first windows."""
     checkpoint, original = _open(model, base)
     tokens = read_windows(checkpoint, text, windows, length)
-    quality = evaluate(checkpoint, tokens, original, progress=part_of(progress, "text", 0.0, 0.8))
+    quality = measure_quality(checkpoint, tokens, original, progress=part_of(progress, "text", 0.0, 0.8))
     name = Path(text).name
     if original is None:
         return Evaluation(name, quality, None, None)
@@ -89,11 +89,11 @@ def evaluate_checkpoint(
         return Evaluation(name, quality, None, missing)
     progress("layers", 0.8)
     tokens, rotation = tokens[:LAYER_WINDOWS], _rotation(checkpoint)
-    off = embedding_error(checkpoint, original, tokens, rotation)
+    off = measure_embedding_error(checkpoint, original, tokens, rotation)
     if off > LARGEST_EMBEDDING_ERROR:
         missing = f"the embedding is {off:.0%} off the base's, as of another model or another rotation"
         return Evaluation(name, quality, None, missing)
-    return Evaluation(name, quality, layer_errors(checkpoint, original, tokens, rotation), None)
+    return Evaluation(name, quality, measure_layer_errors(checkpoint, original, tokens, rotation), None)
 
 
 def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | None:

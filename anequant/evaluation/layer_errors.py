@@ -20,7 +20,7 @@ class LayerError:
     relative_error: float
 
 
-def layer_errors(
+def measure_layer_errors(
     model: Weights, base: Weights, tokens: Tensor, rotate: Callable[[Tensor], Tensor]
 ) -> tuple[LayerError, ...]:
     """Both models on tokens [n, length]; `rotate` turns the base's hidden states into the model's basis."""
@@ -36,7 +36,7 @@ def layer_errors(
     return tuple(errors)
 
 
-def embedding_error(
+def measure_embedding_error(
     model: Weights, base: Weights, tokens: Tensor, rotate: Callable[[Tensor], Tensor]
 ) -> float:
     """The same error before the first layer; large when the two streams are in different bases."""

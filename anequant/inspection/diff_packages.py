@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from anequant.errors import InputError
-from anequant.inspection.diff import (
+from anequant.inspection.diff_checkpoints import (
     Differences,
     Form,
     ValueDifference,
-    difference,
-    keys_that_differ,
-    worst_first,
+    diff_keys,
+    diff_values,
+    sort_worst_first,
 )
-from anequant.inspection.inspect_package import operations_by_kind
+from anequant.inspection.inspect_package import count_operations
 from anequant.targets.coreml.census import Constant, constant_node, load_constant, package_constants
 from anequant.targets.coreml.graph import Graph, Node, package_graphs
 from anequant.targets.coreml.signatures import TensorSpec
@@ -68,9 +68,7 @@ def diff_packages(a: Path, b: Path) -> PackageDifferences:
     functions = {graph.function: graph for graph in one}
     others = {graph.function: graph for graph in other}
     with damage(f"{a} or {b}"):
-        found = [
-            function_differences(graph, others[name]) for name, graph in functions.items() if name in others
-        ]
+        found = [diff_functions(graph, others[name]) for name, graph in functions.items() if name in others]
         constants = _constants(one, other)
     return PackageDifferences(
         a.name,
@@ -79,7 +77,7 @@ def diff_packages(a: Path, b: Path) -> PackageDifferences:
         tuple(name for name in others if name not in functions),
         tuple(function for function in found if not function.same),
         constants,
-        keys_that_differ(_metadata(a), _metadata(b)),
+        diff_keys(_metadata(a), _metadata(b)),
     )
 
 
@@ -91,13 +89,13 @@ def _metadata(package: Path) -> dict[str, str]:
     }
 
 
-def function_differences(a: Graph, b: Graph) -> FunctionDifferences:
+def diff_functions(a: Graph, b: Graph) -> FunctionDifferences:
     """From the two programs alone."""
-    counts = [operations_by_kind(graph) for graph in (a, b)]
+    counts = [count_operations(graph) for graph in (a, b)]
     kinds = sorted(kind for kind in {**counts[0], **counts[1]} if counts[0].get(kind) != counts[1].get(kind))
     return FunctionDifferences(
         a.function,
-        keys_that_differ(_words(a), _words(b)),
+        diff_keys(_words(a), _words(b)),
         {kind: (counts[0].get(kind, 0), counts[1].get(kind, 0)) for kind in kinds},
         tuple(_changed(_forms(a), _forms(b))),
     )
@@ -157,7 +155,7 @@ def _constants(a: list[Graph], b: list[Graph]) -> Differences:
         tuple(name for name in one if name not in other),
         tuple(name for name in other if name not in one),
         tuple(forms),
-        worst_first(values),
+        sort_worst_first(values),
         len(both) - len(unlike),
     )
 
@@ -176,8 +174,8 @@ def _load(graphs: list[Graph], name: str) -> Value:
 def _difference(name: str, a: Value, b: Value) -> ValueDifference | None:
     if isinstance(a, Palettized) and isinstance(b, Palettized) and a.codebook.shape == b.codebook.shape:
         ours, theirs = a.codes, b.codes
-        return difference(name, _dense(a), _dense(b), lambda: int(torch.count_nonzero(ours != theirs)))
-    return difference(name, _dense(a), _dense(b))
+        return diff_values(name, _dense(a), _dense(b), lambda: int(torch.count_nonzero(ours != theirs)))
+    return diff_values(name, _dense(a), _dense(b))
 
 
 def _dense(value: Value) -> Tensor:
@@ -186,7 +184,7 @@ def _dense(value: Value) -> Tensor:
     return value.dense() if isinstance(value, Palettized) else value
 
 
-def pairs(a: tuple[Path, ...], b: tuple[Path, ...]) -> Iterator[tuple[Path | None, Path | None]]:
+def pair_packages(a: tuple[Path, ...], b: tuple[Path, ...]) -> Iterator[tuple[Path | None, Path | None]]:
     """Packages of the same name but for the width in it; two single ones whatever their names."""
     if len(a) == len(b) == 1:
         yield a[0], b[0]

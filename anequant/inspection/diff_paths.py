@@ -16,9 +16,9 @@ from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
 from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 from anequant.errors import InputError, UnsupportedError, UsageError
 from anequant.evaluation.divergence import summarise
-from anequant.inspection.diff import CheckpointDifferences, diff_checkpoints, keys_that_differ
-from anequant.inspection.diff_packages import PackageDifferences, diff_packages, pairs
-from anequant.inspection.inspect import PACKAGE, Parts, parts_of
+from anequant.inspection.diff_checkpoints import CheckpointDifferences, diff_checkpoints, diff_keys
+from anequant.inspection.diff_packages import PackageDifferences, diff_packages, pair_packages
+from anequant.inspection.inspect import PACKAGE, Parts, find_parts
 from anequant.jobs.control import Progress, part_of, silent
 from anequant.reference.forward import logits
 from anequant.reference.probe import probe_tokens
@@ -75,7 +75,7 @@ def diff(
 
     Raises UsageError for two paths that have nothing in common to compare, and what opening them raises.
     """
-    ours, theirs = parts_of(a), parts_of(b)
+    ours, theirs = find_parts(a), find_parts(b)
     kinds = ours.kind, theirs.kind
     if not (ours.checkpoint and theirs.checkpoint) and not (ours.packages and theirs.packages):
         raise UsageError(
@@ -86,7 +86,7 @@ def diff(
     if ours.checkpoint and theirs.checkpoint:
         opened = open_checkpoint(ours.checkpoint), open_checkpoint(theirs.checkpoint)
         checkpoint = diff_checkpoints(*opened, part_of(progress, "tensors", 0.0, end))
-    matched = list(pairs(ours.packages, theirs.packages)) if ours.packages and theirs.packages else []
+    matched = list(pair_packages(ours.packages, theirs.packages)) if ours.packages and theirs.packages else []
     packages = []
     for number, (one, other) in enumerate(matched):
         if one is not None and other is not None:
@@ -100,7 +100,7 @@ def diff(
         tuple(packages),
         tuple(one.name for one, other in matched if one is not None and other is None),
         tuple(other.name for one, other in matched if one is None and other is not None),
-        keys_that_differ(_set(ours), _set(theirs)) if packages and PACKAGE not in kinds else {},
+        diff_keys(_set(ours), _set(theirs)) if packages and PACKAGE not in kinds else {},
         _logits(ours, theirs, text, last) if compare_logits else None,
     )
 
@@ -119,7 +119,7 @@ def _logits(a: Parts, b: Parts, text: Path | None, progress: Progress) -> Logits
             sizes = f"{base.spec.vocab_size} and {model.spec.vocab_size}"
             raise InputError(f"vocabularies of {sizes} tokens have no logits to compare")
         tokens = _tokens(base, text)
-        return compare(tokens, logits(base, tokens), logits(model, tokens, progress=progress))
+        return diff_logits(tokens, logits(base, tokens), logits(model, tokens, progress=progress))
     folders = [parts.packages[0].parent for parts in (a, b)]
     for parts, folder in zip((a, b), folders, strict=True):
         if parts.kind == PACKAGE or not (folder / META).is_file():
@@ -134,10 +134,10 @@ def _logits(a: Parts, b: Parts, text: Path | None, progress: Progress) -> Logits
     base_logits, our_logits = ([model.feed_each(tokens[0].tolist())] for model in models)
     if base_logits[0].shape != our_logits[0].shape:
         raise InputError("vocabularies of two sizes have no logits to compare")
-    return compare(tokens, base_logits, our_logits)
+    return diff_logits(tokens, base_logits, our_logits)
 
 
-def compare(tokens: Tensor, base: Iterable[Tensor], ours: Iterable[Tensor]) -> LogitsDifference:
+def diff_logits(tokens: Tensor, base: Iterable[Tensor], ours: Iterable[Tensor]) -> LogitsDifference:
     """Logits [length, vocab] of each window of tokens [windows, length], one of each in memory at a time."""
     largest, kept = 0.0, deque[Tensor]()
 

@@ -20,14 +20,14 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.stored import read_stored
 from anequant.errors import InputError, UnsupportedError, UsageError, shown
-from anequant.evaluation.distribution import Distribution, distribution
+from anequant.evaluation.distribution import Distribution, measure_distribution
 from anequant.inspection.inspect_checkpoint import (
     CheckpointFacts,
     TensorFiles,
-    checkpoint_facts,
-    tensor_files,
+    inspect_checkpoint,
+    inspect_tensor_files,
 )
-from anequant.inspection.inspect_package import PackageFacts, package_facts
+from anequant.inspection.inspect_package import PackageFacts, inspect_package
 from anequant.targets.coreml.census import constant_node, load_constant
 from anequant.targets.coreml.graph import package_graphs
 from anequant.targets.coreml.meta import META, read_meta
@@ -84,7 +84,7 @@ class TensorFacts:
         return asdict(self)
 
 
-def parts_of(path: Path) -> Parts:
+def find_parts(path: Path) -> Parts:
     """Raises InputError for a path that does not exist or holds nothing of the kind."""
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -113,15 +113,15 @@ def parts_of(path: Path) -> Parts:
 def inspect(path: Path) -> Inspection:
     """Raises InputError for a path that holds nothing of the kind or is damaged, UnsupportedError for an
     architecture or a kind of Core ML model that is not known."""
-    parts = parts_of(path)
-    checkpoint = None if parts.checkpoint is None else checkpoint_facts(open_checkpoint(parts.checkpoint))
+    parts = find_parts(path)
+    checkpoint = None if parts.checkpoint is None else inspect_checkpoint(open_checkpoint(parts.checkpoint))
     meta = parts.packages[0].parent if parts.packages and parts.kind != PACKAGE else None
     return Inspection(
         checkpoint.kind if parts.kind == "checkpoint" and checkpoint is not None else parts.kind,
         checkpoint,
-        tuple(package_facts(package) for package in parts.packages),
+        tuple(inspect_package(package) for package in parts.packages),
         asdict(read_meta(meta)) if meta is not None and (meta / META).is_file() else None,
-        None if parts.file is None else tensor_files(read_header(parts.file)),
+        None if parts.file is None else inspect_tensor_files(read_header(parts.file)),
     )
 
 
@@ -131,7 +131,7 @@ def inspect_tensor(path: Path, name: str) -> TensorFacts:
 
     Raises UsageError with a suggestion for a name that is not there, and what `inspect` raises.
     """
-    parts, known = parts_of(path), []
+    parts, known = find_parts(path), []
     if parts.file is not None:
         tensors = read_header(parts.file)
         if name in tensors:
@@ -192,7 +192,7 @@ def _facts(
 ) -> TensorFacts:
     if tensor.is_complex():
         raise UnsupportedError(f"tensor {shown(name)} is complex")
-    return TensorFacts(name, place, dtype, tuple(tensor.shape), distribution(tensor), codes, tables)
+    return TensorFacts(name, place, dtype, tuple(tensor.shape), measure_distribution(tensor), codes, tables)
 
 
 def _uses(codes: Tensor, codebook: Tensor) -> Iterator[CodeUse]:

@@ -101,7 +101,7 @@ class CheckpointFacts:
     recipe: Mapping[str, Any] | None
 
 
-def checkpoint_facts(checkpoint: Checkpoint) -> CheckpointFacts:
+def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointFacts:
     """Raises InputError for an anequant.json that is damaged, and what `read_stored` raises."""
     kind = ROTATED_FLOAT if made_as(checkpoint.folder) == ROTATED else FLOAT
     recorded = read_manifest(checkpoint.folder) if (checkpoint.folder / MANIFEST).is_file() else {}
@@ -114,16 +114,16 @@ def checkpoint_facts(checkpoint: Checkpoint) -> CheckpointFacts:
         QUANTIZED if quantized else kind,
         f"anequant {version}" if version else None,
         {"model_type": spec.architecture.model_type, **spec.sizes, "tied": spec.tied},
-        tensor_files(checkpoint.tensors),
+        inspect_tensor_files(checkpoint.tensors),
         dict(_bits(checkpoint, linears)),
         scales,
         codebooks,
-        online_facts(checkpoint.online),
+        inspect_online(checkpoint.online),
         recorded.get("recipe"),
     )
 
 
-def online_facts(online: Online) -> dict[str, Any]:
+def inspect_online(online: Online) -> dict[str, Any]:
     """What the model does while it runs, empty where it is its weights and no more."""
     facts: dict[str, Any] = {}
     for name in ("r3", "r4"):
@@ -194,10 +194,10 @@ def _scales_and_codebooks(
     for name in quantized:
         output = vectors[f"{name}.output_scales"]
         given = vectors.get(f"{name}.input_scales", torch.ones(1))
-        scales.setdefault(scale_kind(given, output), []).append((given.abs(), output.abs()))
+        scales.setdefault(classify_scales(given, output), []).append((given.abs(), output.abs()))
         if f"{name}.codebook" in vectors:
             entries = vectors[f"{name}.codebook"].float().reshape(-1)
-            codebooks.setdefault((codebook_kind(entries), len(entries)), []).append(entries)
+            codebooks.setdefault((classify_codebook(entries), len(entries)), []).append(entries)
     return (
         tuple(
             ScaleKind(kind, len(pairs), _range([a for a, _ in pairs]), _range([b for _, b in pairs]))
@@ -210,7 +210,7 @@ def _scales_and_codebooks(
     )
 
 
-def scale_kind(input_scales: Tensor, output_scales: Tensor) -> str:
+def classify_scales(input_scales: Tensor, output_scales: Tensor) -> str:
     """The recipe's word: group, balanced, output, tensor; or premultiplied, where all of them are 1."""
     if output_scales.ndim == 2 and output_scales.shape[1] > 1:
         return "group"
@@ -221,7 +221,7 @@ def scale_kind(input_scales: Tensor, output_scales: Tensor) -> str:
     return "premultiplied" if float(output_scales.flatten()[0]) == 1 else "tensor"
 
 
-def codebook_kind(entries: Tensor) -> str:
+def classify_codebook(entries: Tensor) -> str:
     """uniform where the entries [n] are equally far apart, as far as float16 tells; else lut."""
     entries = entries.double().sort().values
     grid = torch.linspace(float(entries[0]), float(entries[-1]), len(entries), dtype=torch.float64)
@@ -232,12 +232,12 @@ def _range(tensors: list[Tensor]) -> tuple[float, float]:
     return min(float(part.min()) for part in tensors), max(float(part.max()) for part in tensors)
 
 
-def tensor_files(tensors: Mapping[str, TensorInfo]) -> TensorFiles:
+def inspect_tensor_files(tensors: Mapping[str, TensorInfo]) -> TensorFiles:
     """`tensors` as `read_header` and `open_checkpoint` give them; only sizes of files are looked up."""
     found: dict[tuple[str, str, tuple[int, ...]], int] = {}
     dtypes: dict[str, int] = {}
     for name, info in tensors.items():
-        key = (name_pattern(name), info.dtype, info.shape)
+        key = (star_numbers(name), info.dtype, info.shape)
         found[key] = found.get(key, 0) + 1
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + stored_bytes(info)
     kinds = tuple(
@@ -250,7 +250,7 @@ def tensor_files(tensors: Mapping[str, TensorInfo]) -> TensorFiles:
     return TensorFiles(len(tensors), values, kinds, dtypes, sizes, 2 * values)
 
 
-def name_pattern(name: str) -> str:
+def star_numbers(name: str) -> str:
     """A name with * for every part that is a number."""
     return _NUMBER.sub("*", name)
 

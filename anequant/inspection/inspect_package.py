@@ -59,7 +59,7 @@ class PackageFacts:
     float16_bytes: int
 
 
-def package_facts(package: Path) -> PackageFacts:
+def inspect_package(package: Path) -> PackageFacts:
     """Raises InputError for a damaged package, UnsupportedError for one that is no mlProgram."""
     graphs = package_graphs(package)
     model = read_model(model_file(package))
@@ -79,18 +79,18 @@ def package_facts(package: Path) -> PackageFacts:
         values,
         codes / values if values else None,
         8 * sum(constant.bytes for constant in weights) / values if values else None,
-        package_files(package),
+        list_package_files(package),
         2 * sum(constant.values for constant in constants),
     )
 
 
-def package_files(package: Path) -> dict[str, int]:
+def list_package_files(package: Path) -> dict[str, int]:
     """Bytes of each file, by its path in the package."""
     found = sorted(path for path in package.rglob("*") if path.is_file())
     return {path.relative_to(package).as_posix(): path.stat().st_size for path in found}
 
 
-def operations_by_kind(graph: Graph) -> dict[str, int]:
+def count_operations(graph: Graph) -> dict[str, int]:
     """The most frequent first."""
     counts: dict[str, int] = {}
     for node in graph.computing():
@@ -107,7 +107,7 @@ def _function(graph: Graph, default: str) -> FunctionFacts:
         spec.outputs,
         spec.states,
         spec.enumerated,
-        operations_by_kind(graph),
+        count_operations(graph),
     )
 
 

@@ -15,7 +15,7 @@ from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
 from anequant.evaluation import SAMPLE_LENGTH, SAMPLE_WINDOWS
-from anequant.evaluation.divergence import Quality, evaluate
+from anequant.evaluation.divergence import Quality, measure_quality
 from anequant.jobs.control import CONTROL, Control, Progress, silent, step_of
 from anequant.jobs.journal import Journal
 from anequant.jobs.resume import resumable
@@ -190,4 +190,4 @@ def sample_quality(base: Path, checkpoint: Path, progress: Progress) -> Quality 
     original = open_checkpoint(base)
     tokenizer, text = load_tokenizer(base), read_text(SAMPLE_TEXT)
     tokens = model_windows(tokenizer, original.spec.config, text, count=SAMPLE_WINDOWS, length=SAMPLE_LENGTH)
-    return evaluate(open_checkpoint(checkpoint), tokens, original, progress=progress)
+    return measure_quality(open_checkpoint(checkpoint), tokens, original, progress=progress)

@@ -24,7 +24,12 @@ from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
 from anequant.cli import main
 from anequant.errors import InputError, UsageError
-from anequant.inspection.measurements import Measurements, Outliers, measure, token_outliers
+from anequant.inspection.measure_projections import (
+    ModelMeasurement,
+    Outliers,
+    measure_projections,
+    measure_token_outliers,
+)
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.rotate import rotate
 from anequant.quantization.nearest import quantize_linear
@@ -52,9 +57,9 @@ def quantized(source: Path, quantize_model: Callable[..., Quantized]) -> Quantiz
 
 
 @pytest.fixture(scope="module")
-def measured(quantized: Quantized) -> Measurements:
+def measured(quantized: Quantized) -> ModelMeasurement:
     checkpoint, original = open_checkpoint(quantized.folder), open_checkpoint(quantized.source)
-    return measure(checkpoint, original, quantized.recipe, SAMPLED)
+    return measure_projections(checkpoint, original, quantized.recipe, SAMPLED)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +103,7 @@ def relative(off: Tensor, size: Tensor) -> float:
 
 def test_every_projection_against_transformers(
     quantized: Quantized,
-    measured: Measurements,
+    measured: ModelMeasurement,
     float_run: tuple[dict[str, Tensor], list[Tensor], dict[str, Tensor]],
 ) -> None:
     inputs, _, weights = float_run
@@ -143,7 +148,7 @@ def test_every_projection_against_transformers(
 
 def test_residual_stream_against_transformers(
     quantized: Quantized,
-    measured: Measurements,
+    measured: ModelMeasurement,
     float_run: tuple[dict[str, Tensor], list[Tensor], dict[str, Tensor]],
 ) -> None:
     _, streams, _ = float_run
@@ -156,9 +161,9 @@ def test_residual_stream_against_transformers(
 
 
 def test_tokens_of_equal_channels_do_not_count() -> None:
-    assert token_outliers(torch.ones(3, 8)) == Outliers(None, None)
+    assert measure_token_outliers(torch.ones(3, 8)) == Outliers(None, None)
     x = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 1.0, -1.0]])
-    assert token_outliers(x) == Outliers(1.0, 1.0)
+    assert measure_token_outliers(x) == Outliers(1.0, 1.0)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import UsageError
-from anequant.inspection.inspect_package import package_facts
+from anequant.inspection.inspect_package import inspect_package
 from anequant.jobs.control import Progress, part_of
 from anequant.jobs.machine import memory, usable_cores
 from anequant.jobs.output_folder import file_hashes
@@ -139,7 +139,7 @@ def _packages(folder: Path) -> dict[str, Any]:
     packages = read_meta(folder)
     found = []
     for name in packages.package_names:
-        facts = package_facts(folder / f"{name}.mlpackage")
+        facts = inspect_package(folder / f"{name}.mlpackage")
         functions = [
             {
                 "name": function.name,

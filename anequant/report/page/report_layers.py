@@ -14,13 +14,13 @@ from anequant.calibration.sources import source_text
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
 from anequant.errors import UsageError
-from anequant.inspection.measurements import (
+from anequant.inspection.measure_projections import (
     LayerMeasurement,
     Side,
     StoredProjection,
-    describe,
     load_projection,
-    measure,
+    measure_projections,
+    summarise_projection,
 )
 from anequant.jobs.control import Progress
 from anequant.recipe_files import recipe_from_dict
@@ -73,13 +73,13 @@ def collect_layers(
         for number in range(count):
             progress(f"layer {number + 1} of {count}", number / count)
             names = [linear.name for linear in checkpoint.spec.architecture.linears]
-            stored = [describe(name, load_projection(checkpoint, number, name)) for name in names]
+            stored = [summarise_projection(name, load_projection(checkpoint, number, name)) for name in names]
             layers.append(_layer(number, None, stored, errors))
         missing = {"measured": origin.missing}
         return {"measured_on": None, "embedded": None, "layers": layers, "worst": []}, missing
     tokens, name = _tokens(checkpoint, known.text)
     recipe = recipe_from_dict(made["recipe"])
-    result = measure(checkpoint, open_checkpoint(origin.source.folder), recipe, tokens, progress)
+    result = measure_projections(checkpoint, open_checkpoint(origin.source.folder), recipe, tokens, progress)
     rotated = {"before": "the model came rotated, so what it was before is not here"}
     layers = [
         _layer(layer.layer, layer, [projection.stored for projection in layer.projections], errors)

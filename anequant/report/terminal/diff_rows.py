@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anequant.inspection.diff import Differences, ValueDifference
+from anequant.inspection.diff_checkpoints import Differences, ValueDifference
 from anequant.inspection.diff_packages import PackageDifferences
 from anequant.inspection.diff_paths import PathDifferences
-from anequant.inspection.inspect_checkpoint import name_pattern
+from anequant.inspection.inspect_checkpoint import star_numbers
 from anequant.report.terminal.inspect_rows import describe_recipe
 
 Rows = list[tuple[str, str]]
@@ -112,7 +112,7 @@ def _patterns(names: Sequence[str]) -> str:
     """Names that differ in a number only are one, with how often it occurs."""
     counts: dict[str, int] = {}
     for name in names:
-        counts[name_pattern(name)] = counts.get(name_pattern(name), 0) + 1
+        counts[star_numbers(name)] = counts.get(star_numbers(name), 0) + 1
     return _list_names([name if count == 1 else f"{count} {name}" for name, count in counts.items()])
 
 

@@ -29,7 +29,7 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import written_rotations
 from anequant.errors import UnsupportedError
-from anequant.evaluation.distribution import distribution
+from anequant.evaluation.distribution import measure_distribution
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
@@ -94,7 +94,7 @@ class LayerMeasurement:
 
 
 @dataclass(frozen=True)
-class Measurements:
+class ModelMeasurement:
     """`embedded_*` is the largest magnitude in the residual stream as it enters the first layer."""
 
     embedded_before: float | None
@@ -102,9 +102,9 @@ class Measurements:
     layers: tuple[LayerMeasurement, ...]
 
 
-def measure(
+def measure_projections(
     checkpoint: Checkpoint, original: Checkpoint, recipe: Recipe, tokens: Tensor, progress: Progress = silent
-) -> Measurements:
+) -> ModelMeasurement:
     """Compare a quantized `checkpoint` with the float model that `recipe` made it from, tokens [n, length].
 
     It holds one projection, the inputs of one layer and both hidden states. Raises what `written_rotations`
@@ -129,11 +129,11 @@ def measure(
         for seen in after.walk(layer, bits):
             stored = load_projection(checkpoint, layer, seen.name)
             errors = _errors(_weight(stored), seen.weight, seen.inputs, seen.output)
-            kept = describe(seen.name, stored)
+            kept = summarise_projection(seen.name, stored)
             measured.append(ProjectionMeasurement(kept, sides.get(seen.name), seen.side, *errors))
         largest = None if before is None else before.largest
         layers.append(LayerMeasurement(layer, largest, after.largest, tuple(measured)))
-    return Measurements(*embedded, tuple(layers))
+    return ModelMeasurement(*embedded, tuple(layers))
 
 
 def load_projection(checkpoint: Checkpoint, layer: int, name: str) -> QuantizedLinear | Tensor:
@@ -144,7 +144,7 @@ def load_projection(checkpoint: Checkpoint, layer: int, name: str) -> QuantizedL
     return checkpoint.read(f"{full}.weight")
 
 
-def describe(name: str, linear: QuantizedLinear | Tensor) -> StoredProjection:
+def summarise_projection(name: str, linear: QuantizedLinear | Tensor) -> StoredProjection:
     if not isinstance(linear, QuantizedLinear):
         return StoredProjection(name, (linear.shape[0], linear.shape[1]), 16, ())
     codes = torch.bincount(linear.codes.flatten().int(), minlength=linear.codebook.numel())
@@ -182,10 +182,10 @@ class _Walker:
         inputs, self._hidden = self._runner.every_input(layer, tensors, self._hidden)
         for group in self._model.spec.input_groups:
             x = inputs[group[0].name]
-            outliers = token_outliers(x)
+            outliers = measure_token_outliers(x)
             for linear in group:
                 weight = tensors[f"{linear.name}.weight"].float()
-                output, values = x @ weight.T, distribution(weight)
+                output, values = x @ weight.T, measure_distribution(weight)
                 nearest = self._nearest(weight, bits[linear.name], layer_prefix(layer) + linear.name)
                 errors = (None, None) if nearest is None else _errors(nearest, weight, x, output)
                 side = Side(Outliers(values.kurtosis, values.peak), outliers, *errors)
@@ -220,7 +220,7 @@ def _weight(stored: QuantizedLinear | Tensor) -> Tensor:
     return stored.dequantize() if isinstance(stored, QuantizedLinear) else stored.float()
 
 
-def token_outliers(inputs: Tensor) -> Outliers:
+def measure_token_outliers(inputs: Tensor) -> Outliers:
     """The median over tokens of kurtosis and peak over channels, for inputs [tokens, in].
 
     Tokens whose channels are all the same do not count.

@@ -89,7 +89,7 @@ def diff_checkpoints(a: Checkpoint, b: Checkpoint, progress: Progress = silent) 
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             forms.append(Form(name, (one.dtype, other.dtype), (one.shape, other.shape)))
         if one.shape == other.shape:
-            found = difference(name, a.read(name), b.read(name), partial(_codes, a, b, name))
+            found = diff_values(name, a.read(name), b.read(name), partial(_codes, a, b, name))
             values += [] if found is None else [found]
     unlike = {form.name for form in forms} | {value.name for value in values}
     return CheckpointDifferences(
@@ -97,16 +97,16 @@ def diff_checkpoints(a: Checkpoint, b: Checkpoint, progress: Progress = silent) 
             tuple(name for name in a.tensors if name not in b.tensors),
             tuple(name for name in b.tensors if name not in a.tensors),
             tuple(forms),
-            worst_first(values),
+            sort_worst_first(values),
             len(both) - len(unlike),
         ),
-        keys_that_differ(a.spec.config, b.spec.config),
-        keys_that_differ(_recipe(a.folder), _recipe(b.folder)),
+        diff_keys(a.spec.config, b.spec.config),
+        diff_keys(_recipe(a.folder), _recipe(b.folder)),
         tuple(_files_that_differ(a.folder, b.folder)),
     )
 
 
-def difference(
+def diff_values(
     name: str, a: Tensor, b: Tensor, codes: Callable[[], int | None] = lambda: None
 ) -> ValueDifference | None:
     """None for equal values, of whatever dtype; both are of one shape. `codes` is asked if they differ."""
@@ -126,12 +126,12 @@ def difference(
     return ValueDifference(name, a.numel(), relative, largest if finite else None, codes())
 
 
-def worst_first(values: list[ValueDifference]) -> tuple[ValueDifference, ...]:
+def sort_worst_first(values: list[ValueDifference]) -> tuple[ValueDifference, ...]:
     """By relative error; what has none comes first."""
     return tuple(sorted(values, key=lambda value: -math.inf if (e := value.relative_error) is None else -e))
 
 
-def keys_that_differ(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def diff_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
 
 
