@@ -59,7 +59,7 @@ def diagnose() -> list[Check]:
     return [check for probe in PROBES for check in probe()]
 
 
-def failed(checks: Sequence[Check]) -> bool:
+def has_failure(checks: Sequence[Check]) -> bool:
     return any(check.status == FAILURE for check in checks)
 
 
@@ -79,7 +79,7 @@ def describe_checks(checks: Sequence[Check]) -> list[tuple[str, str]]:
     return [*rows, ("", ", ".join(counts) or "nothing is wrong")]
 
 
-def python(
+def check_python(
     version: str = platform.python_version(), required: str | None = None, executable: str = sys.executable
 ) -> Iterator[Check]:
     """`required` is a version specifier, None for the one that anequant was installed with."""
@@ -93,7 +93,7 @@ def python(
         yield Check("python", FAILURE, f"{detail}, needed is {required}", remedy)
 
 
-def packages(
+def check_packages(
     requirements: Sequence[str] | None = None,
     installed: Callable[[str], str] = importlib.metadata.version,
 ) -> Iterator[Check]:
@@ -115,7 +115,7 @@ def packages(
             yield Check(name, FAILURE, f"{version}, needed is {wanted}", remedy)
 
 
-def torch_loads(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
+def check_torch(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
     """torch is installed more often than it works: its libraries must fit the system's."""
     try:
         load("torch")
@@ -126,7 +126,7 @@ def torch_loads(load: Callable[[str], Any] = importlib.import_module) -> Iterato
     yield Check("torch library", OK, "loads")
 
 
-def native_library(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
+def check_native_library(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
     """coremltools installs without its native library where it has no wheel, and then fails at the very end
     with "BlobWriter not loaded" (apple/coremltools 2361, 2617, 2695)."""
     name = "coremltools library"
@@ -148,7 +148,7 @@ def native_library(load: Callable[[str], Any] = importlib.import_module) -> Iter
         yield Check(name, OK, "reads and writes packages")
 
 
-def compiled_loops(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
+def check_compiled_loops(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
     """numba keeps what it compiles beside the module or below HOME, and can do without."""
     name = "compiled loops"
     try:
@@ -164,7 +164,7 @@ def compiled_loops(load: Callable[[str], Any] = importlib.import_module) -> Iter
         yield Check(name, OK, f"kept in {folder}")
 
 
-def cores(
+def check_cores(
     usable: int | None = None, present: int | None = None, threads: int | None = None
 ) -> Iterator[Check]:
     """More threads than cores wait for each other, which costs far more than the cores that are missing."""
@@ -178,7 +178,7 @@ def cores(
         yield Check("cores", OK, detail)
 
 
-def free_memory(found: Memory | None = None) -> Iterator[Check]:
+def check_memory(found: Memory | None = None) -> Iterator[Check]:
     found = memory() if found is None else found
     if found.available is None:
         yield Check("memory", OK, format_bytes(found.total))
@@ -191,7 +191,7 @@ def free_memory(found: Memory | None = None) -> Iterator[Check]:
         yield Check("memory", OK, detail)
 
 
-def disk(
+def check_disk(
     working: Path | None = None,
     temporary: Path | None = None,
     free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
@@ -212,7 +212,7 @@ def disk(
             yield Check(name, OK, detail)
 
 
-def mac(
+def check_mac(
     system: str = platform.system(), version: str = platform.mac_ver()[0], run: Run | None = None
 ) -> Iterator[Check]:
     """What `profile` and `--backend coreml` need; all else runs on any system."""
@@ -247,15 +247,15 @@ def mac(
 
 
 PROBES: tuple[Callable[[], Iterator[Check]], ...] = (
-    python,
-    packages,
-    torch_loads,
-    native_library,
-    compiled_loops,
-    cores,
-    free_memory,
-    disk,
-    mac,
+    check_python,
+    check_packages,
+    check_torch,
+    check_native_library,
+    check_compiled_loops,
+    check_cores,
+    check_memory,
+    check_disk,
+    check_mac,
 )
 
 

@@ -82,9 +82,9 @@ def doctor(console: Console) -> None:
     \b
     anequant doctor
     """
-    from anequant.doctor import describe_checks, diagnose, failed
+    from anequant.doctor import describe_checks, diagnose, has_failure
 
     checks = diagnose()
     console.result({"checks": [asdict(check) for check in checks]}, describe_checks(checks))
-    if failed(checks):
+    if has_failure(checks):
         sys.exit(UnsupportedError.exit_code)

@@ -36,7 +36,7 @@ from anequant.pipeline import kept
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
-from anequant.report.page.scatter import Point, scatter
+from anequant.report.page.scatter import Point, draw_scatter
 from anequant.report.terminal.tables import tabulate_comparison
 
 SOURCE = Source(BUNDLED_MODEL, BUNDLED_MODEL.name)
@@ -158,13 +158,13 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 def test_dots_and_labels_of_the_plot() -> None:
     points = [Point(str(n), "after", (4 + n / 50, 10.0 ** -(n % 5)), n < 3) for n in range(12)]
-    drawn = scatter(points)
-    assert drawn is not None and scatter([]) is None
+    drawn = draw_scatter(points)
+    assert drawn is not None and draw_scatter([]) is None
     for one, other in itertools.pairwise(drawn.dots):
         assert one.x < other.x and (one.y < other.y) == (one.point.at[1] > other.point.at[1])
     assert drawn.path.count("L") == 2 and drawn.path.startswith(f"M{drawn.dots[0].x:g} {drawn.dots[0].y:g}")
     assert all(52 < dot.x < 332 and 10 <= dot.y <= 220 for dot in drawn.dots)
-    same = scatter([Point("10", "after", (4.0, 0.1), True), Point("11", "after", (4.0, 0.1), True)])
+    same = draw_scatter([Point("10", "after", (4.0, 0.1), True), Point("11", "after", (4.0, 0.1), True)])
     assert same is not None
     first, second = same.dots
     assert (first.x, first.y) == (second.x, second.y)

@@ -324,7 +324,7 @@ def test_viridis_gets_lighter() -> None:
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=60), st.booleans())
 def test_lines_stay_inside_and_in_order(values: list[float], percent: bool) -> None:
-    chart = charts.line_chart({"after": values, "before": [None] * len(values)}, percent=percent)
+    chart = charts.draw_line_chart({"after": values, "before": [None] * len(values)}, percent=percent)
     assert chart is not None
     line, empty = chart.lines
     assert empty.points == () and empty.path == "" and len(line.points) == len(values)
@@ -338,7 +338,7 @@ def test_lines_stay_inside_and_in_order(values: list[float], percent: bool) -> N
 
 
 def test_a_gap_interrupts_a_line() -> None:
-    chart = charts.line_chart({"after": [1.0, None, 2.0, 3.0]})
+    chart = charts.draw_line_chart({"after": [1.0, None, 2.0, 3.0]})
     assert chart is not None and chart.lines[0].path.count("M") == 2
 
 
@@ -346,4 +346,4 @@ def test_bits_that_a_code_carries() -> None:
     assert charts.entropy([5] * 16) == pytest.approx(4)
     assert charts.entropy([8, 0, 0, 0]) == 0
     assert charts.entropy([1, 3]) == pytest.approx(-(math.log2(0.25) + 3 * math.log2(0.75)) / 4)
-    assert charts.code_bars([0, 2, 1]).count("M") == 3
+    assert charts.draw_code_bars([0, 2, 1]).count("M") == 3

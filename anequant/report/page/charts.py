@@ -66,7 +66,7 @@ class LineChart:
     markers: bool
 
 
-def heat_map(rows: Sequence[Values]) -> HeatMap | None:
+def draw_heat_map(rows: Sequence[Values]) -> HeatMap | None:
     """Of rows of the same length; None where no value is."""
     known = [value for row in rows for value in row if value is not None]
     if not known:
@@ -103,7 +103,7 @@ def contrast(one: str, other: str) -> float:
     return (lighter + 0.05) / (darker + 0.05)
 
 
-def line_chart(series: Mapping[str, Values], *, percent: bool = False) -> LineChart | None:
+def draw_line_chart(series: Mapping[str, Values], *, percent: bool = False) -> LineChart | None:
     """Lines by kind over the same places 0, 1, 2, ...; None where no value is.
 
     The y axis counts powers where values differ much and are positive; a value that is missing leaves a gap.
@@ -116,9 +116,9 @@ def line_chart(series: Mapping[str, Values], *, percent: bool = False) -> LineCh
     low, high = min(known), max(known)
     powers = low > 0 and high / low > LOGARITHMIC
     ticks = (
-        power_ticks(low, high)
+        place_power_ticks(low, high)
         if powers
-        else even_ticks(min(low, 0.0) if percent or low < high / 2 else low, high)
+        else place_even_ticks(min(low, 0.0) if percent or low < high / 2 else low, high)
     )
     bottom, top = (min(ticks[0], low), max(ticks[-1], high))
 
@@ -151,7 +151,7 @@ def _labels(ticks: Sequence[float], percent: bool) -> list[str]:
     return labels
 
 
-def code_bars(counts: Sequence[int]) -> str:
+def draw_code_bars(counts: Sequence[int]) -> str:
     """A path of one bar for every code, as high as it is often used, in CODES_WIDTH x CODES_HEIGHT."""
     wide, most = CODES_WIDTH / len(counts), max(*counts, 1)
     gap = wide / 5 if len(counts) <= 32 else 0.0
@@ -183,7 +183,7 @@ def share_of(value: float, low: float, high: float, *, powers: bool) -> float:
     return (ends[1] - ends[0]) / (ends[2] - ends[0]) if ends[2] > ends[0] else 0.5
 
 
-def even_ticks(low: float, high: float) -> list[float]:
+def place_even_ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers that span the values."""
     span = (high - low) or abs(high) or 1.0
     rough = span / 4
@@ -193,7 +193,7 @@ def even_ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
-def power_ticks(low: float, high: float) -> list[float]:
+def place_power_ticks(low: float, high: float) -> list[float]:
     """Powers of ten that span the values; with 2 and 5 between them where they are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1.0,) if last - first > 2 else (1.0, 2.0, 5.0)

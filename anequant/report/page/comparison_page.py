@@ -37,7 +37,7 @@ def render_comparison(result: Comparison, table: Table) -> str:
         TEMPLATE,
         result=result,
         trials=result.trials,
-        drawn=scatter.scatter(points),
+        drawn=scatter.draw_scatter(points),
         kinds=[kind for kind in (RECIPE_MARK, PEER_MARK, OFF_MARK) if kind in kinds],
         mark=choose_mark,
         lines=table.lines,

@@ -40,7 +40,7 @@ def fill_template(template: str, **values: Any) -> str:
         "shape": format_sizes,
         "form": lambda value, form: format_percent(value) if form == "percent" else format_number(value),
         "alike": join_alike,
-        "bars": charts.code_bars,
+        "bars": charts.draw_code_bars,
         "entropy": charts.entropy,
     }
     return environment.get_template(template).render(chart=charts, **values).strip() + "\n"
@@ -59,7 +59,7 @@ def render_report(data: dict[str, Any]) -> str:
         words=describe_recipe(data["recipe"]),
         projections=[item["name"] for item in layers[0]["projections"]],
         groups=groups,
-        heat=charts.heat_map(_table(layers, "output_error", WRITTEN)),
+        heat=charts.draw_heat_map(_table(layers, "output_error", WRITTEN)),
         errors=_by_projection(layers, "output_error", (BEFORE, AFTER, WRITTEN), percent=True),
         weights=_by_projection(layers, "weight", (BEFORE, AFTER), "kurtosis"),
         inputs={name: chart for name, chart in inputs.items() if name in groups},
@@ -132,7 +132,7 @@ def _by_projection(
     found = {}
     for column, item in enumerate(layers[0]["projections"]):
         series = {side: [row[column] for row in table] for side, table in tables.items()}
-        chart = charts.line_chart(series, percent=percent)
+        chart = charts.draw_line_chart(series, percent=percent)
         if chart is not None:
             found[item["name"]] = chart
     return found
@@ -142,7 +142,7 @@ def _residual(data: dict[str, Any]) -> LineChart | None:
     if data["embedded"] is None:
         return None
     entries = [data["embedded"], *(layer["residual"] for layer in data["layers"])]
-    return charts.line_chart({side: [entry[side] for entry in entries] for side in (BEFORE, AFTER)})
+    return charts.draw_line_chart({side: [entry[side] for entry in entries] for side in (BEFORE, AFTER)})
 
 
 def _grouped(findings: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:

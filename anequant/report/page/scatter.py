@@ -12,8 +12,8 @@ from anequant.report.page.charts import (
     TOP,
     WIDTH,
     Tick,
-    even_ticks,
-    power_ticks,
+    place_even_ticks,
+    place_power_ticks,
     share_of,
 )
 
@@ -61,15 +61,15 @@ class Scatter:
     y_ticks: tuple[Tick, ...]
 
 
-def scatter(points: Sequence[Point]) -> Scatter | None:
+def draw_scatter(points: Sequence[Point]) -> Scatter | None:
     """None without points. The y axis counts powers where its values differ much and are positive, else it
     starts at 0 or below."""
     if not points:
         return None
     across, up = zip(*(point.at for point in points), strict=True)
     powers = min(up) > 0 and max(up) / min(up) > LOGARITHMIC
-    x_ticks = even_ticks(min(across), max(across))
-    y_ticks = power_ticks(min(up), max(up)) if powers else even_ticks(min(*up, 0.0), max(up))
+    x_ticks = place_even_ticks(min(across), max(across))
+    y_ticks = place_power_ticks(min(up), max(up)) if powers else place_even_ticks(min(*up, 0.0), max(up))
     left, right = min(x_ticks[0], *across), max(x_ticks[-1], *across)
     low, high = min(y_ticks[0], *up), max(y_ticks[-1], *up)
 
