@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from anequant.calibration.tokens import WIKITEXT2, wikitext2
 from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, made_as, read_manifest, rotation_keys
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
 from anequant.checkpoints.rotation_files import written_rotations
-from anequant.checkpoints.source import resolve_source
+from anequant.checkpoints.source import SAMPLE_TEXT, resolve_source
 from anequant.errors import InputError, UsageError
 from anequant.evaluation.divergence import Quality, measure_quality
 from anequant.evaluation.layer_errors import LayerError, measure_embedding_error, measure_layer_errors
@@ -164,6 +164,18 @@ def _open(model: str, base: str | None) -> tuple[Checkpoint, Checkpoint | None]:
 
 def read_windows(checkpoint: Checkpoint, text: Path | str, windows: int, length: int) -> Tensor:
     """At most `windows` token windows of `length` of a text file, or of the test split of wikitext2."""
+    config = checkpoint.spec.config
+    if str(text) != WIKITEXT2:
+        return read_text_windows(checkpoint.folder, config, Path(text), windows, length)
     tokenizer = load_tokenizer(checkpoint.folder)
-    content = wikitext2("test") if str(text) == WIKITEXT2 else source_text(Path(text), tokenizer)
-    return model_windows(tokenizer, checkpoint.spec.config, content, count=windows, length=length)
+    return model_windows(tokenizer, config, wikitext2("test"), count=windows, length=length)
+
+
+def read_text_windows(
+    folder: Path, config: Mapping[str, Any], text: Path | None, windows: int, length: int
+) -> Tensor:
+    """Read token windows [at most `windows`, length] of a text file, None for the bundled text, with the
+    tokenizer in `folder`. Raises what `source_text` and `model_windows` raise."""
+    tokenizer = load_tokenizer(folder)
+    content = source_text(SAMPLE_TEXT if text is None else text, tokenizer)
+    return model_windows(tokenizer, config, content, count=windows, length=length)
