@@ -75,7 +75,7 @@ def convert(
     ids, of which `calib_samples` windows of `calib_length` tokens are taken. `context` and `batch` are in
     tokens, `chunks` None takes as few packages as `max_chunk_mb` (megabytes) allows, `max_memory` is bytes.
     `scheduler` is local, or dask://host:port for a cluster that shares the folders (docs/cluster.md). With
-    `resume` a run that was interrupted is gone on with. `progress` is called with what is being done and the
+    `resume` a run that was interrupted is resumed. `progress` is called with what is being done and the
     share that is done.
 
     Raises UsageError for options that are wrong or an `output` that exists (without `force`), InputError or
@@ -196,7 +196,7 @@ def evaluate(
 def _job(
     model: str | None, recipe: str | Path | Mapping[str, Any], keys: Mapping[str, Any]
 ) -> tuple[Source, Recipe]:
-    """The model's folder and its recipe; a wrong recipe is noticed before a model is downloaded."""
+    """Return the model's folder and its recipe; a wrong recipe is noticed before a model is downloaded."""
     load_recipe(recipe, keys)
     source = resolve_source(model)
     code = custom_code(source.folder)

@@ -55,7 +55,7 @@ class Check:
 
 
 def diagnose() -> list[Check]:
-    """Every probe in turn, on this machine."""
+    """Run every probe in turn, on this machine."""
     return [check for probe in PROBES for check in probe()]
 
 
@@ -82,7 +82,7 @@ def describe_checks(checks: Sequence[Check]) -> list[tuple[str, str]]:
 def check_python(
     version: str = platform.python_version(), required: str | None = None, executable: str = sys.executable
 ) -> Iterator[Check]:
-    """`required` is a version specifier, None for the one that anequant was installed with."""
+    """Check this Python against `required`, a version specifier; None for the one in anequant's metadata."""
     if required is None:
         required = importlib.metadata.metadata("anequant")["Requires-Python"]
     detail = f"{version} at {executable}"
@@ -97,7 +97,7 @@ def check_packages(
     requirements: Sequence[str] | None = None,
     installed: Callable[[str], str] = importlib.metadata.version,
 ) -> Iterator[Check]:
-    """What anequant requires, one line each; optional extras are left out."""
+    """Check what anequant requires, one line each; optional extras are left out."""
     for text in importlib.metadata.requires("anequant") or [] if requirements is None else requirements:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -116,7 +116,8 @@ def check_packages(
 
 
 def check_torch(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
-    """torch is installed more often than it works: its libraries must fit the system's."""
+    """Check that torch loads. It is installed more often than it works: its libraries must fit the
+    system's."""
     try:
         load("torch")
     except Exception as error:
@@ -127,8 +128,8 @@ def check_torch(load: Callable[[str], Any] = importlib.import_module) -> Iterato
 
 
 def check_native_library(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
-    """coremltools installs without its native library where it has no wheel, and then fails at the very end
-    with "BlobWriter not loaded" (apple/coremltools 2361, 2617, 2695)."""
+    """Check coremltools' native library. Where there is no wheel it installs without, and fails at the very
+    end with "BlobWriter not loaded" (apple/coremltools 2361, 2617, 2695)."""
     name = "coremltools library"
     remedy = (
         "use Python 3.10 to 3.13 on Linux or macOS (x86-64 or arm64), and `pip install --force-reinstall "
@@ -149,7 +150,7 @@ def check_native_library(load: Callable[[str], Any] = importlib.import_module) -
 
 
 def check_compiled_loops(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
-    """numba keeps what it compiles beside the module or below HOME, and can do without."""
+    """Check where numba keeps what it compiles: beside the module or below HOME; it can do without."""
     name = "compiled loops"
     try:
         folder = load("anequant.quantization.kernels").cache_folder()
@@ -167,7 +168,8 @@ def check_compiled_loops(load: Callable[[str], Any] = importlib.import_module) -
 def check_cores(
     usable: int | None = None, present: int | None = None, threads: int | None = None
 ) -> Iterator[Check]:
-    """More threads than cores wait for each other, which costs far more than the cores that are missing."""
+    """Check that threads do not outnumber cores: they wait for each other, which costs more than missing
+    cores."""
     usable = usable_cores() if usable is None else usable
     present = (os.cpu_count() or 1) if present is None else present
     threads = torch_threads(usable) if threads is None else threads
@@ -196,7 +198,7 @@ def check_disk(
     temporary: Path | None = None,
     free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
 ) -> Iterator[Check]:
-    """Room in the working folder and where coremltools builds packages."""
+    """Check for room in the working folder and where coremltools builds packages."""
     working = Path.cwd() if working is None else working
     temporary = Path(tempfile.gettempdir()) if temporary is None else temporary
     for name, folder, least, other in (
@@ -215,7 +217,7 @@ def check_disk(
 def check_mac(
     system: str = platform.system(), version: str = platform.mac_ver()[0], run: Run | None = None
 ) -> Iterator[Check]:
-    """What `profile` and `--backend coreml` need; all else runs on any system."""
+    """Check what `profile` and `--backend coreml` need; all else runs on any system."""
     if system != "Darwin":
         detail = f"{system}: packages are made and verified here, and run on a Mac or an iPhone"
         yield Check("Neural Engine", OK, detail)
@@ -260,7 +262,7 @@ PROBES: tuple[Callable[[], Iterator[Check]], ...] = (
 
 
 def _output(command: Sequence[str]) -> str | None:
-    """What a command prints, None when it is not there or fails."""
+    """Return what a command prints, None when it is not there or fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):

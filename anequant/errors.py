@@ -70,7 +70,7 @@ OS_REMEDIES = {
 
 
 def as_error(failure: AnequantError | MemoryError | OSError) -> AnequantError:
-    """The error itself, or what the system refused as a ResourceError."""
+    """Return the error itself, or what the system refused as a ResourceError."""
     if isinstance(failure, AnequantError):
         return failure
     if isinstance(failure, MemoryError):
@@ -107,7 +107,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A suggestion for a misspelt word, or the list of what is known."""
+    """Return a suggestion for a misspelt word, or the list of what is known."""
     names = sorted(known)
     close = difflib.get_close_matches(word[:80], names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
@@ -122,7 +122,8 @@ LONGEST_NAME = 200
 
 
 def shown(value: object) -> str:
-    """A value for a message: a name in quotes; short, and without characters that a terminal would obey."""
+    """Return a value for a message: a name in quotes, short, without characters that a terminal would
+    obey."""
     if not isinstance(value, str):
         return reprlib.repr(value)
     text = value if len(value) <= LONGEST_NAME else f"{value[:60]}... ({len(value)} characters)"

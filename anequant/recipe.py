@@ -21,7 +21,7 @@ LARGEST_SEED = 2**63 - 1
 
 
 def _choice(default: Any, choices: tuple[Any, ...] | None, text: str, most: int | None = None) -> Any:
-    """A key of the recipe: one of `choices`, or a number from 0 to `most`."""
+    """Make a key of the recipe: one of `choices`, or a number from 0 to `most`."""
     return field(default=default, metadata={"choices": choices, "help": text, "most": most})
 
 
@@ -198,7 +198,7 @@ def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """What the values, each of them allowed, do not allow together: the problem and its remedy."""
+    """Yield what the values, each of them allowed, do not allow together: the problem and its remedy."""
     for key in ("r1_block", "r4_block"):
         block = getattr(recipe, key)
         if block < 2 or block & (block - 1):

@@ -50,7 +50,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
 
 
 def named_recipes() -> dict[str, Path]:
-    """The recipes that come with the project, by name."""
+    """Return the recipes that come with the project, by name."""
     return {path.stem: path for path in sorted(_configs_folder().glob("*.toml"))}
 
 

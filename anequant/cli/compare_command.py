@@ -108,7 +108,7 @@ def compare(
 
 
 def _names(recipes: str) -> dict[str, str]:
-    """Every recipe's name or file by what it is called: a file's name without its ending."""
+    """Return every recipe's name or file by its label: a file's name without its ending."""
     names: dict[str, str] = {}
     for word in filter(None, (word.strip() for word in recipes.split(","))):
         label = Path(word).stem

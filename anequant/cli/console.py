@@ -72,7 +72,7 @@ class Console:
     quiet: bool = False
 
     def result(self, values: dict[str, Any], rows: Sequence[tuple[str, str]]) -> None:
-        """A command's outcome, as JSON or as aligned rows of (label, text)."""
+        """Print a command's outcome, as JSON or as aligned rows of (label, text)."""
         if self.json:
             print(_json(values))
         elif not self.quiet:
@@ -82,7 +82,8 @@ class Console:
                     print(line)
 
     def table(self, values: dict[str, Any], table: Table) -> None:
-        """As `result`, with the table's lines before its rows: drawn on a terminal, else with tabs."""
+        """Print as `result` does, with the table's lines before its rows: drawn on a terminal, else with
+        tabs."""
         if not self.json and not self.quiet:
             if sys.stdout.isatty():
                 _draw(table)
@@ -92,12 +93,12 @@ class Console:
         self.result(values, table.rows)
 
     def text(self, piece: str) -> None:
-        """Part of a running text, shown at once and as it is: a model says what it likes."""
+        """Print a part of a running text, at once and as it is: a model says what it likes."""
         if not self.json and not self.quiet:
             print(piece, end="", flush=True)
 
     def turns(self) -> Iterator[str]:
-        """Lines of stdin that are not blank, until it ends; a terminal is prompted."""
+        """Yield lines of stdin that are not blank, until it ends; a terminal is prompted."""
         asks = sys.stdin.isatty() and not (self.json or self.quiet)
         while True:
             if asks:
@@ -112,18 +113,18 @@ class Console:
                 yield line.rstrip("\n")
 
     def note(self, text: str) -> None:
-        """A line on stderr, which a terminal that is too narrow gets in several."""
+        """Print a line on stderr, in several where the terminal is too narrow."""
         if not self.quiet:
             for line in _row("", _printable(text), sys.stderr):
                 _tell(line)
 
     def command(self, label: str, words: Sequence[str]) -> None:
-        """A command on stderr, in one line to be copied."""
+        """Print a command on stderr, in one line to be copied."""
         if not self.quiet:
             _tell(_printable(f"{label}: {shlex.join(words)}"))
 
     def error(self, error: AnequantError) -> None:
-        """What, where and what to do, a line each; with `json` also as an object on stdout."""
+        """Print what, where and what to do, a line each; with `json` also as an object on stdout."""
         if self.json:
             parts = {"what": error.what, "where": error.where, "remedy": error.remedy}
             print(_json({"error": {**parts, "exit_code": error.exit_code}}))
@@ -180,18 +181,19 @@ class Console:
 
 
 def _tell(line: str) -> None:
-    """A line on stderr, with its end in one piece: Ctrl-C between the two would glue the next one to it."""
+    """Print a line on stderr, with its end in one piece: Ctrl-C between the two would glue the next one to
+    it."""
     print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
 def escape_what_has_no_code() -> None:
-    """From here on stdout shows characters that its encoding lacks as stderr does, as escapes."""
+    """Have stdout show characters that its encoding lacks as stderr does, as escapes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _draw(shown: Table) -> None:
-    """A row of words for each line where the terminal is too narrow for the longest."""
+    """Print a table; where the terminal is too narrow for its longest line, a row of words for each."""
     from rich.console import Console as RichConsole
     from rich.measure import Measurement
     from rich.table import Table
@@ -213,7 +215,7 @@ def _draw(shown: Table) -> None:
 
 
 def _row(label: str, text: str, stream: TextIO) -> list[str]:
-    """A label and its text, which a terminal that is too narrow gets in several indented lines."""
+    """Return a label and its text, in several indented lines where a terminal is too narrow."""
     room = _columns(stream) - len(label)
     if not stream.isatty() or len(text) <= room or room < LEAST_ROOM:
         return [label + text]
@@ -232,7 +234,7 @@ def _says(stream: TextIO, text: str) -> bool:
 
 
 def _columns(stream: TextIO) -> int:
-    """Of the terminal that `stream` is, which stdout need not be."""
+    """Return the width of the terminal that `stream` is, which stdout need not be."""
     if not os.environ.get("COLUMNS"):
         with suppress(OSError):
             return os.get_terminal_size(stream.fileno()).columns or FALLBACK
@@ -240,7 +242,7 @@ def _columns(stream: TextIO) -> int:
 
 
 def _json(values: dict[str, Any]) -> str:
-    """One line of JSON in which nothing acts on a terminal: what does not print, or not there, is escaped."""
+    """Return one line of JSON in which nothing acts on a terminal: what does not print there is escaped."""
     text = json.dumps(values, ensure_ascii=False, sort_keys=True)
     if not _says(sys.stdout, text):
         text = json.dumps(values, sort_keys=True)
@@ -248,5 +250,5 @@ def _json(values: dict[str, Any]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Control characters from file names and tensor names, made visible."""
+    """Make control characters from file names and tensor names visible."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -44,14 +44,14 @@ def command(run: Run) -> Run:
 
 
 def output_options(run: Run) -> Run:
-    """-o/--output, --force and --resume."""
+    """Add -o/--output, --force and --resume."""
     run = resume_options(run, force="Replace an existing output folder.")
     path = click.Path(path_type=Path)
     return click.option("-o", "--output", required=True, type=path, help="New folder to write.")(run)
 
 
 def resume_options(run: Run, *, force: str) -> Run:
-    """--force, which does what `force` says, and --resume."""
+    """Add --force, which does what `force` says, and --resume."""
     text = "Whether to go on where an interrupted run to the same folder stopped, or to start over."
     run = click.option(f"--resume/{NO_RESUME}", default=True, show_default=True, help=text)(run)
     return click.option("--force", is_flag=True, help=force)(run)
@@ -70,12 +70,12 @@ def _width(context: click.Context, option: click.Parameter, value: str | None) -
 
 
 def recipe_options(run: Run) -> Run:
-    """--recipe, one option for every field of Recipe, and --rotations; `read_recipe` reads them."""
+    """Add --recipe, one option for every field of Recipe, and --rotations; `read_recipe` reads them."""
     return _recipe_options(run, [item.name for item in dataclasses.fields(Recipe)])
 
 
 def rotation_options(run: Run) -> Run:
-    """As `recipe_options`, for the keys of rotations."""
+    """Add what `recipe_options` adds, for the keys of rotations only."""
     return _recipe_options(run, ROTATION_KEYS)
 
 
@@ -105,12 +105,12 @@ def _recipe_options(run: Run, keys: Sequence[str]) -> Run:
 def _matching(
     words: Sequence[str], context: click.Context, option: click.Parameter, begun: str
 ) -> list[CompletionItem[str]]:
-    """The words that begin as what was typed."""
+    """Return the words that begin as what was typed."""
     return [CompletionItem(word) for word in words if word.startswith(begun)]
 
 
 def _recipes(context: click.Context, option: click.Parameter, begun: str) -> list[CompletionItem[str]]:
-    """Names of recipes; files where none begins as what was typed."""
+    """Return names of recipes; files where none begins as what was typed."""
     names = _matching(list(named_recipes()), context, option, begun)
     return names or [CompletionItem(begun, type="file")]
 
@@ -118,7 +118,7 @@ def _recipes(context: click.Context, option: click.Parameter, begun: str) -> lis
 def complete_recipes(
     context: click.Context, option: click.Parameter, begun: str
 ) -> list[CompletionItem[str]]:
-    """As for --recipe, of the last of several between commas; those before it are not offered again. A shell
+    """Complete the last of several recipes between commas; those before it are not offered again. A shell
     completes a file's name alone, so beginnings of files after a comma are looked up here."""
     *before, last = begun.split(",")
     names = [name for name in named_recipes() if name.startswith(last) and name not in before]
@@ -143,7 +143,7 @@ def read_recipe(options: dict[str, Any], folder: Path | None = None) -> Recipe:
 
 
 def calibration_options(run: Run) -> Run:
-    """--calib, --calib-samples, --calib-length and --calib-seed; `read_calibration` reads them."""
+    """Add --calib, --calib-samples, --calib-length and --calib-seed; `read_calibration` reads them."""
     default = Calibration()
     source = "Tokens to calibrate on: self (sampled from the model), wikitext2, a text file, or JSON rows."
     for name, kind, value, text in (
@@ -158,7 +158,7 @@ def calibration_options(run: Run) -> Run:
 
 
 def read_calibration(options: dict[str, Any]) -> Calibration:
-    """The Calibration of `calibration_options`."""
+    """Return the Calibration that `calibration_options` ask for."""
     return Calibration(
         options["calib"], options["calib_samples"], options["calib_length"], options["calib_seed"]
     )
@@ -190,7 +190,7 @@ def _chunk_count(context: click.Context, option: click.Parameter, value: str) ->
 
 
 def lowering_options(run: Run) -> Run:
-    """One option for every field of LowerOptions; `read_lowering` reads them."""
+    """Add one option for every field of LowerOptions; `read_lowering` reads them."""
     default = LowerOptions()
     prefix = "Beginning of the file names, instead of the architecture's."
     run = click.option("--prefix", metavar="NAME", help=prefix)(run)
@@ -208,12 +208,12 @@ def lowering_options(run: Run) -> Run:
 
 
 def read_lowering(options: dict[str, Any]) -> LowerOptions:
-    """The LowerOptions of `lowering_options`."""
+    """Return the LowerOptions that `lowering_options` ask for."""
     return LowerOptions(**{item.name: options[item.name] for item in dataclasses.fields(LowerOptions)})
 
 
 def generation_options(run: Run) -> Run:
-    """--backend, --max-tokens, and one option for every field of Sampling."""
+    """Add --backend, --max-tokens, and one option for every field of Sampling."""
     kinds = (
         ("--seed", click.IntRange(0, LARGEST_SEED), 0, "Seed of sampling."),
         ("--top-p", click.FloatRange(0, 1), 1.0, "Sample from the best tokens that make up this share."),
@@ -228,7 +228,7 @@ def generation_options(run: Run) -> Run:
 
 
 def window_options(run: Run) -> Run:
-    """--windows and --length."""
+    """Add --windows and --length."""
     for name, least, default, text in (
         ("--length", 2, LENGTH, "Tokens a window."),
         ("--windows", 1, WINDOWS, "Most windows."),
@@ -239,6 +239,6 @@ def window_options(run: Run) -> Run:
 
 
 def backend_option(default: str, *, help: str) -> Callable[[Run], Run]:
-    """--backend."""
+    """Add --backend."""
     backends = click.Choice(["interpreter", "coreml", "transformers"])
     return click.option("--backend", type=backends, default=default, show_default=True, help=help)

@@ -24,13 +24,13 @@ def _read_bytes(context: click.Context, option: click.Parameter, value: str | No
 
 
 def memory_option(run: Run) -> Run:
-    """--max-memory."""
+    """Add --max-memory."""
     text = "Most memory to use: kept without changing the output, or refused before anything is done."
     return click.option("--max-memory", callback=_read_bytes, metavar="SIZE", help=text)(run)
 
 
 def scheduler_option(run: Run) -> Run:
-    """--scheduler."""
+    """Add --scheduler."""
     text = "Who does independent parts: this process, or workers of a dask cluster that share the folders."
     metavar = "local|dask://HOST:PORT"
     return click.option("--scheduler", default="local", show_default=True, metavar=metavar, help=text)(run)

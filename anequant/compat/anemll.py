@@ -45,7 +45,7 @@ class SpCheck:
 
 
 def require_switch(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises UsageError unless ENABLE_SP_QUANT is set as ANEMLL's scripts (true) or its model (1) want it."""
+    """Raise UsageError unless ENABLE_SP_QUANT is set as ANEMLL's scripts (true) or its model (1) want it."""
     if environment.get(SWITCH) not in ("true", "1"):
         raise UsageError(
             f"{SWITCH} is not set, ANEMLL reads no per-tensor checkpoint without it",
@@ -82,8 +82,8 @@ def check_sp(folder: Path, *, progress: Progress = silent) -> SpCheck:
 
 
 def open_published_model(folder: Path, backend: str) -> TextModel:
-    """By ANEMLL's names of backends: `anemll` runs packages by the interpreter and a per-tensor checkpoint
-    as the loader rebuilds it, `transformers` any checkpoint as stored.
+    """Open a model by ANEMLL's names of backends: `anemll` runs packages by the interpreter and a per-tensor
+    checkpoint as the loader rebuilds it, `transformers` any checkpoint as stored.
 
     Raises VerificationError for a checkpoint that breaks the contract, and what `open_text_model` raises.
     """
@@ -97,7 +97,7 @@ def open_published_model(folder: Path, backend: str) -> TextModel:
 
 
 def verdict_lines(title: str, description: str, result: SpCheck) -> list[str]:
-    """The log of a test that passed."""
+    """Return the log of a test that passed."""
     lines = [f"Testing: {title}", f"Description: {description}"] if description else [f"Testing: {title}"]
     lines.append(f"Scales, codebooks and biases of {result.projections} projections keep the contract")
     if result.stored is None or result.rebuilt is None:

@@ -17,7 +17,7 @@ PROBE_SEED = 7
 
 
 def fuse_model(model: torch.nn.Module, recipe: Recipe) -> dict[str, Any]:
-    """Fold and rotate a transformers model in place; what was done, by ANEMLL's keys.
+    """Fold and rotate a transformers model in place; return what was done, by ANEMLL's keys.
 
     The model keeps its logits on a few random tokens, for `measure_fusion`. Raises what `turn_model` does.
     """
@@ -40,7 +40,7 @@ def fuse_model(model: torch.nn.Module, recipe: Recipe) -> dict[str, Any]:
 
 
 def measure_fusion(model: torch.nn.Module) -> dict[str, float]:
-    """How the logits of a fused model compare with those before: relative error and equal top tokens.
+    """Return the relative error of a fused model's logits, and its share of equal top tokens.
 
     Raises UsageError for a model that was not fused.
     """

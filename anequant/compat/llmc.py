@@ -164,7 +164,7 @@ def make_llmc_recipe(
 
 
 def make_llmc_calibration(file: LlmcFile) -> Calibration | None:
-    """The tokens that the section calib names; None without one.
+    """Return the tokens that the section calib names; None without one.
 
     Raises UnsupportedError for a data set that cannot be downloaded here, UsageError for one not named.
     """
@@ -202,7 +202,8 @@ def _rotations(file: LlmcFile) -> dict[str, Any]:
 
 
 def _weights(file: LlmcFile) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Zero points have no counterpart: where LLMC has them, the codebook's entries are free."""
+    """Return the recipe's keys of weights, and notes. Zero points have no counterpart: where LLMC has them,
+    the codebook's entries are free."""
     part = file.part("weight")
     notes: tuple[str, ...] = ()
     scales = SCALES[part.get("granularity", "per_channel")]
@@ -284,7 +285,7 @@ def read_llmc(path: Path) -> LlmcFile:
 
 
 def _flat(values: Mapping[Any, Any], path: Path, prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, keys joined by dots; raises UsageError for a key without a value."""
+    """Join nested tables into one, keys joined by dots; raises UsageError for a key without a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"

@@ -60,7 +60,7 @@ def translate_recipe(
     rotated: Mapping[str, Any],
     premultiply: bool = False,
 ) -> PublishedRecipe:
-    """`scheme` (a published one or any recipe) for `model`, turned as optimization and QuaRot file say.
+    """Return `scheme` (a published one or any recipe) for `model`, rotated as optimization and file say.
 
     `rotated` is what quarot means without a word in the file. The model's config is read only where the
     file names sizes or nodes.
@@ -101,13 +101,13 @@ def _read_config(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def _online_rotations(recipe: Recipe, wanted: bool) -> dict[str, Any]:
-    """R3 and R4 where they serve something, over their whole widths."""
+    """Return R3 and R4 where they serve something, over their whole widths."""
     used = {"r3": recipe.kv_bits < 16, "r4": recipe.quantizes_activations}
     return {key: "hadamard" if wanted and use else "none" for key, use in used.items()}
 
 
 def _residual_rotation(values: Mapping[str, Any], path: Path, model: str) -> dict[str, Any]:
-    """R1 as `block_size` or `r_matrix_dim` say, after a check of what `r_config_path` names."""
+    """Return R1 as `block_size` or `r_matrix_dim` say, after a check of what `r_config_path` names."""
     if "block_size" in values and "r_matrix_dim" in values:
         raise UsageError(f"'{path}' has both 'block_size' and 'r_matrix_dim'", remedy="leave one of them out")
     if "r_config_path" in values:
@@ -189,12 +189,12 @@ def _expected(spec: ModelSpec) -> dict[str, set[str]]:
 
 
 def _module(node: str) -> str:
-    """The module that a node belongs to: its path without the operator."""
+    """Return the module that a node belongs to: its path without the operator."""
     return ".".join(node.strip("/").split("/")[:-1])
 
 
 def closing_lines(output: Path, result: QuantizeResult) -> list[str]:
-    """What ends the published log; a line for every width, the one of most tensors last."""
+    """Return the end of the published log: a line for every width, the one of most tensors last."""
     widths = Counter(tensor.bits for tensor in result.rounding.tensors)
     counts = sorted(widths.items(), key=lambda item: (item[1], item[0]))
     return [

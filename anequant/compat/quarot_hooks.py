@@ -53,7 +53,8 @@ def make_hooked_recipe(
     rotation_method: str,
     seed: int,
 ) -> Recipe:
-    """Symmetric weights in groups, rounded to the nearest; dynamic activations; R3 and R4 where they serve.
+    """Return a recipe of symmetric weights in groups, rounded to the nearest, dynamic activations, and R3 and
+    R4 where they serve.
 
     Raises UnsupportedError for another method, UsageError for a number that no recipe may have.
     """
@@ -81,7 +82,8 @@ def make_hooked_recipe(
 
 
 def quant_tag(recipe: Recipe) -> str:
-    """For example QuaRot_w4_g64_a4_kv4_headfp16; 8 and 16 bits of activations and cache are left out."""
+    """Return a name such as QuaRot_w4_g64_a4_kv4_headfp16; 8 and 16 bits of activations and cache are left
+    out."""
     small = {"a": recipe.activation_bits, "kv": recipe.kv_bits}
     parts = [f"{label}{bits}" for label, bits in small.items() if bits not in UNTAGGED]
     return "_".join([NAME, f"w{recipe.bits}", f"g{recipe.group_size}", *parts, f"head{HEAD}"])
@@ -120,7 +122,7 @@ def quantize_hooked(
 
 
 def _settings(made: dict[str, Any]) -> dict[str, Any]:
-    """What both published files say, from the folder's own manifest."""
+    """Return what both published files say, from the folder's own manifest."""
     recipe, calibration, tensors = made["recipe"], made["calibration"], made["measured"]["tensors"]
     return {
         "method": NAME,
@@ -161,7 +163,7 @@ def _metadata(made: dict[str, Any], name: str, online: bool) -> dict[str, Any]:
 
 
 def _describe_rotations(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """By linear of a layer: the rotation that its input comes with, and how its weight is stored."""
+    """Return, for every linear of a layer, its input's rotation and how its weight is stored."""
     spec = checkpoint.spec
     rotated = {Space.RESIDUAL: ("r1", spec.hidden_size), Space.VALUE: ("r2", spec.head_dim)}
     if recipe.r4 != "none":

@@ -4,4 +4,4 @@ WINDOWS, LENGTH = 32, 512
 """Most windows, and the tokens of each."""
 
 SAMPLE_WINDOWS, SAMPLE_LENGTH = 4, 256
-"""Of the bundled text, which `convert` ends with."""
+"""Windows of the bundled text, which `convert` ends with, and the tokens of each."""

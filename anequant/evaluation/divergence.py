@@ -52,7 +52,8 @@ class Quality:
 def measure_quality(
     model: Weights, tokens: Tensor, base: Weights | None = None, *, progress: Progress = silent
 ) -> Quality:
-    """Quality on token windows [n, length]; every window's first token is given, the rest are predicted."""
+    """Measure quality on token windows [n, length]; every window's first token is given, the rest are
+    predicted."""
     if base is None:
         return summarise(tokens, logits(model, tokens, progress=progress), None)
 
@@ -75,7 +76,7 @@ class Reference:
     head: Tensor
 
     def logits(self) -> Iterator[Tensor]:
-        """[length, vocab] of one window after the other, as `logits` of the base gives them."""
+        """Return logits [length, vocab] of one window after the other, as `logits` of the base gives them."""
         return (head_logits(self.head, window) for window in self.hidden)
 
 
@@ -86,17 +87,18 @@ def record_reference(base: Weights, tokens: Tensor, *, progress: Progress = sile
 def measure_quality_against(
     model: Weights, tokens: Tensor, base: Reference, *, progress: Progress = silent
 ) -> Quality:
-    """What `measure_quality` measures, with a base that was run on the same `tokens` before."""
+    """Measure quality against a base that was run on the same `tokens` [n, length] before."""
     return summarise(tokens, logits(model, tokens, progress=progress), base.logits())
 
 
 def token_nll(log_probabilities: Tensor, window: Tensor) -> Tensor:
-    """-log p of each next token: [length - 1] from log probabilities [length, vocab]."""
+    """Return -log p of each next token, [length - 1], from log probabilities [length, vocab]."""
     return -log_probabilities[:-1].gather(-1, window[1:, None]).squeeze(-1)
 
 
 def summarise(tokens: Tensor, ours: Iterable[Tensor], base: Iterable[Tensor] | None) -> Quality:
-    """Quality from logits [length, vocab], one window after the other; a base's come right after ours."""
+    """Return quality from logits [length, vocab], a window after the other; a base's come right after
+    ours."""
     window_nll: list[float] = []
     base_nll = divergence = agreement = 0.0
     base_windows = iter(base) if base is not None else None

@@ -58,7 +58,7 @@ def evaluate_text(
     length: int,
     progress: Progress = silent,
 ) -> Quality:
-    """Quality of `model` on evenly spaced windows of a text, against `base` when there is one.
+    """Measure `model` on evenly spaced windows of a text, against `base` when there is one.
 
     Both name a folder or a hub id; the tokenizer is the model's; `text` is a file, or wikitext2 for that
     dataset's test split. Raises InputError, UsageError and ResourceError.
@@ -77,7 +77,7 @@ def evaluate_checkpoint(
     length: int,
     progress: Progress = silent,
 ) -> Evaluation:
-    """As `evaluate_text`, and with a base also the error after every layer, on the first windows."""
+    """Measure as `evaluate_text`, and with a base also the error after every layer, on the first windows."""
     checkpoint, original = _open(model, base)
     tokens = read_windows(checkpoint, text, windows, length)
     quality = measure_quality(checkpoint, tokens, original, progress=part_of(progress, "text", 0.0, 0.8))
@@ -97,7 +97,7 @@ def evaluate_checkpoint(
 
 
 def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | None:
-    """Why the residual streams of two models cannot be compared; None when they can."""
+    """Return why the residual streams of two models cannot be compared; None when they can."""
     ours, theirs = checkpoint.spec, original.spec
     if (ours.num_layers, ours.hidden_size) != (theirs.num_layers, theirs.hidden_size):
         return (
@@ -114,7 +114,7 @@ def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | No
 
 
 def _recipe(checkpoint: Checkpoint) -> Recipe | None:
-    """What a checkpoint that anequant wrote was made by; None for one made elsewhere."""
+    """Return the recipe of a checkpoint that anequant wrote; None for one made elsewhere."""
     if made_as(checkpoint.folder) not in (CHECKPOINT, ROTATED):
         return None
     values = read_manifest(checkpoint.folder).get("recipe")
@@ -122,8 +122,8 @@ def _recipe(checkpoint: Checkpoint) -> Recipe | None:
 
 
 def _rotation(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
-    """R1 of a checkpoint that anequant wrote, read from its file or drawn again from its recipe; nothing for
-    another one."""
+    """Return the R1 of a checkpoint that anequant wrote, read from its file or drawn again from its recipe;
+    another one's changes nothing."""
     recipe = _recipe(checkpoint)
     if recipe is None or recipe.r1 == "none":
         return lambda hidden: hidden
@@ -163,7 +163,7 @@ def _open(model: str, base: str | None) -> tuple[Checkpoint, Checkpoint | None]:
 
 
 def read_windows(checkpoint: Checkpoint, text: Path | str, windows: int, length: int) -> Tensor:
-    """At most `windows` token windows of `length` of a text file, or of the test split of wikitext2."""
+    """Read token windows [at most `windows`, length] of a text file, or of the test split of wikitext2."""
     config = checkpoint.spec.config
     if str(text) != WIKITEXT2:
         return read_text_windows(checkpoint.folder, config, Path(text), windows, length)

@@ -14,7 +14,7 @@ from anequant.reference.forward import ReferenceModel, Weights
 
 @dataclass(frozen=True)
 class LayerError:
-    """||h' - h R1|| / ||h|| over all positions, h and h' the residual stream after the layer."""
+    """||h' - h R1|| / ||h|| over all positions; h and h' are the residual streams after the layer."""
 
     layer: int
     relative_error: float
@@ -23,7 +23,8 @@ class LayerError:
 def measure_layer_errors(
     model: Weights, base: Weights, tokens: Tensor, rotate: Callable[[Tensor], Tensor]
 ) -> tuple[LayerError, ...]:
-    """Both models on tokens [n, length]; `rotate` turns the base's hidden states into the model's basis."""
+    """Run both models on tokens [n, length]; `rotate` brings the base's hidden states into the model's
+    basis."""
     runner, base_runner = (
         ReferenceModel(base.spec, torch.float32, weights.online) for weights in (model, base)
     )
@@ -39,7 +40,7 @@ def measure_layer_errors(
 def measure_embedding_error(
     model: Weights, base: Weights, tokens: Tensor, rotate: Callable[[Tensor], Tensor]
 ) -> float:
-    """The same error before the first layer; large when the two streams are in different bases."""
+    """Measure the same error before the first layer; it is large when the streams are in different bases."""
     return _relative_error(_embedded(model, tokens), _embedded(base, tokens), rotate)
 
 

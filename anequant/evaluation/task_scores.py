@@ -69,13 +69,13 @@ def run_tasks(
 
 
 def _no_stderr() -> contextlib.AbstractContextManager[Any]:
-    """Drops the progress bars and remarks of the harness and its libraries."""
+    """Drop the progress bars and remarks of the harness and its libraries."""
     return contextlib.redirect_stderr(io.StringIO())
 
 
 @contextlib.contextmanager
 def _lifted(quiet: contextlib.ExitStack) -> Iterator[None]:
-    """stderr is back while this lasts, for our own progress."""
+    """Give stderr back while this lasts, for our own progress."""
     quiet.close()
     try:
         yield
@@ -84,7 +84,7 @@ def _lifted(quiet: contextlib.ExitStack) -> Iterator[None]:
 
 
 def _load(tasks: str) -> Any:
-    """The harness's TaskDict of what the list names, seeded as `lm-eval run` seeds it."""
+    """Load the harness's TaskDict of what the list names, seeded as `lm-eval run` seeds it."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.tasks import TaskManager
 
@@ -128,7 +128,7 @@ def _tasks_in(folder: str, names: list[str]) -> list[str]:
 
 
 def _matches(name: str, manager: Any) -> list[str]:
-    """The harness's tasks and groups of that name or pattern."""
+    """Return the harness's tasks and groups with that name or pattern."""
     matches: list[str] = manager.match_tasks([name])
     if not matches:
         close = difflib.get_close_matches(name, manager.all_tasks, n=1)

@@ -101,7 +101,7 @@ def profile(folder: Path, tokens: int, *, progress: Progress = silent) -> Device
 
 
 def time_decoding(open_model: Callable[[], Decoder], ids: Sequence[int], batch: int) -> tuple[Timing, Tensor]:
-    """Time a batch of prefill and the tokens after it; the logits [len(ids) - batch + 1, vocab] they give.
+    """Time a batch of prefill and the tokens after it; return also logits [len(ids) - batch + 1, vocab].
 
     Everything is loaded, and run once, before prefill and tokens are timed.
     """

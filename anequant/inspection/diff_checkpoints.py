@@ -51,7 +51,7 @@ class ValueDifference:
 
 @dataclass(frozen=True)
 class Differences:
-    """Of what has names: only in one, of another form, of other values; `equal` counts the rest."""
+    """What has a name only in one, another form, or other values; `equal` counts the rest."""
 
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
@@ -80,7 +80,8 @@ class CheckpointDifferences:
 
 
 def diff_checkpoints(a: Checkpoint, b: Checkpoint, progress: Progress = silent) -> CheckpointDifferences:
-    """Reads one tensor of each at a time. Raises InputError for a tensor that is damaged or not finite."""
+    """Compare two checkpoints, one tensor of each at a time. Raises InputError for a tensor that is damaged
+    or not finite."""
     both = [name for name in a.tensors if name in b.tensors]
     forms, values = [], []
     for number, name in enumerate(both):
@@ -109,7 +110,8 @@ def diff_checkpoints(a: Checkpoint, b: Checkpoint, progress: Progress = silent) 
 def diff_values(
     name: str, a: Tensor, b: Tensor, codes: Callable[[], int | None] = lambda: None
 ) -> ValueDifference | None:
-    """None for equal values, of whatever dtype; both are of one shape. `codes` is asked if they differ."""
+    """Compare tensors of one shape; None for equal values, whatever the dtype. `codes` is asked if they
+    differ."""
     squares = size = largest = 0.0
     equal, finite = True, True
     for one, other in zip(*(torch.split(part.reshape(-1), CHUNK) for part in (a, b)), strict=True):
@@ -127,7 +129,7 @@ def diff_values(
 
 
 def sort_worst_first(values: list[ValueDifference]) -> tuple[ValueDifference, ...]:
-    """By relative error; what has none comes first."""
+    """Sort by relative error; what has none comes first."""
     return tuple(sorted(values, key=lambda value: -math.inf if (e := value.relative_error) is None else -e))
 
 
@@ -136,7 +138,8 @@ def diff_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any
 
 
 def _codes(a: Checkpoint, b: Checkpoint, name: str) -> int | None:
-    """How many codes differ between the linears whose weight has that name, where both are quantized."""
+    """Count the codes that differ between the linears whose weight has that name, where both are
+    quantized."""
     linear = name.removesuffix(".weight")
     if name == linear or not all(f"{linear}.output_scales" in part.tensors for part in (a, b)):
         return None

@@ -63,7 +63,8 @@ class PackageDifferences:
 
 
 def diff_packages(a: Path, b: Path) -> PackageDifferences:
-    """Reads one constant of each at a time. Raises what `package_graphs` and `load_constant` raise."""
+    """Compare two packages, one constant of each at a time. Raises what `package_graphs` and `load_constant`
+    raise."""
     one, other = package_graphs(a), package_graphs(b)
     functions = {graph.function: graph for graph in one}
     others = {graph.function: graph for graph in other}
@@ -90,7 +91,7 @@ def _metadata(package: Path) -> dict[str, str]:
 
 
 def diff_functions(a: Graph, b: Graph) -> FunctionDifferences:
-    """From the two programs alone."""
+    """Compare two functions, from their programs alone."""
     counts = [count_operations(graph) for graph in (a, b)]
     kinds = sorted(kind for kind in {**counts[0], **counts[1]} if counts[0].get(kind) != counts[1].get(kind))
     return FunctionDifferences(
@@ -102,7 +103,7 @@ def diff_functions(a: Graph, b: Graph) -> FunctionDifferences:
 
 
 def _forms(graph: Graph) -> dict[str, Any]:
-    """Every operation by its name, in order; one without an output by what it takes."""
+    """Return every operation by its name, in order; one without an output by what it takes."""
     forms: dict[str, Any] = {}
     for node in graph.nodes:
         taken = " ".join(str(name) for names in node.inputs.values() for name in names)
@@ -118,7 +119,7 @@ def _changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _words(graph: Graph) -> dict[str, str]:
-    """The function's tensors: dtype and shape by place and name."""
+    """Return the function's tensors: dtype and shape by place and name."""
     spec = graph.spec
     places: tuple[tuple[TensorSpec, ...], ...] = (spec.inputs, spec.outputs, spec.states)
     return {
@@ -129,7 +130,7 @@ def _words(graph: Graph) -> dict[str, str]:
 
 
 def _form(node: Node) -> Any:
-    """An operation's MIL_pb2 message without where its constants lie in the weight file."""
+    """Return an operation's MIL_pb2 message without where its constants lie in the weight file."""
     proto = copy.deepcopy(node.proto)
     values = [binding.value for argument in proto.inputs.values() for binding in argument.arguments]
     for value in (*values, *proto.attributes.values()):
@@ -185,7 +186,7 @@ def _dense(value: Value) -> Tensor:
 
 
 def pair_packages(a: tuple[Path, ...], b: tuple[Path, ...]) -> Iterator[tuple[Path | None, Path | None]]:
-    """Packages of the same name but for the width in it; two single ones whatever their names."""
+    """Pair packages with the same name but for the width in it; two single ones whatever their names."""
     if len(a) == len(b) == 1:
         yield a[0], b[0]
         return

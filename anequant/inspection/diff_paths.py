@@ -70,7 +70,7 @@ class PathDifferences:
 def diff(
     a: Path, b: Path, *, compare_logits: bool = False, text: Path | None = None, progress: Progress = silent
 ) -> PathDifferences:
-    """`text` is what logits are computed on, None for the bundled one.
+    """Compare what two paths hold; `text` is what logits are computed on, None for the bundled one.
 
     Raises UsageError for two paths that have nothing in common to compare, and what opening them raises.
     """
@@ -110,7 +110,7 @@ def _set(parts: Parts) -> dict[str, Any]:
 
 
 def _logits(a: Parts, b: Parts, text: Path | None, progress: Progress) -> LogitsDifference:
-    """Of the checkpoints, of the packages where there are none."""
+    """Compare the logits of the checkpoints, or of the packages where there are none."""
     if a.checkpoint and b.checkpoint:
         opened = open_checkpoint(a.checkpoint), open_checkpoint(b.checkpoint)
         base, model = opened
@@ -137,7 +137,8 @@ def _logits(a: Parts, b: Parts, text: Path | None, progress: Progress) -> Logits
 
 
 def diff_logits(tokens: Tensor, base: Iterable[Tensor], ours: Iterable[Tensor]) -> LogitsDifference:
-    """Logits [length, vocab] of each window of tokens [windows, length], one of each in memory at a time."""
+    """Compare logits [length, vocab] of each window of tokens [windows, length], one of each in memory at a
+    time."""
     largest, kept = 0.0, deque[Tensor]()
 
     def watched() -> Iterator[Tensor]:

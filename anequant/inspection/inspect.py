@@ -85,7 +85,7 @@ class TensorFacts:
 
 
 def find_parts(path: Path) -> Parts:
-    """Raises InputError for a path that does not exist or holds nothing of the kind."""
+    """Find out what a path is made of. Raises InputError for one that does not exist or holds none of it."""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise InputError(
@@ -111,8 +111,11 @@ def find_parts(path: Path) -> Parts:
 
 
 def inspect(path: Path) -> Inspection:
-    """Raises InputError for a path that holds nothing of the kind or is damaged, UnsupportedError for an
-    architecture or a kind of Core ML model that is not known."""
+    """Return what a path holds, and in what form.
+
+    Raises InputError for a path that holds nothing of the kind or is damaged, UnsupportedError for an
+    architecture or a kind of Core ML model that is not known.
+    """
     parts = find_parts(path)
     checkpoint = None if parts.checkpoint is None else inspect_checkpoint(open_checkpoint(parts.checkpoint))
     meta = parts.packages[0].parent if parts.packages and parts.kind != PACKAGE else None
@@ -126,8 +129,8 @@ def inspect(path: Path) -> Inspection:
 
 
 def inspect_tensor(path: Path, name: str) -> TensorFacts:
-    """The values of one tensor: `name` as in the file, or that of a linear, whose weight it then is; in a
-    package that of a constant.
+    """Return the statistics of one tensor: `name` is as in the file, or a linear's, for its weight; in a
+    package a constant's.
 
     Raises UsageError with a suggestion for a name that is not there, and what `inspect` raises.
     """
@@ -154,7 +157,7 @@ def inspect_tensor(path: Path, name: str) -> TensorFacts:
 
 
 def _suggestion(name: str, known: list[str]) -> str:
-    """Names that are close, else some that there are."""
+    """Return names that are close, else some that there are."""
     close = difflib.get_close_matches(name[:LONGEST_NAME], known, n=3)
     listed = " or ".join(shown(word) for word in close or known[:3])
     return f"did you mean {listed}?" if close else f"there are {len(known)}, for example {listed}"

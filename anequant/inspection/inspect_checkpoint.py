@@ -102,7 +102,8 @@ class CheckpointFacts:
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointFacts:
-    """Raises InputError for an anequant.json that is damaged, and what `read_stored` raises."""
+    """Return what a checkpoint is. Raises InputError for an anequant.json that is damaged, and what
+    `read_stored` raises."""
     kind = ROTATED_FLOAT if made_as(checkpoint.folder) == ROTATED else FLOAT
     recorded = read_manifest(checkpoint.folder) if (checkpoint.folder / MANIFEST).is_file() else {}
     spec = checkpoint.spec
@@ -124,7 +125,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointFacts:
 
 
 def inspect_online(online: Online) -> dict[str, Any]:
-    """What the model does while it runs, empty where it is its weights and no more."""
+    """Return what the model does while it runs, empty where it is its weights and no more."""
     facts: dict[str, Any] = {}
     for name in ("r3", "r4"):
         rotation = getattr(online, name)
@@ -147,7 +148,7 @@ def inspect_online(online: Online) -> dict[str, Any]:
 
 
 def _bits(checkpoint: Checkpoint, linears: list[str]) -> Iterator[tuple[str, PartBits]]:
-    """The parts that there are; the whole model is the parts, without norms and biases."""
+    """Yield the parts that there are; the whole model is the parts, without norms and biases."""
     parts: dict[str, list[tuple[int, float | None, float | None]]] = {}
     for name in linears:
         if f"{name}.weight" in checkpoint.tensors:
@@ -161,7 +162,7 @@ def _bits(checkpoint: Checkpoint, linears: list[str]) -> Iterator[tuple[str, Par
 
 
 def _linear_bits(checkpoint: Checkpoint, name: str) -> tuple[int, float | None, float | None]:
-    """Weights, bits of the codes, and with scales and codebook."""
+    """Return the number of weights, the bits of their codes, and those with scales and codebook."""
     shapes = {part: checkpoint.tensors.get(f"{name}.{part}") for part in PARTS_OF_LINEAR}
     counts = {part: math.prod(info.shape) for part, info in shapes.items() if info is not None}
     weights = counts["weight"]
@@ -211,7 +212,7 @@ def _scales_and_codebooks(
 
 
 def classify_scales(input_scales: Tensor, output_scales: Tensor) -> str:
-    """The recipe's word: group, balanced, output, tensor; or premultiplied, where all of them are 1."""
+    """Return the recipe's word: group, balanced, output, tensor; or premultiplied, where all scales are 1."""
     if output_scales.ndim == 2 and output_scales.shape[1] > 1:
         return "group"
     if not bool((input_scales == input_scales.flatten()[0]).all()):
@@ -222,7 +223,7 @@ def classify_scales(input_scales: Tensor, output_scales: Tensor) -> str:
 
 
 def classify_codebook(entries: Tensor) -> str:
-    """uniform where the entries [n] are equally far apart, as far as float16 tells; else lut."""
+    """Return uniform where the entries [n] are equally far apart, as far as float16 tells; else lut."""
     entries = entries.double().sort().values
     grid = torch.linspace(float(entries[0]), float(entries[-1]), len(entries), dtype=torch.float64)
     return "uniform" if float((entries - grid).abs().max()) <= GRID * float(entries.abs().max()) else "lut"
@@ -233,7 +234,7 @@ def _range(tensors: list[Tensor]) -> tuple[float, float]:
 
 
 def inspect_tensor_files(tensors: Mapping[str, TensorInfo]) -> TensorFiles:
-    """`tensors` as `read_header` and `open_checkpoint` give them; only sizes of files are looked up."""
+    """Count `tensors` as `read_header` and `open_checkpoint` give them; only sizes of files are looked up."""
     found: dict[tuple[str, str, tuple[int, ...]], int] = {}
     dtypes: dict[str, int] = {}
     for name, info in tensors.items():
@@ -251,7 +252,7 @@ def inspect_tensor_files(tensors: Mapping[str, TensorInfo]) -> TensorFiles:
 
 
 def star_numbers(name: str) -> str:
-    """A name with * for every part that is a number."""
+    """Return a name with * for every part that is a number."""
     return _NUMBER.sub("*", name)
 
 

@@ -60,7 +60,8 @@ class PackageFacts:
 
 
 def inspect_package(package: Path) -> PackageFacts:
-    """Raises InputError for a damaged package, UnsupportedError for one that is no mlProgram."""
+    """Return what a package is. Raises InputError for a damaged one, UnsupportedError for one that is no
+    mlProgram."""
     graphs = package_graphs(package)
     model = read_model(model_file(package))
     default = model.description.defaultFunctionName or (graphs[0].function if len(graphs) == 1 else "")
@@ -85,13 +86,13 @@ def inspect_package(package: Path) -> PackageFacts:
 
 
 def list_package_files(package: Path) -> dict[str, int]:
-    """Bytes of each file, by its path in the package."""
+    """Return the bytes of each file, by its path in the package."""
     found = sorted(path for path in package.rglob("*") if path.is_file())
     return {path.relative_to(package).as_posix(): path.stat().st_size for path in found}
 
 
 def count_operations(graph: Graph) -> dict[str, int]:
-    """The most frequent first."""
+    """Return how often each kind of operation computes, the most frequent first."""
     counts: dict[str, int] = {}
     for node in graph.computing():
         counts[node.kind] = counts.get(node.kind, 0) + 1

@@ -42,7 +42,7 @@ from anequant.rotation.rotation_plan import RotationPlan
 
 @dataclass(frozen=True)
 class Outliers:
-    """None where all values are the same."""
+    """How far values stick out; None where all are the same."""
 
     kurtosis: float | None
     peak: float | None
@@ -105,7 +105,8 @@ class ModelMeasurement:
 def measure_projections(
     checkpoint: Checkpoint, original: Checkpoint, recipe: Recipe, tokens: Tensor, progress: Progress = silent
 ) -> ModelMeasurement:
-    """Compare a quantized `checkpoint` with the float model that `recipe` made it from, tokens [n, length].
+    """Compare a quantized `checkpoint` with the float model that `recipe` made it from, on tokens [n,
+    length].
 
     It holds one projection, the inputs of one layer and both hidden states. Raises what `written_rotations`
     raises.
@@ -137,7 +138,7 @@ def measure_projections(
 
 
 def load_projection(checkpoint: Checkpoint, layer: int, name: str) -> QuantizedLinear | Tensor:
-    """A projection of a layer that anequant wrote: quantized, or its float16 weight."""
+    """Load a projection of a layer that anequant wrote: quantized, or its float16 weight."""
     full = layer_prefix(layer) + name
     if f"{full}.codebook" in checkpoint.tensors:
         return load(full, checkpoint.read, checkpoint.tensors)
@@ -177,7 +178,7 @@ class _Walker:
         return float(self._hidden.abs().max())
 
     def walk(self, layer: int, bits: Mapping[str, int]) -> Iterator[_Seen]:
-        """Through the layer, and then one projection after the other; `bits` by name."""
+        """Walk through the layer and yield one projection after the other; `bits` are by name."""
         _, tensors = self._model.layer(layer)
         inputs, self._hidden = self._runner.every_input(layer, tensors, self._hidden)
         for group in self._model.spec.input_groups:
@@ -192,7 +193,7 @@ class _Walker:
                 yield _Seen(linear.name, weight, x, output, side)
 
     def _nearest(self, weight: Tensor, bits: int, name: str) -> Tensor | None:
-        """The weight rounded to nearest with the recipe's codebook and scales; None where that cannot be."""
+        """Round the weight to nearest with the recipe's codebook and scales; None where that cannot be."""
         recipe = self._recipe
         if bits == 16:
             return None
@@ -221,7 +222,7 @@ def _weight(stored: QuantizedLinear | Tensor) -> Tensor:
 
 
 def measure_token_outliers(inputs: Tensor) -> Outliers:
-    """The median over tokens of kurtosis and peak over channels, for inputs [tokens, in].
+    """Return the median over tokens of kurtosis and peak over channels, for inputs [tokens, in].
 
     Tokens whose channels are all the same do not count.
     """
@@ -237,7 +238,7 @@ def measure_token_outliers(inputs: Tensor) -> Outliers:
 
 
 def _errors(rounded: Tensor, weight: Tensor, inputs: Tensor, output: Tensor) -> tuple[float, float]:
-    """Weight error and output error of rounded [out, in], for inputs [tokens, in]."""
+    """Return the weight error and the output error of rounded [out, in], for inputs [tokens, in]."""
     difference = rounded - weight
     moved = inputs @ difference.T
     return _ratio(difference, weight), _ratio(moved, output)

@@ -39,7 +39,7 @@ class Upload:
 
 
 def plan_upload(folder: Path, repo: str, *, private: bool = False, progress: Progress = silent) -> Upload:
-    """What `push` would send; asks nothing of the network.
+    """Return what `push` would send, without asking anything of the network.
 
     Raises InputError for a folder that anequant did not write, VerificationError for one that has changed
     since, UsageError for a name that the hub would refuse.

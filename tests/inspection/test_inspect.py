@@ -27,7 +27,7 @@ from anequant.checkpoints import reader
 from anequant.checkpoints.source import Source
 from anequant.cli import main
 from anequant.cli.console import Console
-from anequant.evaluation import measure_distribution as distribution_module
+from anequant.evaluation import distribution as distribution_module
 from anequant.evaluation.distribution import measure_distribution
 from anequant.inspection import inspect_checkpoint
 from anequant.inspection.inspect import inspect, inspect_tensor

@@ -48,7 +48,7 @@ def render_comparison(result: Comparison, table: Table) -> str:
 
 
 def choose_mark(trial: Trial) -> str:
-    """The kind of a trial's mark: a circle, a square or a diamond."""
+    """Return the kind of a trial's mark: a circle, a square or a diamond."""
     if not trial.on_ane:
         return OFF_MARK
     return PEER_MARK if trial.kind == PEER else RECIPE_MARK

@@ -70,7 +70,7 @@ def render_report(data: dict[str, Any]) -> str:
 
 
 def format_number(value: float | None) -> str:
-    """Three significant digits, thousands apart."""
+    """Return three significant digits, thousands apart."""
     if value is None:
         return NOTHING
     if abs(value) >= 1000:
@@ -84,7 +84,7 @@ def format_percent(share: float | None) -> str:
 
 
 def short_name(projection: str) -> str:
-    """q, k, v, o, gate, up, down."""
+    """Return q, k, v, o, gate, up or down."""
     return projection.rpartition(".")[2].removesuffix("_proj")
 
 
@@ -93,7 +93,7 @@ def format_sizes(sizes: Sequence[int | None]) -> str:
 
 
 def join_alike(tensors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Neighbours of one form whose names differ in a number at the end, as one: the parts of a head."""
+    """Join neighbours of one form whose names differ in a number at the end: the parts of a head."""
     groups: list[list[dict[str, Any]]] = []
     for tensor in tensors:
         form = [tensor["name"].rstrip(string.digits), tensor["dtype"], tensor["shape"]]
@@ -107,7 +107,7 @@ def join_alike(tensors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _table(layers: list[dict[str, Any]], key: str, side: str, part: str | None = None) -> list[charts.Values]:
-    """One row of values for every layer, one column for every projection."""
+    """Return a row of values for every layer, with a column for every projection."""
 
     def value(item: dict[str, Any]) -> float | None:
         found: Any = item[key][side]
@@ -127,7 +127,7 @@ def _by_projection(
     *,
     percent: bool = False,
 ) -> dict[str, LineChart]:
-    """A chart over the layers for every projection that has values, by name."""
+    """Return a chart over the layers for every projection that has values, by name."""
     tables = {side: _table(layers, key, side, part) for side in sides}
     found = {}
     for column, item in enumerate(layers[0]["projections"]):
@@ -146,7 +146,7 @@ def _residual(data: dict[str, Any]) -> LineChart | None:
 
 
 def _grouped(findings: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Findings of one rule and severity together."""
+    """Group findings by severity and rule."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for finding in findings:
         groups.setdefault((finding["severity"], finding["rule"]), []).append(finding)
@@ -154,7 +154,7 @@ def _grouped(findings: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _choices(recipe: dict[str, Any]) -> list[tuple[str, Any, str, bool]]:
-    """Key, value, meaning, and whether the value is another one than without any key."""
+    """Return key, value, meaning, and whether the value is not the default."""
     fields = {item.name: item for item in dataclasses.fields(Recipe)}
     return [
         (key, recipe[key], field.metadata["help"].replace("`", ""), recipe[key] != field.default)

@@ -94,7 +94,7 @@ def collect_report(folder: Path, known: Known, progress: Progress) -> dict[str, 
 
 
 def _measure_quality(checkpoint: Checkpoint, known: Known, progress: Progress) -> dict[str, Any] | None:
-    """None without the float model or a tokenizer."""
+    """Measure a checkpoint on the bundled text; None without the float model or a tokenizer."""
     if known.origin.source is None:
         return None
     step = part_of(progress, "quality", 0.0, 0.5)
@@ -103,7 +103,7 @@ def _measure_quality(checkpoint: Checkpoint, known: Known, progress: Progress) -
 
 
 def checkpoint_identity(folder: Path) -> str:
-    """What tells two checkpoints apart: the hash of the manifest, which holds those of all files."""
+    """Return what tells two checkpoints apart: the hash of the manifest, which holds those of all files."""
     return file_hashes(folder, [MANIFEST])[MANIFEST]
 
 
@@ -120,7 +120,7 @@ def _model(spec: ModelSpec, source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parameters(spec: ModelSpec) -> int:
-    """As the checkpoint holds them, which always has a head of its own."""
+    """Count parameters as the checkpoint holds them, which always has a head of its own."""
     of_layer = sum(math.prod(shape) for shape in spec.layer_tensors().values())
     return sum(math.prod(shape) for shape in spec.outer_tensors().values()) + spec.num_layers * of_layer
 
@@ -160,7 +160,7 @@ def _packages(folder: Path) -> dict[str, Any]:
 
 
 def _tensor(tensor: TensorSpec, enumerated: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
-    """`shapes` are the only ones, where there are several."""
+    """Return a tensor's form; `shapes` are the only ones, where there are several."""
     shapes = [list(shape) for shape in enumerated.get(tensor.name, ())]
     return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "shapes": shapes}
 

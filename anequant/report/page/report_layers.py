@@ -102,7 +102,8 @@ def collect_layers(
 def _layer(
     number: int, measured: LayerMeasurement | None, stored: list[StoredProjection], errors: dict[str, Any]
 ) -> dict[str, Any]:
-    """One entry of `layers`; without measurements, the weight error is the one that quantize recorded."""
+    """Return one entry of `layers`; without measurements, the weight error is the one that quantize
+    recorded."""
     projections = []
     for place, kept in enumerate(stored):
         recorded = errors.get(layer_prefix(number) + kept.name)
@@ -136,7 +137,7 @@ def _of_sides(sides: dict[str, Side | None], key: str) -> dict[str, float | None
 
 
 def _tokens(checkpoint: Checkpoint, text: Path | None) -> tuple[Tensor, str]:
-    """A few short windows of a text [n, length], and what they are called."""
+    """Return a few short windows of a text [n, length], and what they are called."""
     if not has_tokenizer(checkpoint.folder):
         if text is not None:
             raise UsageError("--text needs a tokenizer, and the checkpoint has none")

@@ -30,7 +30,7 @@ class Report:
     data: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Where the files are and what is missing; the data is in the second of them."""
+        """Return where the files are and what is missing; the data is in the second of them."""
         return {
             "report": str(self.folder / REPORT_PAGE),
             "data": str(self.folder / REPORT_DATA),

@@ -72,7 +72,7 @@ def _differences(label: str, found: Differences) -> Rows:
 
 
 def _forms(found: Differences) -> dict[str, list[str]]:
-    """The names of what has the same two dtypes or shapes, by these in words."""
+    """Group the names of what has the same two dtypes or shapes, by these in words."""
     forms: dict[str, list[str]] = {}
     for form in found.forms:
         parts = [pair for pair in (form.dtypes, form.shapes) if pair[0] != pair[1]]
@@ -82,7 +82,7 @@ def _forms(found: Differences) -> dict[str, list[str]]:
 
 
 def _recipe(keys: Mapping[str, tuple[Any, Any]]) -> Rows:
-    """The keys that differ, or the whole recipe where only one side tells it."""
+    """Return the keys that differ, or the whole recipe where only one side tells it."""
     for own, other, side in ((0, 1, "A"), (1, 0, "B")):
         if keys and all(pair[other] is None for pair in keys.values()):
             words = describe_recipe({key: pair[own] for key, pair in keys.items()})
@@ -109,7 +109,7 @@ def _error(value: ValueDifference) -> str:
 
 
 def _patterns(names: Sequence[str]) -> str:
-    """Names that differ in a number only are one, with how often it occurs."""
+    """Return names as one where they differ in a number only, with how often it occurs."""
     counts: dict[str, int] = {}
     for name in names:
         counts[star_numbers(name)] = counts.get(star_numbers(name), 0) + 1

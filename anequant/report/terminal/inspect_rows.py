@@ -187,7 +187,7 @@ def _function(function: FunctionFacts) -> Rows:
 
 
 def _alike(specs: Sequence[Any]) -> list[tuple[list[str], str]]:
-    """Neighbours of the same dtype and shape, as the parts of a head are, together."""
+    """Group neighbours of the same dtype and shape, as the parts of a head are."""
     groups: list[tuple[list[str], str]] = []
     for spec in specs:
         text = f"{spec.dtype} {_shape(spec.shape)}"
@@ -251,7 +251,7 @@ def describe_tensor(facts: TensorFacts) -> Rows:
 
 
 def _histogram(own: Distribution) -> Rows:
-    """A bar for each bin, as long as its share of the fullest."""
+    """Return a bar for each bin, as long as its share of the fullest."""
     if own.low is None or own.high is None:
         return []
     if own.low == own.high:
@@ -275,5 +275,5 @@ def _codes(codes: Sequence[CodeUse]) -> Rows:
 
 
 def _bar(count: int, most: int) -> str:
-    """At least one mark for what is not zero."""
+    """Return a bar with at least one mark for what is not zero."""
     return "#" * math.ceil(BAR * count / most) if most else ""

@@ -47,7 +47,7 @@ def describe_quantization(folder: Path, result: QuantizeResult) -> Rows:
 
 
 def _describe_worst(errors: Sequence[TensorError]) -> Rows:
-    """Nothing where all weights stay in float16."""
+    """Return the tensor with the largest error; nothing where all weights stay in float16."""
     if not errors:
         return []
     worst = max(errors, key=lambda tensor: tensor.relative_error)
@@ -63,7 +63,7 @@ def describe_rotation(folder: Path, result: RotateResult) -> Rows:
 
 
 def _describe_rotations(choice: RotationChoice | None) -> Rows:
-    """How rotations were found that no seed alone tells."""
+    """Return how rotations were found, where the seed alone does not tell."""
     if choice is None:
         return []
     rows = []
@@ -81,7 +81,7 @@ def _describe_rotations(choice: RotationChoice | None) -> Rows:
 
 
 def _describe_calibration(result: QuantizeResult) -> Rows:
-    """What calibration chose, and what it could not use."""
+    """Return what calibration chose, and what it could not use."""
     seen = [tensor for tensor in result.rounding.tensors if tensor.dead_inputs is not None]
     rows = []
     if seen:
@@ -125,7 +125,7 @@ def describe_lowering(folder: Path, result: LowerResult) -> Rows:
 
 
 def describe_headroom(found: Headroom) -> Rows:
-    """The loudest layers against what float16 (65504) and the accumulator (32768) hold."""
+    """Return the loudest layers against what float16 (65504) and the accumulator (32768) hold."""
     loudest = max(found.ranges, key=lambda layer: layer.residual)
     scores = max(layer.scores for layer in found.ranges)
     sums = max(value for layer in found.ranges for value in layer.sums.values())
@@ -237,7 +237,7 @@ def describe_profile(result: DeviceProfile) -> Rows:
 
 
 def describe_lint(findings: Sequence[Finding]) -> Rows:
-    """One row for each rule that is broken, with the first place; the number of places after it."""
+    """Return a row for each rule that is broken, with its first place and the number of the others."""
     grouped: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         grouped.setdefault((finding.severity, finding.rule), []).append(finding)
