@@ -121,7 +121,7 @@ def is_unicode(text: str) -> bool:
 LONGEST_NAME = 200
 
 
-def shown(value: object) -> str:
+def quote(value: object) -> str:
     """Return a value for a message: a name in quotes, short, without characters that a terminal would
     obey."""
     if not isinstance(value, str):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anequant.errors import UsageError, did_you_mean, shown
+from anequant.errors import UsageError, did_you_mean, quote
 from anequant.recipe import Recipe
 from anequant.strict import parse_json, parse_toml, parse_yaml, read_plain
 
@@ -45,7 +45,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     known = [item.name for item in dataclasses.fields(Recipe)]
     for key in values:
         if key not in known:
-            raise UsageError(f"unknown recipe key {shown(str(key))}", remedy=did_you_mean(str(key), known))
+            raise UsageError(f"unknown recipe key {quote(str(key))}", remedy=did_you_mean(str(key), known))
     return Recipe(**values)
 
 
@@ -68,7 +68,7 @@ def _find_recipe(name_or_path: str) -> Path:
         return path
     recipes = named_recipes()
     if name_or_path not in recipes:
-        raise UsageError(f"unknown recipe {shown(name_or_path)}", remedy=did_you_mean(name_or_path, recipes))
+        raise UsageError(f"unknown recipe {quote(name_or_path)}", remedy=did_you_mean(name_or_path, recipes))
     return recipes[name_or_path]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from anequant.errors import shown
+from anequant.errors import quote
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -108,7 +108,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise ValueError(f"key {shown(key)} appears twice")
+            raise ValueError(f"key {quote(key)} appears twice")
         values[key] = value
     return values
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.errors import UsageError, shown
+from anequant.errors import UsageError, quote
 from anequant.reference.windows import read_text
 from anequant.strict import parse_json
 
@@ -146,7 +146,7 @@ def _entry(path: Path, number: int, row: Any) -> _Entry:
             return _Entry(TEXT, "".join(parts))
         if all(_is_conversation(part) for part in parts):
             return _Entry(MESSAGES, [message for part in parts for message in part])
-    keys = f": it has the keys {shown(', '.join(map(str, row)))}" if isinstance(row, dict) else ""
+    keys = f": it has the keys {quote(', '.join(map(str, row)))}" if isinstance(row, dict) else ""
     raise UsageError(f"{where} is no list of token ids, no text and no conversation{keys}", remedy=REMEDY)
 
 

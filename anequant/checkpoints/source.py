@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anequant.checkpoints.license import CARD, LICENSE_FILES
-from anequant.errors import InputError, shown
+from anequant.errors import InputError, quote
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -65,7 +65,7 @@ def local_source(model: str | None) -> Source | None:
             return Source(folder, _as_text(folder.resolve().name))
         there = folder.exists()
     except (OSError, ValueError) as error:
-        raise InputError(f"model {shown(model)} cannot be opened: {error}") from error
+        raise InputError(f"model {quote(model)} cannot be opened: {error}") from error
     if there:
         raise InputError(f"'{model}' is a file, not a model folder", remedy="name the folder it is in")
     return None

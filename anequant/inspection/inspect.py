@@ -19,7 +19,7 @@ from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.stored import read_stored
-from anequant.errors import InputError, UnsupportedError, UsageError, shown
+from anequant.errors import InputError, UnsupportedError, UsageError, quote
 from anequant.evaluation.distribution import Distribution, measure_distribution
 from anequant.inspection.inspect_checkpoint import (
     CheckpointFacts,
@@ -153,13 +153,13 @@ def inspect_tensor(path: Path, name: str) -> TensorFacts:
             with damage(str(package)):
                 return _of_package(name, package.name, load_constant(*found))
         known += [node.name for graph in graphs for node in graph.nodes if node.constant]
-    raise UsageError(f"no tensor {shown(name)} in '{path}'", remedy=_suggestion(name, known))
+    raise UsageError(f"no tensor {quote(name)} in '{path}'", remedy=_suggestion(name, known))
 
 
 def _suggestion(name: str, known: list[str]) -> str:
     """Return names that are close, else some that there are."""
     close = difflib.get_close_matches(name[:LONGEST_NAME], known, n=3)
-    listed = " or ".join(shown(word) for word in close or known[:3])
+    listed = " or ".join(quote(word) for word in close or known[:3])
     return f"did you mean {listed}?" if close else f"there are {len(known)}, for example {listed}"
 
 
@@ -180,7 +180,7 @@ def _of_checkpoint(checkpoint: Checkpoint, name: str) -> TensorFacts:
 
 def _of_package(name: str, place: str, value: Any) -> TensorFacts:
     if isinstance(value, str):
-        raise UnsupportedError(f"constant {shown(name)} is the text {shown(value)}, not a tensor")
+        raise UnsupportedError(f"constant {quote(name)} is the text {quote(value)}, not a tensor")
     if not isinstance(value, Palettized):
         return _facts(name, place, _dtype(value), value, None, None)
     *_, entries, width = value.codebook.shape
@@ -194,7 +194,7 @@ def _facts(
     name: str, place: str, dtype: str, tensor: Tensor, codes: tuple[CodeUse, ...] | None, tables: int | None
 ) -> TensorFacts:
     if tensor.is_complex():
-        raise UnsupportedError(f"tensor {shown(name)} is complex")
+        raise UnsupportedError(f"tensor {quote(name)} is complex")
     return TensorFacts(name, place, dtype, tuple(tensor.shape), measure_distribution(tensor), codes, tables)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anequant.checkpoints.manifest import MANIFEST
-from anequant.errors import InputError, ResourceError, UsageError, shown
+from anequant.errors import InputError, ResourceError, UsageError, quote
 from anequant.jobs.control import Progress, silent
 from anequant.verification.hashes import verify_files
 
@@ -51,7 +51,7 @@ def plan_upload(folder: Path, repo: str, *, private: bool = False, progress: Pro
         validate_repo_id(repo)
     except HFValidationError as error:
         remedy = "use your name or an organisation's, a slash and a name: org/name"
-        raise UsageError(f"{shown(repo)} is no name of a repository", remedy=remedy) from error
+        raise UsageError(f"{quote(repo)} is no name of a repository", remedy=remedy) from error
     if not (folder / MANIFEST).is_file():
         raise InputError(
             f"'{folder}' holds no {MANIFEST}, anequant did not write it",
