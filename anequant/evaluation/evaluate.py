@@ -16,8 +16,13 @@ from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
 from anequant.checkpoints.rotation_files import written_rotations
 from anequant.checkpoints.source import SAMPLE_TEXT, resolve_source
 from anequant.errors import InputError, UsageError
-from anequant.evaluation.divergence import Quality, measure_quality
-from anequant.evaluation.layer_errors import LayerError, measure_embedding_error, measure_layer_errors
+from anequant.evaluation.divergence import (
+    LayerError,
+    Quality,
+    measure_embedding_error,
+    measure_layer_errors,
+    measure_quality,
+)
 from anequant.evaluation.task_scores import TaskScores, run_tasks
 from anequant.jobs.control import Progress, part_of, silent
 from anequant.recipe import Recipe

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.cli import main
+from anequant.evaluation.divergence import measure_embedding_error, measure_layer_errors
 from anequant.evaluation.evaluate import evaluate_checkpoint
-from anequant.evaluation.layer_errors import measure_embedding_error, measure_layer_errors
 from anequant.recipe_files import load_recipe
 from anequant.reference.rotated_model import TurnedModel
 from anequant.reference.windows import load_tokenizer, read_text, text_windows
