@@ -22,6 +22,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from anequant.errors import first_line
 from anequant.jobs.machine import Memory, memory, torch_threads, usable_cores
 from anequant.recipe import LowerOptions
 from anequant.units import format_bytes
@@ -122,7 +123,7 @@ def check_torch(load: Callable[[str], Any] = importlib.import_module) -> Iterato
         load("torch")
     except Exception as error:
         remedy = "install torch again in a fresh environment: https://pytorch.org/get-started/locally"
-        yield Check("torch library", FAILURE, f"torch cannot be imported: {_first_line(error)}", remedy)
+        yield Check("torch library", FAILURE, f"torch cannot be imported: {first_line(error)}", remedy)
         return
     yield Check("torch library", OK, "loads")
 
@@ -140,7 +141,7 @@ def check_native_library(load: Callable[[str], Any] = importlib.import_module) -
         storage = load("coremltools.libmilstoragepython")
         load("coremltools.libmodelpackage")
     except Exception as error:
-        yield Check(name, FAILURE, f"no package can be written: {_first_line(error)}", remedy)
+        yield Check(name, FAILURE, f"no package can be written: {first_line(error)}", remedy)
         return
     missing = [part for part in ("_BlobStorageReader", "_BlobStorageWriter") if not hasattr(storage, part)]
     if missing:
@@ -156,7 +157,7 @@ def check_compiled_loops(load: Callable[[str], Any] = importlib.import_module) -
         folder = load("anequant.quantization.kernels").cache_folder()
     except Exception as error:
         remedy = "pip install --force-reinstall numba, once torch loads"
-        yield Check(name, FAILURE, f"nothing can be rounded: {_first_line(error)}", remedy)
+        yield Check(name, FAILURE, f"nothing can be rounded: {first_line(error)}", remedy)
         return
     if folder is None:
         remedy = "set NUMBA_CACHE_DIR to a folder that can be written to"
@@ -268,8 +269,3 @@ def _output(command: Sequence[str]) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

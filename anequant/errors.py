@@ -113,6 +113,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or the name of its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text is one: Python keeps bytes that are no UTF-8 as surrogates, which nothing else takes."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)

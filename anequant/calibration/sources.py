@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.errors import UsageError, quote
+from anequant.errors import UsageError, first_line, quote
 from anequant.reference.windows import read_text
 from anequant.strict import parse_json
 
@@ -66,7 +66,7 @@ class Texts:
         try:
             text: str = tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = first_line(error)
             number = self.parts.index(messages)
             raise UsageError(
                 f"the chat template refuses entry {number} of '{self.path}': {reason}", remedy=remedy

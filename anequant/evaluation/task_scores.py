@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from anequant.errors import ResourceError, UnsupportedError, UsageError
+from anequant.errors import ResourceError, UnsupportedError, UsageError, first_line
 from anequant.jobs.control import Progress, silent
 from anequant.runtime.generate import Decoder
 
@@ -105,12 +105,12 @@ def _load(tasks: str) -> Any:
         loaded = manager.load(wanted)
     except OSError as error:
         raise ResourceError(
-            f"the data of '{tasks}' cannot be had: {_first_line(error)}",
+            f"the data of '{tasks}' cannot be had: {first_line(error)}",
             remedy="`datasets` loads it from the hub, its cache, or the files that the task names",
         ) from error
     except Exception as error:
         raise UsageError(
-            f"'{tasks}' cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+            f"'{tasks}' cannot be loaded: {type(error).__name__}: {first_line(error)}"
         ) from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
@@ -145,7 +145,3 @@ def _finite(values: dict[str, Any]) -> dict[str, float | None]:
         for key, value in values.items()
         if "," in key and isinstance(value, Real)
     }
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anequant.checkpoints.manifest import MANIFEST
-from anequant.errors import InputError, ResourceError, UsageError, quote
+from anequant.errors import InputError, ResourceError, UsageError, first_line, quote
 from anequant.jobs.control import Progress, silent
 from anequant.verification.hashes import verify_files
 
@@ -90,7 +90,7 @@ def push(folder: Path, upload: Upload, progress: Progress = silent) -> Upload:
             commit_message=f"Upload {upload.kind} made by anequant",
         )
     except (hub.HTTPError, hub.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ResourceError(
             f"'{upload.repo}' could not be written on the hub: {reason}",
             remedy="log in (hf auth login), check name and network; the same command then goes on",

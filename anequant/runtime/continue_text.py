@@ -9,7 +9,7 @@ from typing import Any
 
 from anequant.checkpoints.places import CHECKPOINT_FOLDER, packages_folder
 from anequant.checkpoints.reader import read_object
-from anequant.errors import InputError, UsageError, quote
+from anequant.errors import InputError, UsageError, first_line, quote
 from anequant.reference.windows import load_tokenizer
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.runtime.generate import Decoder, decoded, encoded, new_tokens
@@ -142,16 +142,11 @@ class Chat:
         except Exception as error:
             system = self.messages[0]["role"] == "system"
             raise InputError(
-                f"the chat template does not take this conversation: {_reason(error)}",
+                f"the chat template does not take this conversation: {first_line(error)}",
                 where=str(self.model.folder),
                 remedy="leave out --system" if system else "use `anequant generate`",
             ) from error
         return text
-
-
-def _reason(error: Exception) -> str:
-    """A template may raise anything, and say nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _check_sampling(model: TextModel, sampling: Sampling) -> None:
