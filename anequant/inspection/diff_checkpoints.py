@@ -7,7 +7,7 @@ weights differ, whatever the quantizer did: there, logits say more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,10 @@ class ValueDifference:
     codes: int | None
 
 
+Pair = tuple[Form | None, ValueDifference | None]
+"""How two things of one name differ: in form, in values."""
+
+
 @dataclass(frozen=True)
 class Differences:
     """What has a name only in one, another form, or other values; `equal` counts the rest."""
@@ -82,28 +86,39 @@ class CheckpointDifferences:
 def diff_checkpoints(a: Checkpoint, b: Checkpoint, progress: Progress = silent) -> CheckpointDifferences:
     """Compare two checkpoints, one tensor of each at a time. Raises InputError for a tensor that is damaged
     or not finite."""
-    both = [name for name in a.tensors if name in b.tensors]
-    forms, values = [], []
-    for number, name in enumerate(both):
-        progress(name, number / len(both))
+
+    def compare(name: str) -> Pair:
         one, other = a.tensors[name], b.tensors[name]
+        form = None
         if (one.dtype, one.shape) != (other.dtype, other.shape):
-            forms.append(Form(name, (one.dtype, other.dtype), (one.shape, other.shape)))
-        if one.shape == other.shape:
-            found = diff_values(name, a.read(name), b.read(name), partial(_codes, a, b, name))
-            values += [] if found is None else [found]
-    unlike = {form.name for form in forms} | {value.name for value in values}
+            form = Form(name, (one.dtype, other.dtype), (one.shape, other.shape))
+        if one.shape != other.shape:
+            return form, None
+        return form, diff_values(name, a.read(name), b.read(name), partial(_codes, a, b, name))
+
     return CheckpointDifferences(
-        Differences(
-            tuple(name for name in a.tensors if name not in b.tensors),
-            tuple(name for name in b.tensors if name not in a.tensors),
-            tuple(forms),
-            sort_worst_first(values),
-            len(both) - len(unlike),
-        ),
+        diff_named(a.tensors, b.tensors, compare, progress),
         diff_keys(a.spec.config, b.spec.config),
         diff_keys(_recipe(a.folder), _recipe(b.folder)),
         tuple(_files_that_differ(a.folder, b.folder)),
+    )
+
+
+def diff_named(
+    a: Collection[str], b: Collection[str], compare: Callable[[str], Pair], progress: Progress = silent
+) -> Differences:
+    """Collect what differs between two sets of names; `compare` tells it of a name that both have."""
+    both = [name for name in a if name in b]
+    found: list[Pair] = []
+    for number, name in enumerate(both):
+        progress(name, number / len(both))
+        found.append(compare(name))
+    return Differences(
+        tuple(name for name in a if name not in b),
+        tuple(name for name in b if name not in a),
+        tuple(form for form, _ in found if form is not None),
+        _sort_worst_first(value for _, value in found if value is not None),
+        found.count((None, None)),
     )
 
 
@@ -128,7 +143,7 @@ def diff_values(
     return ValueDifference(name, a.numel(), relative, largest if finite else None, codes())
 
 
-def sort_worst_first(values: list[ValueDifference]) -> tuple[ValueDifference, ...]:
+def _sort_worst_first(values: Iterable[ValueDifference]) -> tuple[ValueDifference, ...]:
     """Sort by relative error; what has none comes first."""
     return tuple(sorted(values, key=lambda value: -math.inf if (e := value.relative_error) is None else -e))
 

@@ -15,10 +15,11 @@ from anequant.errors import InputError
 from anequant.inspection.diff_checkpoints import (
     Differences,
     Form,
+    Pair,
     ValueDifference,
     diff_keys,
+    diff_named,
     diff_values,
-    sort_worst_first,
 )
 from anequant.inspection.inspect_package import count_operations
 from anequant.targets.coreml.census import Constant, constant_node, load_constant, package_constants
@@ -140,25 +141,17 @@ def _form(node: Node) -> Any:
 
 
 def _constants(a: list[Graph], b: list[Graph]) -> Differences:
-    one, other = ({item.name: item for item in package_constants(graphs)} for graphs in (a, b))
-    both = [name for name in one if name in other]
-    forms, values = [], []
-    for name in both:
-        pair = one[name], other[name]
-        if _stored(pair[0]) != _stored(pair[1]):
-            words = tuple(f"{item.kind} {item.dtype}" for item in pair)
-            forms.append(Form(name, (words[0], words[1]), (pair[0].shape, pair[1].shape)))
-        if pair[0].shape == pair[1].shape:
-            found = _difference(name, _load(a, name), _load(b, name))
-            values += [] if found is None else [found]
-    unlike = {form.name for form in forms} | {value.name for value in values}
-    return Differences(
-        tuple(name for name in one if name not in other),
-        tuple(name for name in other if name not in one),
-        tuple(forms),
-        sort_worst_first(values),
-        len(both) - len(unlike),
-    )
+    ours, theirs = ({item.name: item for item in package_constants(graphs)} for graphs in (a, b))
+
+    def compare(name: str) -> Pair:
+        one, other = ours[name], theirs[name]
+        form = None
+        if _stored(one) != _stored(other):
+            kinds = f"{one.kind} {one.dtype}", f"{other.kind} {other.dtype}"
+            form = Form(name, kinds, (one.shape, other.shape))
+        return form, _difference(name, _load(a, name), _load(b, name)) if one.shape == other.shape else None
+
+    return diff_named(ours, theirs, compare)
 
 
 def _stored(constant: Constant) -> tuple[Any, ...]:
