@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.checkpoints.manifest import rotation_keys
+from anequant.checkpoints.manifest import load_recipe_for
 from anequant.checkpoints.side_files import custom_code
 from anequant.checkpoints.source import Source, resolve_source
+from anequant.evaluation import LENGTH, WINDOWS
 from anequant.evaluation.evaluate import Evaluation, evaluate_checkpoint
-from anequant.evaluation.sample_size import LENGTH, WINDOWS
 from anequant.jobs.control import Progress, Run
 from anequant.jobs.scheduler import open_scheduler
 from anequant.pipeline.converting import ConvertResult
@@ -31,7 +31,7 @@ from anequant.pipeline.lowering import LowerResult
 from anequant.pipeline.quantize import quantize as run_quantize
 from anequant.pipeline.quantizing import QuantizeResult
 from anequant.recipe import Calibration, LowerOptions, Recipe
-from anequant.recipe_files import DEFAULT_RECIPE, load_recipe, recipe_from_dict
+from anequant.recipe_files import DEFAULT_RECIPE, load_recipe
 from anequant.report.terminal.converted import convert_and_report
 from anequant.request import LowerRequest, Request
 from anequant.verification.verify import CheckpointCheck, PackageCheck, verify_folder
@@ -83,7 +83,7 @@ def convert(
     ids, of which `calib_samples` windows of `calib_length` tokens are taken. `context` and `batch` are in
     tokens, `chunks` None takes as few packages as `max_chunk_mb` (megabytes) allows, `max_memory` is bytes.
     `scheduler` is local, or dask://host:port for a cluster that shares the folders (docs/cluster.md). With
-    `resume` a run that was interrupted is gone on with. `progress` is called with what is being done and the
+    `resume` a run that was interrupted is resumed. `progress` is called with what is being done and the
     share that is done.
 
     Raises UsageError for options that are wrong or an `output` that exists (without `force`), InputError or
@@ -198,20 +198,13 @@ def evaluate(
 def _open(
     model: str | None, recipe: str | Path | Mapping[str, Any], keys: Mapping[str, Any]
 ) -> tuple[Source, Recipe]:
-    """A wrong recipe is noticed before a model is downloaded; what a model was rotated with stands in the
-    place of the recipe's keys, not of `keys`."""
-    _recipe(recipe, keys)
+    """Return the model's folder and its recipe; a wrong recipe is noticed before a model is downloaded."""
+    load_recipe(recipe, keys)
     source = resolve_source(model)
     code = custom_code(source.folder)
     if code:
         LOG.warning("ignored, no code of a checkpoint is run: %s", ", ".join(code))
-    return source, _recipe(recipe, {**(rotation_keys(source.folder) or {}), **keys})
-
-
-def _recipe(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -> Recipe:
-    if isinstance(recipe, Mapping):
-        return recipe_from_dict({**recipe, **overrides})
-    return load_recipe(str(recipe), overrides)
+    return source, load_recipe_for(source.folder, recipe, keys)
 
 
 @contextmanager

@@ -22,8 +22,10 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from anequant.errors import first_line
 from anequant.jobs.machine import Memory, memory, torch_threads, usable_cores
 from anequant.recipe import LowerOptions
+from anequant.units import format_bytes
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 MEGABYTE, GIGABYTE = 10**6, 10**9
@@ -54,18 +56,34 @@ class Check:
 
 
 def diagnose() -> list[Check]:
-    """Every probe in turn, on this machine."""
+    """Run every probe in turn, on this machine."""
     return [check for probe in PROBES for check in probe()]
 
 
-def failed(checks: Sequence[Check]) -> bool:
+def has_failure(checks: Sequence[Check]) -> bool:
     return any(check.status == FAILURE for check in checks)
 
 
-def python(
+def describe_checks(checks: Sequence[Check]) -> list[tuple[str, str]]:
+    """Return a row of (label, text) for each check, its remedy below it, and the sum at the end."""
+    width = max(len(check.name) for check in checks)
+    rows = []
+    for check in checks:
+        rows.append((check.status, f"{check.name:<{width}}  {check.detail}"))
+        if check.remedy:
+            rows.append(("", f"{'':<{width}}  do: {check.remedy}"))
+    counts = [
+        f"{count} {word}{'' if count == 1 else 's'}"
+        for word in (FAILURE, WARNING)
+        if (count := sum(check.status == word for check in checks))
+    ]
+    return [*rows, ("", ", ".join(counts) or "nothing is wrong")]
+
+
+def check_python(
     version: str = platform.python_version(), required: str | None = None, executable: str = sys.executable
 ) -> Iterator[Check]:
-    """`required` is a version specifier, None for the one that anequant was installed with."""
+    """Check this Python against `required`, a version specifier; None for the one in anequant's metadata."""
     if required is None:
         required = importlib.metadata.metadata("anequant")["Requires-Python"]
     detail = f"{version} at {executable}"
@@ -76,11 +94,11 @@ def python(
         yield Check("python", FAILURE, f"{detail}, needed is {required}", remedy)
 
 
-def packages(
+def check_packages(
     requirements: Sequence[str] | None = None,
     installed: Callable[[str], str] = importlib.metadata.version,
 ) -> Iterator[Check]:
-    """What anequant requires, one line each; optional extras are left out."""
+    """Check what anequant requires, one line each; optional extras are left out."""
     for text in importlib.metadata.requires("anequant") or [] if requirements is None else requirements:
         requirement = Requirement(text)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -98,20 +116,21 @@ def packages(
             yield Check(name, FAILURE, f"{version}, needed is {wanted}", remedy)
 
 
-def torch_loads(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
-    """torch is installed more often than it works: its libraries must fit the system's."""
+def check_torch(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
+    """Check that torch loads. It is installed more often than it works: its libraries must fit the
+    system's."""
     try:
         load("torch")
     except Exception as error:
         remedy = "install torch again in a fresh environment: https://pytorch.org/get-started/locally"
-        yield Check("torch library", FAILURE, f"torch cannot be imported: {_first_line(error)}", remedy)
+        yield Check("torch library", FAILURE, f"torch cannot be imported: {first_line(error)}", remedy)
         return
     yield Check("torch library", OK, "loads")
 
 
-def native_library(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
-    """coremltools installs without its native library where it has no wheel, and then fails at the very end
-    with "BlobWriter not loaded" (apple/coremltools 2361, 2617, 2695)."""
+def check_native_library(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
+    """Check coremltools' native library. Where there is no wheel it installs without, and fails at the very
+    end with "BlobWriter not loaded" (apple/coremltools 2361, 2617, 2695)."""
     name = "coremltools library"
     remedy = (
         "use Python 3.10 to 3.13 on Linux or macOS (x86-64 or arm64), and `pip install --force-reinstall "
@@ -122,7 +141,7 @@ def native_library(load: Callable[[str], Any] = importlib.import_module) -> Iter
         storage = load("coremltools.libmilstoragepython")
         load("coremltools.libmodelpackage")
     except Exception as error:
-        yield Check(name, FAILURE, f"no package can be written: {_first_line(error)}", remedy)
+        yield Check(name, FAILURE, f"no package can be written: {first_line(error)}", remedy)
         return
     missing = [part for part in ("_BlobStorageReader", "_BlobStorageWriter") if not hasattr(storage, part)]
     if missing:
@@ -131,14 +150,14 @@ def native_library(load: Callable[[str], Any] = importlib.import_module) -> Iter
         yield Check(name, OK, "reads and writes packages")
 
 
-def compiled_loops(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
-    """numba keeps what it compiles beside the module or below HOME, and can do without."""
+def check_compiled_loops(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
+    """Check where numba keeps what it compiles: beside the module or below HOME; it can do without."""
     name = "compiled loops"
     try:
         folder = load("anequant.quantization.kernels").cache_folder()
     except Exception as error:
         remedy = "pip install --force-reinstall numba, once torch loads"
-        yield Check(name, FAILURE, f"nothing can be rounded: {_first_line(error)}", remedy)
+        yield Check(name, FAILURE, f"nothing can be rounded: {first_line(error)}", remedy)
         return
     if folder is None:
         remedy = "set NUMBA_CACHE_DIR to a folder that can be written to"
@@ -147,10 +166,11 @@ def compiled_loops(load: Callable[[str], Any] = importlib.import_module) -> Iter
         yield Check(name, OK, f"kept in {folder}")
 
 
-def cores(
+def check_cores(
     usable: int | None = None, present: int | None = None, threads: int | None = None
 ) -> Iterator[Check]:
-    """More threads than cores wait for each other, which costs far more than the cores that are missing."""
+    """Check that threads do not outnumber cores: they wait for each other, which costs more than missing
+    cores."""
     usable = usable_cores() if usable is None else usable
     present = (os.cpu_count() or 1) if present is None else present
     threads = torch_threads(usable) if threads is None else threads
@@ -161,44 +181,44 @@ def cores(
         yield Check("cores", OK, detail)
 
 
-def free_memory(found: Memory | None = None) -> Iterator[Check]:
+def check_memory(found: Memory | None = None) -> Iterator[Check]:
     found = memory() if found is None else found
     if found.available is None:
-        yield Check("memory", OK, f"{_gigabytes(found.total)}")
+        yield Check("memory", OK, format_bytes(found.total))
         return
-    detail = f"{_gigabytes(found.available)} free of {_gigabytes(found.total)}"
+    detail = f"{format_bytes(found.available)} free of {format_bytes(found.total)}"
     if found.available < LEAST_MEMORY:
-        remedy = f"close other programs; {_gigabytes(LEAST_MEMORY)} suffice for half a billion weights"
+        remedy = f"close other programs; {format_bytes(LEAST_MEMORY)} suffice for half a billion weights"
         yield Check("memory", WARNING, detail, remedy)
     else:
         yield Check("memory", OK, detail)
 
 
-def disk(
+def check_disk(
     working: Path | None = None,
     temporary: Path | None = None,
     free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
 ) -> Iterator[Check]:
-    """Room in the working folder and where coremltools builds packages."""
+    """Check for room in the working folder and where coremltools builds packages."""
     working = Path.cwd() if working is None else working
     temporary = Path(tempfile.gettempdir()) if temporary is None else temporary
     for name, folder, least, other in (
         ("working folder", working, LEAST_ROOM, "work in a folder on another disk"),
         ("temporary folder", temporary, LEAST_TEMPORARY, "set TMPDIR to a folder on another disk"),
     ):
-        detail = f"{_gigabytes(free(folder))} free in {folder}"
+        detail = f"{format_bytes(free(folder))} free in {folder}"
         if not os.access(folder, os.W_OK):
             yield Check(name, WARNING, f"{folder} cannot be written to", other)
         elif free(folder) < least:
-            yield Check(name, WARNING, detail, f"free {_gigabytes(least)}, or {other}")
+            yield Check(name, WARNING, detail, f"free {format_bytes(least)}, or {other}")
         else:
             yield Check(name, OK, detail)
 
 
-def mac(
+def check_mac(
     system: str = platform.system(), version: str = platform.mac_ver()[0], run: Run | None = None
 ) -> Iterator[Check]:
-    """What `profile` and `--backend coreml` need; all else runs on any system."""
+    """Check what `profile` and `--backend coreml` need; all else runs on any system."""
     if system != "Darwin":
         detail = f"{system}: packages are made and verified here, and run on a Mac or an iPhone"
         yield Check("Neural Engine", OK, detail)
@@ -230,31 +250,22 @@ def mac(
 
 
 PROBES: tuple[Callable[[], Iterator[Check]], ...] = (
-    python,
-    packages,
-    torch_loads,
-    native_library,
-    compiled_loops,
-    cores,
-    free_memory,
-    disk,
-    mac,
+    check_python,
+    check_packages,
+    check_torch,
+    check_native_library,
+    check_compiled_loops,
+    check_cores,
+    check_memory,
+    check_disk,
+    check_mac,
 )
 
 
 def _output(command: Sequence[str]) -> str | None:
-    """What a command prints, None when it is not there or fails."""
+    """Return what a command prints, None when it is not there or fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / GIGABYTE:.1f} GB"

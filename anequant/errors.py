@@ -70,7 +70,7 @@ OS_REMEDIES = {
 
 
 def as_error(failure: AnequantError | MemoryError | OSError) -> AnequantError:
-    """The error itself, or what the system refused as a ResourceError."""
+    """Return the error itself, or what the system refused as a ResourceError."""
     if isinstance(failure, AnequantError):
         return failure
     if isinstance(failure, MemoryError):
@@ -107,10 +107,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A suggestion for a misspelt word, or the list of what is known."""
+    """Return a suggestion for a misspelt word, or the list of what is known."""
     names = sorted(known)
     close = difflib.get_close_matches(word[:80], names, n=1)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or the name of its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def is_unicode(text: str) -> bool:
@@ -121,8 +126,9 @@ def is_unicode(text: str) -> bool:
 LONGEST_NAME = 200
 
 
-def shown(value: object) -> str:
-    """A value for a message: a name in quotes; short, and without characters that a terminal would obey."""
+def quote(value: object) -> str:
+    """Return a value for a message: a name in quotes, short, without characters that a terminal would
+    obey."""
     if not isinstance(value, str):
         return reprlib.repr(value)
     text = value if len(value) <= LONGEST_NAME else f"{value[:60]}... ({len(value)} characters)"

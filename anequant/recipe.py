@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from anequant.errors import UsageError, shown
+from anequant.errors import UsageError, quote
 
 TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 WIDTHS = (2, 3, 4, 6, 8)
@@ -21,7 +21,7 @@ LARGEST_SEED = 2**63 - 1
 
 
 def _choice(default: Any, choices: tuple[Any, ...] | None, text: str, most: int | None = None) -> Any:
-    """A key of the recipe: one of `choices`, or a number from 0 to `most`."""
+    """Make a key of the recipe: one of `choices`, or a number from 0 to `most`."""
     return field(default=default, metadata={"choices": choices, "help": text, "most": most})
 
 
@@ -186,11 +186,11 @@ def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
     default: Any = item.default
     if type(value) is not type(default):
         wanted = TYPE_NAMES[type(default)]
-        raise UsageError(f"recipe key '{item.name}' must be {wanted}, not {shown(value)}")
+        raise UsageError(f"recipe key '{item.name}' must be {wanted}, not {quote(value)}")
     choices, most = item.metadata["choices"], item.metadata["most"]
     if choices is not None and value not in choices:
         raise UsageError(
-            f"recipe key '{item.name}' cannot be {shown(value)}",
+            f"recipe key '{item.name}' cannot be {quote(value)}",
             remedy="choose from " + ", ".join(str(choice) for choice in choices),
         )
     if most is not None and not 0 <= value <= most:
@@ -198,7 +198,7 @@ def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """What the values, each of them allowed, do not allow together: the problem and its remedy."""
+    """Yield what the values, each of them allowed, do not allow together: the problem and its remedy."""
     for key in ("r1_block", "r4_block"):
         block = getattr(recipe, key)
         if block < 2 or block & (block - 1):
@@ -207,7 +207,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "recipe key 'restarts' is 0", "use 1 or more"
     if recipe.target_bits and not all(width in WIDTHS for width in recipe.widths):
         yield (
-            f"recipe key 'mixed_bits' is {shown(recipe.mixed_bits)}",
+            f"recipe key 'mixed_bits' is {quote(recipe.mixed_bits)}",
             f"list two or more of {', '.join(map(str, WIDTHS))}, separated by commas",
         )
     if recipe.fold_input_scales and recipe.scales != "balanced":
@@ -233,7 +233,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     for name, bits in recipe.activation_exceptions.items():
         if bits not in (16, 8, 4):
-            yield f"activation_overrides gives {shown(name)} {bits} bits", "use 16, 8 or 4"
+            yield f"activation_overrides gives {quote(name)} {bits} bits", "use 16, 8 or 4"
     if recipe.tune and (recipe.bits == 16 or recipe.static_activations):
         yield (
             "tune moves scales of quantized weights, and static activations depend on them",

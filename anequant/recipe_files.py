@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anequant.errors import UsageError, did_you_mean, shown
+from anequant.errors import UsageError, did_you_mean, quote
 from anequant.recipe import Recipe
 from anequant.strict import parse_json, parse_toml, parse_yaml, read_plain
 
@@ -19,13 +19,18 @@ ROTATION_KEYS = ("r1", "r1_block", "r2", "r3", "r4", "r4_block", "seed", "restar
 """The recipe's keys that say how a float model is rotated, before anything is rounded."""
 
 
-def load_recipe(name_or_path: str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe by name (`configs/`) or from a TOML, JSON or YAML file, then apply `overrides`.
+def load_recipe(
+    recipe: str | Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read a recipe by name (`configs/`), from a TOML, JSON or YAML file or from a mapping of its keys, then
+    apply `overrides`.
 
     Raises UsageError for an unknown recipe, an unreadable file, an unknown key (with a suggestion),
     a wrong type or a value outside the choices.
     """
-    path = _find_recipe(name_or_path or DEFAULT_RECIPE)
+    if isinstance(recipe, Mapping):
+        return recipe_from_dict({**recipe, **(overrides or {})})
+    path = _find_recipe(str(recipe or DEFAULT_RECIPE))
     values = _read_recipe_file(path)
     try:
         return recipe_from_dict({**values, **(overrides or {})})
@@ -40,12 +45,12 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     known = [item.name for item in dataclasses.fields(Recipe)]
     for key in values:
         if key not in known:
-            raise UsageError(f"unknown recipe key {shown(str(key))}", remedy=did_you_mean(str(key), known))
+            raise UsageError(f"unknown recipe key {quote(str(key))}", remedy=did_you_mean(str(key), known))
     return Recipe(**values)
 
 
 def named_recipes() -> dict[str, Path]:
-    """The recipes that come with the project, by name."""
+    """Return the recipes that come with the project, by name."""
     return {path.stem: path for path in sorted(_configs_folder().glob("*.toml"))}
 
 
@@ -63,7 +68,7 @@ def _find_recipe(name_or_path: str) -> Path:
         return path
     recipes = named_recipes()
     if name_or_path not in recipes:
-        raise UsageError(f"unknown recipe {shown(name_or_path)}", remedy=did_you_mean(name_or_path, recipes))
+        raise UsageError(f"unknown recipe {quote(name_or_path)}", remedy=did_you_mean(name_or_path, recipes))
     return recipes[name_or_path]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from anequant.errors import shown
+from anequant.errors import quote
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,7 +31,7 @@ DEEPEST_YAML = 50
 
 
 def read_plain(path: Path, largest: int | None = None) -> str:
-    """The text of a regular file, UTF-8 with or without a mark of it; a pipe or a device is not opened.
+    """Read a regular file, UTF-8 with or without a mark of it; a pipe or a device is not opened.
 
     Raises OSError, and ValueError for anything else than a file, for more than `largest` bytes, and for
     another encoding.
@@ -45,7 +45,7 @@ def read_plain(path: Path, largest: int | None = None) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON without NaN, without infinities, without a key twice and without what is no Unicode."""
+    """Parse JSON without NaN, without infinities, without a key twice and without what is no Unicode."""
     try:
         value = json.loads(text, object_pairs_hook=_once, parse_constant=_not_finite)
         if _HALF.search(text if isinstance(text, str) else text.decode("utf-8", "replace")):
@@ -65,7 +65,7 @@ def parse_toml(text: str) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The safe part of YAML, without aliases and without a key twice."""
+    """Parse the safe part of YAML, without aliases and without a key twice."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -108,7 +108,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise ValueError(f"key {shown(key)} appears twice")
+            raise ValueError(f"key {quote(key)} appears twice")
         values[key] = value
     return values
 

@@ -24,11 +24,11 @@ from anequant.doctor import (
     OK,
     WARNING,
     Check,
+    describe_checks,
     diagnose,
-    failed,
+    has_failure,
 )
 from anequant.jobs.machine import Memory, memory, usable_cores
-from anequant.report.terminal.diagnosed import diagnosed
 from anequant.versions import installed_versions
 
 GB = 10**9
@@ -46,7 +46,7 @@ def one(checks: Any) -> Check:
     [("3.9.18", FAILURE), ("3.10.0", OK), ("3.13.9", OK), ("3.13.0rc1", OK), ("3.14.0", FAILURE)],
 )
 def test_python(version: str, status: str) -> None:
-    check = one(doctor.python(version, ">=3.10,<3.14", "/usr/bin/python3"))
+    check = one(doctor.check_python(version, ">=3.10,<3.14", "/usr/bin/python3"))
     assert check.status == status
     assert version in check.detail and "/usr/bin/python3" in check.detail
     if status == FAILURE:
@@ -65,7 +65,7 @@ def versions(**known: str) -> Callable[[str], str]:
 def test_packages_in_range_out_of_range_and_missing() -> None:
     requirements = ["torch>=2.6", "transformers>=5.17,<6", "safetensors>=0.5", 'x; extra == "eval"']
     installed = versions(torch="2.13.0+cpu", transformers="4.57.6")
-    good, old, missing = doctor.packages(requirements, installed)
+    good, old, missing = doctor.check_packages(requirements, installed)
     assert (good.name, good.status, good.remedy) == ("torch", OK, "")
     assert "2.13.0+cpu" in good.detail
     assert (old.name, old.status) == ("transformers", FAILURE)
@@ -78,7 +78,7 @@ def test_packages_in_range_out_of_range_and_missing() -> None:
 
 def test_packages_of_other_pythons_are_not_asked_for() -> None:
     other = 'tomli>=2.0; python_version < "3.0"'
-    assert list(doctor.packages([other], installed_versions())) == []
+    assert list(doctor.check_packages([other], installed_versions())) == []
 
 
 def failing(*names: str, error: Exception | None = None) -> Callable[[str], Any]:
@@ -92,9 +92,9 @@ def failing(*names: str, error: Exception | None = None) -> Callable[[str], Any]
 
 def test_a_torch_that_cannot_be_loaded() -> None:
     broken = OSError("libc10.so: cannot open shared object file")
-    check = one(doctor.torch_loads(failing("torch", error=broken)))
+    check = one(doctor.check_torch(failing("torch", error=broken)))
     assert check.status == FAILURE and "libc10.so" in check.detail
-    assert one(doctor.torch_loads(failing())).status == OK
+    assert one(doctor.check_torch(failing())).status == OK
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_torch_that_cannot_be_loaded() -> None:
     ["anequant.targets.coreml.toolkit", "coremltools.libmilstoragepython", "coremltools.libmodelpackage"],
 )
 def test_coremltools_without_its_native_library(missing: str) -> None:
-    check = one(doctor.native_library(failing(missing)))
+    check = one(doctor.check_native_library(failing(missing)))
     assert check.status == FAILURE
     assert check.detail == f"no package can be written: No module named '{missing}'"
     assert "coremltools" in check.remedy
@@ -112,33 +112,33 @@ def test_a_native_library_that_cannot_write() -> None:
     def load(name: str) -> Any:
         return SimpleNamespace(_BlobStorageReader=object)
 
-    check = one(doctor.native_library(load))
+    check = one(doctor.check_native_library(load))
     assert check.status == FAILURE and "_BlobStorageWriter" in check.detail
-    assert one(doctor.native_library(failing())).status == OK
+    assert one(doctor.check_native_library(failing())).status == OK
 
 
 def test_more_threads_than_cores() -> None:
-    check = one(doctor.cores(2, 64, 32))
+    check = one(doctor.check_cores(2, 64, 32))
     assert (check.status, check.remedy) == (WARNING, "set OMP_NUM_THREADS=2")
     assert check.detail == "2 usable of 64, 32 threads"
-    assert one(doctor.cores(8, 8, 4)).detail == "8 usable, 4 threads"
-    assert one(doctor.cores(8, 8, 4)).status == OK
+    assert one(doctor.check_cores(8, 8, 4)).detail == "8 usable, 4 threads"
+    assert one(doctor.check_cores(8, 8, 4)).status == OK
 
 
 def test_little_memory() -> None:
-    assert one(doctor.free_memory(Memory(8 * GB, LEAST_MEMORY))).status == OK
-    low = one(doctor.free_memory(Memory(8 * GB, LEAST_MEMORY - 1)))
-    assert low.status == WARNING and low.detail.endswith("free of 8.0 GB")
-    assert one(doctor.free_memory(Memory(8 * GB, None))).detail == "8.0 GB"
+    assert one(doctor.check_memory(Memory(8 * GB, LEAST_MEMORY))).status == OK
+    low = one(doctor.check_memory(Memory(8 * GB, LEAST_MEMORY - 1)))
+    assert low.status == WARNING and low.detail.endswith("free of 8 GB")
+    assert one(doctor.check_memory(Memory(8 * GB, None))).detail == "8 GB"
 
 
 def test_little_room(tmp_path: Path) -> None:
     other = tmp_path / "tmp"
     other.mkdir()
     room = {tmp_path: LEAST_ROOM, other: LEAST_TEMPORARY}
-    assert [check.status for check in doctor.disk(tmp_path, other, room.__getitem__)] == [OK, OK]
+    assert [check.status for check in doctor.check_disk(tmp_path, other, room.__getitem__)] == [OK, OK]
     room = {folder: free - 1 for folder, free in room.items()}
-    working, temporary = doctor.disk(tmp_path, other, room.__getitem__)
+    working, temporary = doctor.check_disk(tmp_path, other, room.__getitem__)
     assert (working.status, temporary.status) == (WARNING, WARNING)
     assert "TMPDIR" in temporary.remedy and str(tmp_path) in working.detail
 
@@ -146,7 +146,7 @@ def test_little_room(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.os, "access", lambda folder, mode: folder != tmp_path)
     other = tmp_path / "tmp"
-    working, temporary = doctor.disk(tmp_path, other, lambda folder: 10**12)
+    working, temporary = doctor.check_disk(tmp_path, other, lambda folder: 10**12)
     assert working.status == WARNING and "cannot be written" in working.detail
     assert temporary.status == OK
 
@@ -160,7 +160,7 @@ def mac(version: str, **answers: str) -> dict[str, Check]:
     def run(command: Sequence[str]) -> str | None:
         return answers.get(command[0])
 
-    return {check.name: check for check in doctor.mac("Darwin", version, run)}
+    return {check.name: check for check in doctor.check_mac("Darwin", version, run)}
 
 
 def test_a_mac_with_all_that_it_takes() -> None:
@@ -184,7 +184,7 @@ def test_macs_that_lack_something() -> None:
 
 
 def test_other_systems_need_no_mac() -> None:
-    assert one(doctor.mac("Linux")).status == OK
+    assert one(doctor.check_mac("Linux")).status == OK
 
 
 def test_a_tool_that_is_not_there_or_fails() -> None:
@@ -221,7 +221,7 @@ def test_memory_of_a_container(tmp_path: Path) -> None:
 
 def test_this_machine_runs_the_tests_and_so_has_no_failure() -> None:
     checks = diagnose()
-    assert not failed(checks)
+    assert not has_failure(checks)
     names = [check.name for check in checks]
     required = {"python", "torch", "coremltools", "transformers", "safetensors", "coremltools library"}
     assert required | {"cores", "memory", "working folder", "temporary folder"} <= set(names)
@@ -249,7 +249,7 @@ def test_a_failure_is_exit_code_4_and_a_warning_is_not(monkeypatch: pytest.Monke
 
 
 def test_the_sum_of_no_complaints() -> None:
-    assert diagnosed([Check("a", OK, "b")])[-1] == ("", "nothing is wrong")
+    assert describe_checks([Check("a", OK, "b")])[-1] == ("", "nothing is wrong")
 
 
 def test_it_runs_where_torch_and_coremltools_are_broken() -> None:

@@ -1,4 +1,4 @@
-"""Draw which folder of the package imports which, and follow a checkpoint through a run, in docs/architecture.md.
+"""Draw which folder of the package imports which, and follow a checkpoint, in docs/architecture.md.
 
     python tools/draw_architecture.py           writes both into the page
     python tools/draw_architecture.py --check   exits with 1 where the page says something else

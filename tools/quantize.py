@@ -57,10 +57,10 @@ def run(
 
     from anequant.calibration.saved import whole_calibration
     from anequant.checkpoints.source import resolve_source
-    from anequant.compat.quarot_hooks import hooked_recipe, quantize_hooked
+    from anequant.compat.quarot_hooks import make_hooked_recipe, quantize_hooked
     from anequant.report.terminal import results as text
 
-    recipe = hooked_recipe(
+    recipe = make_hooked_recipe(
         method,
         bits=bits,
         acts_bits=acts_bits,
@@ -74,7 +74,7 @@ def run(
         console.note("Hadamard rotations and nearest rounding: no use for calibration data")
     with console.progress("quantize") as progress:
         output, result = quantize_hooked(resolve_source(src), dst, recipe, calibration, progress, force=force)
-    console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
+    console.result({"output": str(output), **result.to_dict()}, text.describe_quantization(output, result))
 
 
 @main.command()
@@ -104,20 +104,20 @@ def quark(
     """Quantize by a scheme of AMD Quark, after QuaRot's rotations if asked for."""
     from anequant.calibration.saved import whole_calibration
     from anequant.checkpoints.source import resolve_source
-    from anequant.compat.quark import WHOLE, published_recipe
+    from anequant.compat.quark import WHOLE, translate_recipe
     from anequant.jobs.control import Run
     from anequant.pipeline.quantize import quantize
     from anequant.report.terminal import results as text
     from anequant.request import Request
 
-    chosen = published_recipe(scheme, optimization, config, model, rotated=WHOLE)
+    chosen = translate_recipe(scheme, optimization, config, model, rotated=WHOLE)
     calibration = whole_calibration(calib)
     for note in chosen.notes:
         console.note(note)
     with console.progress("quantize") as progress:
         source = resolve_source(model)
         result = quantize(Request(source, chosen.recipe, calibration), output, Run(progress, force=force))
-    console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
+    console.result({"output": str(output), **result.to_dict()}, text.describe_quantization(output, result))
 
 
 @main.command()
@@ -136,9 +136,9 @@ def llmc(console: Console, path: Path, force: bool) -> None:
         result = run_llmc(plan, progress, force=force)
     rows = []
     if result.rotated is not None:
-        rows += text.rotated(plan.output / TRANSFORMED, result.rotated)
+        rows += text.describe_rotation(plan.output / TRANSFORMED, result.rotated)
     if result.quantized is not None:
-        rows += text.quantized(plan.output / QUANTIZED, result.quantized)
+        rows += text.describe_quantization(plan.output / QUANTIZED, result.quantized)
     console.result({"output": str(plan.output), **result.to_dict()}, rows)
 
 

@@ -12,7 +12,7 @@ from anequant.architectures.qwen2 import QWEN2
 from anequant.architectures.qwen3 import QWEN3
 from anequant.architectures.settings import check_settings
 from anequant.architectures.spec import ModelSpec
-from anequant.errors import UnsupportedError, shown
+from anequant.errors import UnsupportedError, quote
 
 ARCHITECTURES = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
@@ -26,7 +26,7 @@ def read_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UnsupportedError(
-            f"unknown architecture: model_type {shown(model_type)}",
+            f"unknown architecture: model_type {quote(model_type)}",
             where=where,
             remedy=f"known: {', '.join(ARCHITECTURES)}",
         )

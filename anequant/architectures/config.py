@@ -14,7 +14,7 @@ from typing import Any
 
 from anequant.architectures.settings import SIZES, check_size
 from anequant.architectures.spec import Architecture, ModelSpec
-from anequant.errors import InputError, UnsupportedError, shown
+from anequant.errors import InputError, UnsupportedError, quote
 
 UNREAD = ("auto_map", "quantization_config", "dtype", "torch_dtype", "_name_or_path")
 """Code is never looked at, a quantization is read by `checkpoints.online`, weights have the dtype that they
@@ -75,7 +75,7 @@ def build_spec(architecture: Architecture, config: Mapping[str, Any], where: str
     activation = config["hidden_act"]
     if activation != "silu":
         raise UnsupportedError(
-            f"config key 'hidden_act' is {shown(activation)}, only 'silu' is known", where=where
+            f"config key 'hidden_act' is {quote(activation)}, only 'silu' is known", where=where
         )
     sizes = {key: check_size(config, key, where) for key in SIZES if key != "head_dim"}
     hidden_size, num_heads = sizes["hidden_size"], sizes["num_attention_heads"]
@@ -95,7 +95,7 @@ def build_spec(architecture: Architecture, config: Mapping[str, Any], where: str
     eps = config["rms_norm_eps"]
     if not 0 <= eps < 1:
         raise InputError(
-            f"config key 'rms_norm_eps' is {shown(eps)}, not a small positive number", where=where
+            f"config key 'rms_norm_eps' is {quote(eps)}, not a small positive number", where=where
         )
     return ModelSpec(
         architecture=architecture,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anequant.errors import InputError, UnsupportedError, shown
+from anequant.errors import InputError, UnsupportedError, quote
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 """Those of transformers. A length that RoPE changes with is refused where it matters."""
@@ -51,22 +51,22 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
     for key in OTHERS:
         if config.get(key):
             raise UnsupportedError(
-                f"config key '{key}' is {shown(config[key])}, which no known architecture has", where=where
+                f"config key '{key}' is {quote(config[key])}, which no known architecture has", where=where
             )
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key) or {}
         if not isinstance(rope, dict):
-            raise InputError(f"config key '{key}' is {shown(rope)}, not a table", where=where)
+            raise InputError(f"config key '{key}' is {quote(rope)}, not a table", where=where)
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ROPE_TYPES:
             raise UnsupportedError(
-                f"config key '{key}' asks for RoPE of the unknown type {shown(kind)}",
+                f"config key '{key}' asks for RoPE of the unknown type {quote(kind)}",
                 where=where,
                 remedy=f"known: {', '.join(ROPE_TYPES)}",
             )
     for key, value in (("rope_theta", config.get("rope_theta")), *_thetas(config)):
         if value is not None and not (type(value) in (int, float) and value > 0):
-            raise InputError(f"config key '{key}' is {shown(value)}, not a positive number", where=where)
+            raise InputError(f"config key '{key}' is {quote(value)}, not a positive number", where=where)
 
 
 def check_size(config: Mapping[str, Any], key: str, where: str) -> int:
@@ -74,7 +74,7 @@ def check_size(config: Mapping[str, Any], key: str, where: str) -> int:
     value = config.get(key)
     if type(value) is not int or not 0 < value <= SIZES[key]:
         raise InputError(
-            f"config key '{key}' is {shown(value)}, not a whole number from 1 to {SIZES[key]}", where=where
+            f"config key '{key}' is {quote(value)}, not a whole number from 1 to {SIZES[key]}", where=where
         )
     return value
 

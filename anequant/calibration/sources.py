@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.errors import UsageError, shown
+from anequant.errors import UsageError, first_line, quote
 from anequant.reference.windows import read_text
 from anequant.strict import parse_json
 
@@ -66,7 +66,7 @@ class Texts:
         try:
             text: str = tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = first_line(error)
             number = self.parts.index(messages)
             raise UsageError(
                 f"the chat template refuses entry {number} of '{self.path}': {reason}", remedy=remedy
@@ -146,7 +146,7 @@ def _entry(path: Path, number: int, row: Any) -> _Entry:
             return _Entry(TEXT, "".join(parts))
         if all(_is_conversation(part) for part in parts):
             return _Entry(MESSAGES, [message for part in parts for message in part])
-    keys = f": it has the keys {shown(', '.join(map(str, row)))}" if isinstance(row, dict) else ""
+    keys = f": it has the keys {quote(', '.join(map(str, row)))}" if isinstance(row, dict) else ""
     raise UsageError(f"{where} is no list of token ids, no text and no conversation{keys}", remedy=REMEDY)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.errors import InputError, shown
+from anequant.errors import InputError, quote
 from anequant.strict import parse_json
 
 LARGEST_HEADER = 16_000_000
@@ -81,7 +81,7 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
     for name, entry in header.items():
         problem = _problem(name, entry)
         if problem:
-            raise InputError(f"tensor {shown(name)} of '{shard.name}' {problem}", where=where)
+            raise InputError(f"tensor {quote(name)} of '{shard.name}' {problem}", where=where)
         spans.append((*entry["data_offsets"], name))
     for problem in _gaps(sorted(spans), status.st_size - start):
         raise InputError(f"'{shard.name}' {problem}", where=where, remedy="download it again")
@@ -126,7 +126,7 @@ def _problem(name: str, entry: Any) -> str | None:
         return "must have a dtype, a shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        return f"is of the unknown dtype {shown(str(dtype))}"
+        return f"is of the unknown dtype {quote(str(dtype))}"
     if not _counts(shape) or len(shape) > MOST_AXES:
         return "has an impossible shape"
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -145,7 +145,7 @@ def _gaps(spans: list[tuple[int, int, str]], size: int) -> Iterator[str]:
     end = 0
     for begin, stop, name in spans:
         if begin != end:
-            yield f"has {'a hole before' if begin > end else 'an overlap at'} {shown(name)}"
+            yield f"has {'a hole before' if begin > end else 'an overlap at'} {quote(name)}"
         end = stop
     if end != size:
         yield f"is {'truncated' if size < end else 'longer than it says'}: {size} bytes of tensors, not {end}"

@@ -17,7 +17,7 @@ from typing import Any
 from anequant.checkpoints.online_config import INDEX_SUFFIX, STEM, SUFFIX
 from anequant.checkpoints.reader import read_object
 from anequant.checkpoints.source import TOKENIZER_FILES, Source, hub_id, local_source, resolve_source
-from anequant.errors import InputError
+from anequant.errors import InputError, first_line
 
 SINGLE, INDEX = f"{STEM}{SUFFIX}", f"{STEM}{INDEX_SUFFIX}"
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
@@ -60,7 +60,7 @@ def _fetch(folder: Path, repo: str, revision: str | None) -> Source:
         hub.SafetensorsParsingError,
         OSError,
     ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"'{repo}' is no folder here and its headers could not be had from the hub: {reason}",
             remedy="check the name, the revision and the network, or download it and name the folder",

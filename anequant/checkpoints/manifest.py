@@ -12,7 +12,7 @@ from anequant.checkpoints.writer import write_json
 from anequant.errors import InputError
 from anequant.jobs.output_folder import file_hashes
 from anequant.recipe import Recipe
-from anequant.recipe_files import ROTATION_KEYS
+from anequant.recipe_files import ROTATION_KEYS, load_recipe
 from anequant.versions import installed_versions
 
 MANIFEST = "anequant.json"
@@ -100,6 +100,17 @@ def rotation_keys(folder: Path) -> dict[str, Any] | None:
     if not isinstance(values, dict) or values.keys() != set(ROTATION_KEYS):
         raise InputError(f"'{MANIFEST}' does not tell the rotations", where=str(folder))
     return values
+
+
+def load_recipe_for(
+    folder: Path, recipe: str | Path | Mapping[str, Any] | None, overrides: Mapping[str, Any]
+) -> Recipe:
+    """Load a recipe for the model in `folder`: the keys that `anequant rotate` rotated it with stand in the
+    place of the recipe's, not of `overrides`.
+
+    Raises what `load_recipe` and `rotation_keys` raise.
+    """
+    return load_recipe(recipe, {**(rotation_keys(folder) or {}), **overrides})
 
 
 def made_as(folder: Path) -> str | None:

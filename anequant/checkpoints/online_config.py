@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anequant.architectures.spec import ModelSpec
-from anequant.errors import InputError, UsageError, shown
+from anequant.errors import InputError, UsageError, quote
 from anequant.quantization.online import NOTHING, Online, plan_online
 from anequant.recipe import Recipe
 from anequant.recipe_files import recipe_from_dict
@@ -77,7 +77,7 @@ def read_online(config: Mapping[str, Any], spec: ModelSpec, where: str) -> Onlin
         return NOTHING
     if method != METHOD:
         raise InputError(
-            f"'{Path(where).parent}' is already quantized (quantization_config: {shown(method)})",
+            f"'{Path(where).parent}' is already quantized (quantization_config: {quote(method)})",
             where=where,
             remedy="start from the original float checkpoint",
         )

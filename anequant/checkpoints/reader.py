@@ -26,7 +26,7 @@ from anequant.architectures.spec import (
 )
 from anequant.checkpoints.header import TensorInfo, read_header
 from anequant.checkpoints.online_config import INDEX_SUFFIX, SUFFIX, read_online, weights_stem
-from anequant.errors import InputError, shown
+from anequant.errors import InputError, quote
 from anequant.quantization.online import NOTHING, Online
 from anequant.strict import parse_json, read_plain
 
@@ -209,11 +209,11 @@ def _read_headers(folder: Path, stem: str) -> dict[str, TensorInfo]:
         shard = read_header(_contained(folder, shard_name, index_file))
         for name in sorted(tensors.keys() & shard.keys()):
             both = f"'{tensors[name].shard.name}' and '{shard_name}'"
-            raise InputError(f"tensor {shown(name)} is in {both}", where=str(folder))
+            raise InputError(f"tensor {quote(name)} is in {both}", where=str(folder))
         tensors.update(shard)
     for name, shard_name in weight_map.items():
         if name not in tensors or tensors[name].shard.name != shard_name:
-            raise InputError(f"{shown(name)} is not in '{shard_name}'", where=str(folder / index_file))
+            raise InputError(f"{quote(name)} is not in '{shard_name}'", where=str(folder / index_file))
     return tensors
 
 
@@ -221,11 +221,11 @@ def _contained(folder: Path, shard_name: str, index_file: str) -> Path:
     where = str(folder / index_file)
     for path in (PurePosixPath(shard_name), PureWindowsPath(shard_name)):
         if len(path.parts) != 1 or path.anchor or shard_name in ("", ".", ".."):
-            raise InputError(f"shard {shown(shard_name)} leaves the model folder", where=where)
+            raise InputError(f"shard {quote(shard_name)} leaves the model folder", where=where)
     if not shard_name.endswith(".safetensors"):
-        raise InputError(f"shard {shown(shard_name)} is no safetensors file", where=where)
+        raise InputError(f"shard {quote(shard_name)} is no safetensors file", where=where)
     if not (folder / shard_name).is_file():
-        raise InputError(f"shard {shown(shard_name)} is missing", where=str(folder))
+        raise InputError(f"shard {quote(shard_name)} is missing", where=str(folder))
     return folder / shard_name
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from anequant.checkpoints.header import TensorInfo, read_header
 from anequant.checkpoints.reader import Checkpoint
-from anequant.errors import InputError, UsageError, shown
+from anequant.errors import InputError, UsageError, quote
 from anequant.recipe import Recipe
 from anequant.rotation.rotation_plan import R1, RotationPlan, is_drawn, matrix_sizes, plan_rotations
 
@@ -52,7 +52,7 @@ def read_rotations(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     for name, size in sizes.items():
         problem = _problem(header.get(name), size)
         if problem:
-            raise InputError(f"rotation {shown(name)} {problem}", where=where)
+            raise InputError(f"rotation {quote(name)} {problem}", where=where)
     matrices = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -78,7 +78,7 @@ def _orthogonal(stored: Tensor, name: str, where: str) -> Tensor:
     off = float((matrix.T @ matrix - torch.eye(len(matrix), dtype=torch.float64)).abs().max())
     if not off <= TOLERANCE:
         raise InputError(
-            f"rotation {shown(name)} is not orthogonal, R.T @ R is off by {off:.2e}", where=where
+            f"rotation {quote(name)} is not orthogonal, R.T @ R is off by {off:.2e}", where=where
         )
     if stored.dtype == torch.float64:
         return matrix

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anequant.checkpoints.license import CARD, LICENSE_FILES
-from anequant.errors import InputError, shown
+from anequant.errors import InputError, first_line, quote
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -65,7 +65,7 @@ def local_source(model: str | None) -> Source | None:
             return Source(folder, _as_text(folder.resolve().name))
         there = folder.exists()
     except (OSError, ValueError) as error:
-        raise InputError(f"model {shown(model)} cannot be opened: {error}") from error
+        raise InputError(f"model {quote(model)} cannot be opened: {error}") from error
     if there:
         raise InputError(f"'{model}' is a file, not a model folder", remedy="name the folder it is in")
     return None
@@ -94,7 +94,7 @@ def _download(repo: str, revision: str | None) -> Source:
     try:
         folder = snapshot_download(repo, revision=revision, allow_patterns=list(DOWNLOADED))
     except (hub.HTTPError, hub.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"'{repo}' is no folder here and could not be had from the hub: {reason}",
             remedy="check the name, the revision and the network, or download it and name the folder",

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anequant.checkpoints.header import TensorInfo
-from anequant.errors import InputError, shown
+from anequant.errors import InputError, quote
 
 
 def read_stored(tensors: Mapping[str, TensorInfo], names: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -28,4 +28,4 @@ def read_stored(tensors: Mapping[str, TensorInfo], names: list[str]) -> Iterator
                 for name in wanted:
                     yield name, file.get_tensor(name)
         except (SafetensorError, OSError, KeyError) as error:
-            raise InputError(f"{shown(name)} cannot be read: {error}", where=str(shard)) from error
+            raise InputError(f"{quote(name)} cannot be read: {error}", where=str(shard)) from error

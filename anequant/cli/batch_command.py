@@ -13,8 +13,7 @@ import click
 
 from anequant.cli.console import Console
 from anequant.cli.options import command, resume_options
-from anequant.cli.plan_command import memory_option
-from anequant.cli.scheduling import scheduler_option
+from anequant.cli.scheduling import memory_option, scheduler_option
 
 
 @click.command()
@@ -40,8 +39,8 @@ def batch(
     from anequant.comparison.batch_file import read_batch
     from anequant.jobs.control import Run
     from anequant.jobs.scheduler import open_scheduler
-    from anequant.report.terminal import batched
     from anequant.report.terminal.converted import convert_and_report
+    from anequant.report.terminal.tables import tabulate_batch
 
     wanted = read_batch(jobs)
     with open_scheduler(scheduler, console.note) as tasks:
@@ -54,6 +53,6 @@ def batch(
         rows = run_batch(wanted, begin, convert_and_report, console.note)
     code = exit_code(rows)
     values = {"output": str(wanted.output), "jobs": [row.to_dict() for row in rows], "exit_code": code}
-    console.table(values, batched.COLUMNS, batched.lines(rows), batched.failures(rows))
+    console.table(values, tabulate_batch(rows))
     if code:
         sys.exit(code)

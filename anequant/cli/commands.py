@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import Any
-
 import click
 
 from anequant.cli.batch_command import batch
 from anequant.cli.compare_command import compare
 from anequant.cli.completion_command import completion
-from anequant.cli.console import Console
 from anequant.cli.inspect_commands import diff, doctor, inspect
 from anequant.cli.job_commands import convert, lower, quantize, rotate
-from anequant.cli.options import backend_option, command, generation_options, window_options
+from anequant.cli.model_commands import chat, evaluate, generate, profile
+from anequant.cli.output_commands import lint, push, report, verify
 from anequant.cli.plan_command import plan
-from anequant.cli.push_command import push
-from anequant.cli.report_command import report
-from anequant.errors import UsageError, VerificationError
 
-FOLDER = click.Path(path_type=Path)
 EPILOG = """\b
 Examples:
   anequant convert -o OUT                  the bundled model, in a minute
@@ -50,175 +42,20 @@ def main() -> None:
     """
 
 
-for job in (quantize, rotate, lower, convert, batch, push):
+for job in (quantize, rotate, lower, convert, plan, batch, compare):
     main.add_command(job)
-for look in (plan, inspect, report, compare, diff, doctor, completion):
-    main.add_command(look)
-
-
-@main.command()
-@click.argument("folder", type=FOLDER)
-@click.option("--checkpoint", type=FOLDER, help="The checkpoint that packages in FOLDER were made from.")
-@command
-def verify(console: Console, folder: Path, checkpoint: Path | None) -> None:
-    """Read a written FOLDER back and check it: an output of convert, quantize or lower.
-
-    \b
-    anequant verify OUT
-    anequant verify PACKAGES --checkpoint CHECKPOINT
-    """
-    from anequant.report.terminal import results as text
-    from anequant.verification.verify import verify_folder
-
-    with console.progress("verify") as progress:
-        written, packages = verify_folder(folder, checkpoint, progress=progress)
-    values = {
-        "checkpoint": None if written is None else written.to_dict(),
-        "packages": None if packages is None else packages.to_dict(),
-    }
-    console.result({"folder": str(folder), **values}, text.verified(written, packages))
-
-
-@main.command()
-@click.argument("path", type=FOLDER)
-@click.option("--chip", default="any", show_default=True, help="For one generation: a14 to a19, m1 to m6.")
-@command
-def lint(console: Console, path: Path, chip: str) -> None:
-    """What the packages in PATH do that the Neural Engine cannot run, or runs slowly.
-
-    \b
-    anequant lint OUT/packages --chip m1
-    """
-    from dataclasses import asdict
-
-    from anequant.report.terminal import results as text
-    from anequant.targets.coreml.lint.rules import errors_of
-    from anequant.targets.coreml.lint.rules import lint as run
-
-    findings = run(path, chip)
-    console.result({"findings": [asdict(finding) for finding in findings]}, text.linted(findings))
-    if errors_of(findings):
-        sys.exit(VerificationError.exit_code)
-
-
-@main.command()
-@click.argument("packages", type=FOLDER)
-@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens to decode.")
-@command
-def profile(console: Console, packages: Path, tokens: int) -> None:
-    """Where and how fast PACKAGES run, and whether they compute what the interpreter does; on a Mac.
-
-    \b
-    anequant profile OUT/packages --tokens 128
-    """
-    from anequant.inspection.device_profile import profile as run
-    from anequant.report.terminal import results as text
-
-    with console.progress("profile") as progress:
-        result = run(packages, tokens, progress=progress)
-    console.result({"folder": str(packages), **result.to_dict()}, text.profiled(result))
-
-
-@main.command(name="eval")
-@click.argument("checkpoint")
-@click.option("--text", metavar="FILE|wikitext2", help="Text to evaluate on.")
-@click.option("--base", metavar="MODEL", help="Float model to compare with: extra NLL, KL, top-1, layers.")
-@window_options
-@click.option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, .yaml files or folders.")
-@backend_option("transformers", help="What runs the tasks of --lm-eval.")
-@command
-def evaluate(
-    console: Console,
-    checkpoint: str,
-    text: str | None,
-    base: str | None,
-    windows: int,
-    length: int,
-    lm_eval: str | None,
-    backend: str,
-) -> None:
-    """Perplexity of CHECKPOINT on a text, its divergence from a base model, and its score in tasks.
-
-    \b
-    anequant eval CHECKPOINT --text wikitext2 --base org/name
-    anequant eval CHECKPOINT --lm-eval arc_easy
-    """
-    if text is None and lm_eval is None:
-        raise UsageError("nothing to evaluate on", remedy="name a text with --text or tasks with --lm-eval")
-    if text is None and base is not None:
-        raise UsageError("--base compares on a text", remedy="name one with --text")
-    from anequant.evaluation.evaluate import evaluate_checkpoint, evaluate_tasks
-    from anequant.report.terminal import results as rows
-
-    values: dict[str, Any] = {"checkpoint": checkpoint}
-    printed: list[tuple[str, str]] = []
-    if text is not None:
-        with console.progress("eval") as progress:
-            result = evaluate_checkpoint(
-                checkpoint, text, base, windows=windows, length=length, progress=progress
-            )
-        values |= result.to_dict()
-        printed += rows.evaluated(result)
-    if lm_eval is not None:
-        with console.progress("lm-eval") as progress:
-            scores = evaluate_tasks(checkpoint, lm_eval, backend, progress)
-        values |= scores.to_dict()
-        printed += rows.tasks(scores)
-    console.result(values, printed)
-
-
-@main.command()
-@click.argument("folder", type=FOLDER)
-@click.option("--prompt", required=True, help="Text to continue.")
-@generation_options
-@command
-def generate(
-    console: Console, folder: Path, prompt: str, max_tokens: int, backend: str, **sampling: Any
-) -> None:
-    """Continue a text with the packages or the checkpoint in FOLDER.
-
-    \b
-    anequant generate OUT/packages --prompt 'The old house'
-    """
-    from anequant.runtime.continue_text import continue_text, open_text_model
-    from anequant.runtime.sampling import Sampling
-
-    options = Sampling(**sampling)
-    model = open_text_model(folder, backend)
-    pieces = []
-    for piece in continue_text(model, prompt, max_tokens, options):
-        pieces.append(piece)
-        console.text(piece)
-    console.text("\n")
-    if model.full:
-        console.note(f"the context of {model.decoder.context} tokens is full")
-    console.result({"text": "".join(pieces)}, [])
-
-
-@main.command()
-@click.argument("folder", type=FOLDER)
-@click.option("--system", metavar="TEXT", help="A first message that says how to answer.")
-@generation_options
-@command
-def chat(
-    console: Console, folder: Path, system: str | None, max_tokens: int, backend: str, **sampling: Any
-) -> None:
-    """Talk with the model in FOLDER: one turn a line, until the input ends.
-
-    \b
-    anequant chat OUT/packages
-    anequant chat CHECKPOINT --backend transformers --temperature 0.7 --top-p 0.9
-    """
-    from anequant.runtime.continue_text import Chat, open_text_model
-    from anequant.runtime.sampling import Sampling
-
-    options = Sampling(**sampling)
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    talk = Chat(open_text_model(folder, backend), options, messages)
-    for turn in console.turns():
-        for piece in talk.reply(turn, max_tokens):
-            console.text(piece)
-        console.text("\n")
-        if talk.model.full:
-            console.note(f"the context of {talk.model.decoder.context} tokens is full")
-    console.result({"messages": talk.messages}, [])
+for other in (
+    verify,
+    lint,
+    report,
+    push,
+    inspect,
+    diff,
+    doctor,
+    evaluate,
+    generate,
+    chat,
+    profile,
+    completion,
+):
+    main.add_command(other)

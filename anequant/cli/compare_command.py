@@ -77,31 +77,30 @@ def compare(
         )
     if html is not None:
         _check_page(html)
-    from anequant.checkpoints.manifest import rotation_keys
     from anequant.checkpoints.source import resolve_source
     from anequant.comparison.compare import ComparisonRequest
     from anequant.comparison.compare import compare as compare_recipes
     from anequant.jobs.scheduler import open_scheduler
-    from anequant.report.terminal import comparison_table as shown
+    from anequant.report.page.comparison_page import write_comparison_page
+    from anequant.report.terminal.tables import tabulate_comparison
 
     source = resolve_source(model)
-    rotated = rotation_keys(source.folder)
     with open_scheduler(scheduler, console.note) as tasks, console.watched("compare", force=force) as run:
-        chosen = {label: read_recipe({"recipe": name}, rotated) for label, name in names.items()}
+        chosen = {label: read_recipe({"recipe": name}, source.folder) for label, name in names.items()}
         calibration = read_calibration(options)
         request = ComparisonRequest(source, chosen, calibration, windows, length, text, peers)
         result = compare_recipes(request, output, replace(run, scheduler=tasks))
-    rows = shown.summary(result)
+    table = tabulate_comparison(result)
     if html is not None:
-        shown.write_page(html, result)
-        rows.append(("page", str(html)))
-    console.table(result.to_dict(), shown.COLUMNS, shown.lines(result), rows)
+        write_comparison_page(html, result, table)
+        table = replace(table, rows=[*table.rows, ("page", str(html))])
+    console.table(result.to_dict(), table)
     if result.exit_code:
         sys.exit(result.exit_code)
 
 
 def _names(recipes: str) -> dict[str, str]:
-    """Every recipe's name or file by what it is called: a file's name without its ending."""
+    """Return every recipe's name or file by its label: a file's name without its ending."""
     names: dict[str, str] = {}
     for word in filter(None, (word.strip() for word in recipes.split(","))):
         label = Path(word).stem

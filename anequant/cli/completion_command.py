@@ -22,7 +22,7 @@ VARIABLE = f"_{PROGRAM.upper()}_COMPLETE"
 
 
 class JoinedValues(ShellComplete):
-    """As click's, and it completes `--option=value` too."""
+    """Completes as click does, and `--option=value` too."""
 
     def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem[str]]:
         """bash tells the `=` as a word of its own, between name and value; the others complete the whole."""

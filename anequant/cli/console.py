@@ -16,11 +16,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from anequant.cli.live import Display, Lines, Nothing, bar
 from anequant.errors import AnequantError, UsageError
 from anequant.jobs.control import Progress, Run
+
+if TYPE_CHECKING:
+    from anequant.report.terminal.tables import Table
 
 SHOW_AFTER = 2.0
 LINE_EVERY = 10.0
@@ -61,7 +64,7 @@ class Console:
     quiet: bool = False
 
     def result(self, values: dict[str, Any], rows: Sequence[tuple[str, str]]) -> None:
-        """A command's outcome, as JSON or as aligned rows of (label, text)."""
+        """Print a command's outcome, as JSON or as aligned rows of (label, text)."""
         if self.json:
             print(_json(values))
         elif not self.quiet:
@@ -70,29 +73,24 @@ class Console:
                 for line in _row(f"{_printable(label):<{width}}  ", _printable(text), sys.stdout):
                     print(line)
 
-    def table(
-        self,
-        values: dict[str, Any],
-        columns: Sequence[str],
-        lines: Sequence[Sequence[str]],
-        rows: Sequence[tuple[str, str]],
-    ) -> None:
-        """As `result`, with a table of `lines` before the rows: drawn on a terminal, else with tabs."""
+    def table(self, values: dict[str, Any], table: Table) -> None:
+        """Print as `result` does, with the table's lines before its rows: drawn on a terminal, else with
+        tabs."""
         if not self.json and not self.quiet:
             if sys.stdout.isatty():
-                _draw(columns, lines)
+                _draw(table)
             else:
-                for line in (columns, *lines):
+                for line in (table.columns, *table.lines):
                     print("\t".join(map(_printable, line)))
-        self.result(values, rows)
+        self.result(values, table.rows)
 
     def text(self, piece: str) -> None:
-        """Part of a running text, shown at once and as it is: a model says what it likes."""
+        """Print a part of a running text, at once and as it is: a model says what it likes."""
         if not self.json and not self.quiet:
             print(piece, end="", flush=True)
 
     def turns(self) -> Iterator[str]:
-        """Lines of stdin that are not blank, until it ends; a terminal is prompted."""
+        """Yield lines of stdin that are not blank, until it ends; a terminal is prompted."""
         asks = sys.stdin.isatty() and not (self.json or self.quiet)
         while True:
             if asks:
@@ -107,18 +105,18 @@ class Console:
                 yield line.rstrip("\n")
 
     def note(self, text: str) -> None:
-        """A line on stderr, which a terminal that is too narrow gets in several."""
+        """Print a line on stderr, in several where the terminal is too narrow."""
         if not self.quiet:
             for line in _row("", _printable(text), sys.stderr):
                 _tell(line)
 
     def command(self, label: str, words: Sequence[str]) -> None:
-        """A command on stderr, in one line to be copied."""
+        """Print a command on stderr, in one line to be copied."""
         if not self.quiet:
             _tell(_printable(f"{label}: {shlex.join(words)}"))
 
     def error(self, error: AnequantError) -> None:
-        """What, where and what to do, a line each; with `json` also as an object on stdout."""
+        """Print what, where and what to do, a line each; with `json` also as an object on stdout."""
         if self.json:
             parts = {"what": error.what, "where": error.where, "remedy": error.remedy}
             print(_json({"error": {**parts, "exit_code": error.exit_code}}))
@@ -185,41 +183,41 @@ class Console:
 
 
 def _tell(line: str) -> None:
-    """A line on stderr, with its end in one piece: Ctrl-C between the two would glue the next one to it."""
+    """Print a line on stderr, with its end in one piece: Ctrl-C between the two would glue the next one to
+    it."""
     print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
 def escape_what_has_no_code() -> None:
-    """From here on stdout shows characters that its encoding lacks as stderr does, as escapes."""
+    """Have stdout show characters that its encoding lacks as stderr does, as escapes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _draw(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """A table whose first two columns are words, and the others numbers; a row of words for each line where
-    the terminal is too narrow for the longest."""
+def _draw(shown: Table) -> None:
+    """Print a table; where the terminal is too narrow for its longest line, a row of words for each."""
     from rich.console import Console as RichConsole
     from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
     table = Table()
-    for number, column in enumerate(columns):
+    for number, column in enumerate(shown.columns):
         table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
-    for line in lines:
+    for line in shown.lines:
         table.add_row(*(Text(_printable(cell)) for cell in line))
     rich = RichConsole()
     if Measurement.get(rich, rich.options.update(max_width=UNLIMITED), table).minimum <= rich.width:
         rich.print(table)
         return
-    for first, *others in lines:
-        named = (f"{column} {cell}" for column, cell in zip(columns[1:], others, strict=True) if cell)
+    for first, *others in shown.lines:
+        named = (f"{column} {cell}" for column, cell in zip(shown.columns[1:], others, strict=True) if cell)
         for text in _row(f"{_printable(first)}  ", _printable(", ".join(named)), sys.stdout):
             print(text)
 
 
 def _row(label: str, text: str, stream: TextIO) -> list[str]:
-    """A label and its text, which a terminal that is too narrow gets in several indented lines."""
+    """Return a label and its text, in several indented lines where a terminal is too narrow."""
     room = _columns(stream) - len(label)
     if not stream.isatty() or len(text) <= room or room < LEAST_ROOM:
         return [label + text]
@@ -238,7 +236,7 @@ def _says(stream: TextIO, text: str) -> bool:
 
 
 def _columns(stream: TextIO) -> int:
-    """Of the terminal that `stream` is, which stdout need not be."""
+    """Return the width of the terminal that `stream` is, which stdout need not be."""
     if not os.environ.get("COLUMNS"):
         with suppress(OSError):
             return os.get_terminal_size(stream.fileno()).columns or FALLBACK
@@ -246,7 +244,7 @@ def _columns(stream: TextIO) -> int:
 
 
 def _json(values: dict[str, Any]) -> str:
-    """One line of JSON in which nothing acts on a terminal: what does not print, or not there, is escaped."""
+    """Return one line of JSON in which nothing acts on a terminal: what does not print there is escaped."""
     text = json.dumps(values, ensure_ascii=False, sort_keys=True)
     if not _says(sys.stdout, text):
         text = json.dumps(values, sort_keys=True)
@@ -254,5 +252,5 @@ def _json(values: dict[str, Any]) -> str:
 
 
 def _printable(text: str) -> str:
-    """Control characters from file names and tensor names, made visible."""
+    """Make control characters from file names and tensor names visible."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -16,7 +16,7 @@ from anequant.errors import (
     UsageError,
     as_error,
     is_unicode,
-    shown,
+    quote,
     torch_memory,
 )
 from anequant.jobs.interrupts import NOTHING_LEFT, between_imports
@@ -66,7 +66,7 @@ def _require_utf8(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if value is not None and not is_unicode(str(value)):
             raise UsageError(
-                f"{shown(str(value))} is not UTF-8",
+                f"{quote(str(value))} is not UTF-8",
                 where=name.replace("_", "-"),
                 remedy="write it in UTF-8; a file or folder has to be renamed",
             )

@@ -34,15 +34,14 @@ def inspect(console: Console, path: Path, tensor: str | None) -> None:
     """
     from anequant.inspection.inspect import inspect as run
     from anequant.inspection.inspect import inspect_tensor
-    from anequant.report.terminal.inspected import inspected
-    from anequant.report.terminal.inspected_tensor import tensor_rows
+    from anequant.report.terminal.inspect_rows import describe_inspection, describe_tensor
 
     if tensor is not None:
         facts = inspect_tensor(path, tensor)
-        console.result({"path": str(path), **facts.to_dict()}, tensor_rows(facts))
+        console.result({"path": str(path), **facts.to_dict()}, describe_tensor(facts))
     else:
         found = run(path)
-        console.result({"path": str(path), **found.to_dict()}, inspected(found))
+        console.result({"path": str(path), **found.to_dict()}, describe_inspection(found))
 
 
 @click.command()
@@ -63,11 +62,11 @@ def diff(console: Console, a: Path, b: Path, logits: bool, text: Path | None) ->
     if text is not None and not logits:
         raise UsageError("--text is what logits are computed on", remedy="add --logits")
     from anequant.inspection.diff_paths import diff as run
-    from anequant.report.terminal.differences import compared
+    from anequant.report.terminal.diff_rows import describe_differences
 
     with console.progress("diff") as progress:
         found = run(a, b, compare_logits=logits, text=text, progress=progress)
-    console.result(found.to_dict(), compared(found))
+    console.result(found.to_dict(), describe_differences(found))
     if not found.same:
         sys.exit(DIFFERENT)
 
@@ -83,10 +82,9 @@ def doctor(console: Console) -> None:
     \b
     anequant doctor
     """
-    from anequant.doctor import diagnose, failed
-    from anequant.report.terminal.diagnosed import diagnosed
+    from anequant.doctor import describe_checks, diagnose, has_failure
 
     checks = diagnose()
-    console.result({"checks": [asdict(check) for check in checks]}, diagnosed(checks))
-    if failed(checks):
+    console.result({"checks": [asdict(check) for check in checks]}, describe_checks(checks))
+    if has_failure(checks):
         sys.exit(UnsupportedError.exit_code)

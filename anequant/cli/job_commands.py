@@ -19,8 +19,7 @@ from anequant.cli.options import (
     recipe_options,
     rotation_options,
 )
-from anequant.cli.plan_command import memory_option
-from anequant.cli.scheduling import scheduled_job, scheduler_option
+from anequant.cli.scheduling import memory_option, scheduled_job, scheduler_option
 
 
 @click.command()
@@ -54,7 +53,7 @@ def quantize(
     steering = {"force": force, "resume": resume, "max_memory": max_memory}
     with scheduled_job(console, "quantize", scheduler, **steering) as run:
         result = quantize_model(request, output, run)
-    console.result({"output": str(output), **result.to_dict()}, text.quantized(output, result))
+    console.result({"output": str(output), **result.to_dict()}, text.describe_quantization(output, result))
 
 
 @click.command()
@@ -78,7 +77,7 @@ def rotate(console: Console, model: str, output: Path, force: bool, resume: bool
 
     with console.job("rotate", force=force, resume=resume) as run:
         result = rotate_model(request, output, run)
-    console.result({"output": str(output), **result.to_dict()}, text.rotated(output, result))
+    console.result({"output": str(output), **result.to_dict()}, text.describe_rotation(output, result))
 
 
 @click.command()
@@ -112,7 +111,7 @@ def lower(
     steering = {"force": force, "resume": resume, "max_memory": max_memory}
     with scheduled_job(console, "lower", scheduler, **steering) as run:
         result = lower_checkpoint(request, output, run)
-    console.result({"output": str(output), **result.to_dict()}, text.lowered(output, result))
+    console.result({"output": str(output), **result.to_dict()}, text.describe_lowering(output, result))
 
 
 @click.command()
@@ -150,5 +149,5 @@ def convert(
     steering = {"force": force, "resume": resume, "max_memory": max_memory}
     with scheduled_job(console, "convert", scheduler, **steering) as run:
         result, report = convert_and_report(request, output, run)
-    rows = [*text.converted(output, result), *report.rows()]
+    rows = [*text.describe_conversion(output, result), *text.describe_report(report)]
     console.result({"model": source.name, "output": str(output), **result.to_dict()}, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from glob import escape, glob
 from pathlib import Path
@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 
 from anequant.cli.console import Console
 from anequant.cli.ending import NO_RESUME, ending_as_documented
-from anequant.evaluation.sample_size import LENGTH, WINDOWS
+from anequant.evaluation import LENGTH, WINDOWS
 from anequant.recipe import LARGEST_SEED, Calibration, LowerOptions, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
 
@@ -44,14 +44,14 @@ def command(run: Run) -> Run:
 
 
 def output_options(run: Run) -> Run:
-    """-o/--output, --force and --resume."""
+    """Add -o/--output, --force and --resume."""
     run = resume_options(run, force="Replace an existing output folder.")
     path = click.Path(path_type=Path)
     return click.option("-o", "--output", required=True, type=path, help="New folder to write.")(run)
 
 
 def resume_options(run: Run, *, force: str) -> Run:
-    """--force, which does what `force` says, and --resume."""
+    """Add --force, which does what `force` says, and --resume."""
     text = "Whether to go on where an interrupted run to the same folder stopped, or to start over."
     run = click.option(f"--resume/{NO_RESUME}", default=True, show_default=True, help=text)(run)
     return click.option("--force", is_flag=True, help=force)(run)
@@ -70,12 +70,12 @@ def _width(context: click.Context, option: click.Parameter, value: str | None) -
 
 
 def recipe_options(run: Run) -> Run:
-    """--recipe, one option for every field of Recipe, and --rotations; `read_recipe` reads them."""
+    """Add --recipe, one option for every field of Recipe, and --rotations; `read_recipe` reads them."""
     return _recipe_options(run, [item.name for item in dataclasses.fields(Recipe)])
 
 
 def rotation_options(run: Run) -> Run:
-    """As `recipe_options`, for the keys of rotations."""
+    """Add what `recipe_options` adds, for the keys of rotations only."""
     return _recipe_options(run, ROTATION_KEYS)
 
 
@@ -105,12 +105,12 @@ def _recipe_options(run: Run, keys: Sequence[str]) -> Run:
 def _matching(
     words: Sequence[str], context: click.Context, option: click.Parameter, begun: str
 ) -> list[CompletionItem[str]]:
-    """The words that begin as what was typed."""
+    """Return the words that begin as what was typed."""
     return [CompletionItem(word) for word in words if word.startswith(begun)]
 
 
 def _recipes(context: click.Context, option: click.Parameter, begun: str) -> list[CompletionItem[str]]:
-    """Names of recipes; files where none begins as what was typed."""
+    """Return names of recipes; files where none begins as what was typed."""
     names = _matching(list(named_recipes()), context, option, begun)
     return names or [CompletionItem(begun, type="file")]
 
@@ -118,7 +118,7 @@ def _recipes(context: click.Context, option: click.Parameter, begun: str) -> lis
 def complete_recipes(
     context: click.Context, option: click.Parameter, begun: str
 ) -> list[CompletionItem[str]]:
-    """As for --recipe, of the last of several between commas; those before it are not offered again. A shell
+    """Complete the last of several recipes between commas; those before it are not offered again. A shell
     completes a file's name alone, so beginnings of files after a comma are looked up here."""
     *before, last = begun.split(",")
     names = [name for name in named_recipes() if name.startswith(last) and name not in before]
@@ -128,19 +128,22 @@ def complete_recipes(
     return [CompletionItem(",".join([*before, found])) for found in names or files]
 
 
-def read_recipe(options: dict[str, Any], rotated: Mapping[str, Any] | None = None) -> Recipe:
-    """The Recipe of `recipe_options` or `rotation_options`; raises UsageError.
+def read_recipe(options: dict[str, Any], folder: Path | None = None) -> Recipe:
+    """Read the Recipe of `recipe_options` or `rotation_options`, for the model in `folder` where it is known.
 
-    `rotated` are the keys that the model was rotated with before, if it was: they stand in the place of the
-    recipe's, not of options that are given.
+    Raises what `load_recipe_for` raises.
     """
     names = [item.name for item in dataclasses.fields(Recipe)]
     overrides = {name: options[name] for name in names if options.get(name) is not None}
-    return load_recipe(options["recipe"], {**(rotated or {}), **overrides})
+    if folder is None:
+        return load_recipe(options["recipe"], overrides)
+    from anequant.checkpoints.manifest import load_recipe_for
+
+    return load_recipe_for(folder, options["recipe"], overrides)
 
 
 def calibration_options(run: Run) -> Run:
-    """--calib, --calib-samples, --calib-length and --calib-seed; `read_calibration` reads them."""
+    """Add --calib, --calib-samples, --calib-length and --calib-seed; `read_calibration` reads them."""
     default = Calibration()
     source = "Tokens to calibrate on: self (sampled from the model), wikitext2, a text file, or JSON rows."
     for name, kind, value, text in (
@@ -155,7 +158,7 @@ def calibration_options(run: Run) -> Run:
 
 
 def read_calibration(options: dict[str, Any]) -> Calibration:
-    """The Calibration of `calibration_options`."""
+    """Return the Calibration that `calibration_options` ask for."""
     return Calibration(
         options["calib"], options["calib_samples"], options["calib_length"], options["calib_seed"]
     )
@@ -165,7 +168,6 @@ def read_request(console: Console, model: str | None, options: dict[str, Any]) -
     """MODEL's folder and what `recipe_options` or `rotation_options`, and `calibration_options` say of it;
     a wrong recipe is noticed before anything heavy is imported. Code in the folder is told, and not run."""
     read_recipe(options)
-    from anequant.checkpoints.manifest import rotation_keys
     from anequant.checkpoints.side_files import custom_code
     from anequant.checkpoints.source import resolve_source
     from anequant.request import Request
@@ -174,7 +176,7 @@ def read_request(console: Console, model: str | None, options: dict[str, Any]) -
     code = custom_code(source.folder)
     if code:
         console.note(f"ignored, no code of a checkpoint is run: {', '.join(code)}")
-    recipe = read_recipe(options, rotation_keys(source.folder))
+    recipe = read_recipe(options, source.folder)
     return Request(source, recipe, read_calibration(options), options["rotations"])
 
 
@@ -187,7 +189,7 @@ def _chunk_count(context: click.Context, option: click.Parameter, value: str) ->
 
 
 def lowering_options(run: Run) -> Run:
-    """One option for every field of LowerOptions; `read_lowering` reads them."""
+    """Add one option for every field of LowerOptions; `read_lowering` reads them."""
     default = LowerOptions()
     prefix = "Beginning of the file names, instead of the architecture's."
     run = click.option("--prefix", metavar="NAME", help=prefix)(run)
@@ -205,12 +207,12 @@ def lowering_options(run: Run) -> Run:
 
 
 def read_lowering(options: dict[str, Any]) -> LowerOptions:
-    """The LowerOptions of `lowering_options`."""
+    """Return the LowerOptions that `lowering_options` ask for."""
     return LowerOptions(**{item.name: options[item.name] for item in dataclasses.fields(LowerOptions)})
 
 
 def generation_options(run: Run) -> Run:
-    """--backend, --max-tokens, and one option for every field of Sampling."""
+    """Add --backend, --max-tokens, and one option for every field of Sampling."""
     kinds = (
         ("--seed", click.IntRange(0, LARGEST_SEED), 0, "Seed of sampling."),
         ("--top-p", click.FloatRange(0, 1), 1.0, "Sample from the best tokens that make up this share."),
@@ -225,7 +227,7 @@ def generation_options(run: Run) -> Run:
 
 
 def window_options(run: Run) -> Run:
-    """--windows and --length."""
+    """Add --windows and --length."""
     for name, least, default, text in (
         ("--length", 2, LENGTH, "Tokens a window."),
         ("--windows", 1, WINDOWS, "Most windows."),
@@ -236,6 +238,6 @@ def window_options(run: Run) -> Run:
 
 
 def backend_option(default: str, *, help: str) -> Callable[[Run], Run]:
-    """--backend."""
+    """Add --backend."""
     backends = click.Choice(["interpreter", "coreml", "transformers"])
     return click.option("--backend", type=backends, default=default, show_default=True, help=help)

@@ -1,9 +1,7 @@
-"""`anequant plan`, and --max-memory."""
+"""The command that tells what convert would do."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -18,26 +16,7 @@ from anequant.cli.options import (
     read_recipe,
     recipe_options,
 )
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>([KMG]I?)?)B?", re.IGNORECASE)
-
-
-def _bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    """Bytes of 4GB, 512MiB or a plain number."""
-    match = None if value is None else _SIZE.fullmatch(value.strip())
-    if value is not None and match is None:
-        raise click.BadParameter(f"'{value}' is no size such as 4GB or 512MiB")
-    try:
-        return None if match is None else int(float(match["number"]) * UNITS[match["unit"].upper()])
-    except OverflowError as error:
-        raise click.BadParameter("that is more than any machine has") from error
-
-
-def memory_option(run: Callable[..., None]) -> Callable[..., None]:
-    """--max-memory."""
-    text = "Most memory to use: kept without changing the output, or refused before anything is done."
-    return click.option("--max-memory", callback=_bytes, metavar="SIZE", help=text)(run)
+from anequant.cli.scheduling import memory_option
 
 
 @click.command()
@@ -59,20 +38,14 @@ def plan(console: Console, model: str | None, max_memory: int | None, **options:
     """
     read_recipe(options)
     from anequant.checkpoints.hub_headers import headers_only
-    from anequant.checkpoints.manifest import rotation_keys
     from anequant.pipeline.plan import plan_conversion
-    from anequant.report.terminal import planned
+    from anequant.report.terminal.tables import tabulate_plan
     from anequant.request import Request
 
     with headers_only(model) as source:
-        recipe = read_recipe(options, rotation_keys(source.folder))
+        recipe = read_recipe(options, source.folder)
         calibration, sizes = read_calibration(options), read_lowering(options)
         request = Request(source, recipe, calibration, options["rotations"], sizes)
         result, speed = plan_conversion(request, max_memory)
     values = {"model": source.name, "revision": source.revision, "recipe": recipe.to_dict()}
-    console.table(
-        {**values, **result.to_dict(speed)},
-        planned.COLUMNS,
-        planned.jobs(result, speed),
-        planned.summary(result, speed),
-    )
+    console.table({**values, **result.to_dict(speed)}, tabulate_plan(result, speed))

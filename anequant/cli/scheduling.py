@@ -1,4 +1,4 @@
-"""--scheduler, and a job whose independent parts go where it says."""
+"""--max-memory and --scheduler, and a job whose independent parts go where the latter says."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from anequant.cli.console import Console
+from anequant.units import parse_bytes
 
 if TYPE_CHECKING:
     from anequant.jobs.control import Run
@@ -17,8 +18,23 @@ if TYPE_CHECKING:
 Command = Callable[..., None]
 
 
+def _read_bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    try:
+        return None if value is None else parse_bytes(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    except OverflowError as error:
+        raise click.BadParameter("that is more than any machine has") from error
+
+
+def memory_option(run: Command) -> Command:
+    """Add --max-memory."""
+    text = "Most memory to use: kept without changing the output, or refused before anything is done."
+    return click.option("--max-memory", callback=_read_bytes, metavar="SIZE", help=text)(run)
+
+
 def scheduler_option(run: Command) -> Command:
-    """--scheduler."""
+    """Add --scheduler."""
     text = "Who does independent parts: this process, or workers of a dask cluster that share the folders."
     metavar = "local|dask://HOST:PORT"
     return click.option("--scheduler", default="local", show_default=True, metavar=metavar, help=text)(run)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from anequant.checkpoints.manifest import read_manifest, rotation_keys
+from anequant.checkpoints.manifest import load_recipe_for, read_manifest
 from anequant.checkpoints.places import CHECKPOINT_FOLDER
 from anequant.checkpoints.reader import read_json
 from anequant.checkpoints.source import resolve_source
@@ -32,7 +32,6 @@ from anequant.jobs.work_folder import WorkFolder, check_target
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.steps.collect_tokens import TOKENS_FILE, collect_tokens
 from anequant.recipe import Calibration
-from anequant.recipe_files import load_recipe
 from anequant.request import Request
 
 STATE = "batch.json"
@@ -122,7 +121,7 @@ class _Runner:
     def _done(self, job: BatchJob) -> Row:
         target = self._batch.output / job.name
         source = resolve_source(job.model)
-        recipe = load_recipe(job.recipe, {**(rotation_keys(source.folder) or {}), **job.overrides})
+        recipe = load_recipe_for(source.folder, job.recipe, job.overrides)
         request = Request(source, recipe, self._batch.calibration, None, job.lowering)
         made = to_plain(request.fingerprint("quantize" if job.lowering is None else "convert"))
         record = self._records.get(job.name)

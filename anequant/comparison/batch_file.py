@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.errors import UsageError, did_you_mean, shown
+from anequant.errors import UsageError, did_you_mean, quote
 from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import DEFAULT_RECIPE, load_recipe
 from anequant.strict import parse_toml, read_plain
@@ -95,7 +95,7 @@ def _job(table: Any, lowering: Mapping[str, Any], place: str) -> BatchJob:
     name = table.get("name", f"{_last(table['model'])}-{Path(recipe).stem}")
     if not NAME.fullmatch(name):
         raise UsageError(
-            f"the name {shown(name)} cannot be a folder's",
+            f"the name {quote(name)} cannot be a folder's",
             where=place,
             remedy="use letters, digits, . _ and -",
         )
@@ -114,9 +114,9 @@ def _check(
     """Raises UsageError for a key that is unknown, missing or of another type."""
     for key, value in table.items():
         if key not in kinds:
-            raise UsageError(f"unknown key {shown(key)}", where=where, remedy=did_you_mean(key, kinds))
+            raise UsageError(f"unknown key {quote(key)}", where=where, remedy=did_you_mean(key, kinds))
         if type(value) is not kinds[key]:
-            raise UsageError(f"'{key}' is {shown(value)}, and has to be {WORDS[kinds[key]]}", where=where)
+            raise UsageError(f"'{key}' is {quote(value)}, and has to be {WORDS[kinds[key]]}", where=where)
     for key in required:
         if key not in table:
             raise UsageError(f"there is no '{key}'", where=where, remedy="docs/batch.md shows a file")

@@ -23,10 +23,17 @@ from anequant.checkpoints.source import SAMPLE_TEXT, Source
 from anequant.comparison.peers import FLOAT, PEERS, Peer, projection_bits
 from anequant.comparison.trials import PEER, RECIPE, Comparison, StoredBits, Trial, with_front
 from anequant.errors import AnequantError, Interrupted, UnsupportedError, UsageError, as_error, torch_memory
-from anequant.evaluation.divergence import Reference, evaluate_against, refer, summarise
+from anequant.evaluation.divergence import Reference, measure_quality_against, record_reference, summarise
 from anequant.evaluation.evaluate import read_windows
-from anequant.inspection.inspect_checkpoint import PROJECTIONS, WHOLE, checkpoint_facts
-from anequant.jobs.control import UNWATCHED, Expected, Progress, Run, Unit, measure_shares
+from anequant.inspection.inspect_checkpoint import PROJECTIONS, WHOLE, inspect_checkpoint
+from anequant.jobs.control import (
+    UNWATCHED,
+    Expected,
+    Progress,
+    Run,
+    Unit,
+    measure_shares,
+)
 from anequant.jobs.process import resident_bytes
 from anequant.jobs.tasks import Schedulers
 from anequant.jobs.work_folder import staged_folder
@@ -113,7 +120,7 @@ def compare(request: ComparisonRequest, output: Path | None = None, run: Run = U
         tempfile.TemporaryDirectory() as scratch,
     ):
         begun = time.monotonic()
-        reference = refer(base, tokens, progress=step(FLOAT_MODEL))
+        reference = record_reference(base, tokens, progress=step(FLOAT_MODEL))
         quality = summarise(tokens, reference.logits(), None)
         finished(FLOAT_MODEL, time.monotonic() - begun, f"perplexity {quality.perplexity:.3f}")
         if request.calibrates:
@@ -191,7 +198,7 @@ def _try(
             bits = write(progress.part("quantize", 0.0, 0.7))
             seconds = time.monotonic() - begun
             measuring = progress.part("measure", 0.7, 1.0)
-            quality = evaluate_against(open_checkpoint(folder), tokens, reference, progress=measuring)
+            quality = measure_quality_against(open_checkpoint(folder), tokens, reference, progress=measuring)
     except (AnequantError, MemoryError, OSError) as failure:
         error = as_error(failure)
         return replace(trial, failed=error.what, exit_code=error.exit_code)
@@ -210,7 +217,7 @@ def _quantize(
 
 def stored_bits(folder: Path) -> StoredBits:
     """Those of a quantized checkpoint."""
-    bits = checkpoint_facts(open_checkpoint(folder)).bits
+    bits = inspect_checkpoint(open_checkpoint(folder)).bits
     whole, projections = bits[WHOLE], bits[PROJECTIONS]
     assert whole.stored_bits is not None and projections.stored_bits is not None
     return StoredBits(

@@ -10,11 +10,12 @@ from typing import Any
 
 from anequant.checkpoints.contract import require_contract
 from anequant.checkpoints.layers import open_quantized
-from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
+from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import UsageError, VerificationError
-from anequant.evaluation.divergence import evaluate
+from anequant.evaluation.divergence import measure_quality
+from anequant.evaluation.evaluate import read_text_windows
 from anequant.jobs.control import Progress, silent
-from anequant.reference.windows import load_tokenizer, model_windows, read_text
+from anequant.reference.windows import load_tokenizer
 from anequant.runtime.continue_text import TextModel, continue_text, open_text_model, stop_tokens
 from anequant.runtime.sampling import Sampling
 from anequant.runtime.snapped_backend import SnappedModel, SnappedWeights
@@ -44,7 +45,7 @@ class SpCheck:
 
 
 def require_switch(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises UsageError unless ENABLE_SP_QUANT is set as ANEMLL's scripts (true) or its model (1) want it."""
+    """Raise UsageError unless ENABLE_SP_QUANT is set as ANEMLL's scripts (true) or its model (1) want it."""
     if environment.get(SWITCH) not in ("true", "1"):
         raise UsageError(
             f"{SWITCH} is not set, ANEMLL reads no per-tensor checkpoint without it",
@@ -63,11 +64,9 @@ def check_sp(folder: Path, *, progress: Progress = silent) -> SpCheck:
     projections = require_contract(folder)
     if not has_tokenizer(folder):
         return SpCheck(projections, None, None, None)
-    tokenizer = load_tokenizer(folder)
-    text = read_text(SAMPLE_TEXT)
-    tokens = model_windows(tokenizer, checkpoint.spec.config, text, count=WINDOWS, length=LENGTH)
-    stored = evaluate(checkpoint, tokens, progress=progress.part("stored weights", 0.1, 0.4))
-    rebuilt = evaluate(
+    tokens = read_text_windows(folder, checkpoint.spec.config, None, WINDOWS, LENGTH)
+    stored = measure_quality(checkpoint, tokens, progress=progress.part("stored weights", 0.1, 0.4))
+    rebuilt = measure_quality(
         SnappedWeights(checkpoint), tokens, progress=progress.part("rebuilt weights", 0.4, 0.8)
     )
     if not abs(rebuilt.perplexity / stored.perplexity - 1) <= LARGEST_DIFFERENCE:
@@ -83,8 +82,8 @@ def check_sp(folder: Path, *, progress: Progress = silent) -> SpCheck:
 
 
 def open_published_model(folder: Path, backend: str) -> TextModel:
-    """By ANEMLL's names of backends: `anemll` runs packages by the interpreter and a per-tensor checkpoint
-    as the loader rebuilds it, `transformers` any checkpoint as stored.
+    """Open a model by ANEMLL's names of backends: `anemll` runs packages by the interpreter and a per-tensor
+    checkpoint as the loader rebuilds it, `transformers` any checkpoint as stored.
 
     Raises VerificationError for a checkpoint that breaks the contract, and what `open_text_model` raises.
     """
@@ -98,7 +97,7 @@ def open_published_model(folder: Path, backend: str) -> TextModel:
 
 
 def verdict_lines(title: str, description: str, result: SpCheck) -> list[str]:
-    """The log of a test that passed."""
+    """Return the log of a test that passed."""
     lines = [f"Testing: {title}", f"Description: {description}"] if description else [f"Testing: {title}"]
     lines.append(f"Scales, codebooks and biases of {result.projections} projections keep the contract")
     if result.stored is None or result.rebuilt is None:

@@ -17,9 +17,9 @@ PROBE_SEED = 7
 
 
 def fuse_model(model: torch.nn.Module, recipe: Recipe) -> dict[str, Any]:
-    """Fold and rotate a transformers model in place; what was done, by ANEMLL's keys.
+    """Fold and rotate a transformers model in place; return what was done, by ANEMLL's keys.
 
-    The model keeps its logits on a few random tokens, for `fusion_quality`. Raises what `turn_model` does.
+    The model keeps its logits on a few random tokens, for `measure_fusion`. Raises what `turn_model` does.
     """
     generator = torch.Generator().manual_seed(PROBE_SEED)
     config: Any = model.config
@@ -27,11 +27,11 @@ def fuse_model(model: torch.nn.Module, recipe: Recipe) -> dict[str, Any]:
     logits = _logits(model, tokens)
     spec = turn_model(model, recipe)
     setattr(model, PROBE, (tokens, logits))
-    turned = [linear for linear in spec.architecture.linears if recipe.r1 != "none" or recipe.r2 != "none"]
+    rotates = recipe.r1 != "none" or recipe.r2 != "none"
     return {
         "layers_processed": spec.num_layers,
         "layernorm_fusions": len(spec.norms) * spec.num_layers + 1,
-        "hadamard_rotations": len(turned) * spec.num_layers,
+        "hadamard_rotations": len(spec.architecture.linears) * spec.num_layers if rotates else 0,
         "bias_fusions": 0,
         "r1": recipe.r1,
         "r2": recipe.r2,
@@ -39,8 +39,8 @@ def fuse_model(model: torch.nn.Module, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def fusion_quality(model: torch.nn.Module) -> dict[str, float]:
-    """How the logits of a fused model compare with those before: relative error and equal top tokens.
+def measure_fusion(model: torch.nn.Module) -> dict[str, float]:
+    """Return the relative error of a fused model's logits, and its share of equal top tokens.
 
     Raises UsageError for a model that was not fused.
     """

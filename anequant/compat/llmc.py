@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from anequant.calibration.tokens import WIKITEXT2
 from anequant.checkpoints.manifest import rotation_keys
 from anequant.checkpoints.reader import read_config
 from anequant.checkpoints.source import Source, resolve_source
-from anequant.compat.llmc_words import LlmcFile, read_llmc
+from anequant.compat.words import LLMC_GPTQ, LLMC_QUAROT, LLMC_REQUIRED, LLMC_WORDS, check_words
 from anequant.errors import UnsupportedError, UsageError
 from anequant.jobs.control import Progress, Run
 from anequant.jobs.work_folder import staged_folder
@@ -29,6 +31,41 @@ from anequant.request import Request
 
 TRANSFORMED, QUANTIZED = "transformed_model", "fake_quant_model"
 SCALES = {"per_channel": "output", "per_group": "group", "per_tensor": "tensor"}
+
+
+@dataclass(frozen=True)
+class LlmcFile:
+    """What a file asks for: `values` by dotted key, and `notes` on what has no effect."""
+
+    path: Path
+    values: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def part(self, name: str) -> dict[str, Any]:
+        """The keys below quant.`name`, without that prefix."""
+        prefix = f"quant.{name}."
+        return {
+            key.removeprefix(prefix): value for key, value in self.values.items() if key.startswith(prefix)
+        }
+
+    @property
+    def rotates(self) -> bool:
+        return bool(self.values["quant.method"] == LLMC_QUAROT)
+
+    @property
+    def online(self) -> bool:
+        """Whether R2 and R4 are wanted beside R1."""
+        return bool(self.values.get("quant.special.online_rotate", False))
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the rotated float model is to be written."""
+        return bool(self.values.get("save.save_trans", False))
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether a quantized model is to be written."""
+        return bool(self.values.get("save.save_fake", False)) or not self.transforms
 
 
 @dataclass(frozen=True)
@@ -69,8 +106,8 @@ def plan_llmc(path: Path) -> LlmcRun:
     model_type, wanted = read_config(source.folder).get("model_type"), file.values.get("model.type")
     if wanted is not None and wanted.lower() != model_type:
         raise UsageError(f"key 'model.type' in '{path}' is '{wanted}', and the model is a {model_type}")
-    keys, notes = llmc_recipe(file, rotation_keys(source.folder))
-    recipe, calibration = recipe_from_dict(keys), llmc_calibration(file)
+    keys, notes = make_llmc_recipe(file, rotation_keys(source.folder))
+    recipe, calibration = recipe_from_dict(keys), make_llmc_calibration(file)
     if calibration is None and recipe.calibrated and file.quantizes:
         raise UsageError(f"'{path}' has no section 'calib', which its method and scales need")
     if calibration is not None and not (recipe.calibrated and file.quantizes):
@@ -100,8 +137,10 @@ def run_llmc(run: LlmcRun, progress: Progress, *, force: bool = False) -> LlmcRe
     return LlmcResult(rotated, quantized)
 
 
-def llmc_recipe(file: LlmcFile, turned: Mapping[str, Any] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The recipe's keys for a model that was rotated with the keys `turned` (None: it was not), and notes.
+def make_llmc_recipe(
+    file: LlmcFile, rotated_by: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the recipe's keys, and notes, for a model that came rotated with keys, or None.
 
     Raises UsageError where file and model disagree on online rotations, UnsupportedError for values that have
     no counterpart together.
@@ -112,9 +151,9 @@ def llmc_recipe(file: LlmcFile, turned: Mapping[str, Any] | None) -> tuple[dict[
         if file.online:
             notes += ("o_proj's input is turned within heads only: no use for a rotation across heads",)
     else:
-        rotations = dict(turned) if turned else {"r1": "none", "r2": "none"}
+        rotations = dict(rotated_by) if rotated_by else {"r1": "none", "r2": "none"}
         if file.online != (rotations.get("r4", "none") != "none"):
-            model = "runs R4" if turned and not file.online else "does not run R4"
+            model = "runs R4" if rotated_by and not file.online else "does not run R4"
             raise UsageError(
                 f"key 'quant.special.online_rotate' in '{file.path}' is {file.online}, and the model {model}",
                 remedy="use what step 1 used",
@@ -127,8 +166,8 @@ def llmc_recipe(file: LlmcFile, turned: Mapping[str, Any] | None) -> tuple[dict[
     return {**rotations, **weights, **rounding, **_activations(file), **_cache(file)}, notes + more
 
 
-def llmc_calibration(file: LlmcFile) -> Calibration | None:
-    """The tokens that the section calib names; None without one.
+def make_llmc_calibration(file: LlmcFile) -> Calibration | None:
+    """Return the tokens that the section calib names; None without one.
 
     Raises UnsupportedError for a data set that cannot be downloaded here, UsageError for one not named.
     """
@@ -166,7 +205,8 @@ def _rotations(file: LlmcFile) -> dict[str, Any]:
 
 
 def _weights(file: LlmcFile) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Zero points have no counterpart: where LLMC has them, the codebook's entries are free."""
+    """Return the recipe's keys of weights, and notes. Zero points have no counterpart: where LLMC has them,
+    the codebook's entries are free."""
     part = file.part("weight")
     notes: tuple[str, ...] = ()
     scales = SCALES[part.get("granularity", "per_channel")]
@@ -221,3 +261,41 @@ def _cache(file: LlmcFile) -> dict[str, Any]:
     if part and "bit" not in part:
         raise UsageError(f"key 'quant.kvcache.bit' is missing in '{file.path}'")
     return {"kv_bits": part["bit"]} if part else {}
+
+
+def read_llmc(path: Path) -> LlmcFile:
+    """Read and check a file. Raises UsageError for a file that cannot be read, an unknown or missing key or a
+    value of a wrong type, UnsupportedError for one that has no counterpart."""
+    try:
+        tables = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"LLMC file '{path}' cannot be read: {reason}") from error
+    if not isinstance(tables, dict):
+        raise UsageError(f"LLMC file '{path}' holds no table of keys and values")
+    values = _flat(tables, path)
+    notes = check_words(values, LLMC_WORDS, path)
+    for key in LLMC_REQUIRED:
+        if key not in values:
+            raise UsageError(f"key '{key}' is missing in '{path}'")
+    file = LlmcFile(path, values, notes)
+    if file.transforms and not file.rotates:
+        raise UnsupportedError(
+            f"key 'save.save_trans' in '{path}' is true, and {LLMC_GPTQ} transforms nothing",
+            remedy="save_trans is for method Quarot",
+        )
+    return file
+
+
+def _flat(values: Mapping[Any, Any], path: Path, prefix: str = "") -> dict[str, Any]:
+    """Join nested tables into one, keys joined by dots; raises UsageError for a key without a value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if value is None:
+            raise UsageError(f"key '{name}' in '{path}' has no value")
+        if isinstance(value, dict):
+            flat |= _flat(value, path, f"{name}.")
+        else:
+            flat[name] = value
+    return flat

@@ -47,7 +47,7 @@ def load_quarot_model(path, model=None):
 '''
 
 
-def hooked_recipe(
+def make_hooked_recipe(
     method: str,
     *,
     bits: int,
@@ -57,7 +57,8 @@ def hooked_recipe(
     rotation_method: str,
     seed: int,
 ) -> Recipe:
-    """Symmetric weights in groups, rounded to the nearest; dynamic activations; R3 and R4 where they serve.
+    """Return a recipe of symmetric weights in groups, rounded to the nearest, dynamic activations, and R3 and
+    R4 where they serve.
 
     Raises UnsupportedError for another method, UsageError for a number that no recipe may have.
     """
@@ -85,7 +86,8 @@ def hooked_recipe(
 
 
 def quant_tag(recipe: Recipe) -> str:
-    """For example QuaRot_w4_g64_a4_kv4_headfp16; 8 and 16 bits of activations and cache are left out."""
+    """Return a name such as QuaRot_w4_g64_a4_kv4_headfp16; 8 and 16 bits of activations and cache are left
+    out."""
     small = {"a": recipe.activation_bits, "kv": recipe.kv_bits}
     parts = [f"{label}{bits}" for label, bits in small.items() if bits not in UNTAGGED]
     return "_".join([NAME, f"w{recipe.bits}", f"g{recipe.group_size}", *parts, f"head{HEAD}"])
@@ -129,7 +131,9 @@ class WriteHooks(Step[Quantizing, None]):
         if not (folder / ROTATIONS).is_file():
             write_rotations(folder, plan_rotations(checkpoint.spec, recipe).matrices())
         made = read_manifest(folder)
-        write_json(folder / CONFIG, {**_settings(made), "rotation_matrices": _turned(checkpoint, recipe)})
+        write_json(
+            folder / CONFIG, {**_settings(made), "rotation_matrices": _describe_rotations(checkpoint, recipe)}
+        )
         write_json(folder / METADATA, _metadata(made, self.name, checkpoint.online.active))
         (folder / RUNTIME).write_text(RUNTIME_CODE, encoding="utf-8")
         files = {name: digest for name, digest in file_hashes(folder).items() if name != MANIFEST}
@@ -137,7 +141,7 @@ class WriteHooks(Step[Quantizing, None]):
 
 
 def _settings(made: dict[str, Any]) -> dict[str, Any]:
-    """What both published files say, from the folder's own manifest."""
+    """Return what both published files say, from the folder's own manifest."""
     recipe, calibration, tensors = made["recipe"], made["calibration"], made["measured"]["tensors"]
     return {
         "method": NAME,
@@ -177,17 +181,17 @@ def _metadata(made: dict[str, Any], name: str, online: bool) -> dict[str, Any]:
     }
 
 
-def _turned(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """By linear of a layer: the rotation that its input comes with, and how its weight is stored."""
+def _describe_rotations(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Return, for every linear of a layer, its input's rotation and how its weight is stored."""
     spec = checkpoint.spec
-    turned = {Space.RESIDUAL: ("r1", spec.hidden_size), Space.VALUE: ("r2", spec.head_dim)}
+    rotated = {Space.RESIDUAL: ("r1", spec.hidden_size), Space.VALUE: ("r2", spec.head_dim)}
     if recipe.r4 != "none":
-        turned[Space.FFN] = ("r4", spec.intermediate_size)
+        rotated[Space.FFN] = ("r4", spec.intermediate_size)
     return {
         linear.name: {
-            "has_rotation": linear.input.space in turned,
-            "rotation": turned[linear.input.space][0] if linear.input.space in turned else None,
-            "rotation_shape": [turned[linear.input.space][1]] * 2 if linear.input.space in turned else None,
+            "has_rotation": linear.input.space in rotated,
+            "rotation": rotated[linear.input.space][0] if linear.input.space in rotated else None,
+            "rotation_shape": [rotated[linear.input.space][1]] * 2 if linear.input.space in rotated else None,
             "weight_bits": recipe.bits,
             "group_size": recipe.group_size,
         }

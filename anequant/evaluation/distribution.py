@@ -15,7 +15,7 @@ BINS = 24
 
 @dataclass(frozen=True)
 class Distribution:
-    """Of the finite values; None where there are none, or where a ratio has no denominator.
+    """Statistics of the finite values; None where there are none, or where a ratio has no denominator.
 
     kurtosis   fourth central moment over the squared variance: 3 for normal values
     peak       max|x| / rms
@@ -36,8 +36,8 @@ class Distribution:
     counts: tuple[int, ...] = ()
 
 
-def distribution(tensor: Tensor, bins: int = BINS) -> Distribution:
-    """Of a tensor of any shape and real dtype; two passes over a million values at a time."""
+def measure_distribution(tensor: Tensor, bins: int = BINS) -> Distribution:
+    """Measure a tensor of any shape and real dtype, in two passes over a million values at a time."""
     values, zeros = 0, 0
     low, high, total, squares = math.inf, -math.inf, 0.0, 0.0
     for part in _finite(tensor):
@@ -82,7 +82,7 @@ def _finite(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _all_in_one(count: int, bins: int) -> Tensor:
-    """Where all values are the same: the bin in the middle."""
+    """Count values that are all the same, in the bin in the middle."""
     counts = torch.zeros(bins, dtype=torch.int64)
     counts[bins // 2] = count
     return counts

@@ -1,16 +1,17 @@
-"""How far a model is from another on the same tokens."""
+"""How far a model is from another on the same tokens: in its predictions, and after every layer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from anequant.architectures.spec import EMBEDDING
 from anequant.jobs.control import Progress, silent
-from anequant.reference.forward import Weights, final_hidden_states, head_logits, logits
+from anequant.reference.forward import ReferenceModel, Weights, final_hidden_states, head_logits, logits
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ class Quality:
         }
 
 
-def evaluate(
+def measure_quality(
     model: Weights, tokens: Tensor, base: Weights | None = None, *, progress: Progress = silent
 ) -> Quality:
-    """Quality on token windows [n, length]; every window's first token is given, the rest are predicted."""
+    """Measure quality on token windows [n, length]; every window's first token is given, the rest are
+    predicted."""
     if base is None:
         return summarise(tokens, logits(model, tokens, progress=progress), None)
 
@@ -73,28 +75,29 @@ class Reference:
     head: Tensor
 
     def logits(self) -> Iterator[Tensor]:
-        """[length, vocab] of one window after the other, as `logits` of the base gives them."""
+        """Return logits [length, vocab] of one window after the other, as `logits` of the base gives them."""
         return (head_logits(self.head, window) for window in self.hidden)
 
 
-def refer(base: Weights, tokens: Tensor, *, progress: Progress = silent) -> Reference:
+def record_reference(base: Weights, tokens: Tensor, *, progress: Progress = silent) -> Reference:
     return Reference(final_hidden_states(base, tokens, progress=progress), base.read(base.head_name))
 
 
-def evaluate_against(
+def measure_quality_against(
     model: Weights, tokens: Tensor, base: Reference, *, progress: Progress = silent
 ) -> Quality:
-    """What `evaluate` measures, with a base that was run on the same `tokens` before."""
+    """Measure quality against a base that was run on the same `tokens` [n, length] before."""
     return summarise(tokens, logits(model, tokens, progress=progress), base.logits())
 
 
 def token_nll(log_probabilities: Tensor, window: Tensor) -> Tensor:
-    """-log p of each next token: [length - 1] from log probabilities [length, vocab]."""
+    """Return -log p of each next token, [length - 1], from log probabilities [length, vocab]."""
     return -log_probabilities[:-1].gather(-1, window[1:, None]).squeeze(-1)
 
 
 def summarise(tokens: Tensor, ours: Iterable[Tensor], base: Iterable[Tensor] | None) -> Quality:
-    """Quality from logits [length, vocab], one window after the other; a base's come right after ours."""
+    """Return quality from logits [length, vocab], a window after the other; a base's come right after
+    ours."""
     window_nll: list[float] = []
     base_nll = divergence = agreement = 0.0
     base_windows = iter(base) if base is not None else None
@@ -124,3 +127,43 @@ def summarise(tokens: Tensor, ours: Iterable[Tensor], base: Iterable[Tensor] | N
         kl=divergence / count,
         top1=agreement / count,
     )
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """||h' - h R1|| / ||h|| over all positions; h and h' are the residual streams after the layer."""
+
+    layer: int
+    relative_error: float
+
+
+def measure_layer_errors(
+    model: Weights, base: Weights, tokens: Tensor, rotate: Callable[[Tensor], Tensor]
+) -> tuple[LayerError, ...]:
+    """Run both models on tokens [n, length]; `rotate` brings the base's hidden states into the model's
+    basis."""
+    runner, base_runner = (
+        ReferenceModel(base.spec, torch.float32, weights.online) for weights in (model, base)
+    )
+    ours, theirs = _embedded(model, tokens), _embedded(base, tokens)
+    errors = []
+    for layer in range(base.spec.num_layers):
+        theirs = base_runner.run_layer(layer, base.layer(layer), theirs)
+        ours = runner.run_layer(layer, model.layer(layer), ours)
+        errors.append(LayerError(layer, _relative_error(ours, theirs, rotate)))
+    return tuple(errors)
+
+
+def measure_embedding_error(
+    model: Weights, base: Weights, tokens: Tensor, rotate: Callable[[Tensor], Tensor]
+) -> float:
+    """Measure the same error before the first layer; it is large when the streams are in different bases."""
+    return _relative_error(_embedded(model, tokens), _embedded(base, tokens), rotate)
+
+
+def _embedded(model: Weights, tokens: Tensor) -> Tensor:
+    return model.read(f"{EMBEDDING}.weight")[tokens].float()
+
+
+def _relative_error(ours: Tensor, theirs: Tensor, rotate: Callable[[Tensor], Tensor]) -> float:
+    return float((ours - rotate(theirs)).norm() / theirs.norm())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,15 @@ from anequant.calibration.tokens import WIKITEXT2, wikitext2
 from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, made_as, read_manifest, rotation_keys
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
 from anequant.checkpoints.rotation_files import written_rotations
-from anequant.checkpoints.source import resolve_source
+from anequant.checkpoints.source import SAMPLE_TEXT, resolve_source
 from anequant.errors import InputError, UsageError
-from anequant.evaluation.divergence import Quality, evaluate
-from anequant.evaluation.layer_errors import LayerError, embedding_error, layer_errors
+from anequant.evaluation.divergence import (
+    LayerError,
+    Quality,
+    measure_embedding_error,
+    measure_layer_errors,
+    measure_quality,
+)
 from anequant.evaluation.task_scores import TaskScores, run_tasks
 from anequant.jobs.control import Progress, silent
 from anequant.recipe import Recipe
@@ -58,14 +63,14 @@ def evaluate_text(
     length: int,
     progress: Progress = silent,
 ) -> Quality:
-    """Quality of `model` on evenly spaced windows of a text, against `base` when there is one.
+    """Measure `model` on evenly spaced windows of a text, against `base` when there is one.
 
     Both name a folder or a hub id; the tokenizer is the model's; `text` is a file, or wikitext2 for that
     dataset's test split. Raises InputError, UsageError and ResourceError.
     """
     checkpoint, original = _open(model, base)
     tokens = read_windows(checkpoint, text, windows, length)
-    return evaluate(checkpoint, tokens, original, progress=progress)
+    return measure_quality(checkpoint, tokens, original, progress=progress)
 
 
 def evaluate_checkpoint(
@@ -77,10 +82,10 @@ def evaluate_checkpoint(
     length: int,
     progress: Progress = silent,
 ) -> Evaluation:
-    """As `evaluate_text`, and with a base also the error after every layer, on the first windows."""
+    """Measure as `evaluate_text`, and with a base also the error after every layer, on the first windows."""
     checkpoint, original = _open(model, base)
     tokens = read_windows(checkpoint, text, windows, length)
-    quality = evaluate(checkpoint, tokens, original, progress=progress.part("text", 0.0, 0.8))
+    quality = measure_quality(checkpoint, tokens, original, progress=progress.part("text", 0.0, 0.8))
     name = Path(text).name
     if original is None:
         return Evaluation(name, quality, None, None)
@@ -89,15 +94,15 @@ def evaluate_checkpoint(
         return Evaluation(name, quality, None, missing)
     progress("layers", 0.8)
     tokens, rotation = tokens[:LAYER_WINDOWS], _rotation(checkpoint)
-    off = embedding_error(checkpoint, original, tokens, rotation)
+    off = measure_embedding_error(checkpoint, original, tokens, rotation)
     if off > LARGEST_EMBEDDING_ERROR:
         missing = f"the embedding is {off:.0%} off the base's, as of another model or another rotation"
         return Evaluation(name, quality, None, missing)
-    return Evaluation(name, quality, layer_errors(checkpoint, original, tokens, rotation), None)
+    return Evaluation(name, quality, measure_layer_errors(checkpoint, original, tokens, rotation), None)
 
 
 def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | None:
-    """Why the residual streams of two models cannot be compared; None when they can."""
+    """Return why the residual streams of two models cannot be compared; None when they can."""
     ours, theirs = checkpoint.spec, original.spec
     if (ours.num_layers, ours.hidden_size) != (theirs.num_layers, theirs.hidden_size):
         return (
@@ -114,7 +119,7 @@ def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | No
 
 
 def _recipe(checkpoint: Checkpoint) -> Recipe | None:
-    """What a checkpoint that anequant wrote was made by; None for one made elsewhere."""
+    """Return the recipe of a checkpoint that anequant wrote; None for one made elsewhere."""
     if made_as(checkpoint.folder) not in (CHECKPOINT, ROTATED):
         return None
     values = read_manifest(checkpoint.folder).get("recipe")
@@ -122,8 +127,8 @@ def _recipe(checkpoint: Checkpoint) -> Recipe | None:
 
 
 def _rotation(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
-    """R1 of a checkpoint that anequant wrote, read from its file or drawn again from its recipe; nothing for
-    another one."""
+    """Return the R1 of a checkpoint that anequant wrote, read from its file or drawn again from its recipe;
+    another one's changes nothing."""
     recipe = _recipe(checkpoint)
     if recipe is None or recipe.r1 == "none":
         return lambda hidden: hidden
@@ -163,7 +168,19 @@ def _open(model: str, base: str | None) -> tuple[Checkpoint, Checkpoint | None]:
 
 
 def read_windows(checkpoint: Checkpoint, text: Path | str, windows: int, length: int) -> Tensor:
-    """At most `windows` token windows of `length` of a text file, or of the test split of wikitext2."""
+    """Read token windows [at most `windows`, length] of a text file, or of the test split of wikitext2."""
+    config = checkpoint.spec.config
+    if str(text) != WIKITEXT2:
+        return read_text_windows(checkpoint.folder, config, Path(text), windows, length)
     tokenizer = load_tokenizer(checkpoint.folder)
-    content = wikitext2("test") if str(text) == WIKITEXT2 else source_text(Path(text), tokenizer)
-    return model_windows(tokenizer, checkpoint.spec.config, content, count=windows, length=length)
+    return model_windows(tokenizer, config, wikitext2("test"), count=windows, length=length)
+
+
+def read_text_windows(
+    folder: Path, config: Mapping[str, Any], text: Path | None, windows: int, length: int
+) -> Tensor:
+    """Read token windows [at most `windows`, length] of a text file, None for the bundled text, with the
+    tokenizer in `folder`. Raises what `source_text` and `model_windows` raise."""
+    tokenizer = load_tokenizer(folder)
+    content = source_text(SAMPLE_TEXT if text is None else text, tokenizer)
+    return model_windows(tokenizer, config, content, count=windows, length=length)

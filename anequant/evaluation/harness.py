@@ -30,7 +30,7 @@ Likelihood = tuple[float, bool]
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """One request after the other: what runs here is a CPU and an interpreter.
+    """A Decoder that answers one request after the other: what runs here is a CPU and an interpreter.
 
     `first` is the token before a text without context, `stop` ends a completion. `at_work` is entered while
     the decoder runs.
@@ -59,14 +59,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return self._first
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Tokens of a text; without `add_special_tokens`, BOS goes before it unless the text names it."""
+        """Return the tokens of a text; without `add_special_tokens`, BOS goes before it unless the text names
+        it."""
         if add_special_tokens is None:
             bos = self._tokenizer.bos_token
             add_special_tokens = bos is None or not string.startswith(bos)
         return encoded(self._tokenizer, string, add_special_tokens=add_special_tokens)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts after `first`, each token predicted once."""
+        """Return log p of whole texts after `first`, each token predicted once."""
 
         def rolled(text: str) -> float:
             tokens = self.tok_encode(text, add_special_tokens=False)
@@ -77,7 +78,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return self._answers("text", [request.args for request in requests], rolled)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy completions, each up to the first of its `until` texts."""
+        """Return greedy completions, each up to the first of its `until` texts."""
         return self._answers("completion", [request.args for request in requests], self._completion)
 
     def _loglikelihood_tokens(
@@ -126,7 +127,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
 
 def likelihood(decoder: Decoder, context: list[int], wanted: list[int]) -> Likelihood:
-    """log p of `wanted` after a context of at least one token, and whether greedy decoding would say it.
+    """Return log p of `wanted` after a context of at least one token, and whether greedy decoding would say
+    it.
 
     Raises UsageError when `wanted` alone is longer than the decoder's context.
     """

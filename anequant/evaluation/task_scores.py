@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from anequant.errors import ResourceError, UnsupportedError, UsageError
+from anequant.errors import ResourceError, UnsupportedError, UsageError, first_line
 from anequant.jobs.control import Progress, silent
 from anequant.runtime.generate import Decoder
 
@@ -69,13 +69,13 @@ def run_tasks(
 
 
 def _no_stderr() -> contextlib.AbstractContextManager[Any]:
-    """Drops the progress bars and remarks of the harness and its libraries."""
+    """Drop the progress bars and remarks of the harness and its libraries."""
     return contextlib.redirect_stderr(io.StringIO())
 
 
 @contextlib.contextmanager
 def _lifted(quiet: contextlib.ExitStack) -> Iterator[None]:
-    """stderr is back while this lasts, for our own progress."""
+    """Give stderr back while this lasts, for our own progress."""
     quiet.close()
     try:
         yield
@@ -84,7 +84,7 @@ def _lifted(quiet: contextlib.ExitStack) -> Iterator[None]:
 
 
 def _load(tasks: str) -> Any:
-    """The harness's TaskDict of what the list names, seeded as `lm-eval run` seeds it."""
+    """Load the harness's TaskDict of what the list names, seeded as `lm-eval run` seeds it."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
     from lm_eval.tasks import TaskManager
 
@@ -105,12 +105,12 @@ def _load(tasks: str) -> Any:
         loaded = manager.load(wanted)
     except OSError as error:
         raise ResourceError(
-            f"the data of '{tasks}' cannot be had: {_first_line(error)}",
+            f"the data of '{tasks}' cannot be had: {first_line(error)}",
             remedy="`datasets` loads it from the hub, its cache, or the files that the task names",
         ) from error
     except Exception as error:
         raise UsageError(
-            f"'{tasks}' cannot be loaded: {type(error).__name__}: {_first_line(error)}"
+            f"'{tasks}' cannot be loaded: {type(error).__name__}: {first_line(error)}"
         ) from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
@@ -128,7 +128,7 @@ def _tasks_in(folder: str, names: list[str]) -> list[str]:
 
 
 def _matches(name: str, manager: Any) -> list[str]:
-    """The harness's tasks and groups of that name or pattern."""
+    """Return the harness's tasks and groups with that name or pattern."""
     matches: list[str] = manager.match_tasks([name])
     if not matches:
         close = difflib.get_close_matches(name, manager.all_tasks, n=1)
@@ -145,7 +145,3 @@ def _finite(values: dict[str, Any]) -> dict[str, float | None]:
         for key, value in values.items()
         if "," in key and isinstance(value, Real)
     }
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

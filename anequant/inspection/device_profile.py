@@ -94,14 +94,14 @@ def profile(folder: Path, tokens: int, *, progress: Progress = silent) -> Device
         placed.append(PackagePlacement(name, operations_by_device(placements), elsewhere))
     ids = _tokens(part, packages, tokens)
     progress("device", 0.4)
-    seconds, ours = measure(lambda: PackageModel(part, DevicePackage.open), ids, packages.batch)
+    seconds, ours = time_decoding(lambda: PackageModel(part, DevicePackage.open), ids, packages.batch)
     progress("interpreter", 0.6)
-    _, expected = measure(lambda: PackageModel(part), ids, packages.batch)
-    return DeviceProfile(_system(), tuple(placed), seconds, agreement(ours, expected))
+    _, expected = time_decoding(lambda: PackageModel(part), ids, packages.batch)
+    return DeviceProfile(_system(), tuple(placed), seconds, measure_agreement(ours, expected))
 
 
-def measure(open_model: Callable[[], Decoder], ids: Sequence[int], batch: int) -> tuple[Timing, Tensor]:
-    """Time a batch of prefill and the tokens after it; the logits [len(ids) - batch + 1, vocab] they give.
+def time_decoding(open_model: Callable[[], Decoder], ids: Sequence[int], batch: int) -> tuple[Timing, Tensor]:
+    """Time a batch of prefill and the tokens after it; return also logits [len(ids) - batch + 1, vocab].
 
     Everything is loaded, and run once, before prefill and tokens are timed.
     """
@@ -118,7 +118,7 @@ def measure(open_model: Callable[[], Decoder], ids: Sequence[int], batch: int) -
     return Timing(load, steps[0], statistics.median(steps[1:])), torch.stack(rows)
 
 
-def agreement(ours: Tensor, expected: Tensor) -> Agreement:
+def measure_agreement(ours: Tensor, expected: Tensor) -> Agreement:
     """Compare logits [positions, vocab]; -inf is one that an arg-max head does not tell."""
     known = torch.isfinite(ours) & torch.isfinite(expected)
     error = torch.where(known, ours - expected, 0).abs().max() / expected[known].abs().max()

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from anequant.errors import InputError
-from anequant.inspection.diff import (
+from anequant.inspection.diff_checkpoints import (
     Differences,
     Form,
+    Pair,
     ValueDifference,
-    difference,
-    keys_that_differ,
-    worst_first,
+    diff_keys,
+    diff_named,
+    diff_values,
 )
-from anequant.inspection.inspect_package import operations_by_kind
+from anequant.inspection.inspect_package import count_operations
 from anequant.targets.coreml.census import Constant, constant_node, load_constant, package_constants
 from anequant.targets.coreml.graph import Graph, Node, package_graphs
 from anequant.targets.coreml.signatures import TensorSpec
@@ -63,14 +64,13 @@ class PackageDifferences:
 
 
 def diff_packages(a: Path, b: Path) -> PackageDifferences:
-    """Reads one constant of each at a time. Raises what `package_graphs` and `load_constant` raise."""
+    """Compare two packages, one constant of each at a time. Raises what `package_graphs` and `load_constant`
+    raise."""
     one, other = package_graphs(a), package_graphs(b)
     functions = {graph.function: graph for graph in one}
     others = {graph.function: graph for graph in other}
     with damage(f"{a} or {b}"):
-        found = [
-            function_differences(graph, others[name]) for name, graph in functions.items() if name in others
-        ]
+        found = [diff_functions(graph, others[name]) for name, graph in functions.items() if name in others]
         constants = _constants(one, other)
     return PackageDifferences(
         a.name,
@@ -79,7 +79,7 @@ def diff_packages(a: Path, b: Path) -> PackageDifferences:
         tuple(name for name in others if name not in functions),
         tuple(function for function in found if not function.same),
         constants,
-        keys_that_differ(_metadata(a), _metadata(b)),
+        diff_keys(_metadata(a), _metadata(b)),
     )
 
 
@@ -91,20 +91,20 @@ def _metadata(package: Path) -> dict[str, str]:
     }
 
 
-def function_differences(a: Graph, b: Graph) -> FunctionDifferences:
-    """From the two programs alone."""
-    counts = [operations_by_kind(graph) for graph in (a, b)]
+def diff_functions(a: Graph, b: Graph) -> FunctionDifferences:
+    """Compare two functions, from their programs alone."""
+    counts = [count_operations(graph) for graph in (a, b)]
     kinds = sorted(kind for kind in {**counts[0], **counts[1]} if counts[0].get(kind) != counts[1].get(kind))
     return FunctionDifferences(
         a.function,
-        keys_that_differ(_words(a), _words(b)),
+        diff_keys(_words(a), _words(b)),
         {kind: (counts[0].get(kind, 0), counts[1].get(kind, 0)) for kind in kinds},
         tuple(_changed(_forms(a), _forms(b))),
     )
 
 
 def _forms(graph: Graph) -> dict[str, Any]:
-    """Every operation by its name, in order; one without an output by what it takes."""
+    """Return every operation by its name, in order; one without an output by what it takes."""
     forms: dict[str, Any] = {}
     for node in graph.nodes:
         taken = " ".join(str(name) for names in node.inputs.values() for name in names)
@@ -120,7 +120,7 @@ def _changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _words(graph: Graph) -> dict[str, str]:
-    """The function's tensors: dtype and shape by place and name."""
+    """Return the function's tensors: dtype and shape by place and name."""
     spec = graph.spec
     places: tuple[tuple[TensorSpec, ...], ...] = (spec.inputs, spec.outputs, spec.states)
     return {
@@ -131,7 +131,7 @@ def _words(graph: Graph) -> dict[str, str]:
 
 
 def _form(node: Node) -> Any:
-    """An operation's MIL_pb2 message without where its constants lie in the weight file."""
+    """Return an operation's MIL_pb2 message without where its constants lie in the weight file."""
     proto = copy.deepcopy(node.proto)
     values = [binding.value for argument in proto.inputs.values() for binding in argument.arguments]
     for value in (*values, *proto.attributes.values()):
@@ -141,25 +141,17 @@ def _form(node: Node) -> Any:
 
 
 def _constants(a: list[Graph], b: list[Graph]) -> Differences:
-    one, other = ({item.name: item for item in package_constants(graphs)} for graphs in (a, b))
-    both = [name for name in one if name in other]
-    forms, values = [], []
-    for name in both:
-        pair = one[name], other[name]
-        if _stored(pair[0]) != _stored(pair[1]):
-            words = tuple(f"{item.kind} {item.dtype}" for item in pair)
-            forms.append(Form(name, (words[0], words[1]), (pair[0].shape, pair[1].shape)))
-        if pair[0].shape == pair[1].shape:
-            found = _difference(name, _load(a, name), _load(b, name))
-            values += [] if found is None else [found]
-    unlike = {form.name for form in forms} | {value.name for value in values}
-    return Differences(
-        tuple(name for name in one if name not in other),
-        tuple(name for name in other if name not in one),
-        tuple(forms),
-        worst_first(values),
-        len(both) - len(unlike),
-    )
+    ours, theirs = ({item.name: item for item in package_constants(graphs)} for graphs in (a, b))
+
+    def compare(name: str) -> Pair:
+        one, other = ours[name], theirs[name]
+        form = None
+        if _stored(one) != _stored(other):
+            kinds = f"{one.kind} {one.dtype}", f"{other.kind} {other.dtype}"
+            form = Form(name, kinds, (one.shape, other.shape))
+        return form, _difference(name, _load(a, name), _load(b, name)) if one.shape == other.shape else None
+
+    return diff_named(ours, theirs, compare)
 
 
 def _stored(constant: Constant) -> tuple[Any, ...]:
@@ -176,8 +168,8 @@ def _load(graphs: list[Graph], name: str) -> Value:
 def _difference(name: str, a: Value, b: Value) -> ValueDifference | None:
     if isinstance(a, Palettized) and isinstance(b, Palettized) and a.codebook.shape == b.codebook.shape:
         ours, theirs = a.codes, b.codes
-        return difference(name, _dense(a), _dense(b), lambda: int(torch.count_nonzero(ours != theirs)))
-    return difference(name, _dense(a), _dense(b))
+        return diff_values(name, _dense(a), _dense(b), lambda: int(torch.count_nonzero(ours != theirs)))
+    return diff_values(name, _dense(a), _dense(b))
 
 
 def _dense(value: Value) -> Tensor:
@@ -186,8 +178,8 @@ def _dense(value: Value) -> Tensor:
     return value.dense() if isinstance(value, Palettized) else value
 
 
-def pairs(a: tuple[Path, ...], b: tuple[Path, ...]) -> Iterator[tuple[Path | None, Path | None]]:
-    """Packages of the same name but for the width in it; two single ones whatever their names."""
+def pair_packages(a: tuple[Path, ...], b: tuple[Path, ...]) -> Iterator[tuple[Path | None, Path | None]]:
+    """Pair packages with the same name but for the width in it; two single ones whatever their names."""
     if len(a) == len(b) == 1:
         yield a[0], b[0]
         return

@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anequant.calibration.sources import source_text
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
-from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
+from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import InputError, UnsupportedError, UsageError
 from anequant.evaluation.divergence import summarise
-from anequant.inspection.diff import CheckpointDifferences, diff_checkpoints, keys_that_differ
-from anequant.inspection.diff_packages import PackageDifferences, diff_packages, pairs
-from anequant.inspection.inspect import PACKAGE, Parts, parts_of
+from anequant.evaluation.evaluate import read_text_windows
+from anequant.inspection.diff_checkpoints import CheckpointDifferences, diff_checkpoints, diff_keys
+from anequant.inspection.diff_packages import PackageDifferences, diff_packages, pair_packages
+from anequant.inspection.inspect import PACKAGE, Parts, find_parts
 from anequant.jobs.control import Progress, silent
 from anequant.reference.forward import logits
 from anequant.reference.probe import probe_tokens
-from anequant.reference.windows import load_tokenizer, model_windows
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.targets.coreml.meta import META, read_meta
 
@@ -71,11 +70,11 @@ class PathDifferences:
 def diff(
     a: Path, b: Path, *, compare_logits: bool = False, text: Path | None = None, progress: Progress = silent
 ) -> PathDifferences:
-    """`text` is what logits are computed on, None for the bundled one.
+    """Compare what two paths hold; `text` is what logits are computed on, None for the bundled one.
 
     Raises UsageError for two paths that have nothing in common to compare, and what opening them raises.
     """
-    ours, theirs = parts_of(a), parts_of(b)
+    ours, theirs = find_parts(a), find_parts(b)
     kinds = ours.kind, theirs.kind
     if not (ours.checkpoint and theirs.checkpoint) and not (ours.packages and theirs.packages):
         raise UsageError(
@@ -86,7 +85,7 @@ def diff(
     if ours.checkpoint and theirs.checkpoint:
         opened = open_checkpoint(ours.checkpoint), open_checkpoint(theirs.checkpoint)
         checkpoint = diff_checkpoints(*opened, progress.part("tensors", 0.0, end))
-    matched = list(pairs(ours.packages, theirs.packages)) if ours.packages and theirs.packages else []
+    matched = list(pair_packages(ours.packages, theirs.packages)) if ours.packages and theirs.packages else []
     packages = []
     for number, (one, other) in enumerate(matched):
         if one is not None and other is not None:
@@ -100,7 +99,7 @@ def diff(
         tuple(packages),
         tuple(one.name for one, other in matched if one is not None and other is None),
         tuple(other.name for one, other in matched if one is None and other is not None),
-        keys_that_differ(_set(ours), _set(theirs)) if packages and PACKAGE not in kinds else {},
+        diff_keys(_set(ours), _set(theirs)) if packages and PACKAGE not in kinds else {},
         _logits(ours, theirs, text, last) if compare_logits else None,
     )
 
@@ -111,7 +110,7 @@ def _set(parts: Parts) -> dict[str, Any]:
 
 
 def _logits(a: Parts, b: Parts, text: Path | None, progress: Progress) -> LogitsDifference:
-    """Of the checkpoints, of the packages where there are none."""
+    """Compare the logits of the checkpoints, or of the packages where there are none."""
     if a.checkpoint and b.checkpoint:
         opened = open_checkpoint(a.checkpoint), open_checkpoint(b.checkpoint)
         base, model = opened
@@ -119,7 +118,7 @@ def _logits(a: Parts, b: Parts, text: Path | None, progress: Progress) -> Logits
             sizes = f"{base.spec.vocab_size} and {model.spec.vocab_size}"
             raise InputError(f"vocabularies of {sizes} tokens have no logits to compare")
         tokens = _tokens(base, text)
-        return compare(tokens, logits(base, tokens), logits(model, tokens, progress=progress))
+        return diff_logits(tokens, logits(base, tokens), logits(model, tokens, progress=progress))
     folders = [parts.packages[0].parent for parts in (a, b)]
     for parts, folder in zip((a, b), folders, strict=True):
         if parts.kind == PACKAGE or not (folder / META).is_file():
@@ -130,15 +129,16 @@ def _logits(a: Parts, b: Parts, text: Path | None, progress: Progress) -> Logits
     if not all(model.tells_all_logits for model in models):
         raise UnsupportedError("packages with an arg-max head tell no logits to compare")
     length = min(PACKAGE_TOKENS, *(model.context for model in models))
-    tokens = _text_windows(folders[0], read_json(folders[0] / "config.json"), text, 1, length)
+    tokens = read_text_windows(folders[0], read_json(folders[0] / "config.json"), text, 1, length)
     base_logits, our_logits = ([model.feed_each(tokens[0].tolist())] for model in models)
     if base_logits[0].shape != our_logits[0].shape:
         raise InputError("vocabularies of two sizes have no logits to compare")
-    return compare(tokens, base_logits, our_logits)
+    return diff_logits(tokens, base_logits, our_logits)
 
 
-def compare(tokens: Tensor, base: Iterable[Tensor], ours: Iterable[Tensor]) -> LogitsDifference:
-    """Logits [length, vocab] of each window of tokens [windows, length], one of each in memory at a time."""
+def diff_logits(tokens: Tensor, base: Iterable[Tensor], ours: Iterable[Tensor]) -> LogitsDifference:
+    """Compare logits [length, vocab] of each window of tokens [windows, length], one of each in memory at a
+    time."""
     largest, kept = 0.0, deque[Tensor]()
 
     def watched() -> Iterator[Tensor]:
@@ -160,10 +160,4 @@ def compare(tokens: Tensor, base: Iterable[Tensor], ours: Iterable[Tensor]) -> L
 def _tokens(checkpoint: Checkpoint, text: Path | None) -> Tensor:
     if text is None and not has_tokenizer(checkpoint.folder):
         return torch.stack([probe_tokens(checkpoint, LENGTH)])
-    return _text_windows(checkpoint.folder, checkpoint.spec.config, text, WINDOWS, LENGTH)
-
-
-def _text_windows(folder: Path, config: Any, text: Path | None, count: int, length: int) -> Tensor:
-    tokenizer = load_tokenizer(folder)
-    content = source_text(SAMPLE_TEXT if text is None else text, tokenizer)
-    return model_windows(tokenizer, config, content, count=count, length=length)
+    return read_text_windows(checkpoint.folder, checkpoint.spec.config, text, WINDOWS, LENGTH)

@@ -19,11 +19,15 @@ from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.stored import read_stored
-from anequant.errors import InputError, UnsupportedError, UsageError, shown
-from anequant.evaluation.distribution import Distribution, distribution
-from anequant.inspection.inspect_checkpoint import CheckpointFacts, checkpoint_facts
-from anequant.inspection.inspect_package import PackageFacts, package_facts
-from anequant.inspection.inspect_tensors import TensorFiles, tensor_files
+from anequant.errors import InputError, UnsupportedError, UsageError, quote
+from anequant.evaluation.distribution import Distribution, measure_distribution
+from anequant.inspection.inspect_checkpoint import (
+    CheckpointFacts,
+    TensorFiles,
+    inspect_checkpoint,
+    inspect_tensor_files,
+)
+from anequant.inspection.inspect_package import PackageFacts, inspect_package
 from anequant.targets.coreml.census import constant_node, load_constant
 from anequant.targets.coreml.graph import package_graphs
 from anequant.targets.coreml.meta import META, read_meta
@@ -80,8 +84,8 @@ class TensorFacts:
         return asdict(self)
 
 
-def parts_of(path: Path) -> Parts:
-    """Raises InputError for a path that does not exist or holds nothing of the kind."""
+def find_parts(path: Path) -> Parts:
+    """Find out what a path is made of. Raises InputError for one that does not exist or holds none of it."""
     if path.is_file():
         if path.suffix != ".safetensors":
             raise InputError(
@@ -107,27 +111,30 @@ def parts_of(path: Path) -> Parts:
 
 
 def inspect(path: Path) -> Inspection:
-    """Raises InputError for a path that holds nothing of the kind or is damaged, UnsupportedError for an
-    architecture or a kind of Core ML model that is not known."""
-    parts = parts_of(path)
-    checkpoint = None if parts.checkpoint is None else checkpoint_facts(open_checkpoint(parts.checkpoint))
+    """Return what a path holds, and in what form.
+
+    Raises InputError for a path that holds nothing of the kind or is damaged, UnsupportedError for an
+    architecture or a kind of Core ML model that is not known.
+    """
+    parts = find_parts(path)
+    checkpoint = None if parts.checkpoint is None else inspect_checkpoint(open_checkpoint(parts.checkpoint))
     meta = parts.packages[0].parent if parts.packages and parts.kind != PACKAGE else None
     return Inspection(
         checkpoint.kind if parts.kind == "checkpoint" and checkpoint is not None else parts.kind,
         checkpoint,
-        tuple(package_facts(package) for package in parts.packages),
+        tuple(inspect_package(package) for package in parts.packages),
         asdict(read_meta(meta)) if meta is not None and (meta / META).is_file() else None,
-        None if parts.file is None else tensor_files(read_header(parts.file)),
+        None if parts.file is None else inspect_tensor_files(read_header(parts.file)),
     )
 
 
 def inspect_tensor(path: Path, name: str) -> TensorFacts:
-    """The values of one tensor: `name` as in the file, or that of a linear, whose weight it then is; in a
-    package that of a constant.
+    """Return the statistics of one tensor: `name` is as in the file, or a linear's, for its weight; in a
+    package a constant's.
 
     Raises UsageError with a suggestion for a name that is not there, and what `inspect` raises.
     """
-    parts, known = parts_of(path), []
+    parts, known = find_parts(path), []
     if parts.file is not None:
         tensors = read_header(parts.file)
         if name in tensors:
@@ -146,13 +153,13 @@ def inspect_tensor(path: Path, name: str) -> TensorFacts:
             with damage(str(package)):
                 return _of_package(name, package.name, load_constant(*found))
         known += [node.name for graph in graphs for node in graph.nodes if node.constant]
-    raise UsageError(f"no tensor {shown(name)} in '{path}'", remedy=_suggestion(name, known))
+    raise UsageError(f"no tensor {quote(name)} in '{path}'", remedy=_suggestion(name, known))
 
 
 def _suggestion(name: str, known: list[str]) -> str:
-    """Names that are close, else some that there are."""
+    """Return names that are close, else some that there are."""
     close = difflib.get_close_matches(name[:LONGEST_NAME], known, n=3)
-    listed = " or ".join(shown(word) for word in close or known[:3])
+    listed = " or ".join(quote(word) for word in close or known[:3])
     return f"did you mean {listed}?" if close else f"there are {len(known)}, for example {listed}"
 
 
@@ -173,7 +180,7 @@ def _of_checkpoint(checkpoint: Checkpoint, name: str) -> TensorFacts:
 
 def _of_package(name: str, place: str, value: Any) -> TensorFacts:
     if isinstance(value, str):
-        raise UnsupportedError(f"constant {shown(name)} is the text {shown(value)}, not a tensor")
+        raise UnsupportedError(f"constant {quote(name)} is the text {quote(value)}, not a tensor")
     if not isinstance(value, Palettized):
         return _facts(name, place, _dtype(value), value, None, None)
     *_, entries, width = value.codebook.shape
@@ -187,8 +194,8 @@ def _facts(
     name: str, place: str, dtype: str, tensor: Tensor, codes: tuple[CodeUse, ...] | None, tables: int | None
 ) -> TensorFacts:
     if tensor.is_complex():
-        raise UnsupportedError(f"tensor {shown(name)} is complex")
-    return TensorFacts(name, place, dtype, tuple(tensor.shape), distribution(tensor), codes, tables)
+        raise UnsupportedError(f"tensor {quote(name)} is complex")
+    return TensorFacts(name, place, dtype, tuple(tensor.shape), measure_distribution(tensor), codes, tables)
 
 
 def _uses(codes: Tensor, codebook: Tensor) -> Iterator[CodeUse]:

@@ -1,11 +1,13 @@
-"""What a checkpoint is, from config.json and headers; of a quantized one also its scales and codebooks.
+"""What a checkpoint is, and what any files of tensors hold, from config.json and headers.
 
-No weight is read: scales and codebooks are vectors, so this takes seconds for a model of any size.
+Scales and codebooks of a quantized one are read too. They are vectors, and no weight is read, so this takes
+seconds for a model of any size.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +16,44 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, HEAD
-from anequant.checkpoints.header import BITS
+from anequant.checkpoints.header import BITS, TensorInfo
 from anequant.checkpoints.layout import projection_names
 from anequant.checkpoints.manifest import MANIFEST, ROTATED, made_as, read_manifest
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.stored import read_stored
-from anequant.inspection.inspect_tensors import TensorFiles, tensor_files
 from anequant.quantization.online import Online
 
-FLOAT, TURNED, QUANTIZED = "float checkpoint", "rotated float checkpoint", "quantized checkpoint"
+FLOAT, ROTATED_FLOAT, QUANTIZED = "float checkpoint", "rotated float checkpoint", "quantized checkpoint"
 PROJECTIONS, WHOLE = "projections", "whole model"
 PARTS = {EMBEDDING: "embedding", HEAD: "head"}
 PARTS_OF_LINEAR = ("weight", "input_scales", "output_scales", "codebook")
 GRID = 2.0**-10
 """An integer grid times a scale, each entry rounded to float16, is off by less than this of its largest."""
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """Tensors that differ in the numbers of their names only, which `name` has as *."""
+
+    name: str
+    count: int
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """Files of tensors; `dtypes` are bytes by dtype, `float16_bytes` what as many values take in float16."""
+
+    tensors: int
+    values: int
+    kinds: tuple[TensorKind, ...]
+    dtypes: Mapping[str, int]
+    files: Mapping[str, int]
+    float16_bytes: int
 
 
 @dataclass(frozen=True)
@@ -75,9 +101,10 @@ class CheckpointFacts:
     recipe: Mapping[str, Any] | None
 
 
-def checkpoint_facts(checkpoint: Checkpoint) -> CheckpointFacts:
-    """Raises InputError for an anequant.json that is damaged, and what `read_stored` raises."""
-    kind = TURNED if made_as(checkpoint.folder) == ROTATED else FLOAT
+def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointFacts:
+    """Return what a checkpoint is. Raises InputError for an anequant.json that is damaged, and what
+    `read_stored` raises."""
+    kind = ROTATED_FLOAT if made_as(checkpoint.folder) == ROTATED else FLOAT
     recorded = read_manifest(checkpoint.folder) if (checkpoint.folder / MANIFEST).is_file() else {}
     spec = checkpoint.spec
     linears = [*projection_names(spec), *PARTS]
@@ -88,17 +115,17 @@ def checkpoint_facts(checkpoint: Checkpoint) -> CheckpointFacts:
         QUANTIZED if quantized else kind,
         f"anequant {version}" if version else None,
         {"model_type": spec.architecture.model_type, **spec.sizes, "tied": spec.tied},
-        tensor_files(checkpoint.tensors),
+        inspect_tensor_files(checkpoint.tensors),
         dict(_bits(checkpoint, linears)),
         scales,
         codebooks,
-        online_facts(checkpoint.online),
+        inspect_online(checkpoint.online),
         recorded.get("recipe"),
     )
 
 
-def online_facts(online: Online) -> dict[str, Any]:
-    """What the model does while it runs, empty where it is its weights and no more."""
+def inspect_online(online: Online) -> dict[str, Any]:
+    """Return what the model does while it runs, empty where it is its weights and no more."""
     facts: dict[str, Any] = {}
     for name in ("r3", "r4"):
         rotation = getattr(online, name)
@@ -121,7 +148,7 @@ def online_facts(online: Online) -> dict[str, Any]:
 
 
 def _bits(checkpoint: Checkpoint, linears: list[str]) -> Iterator[tuple[str, PartBits]]:
-    """The parts that there are; the whole model is the parts, without norms and biases."""
+    """Yield the parts that there are; the whole model is the parts, without norms and biases."""
     parts: dict[str, list[tuple[int, float | None, float | None]]] = {}
     for name in linears:
         if f"{name}.weight" in checkpoint.tensors:
@@ -135,7 +162,7 @@ def _bits(checkpoint: Checkpoint, linears: list[str]) -> Iterator[tuple[str, Par
 
 
 def _linear_bits(checkpoint: Checkpoint, name: str) -> tuple[int, float | None, float | None]:
-    """Weights, bits of the codes, and with scales and codebook."""
+    """Return the number of weights, the bits of their codes, and those with scales and codebook."""
     shapes = {part: checkpoint.tensors.get(f"{name}.{part}") for part in PARTS_OF_LINEAR}
     counts = {part: math.prod(info.shape) for part, info in shapes.items() if info is not None}
     weights = counts["weight"]
@@ -168,10 +195,10 @@ def _scales_and_codebooks(
     for name in quantized:
         output = vectors[f"{name}.output_scales"]
         given = vectors.get(f"{name}.input_scales", torch.ones(1))
-        scales.setdefault(scale_kind(given, output), []).append((given.abs(), output.abs()))
+        scales.setdefault(classify_scales(given, output), []).append((given.abs(), output.abs()))
         if f"{name}.codebook" in vectors:
             entries = vectors[f"{name}.codebook"].float().reshape(-1)
-            codebooks.setdefault((codebook_kind(entries), len(entries)), []).append(entries)
+            codebooks.setdefault((classify_codebook(entries), len(entries)), []).append(entries)
     return (
         tuple(
             ScaleKind(kind, len(pairs), _range([a for a, _ in pairs]), _range([b for _, b in pairs]))
@@ -184,8 +211,8 @@ def _scales_and_codebooks(
     )
 
 
-def scale_kind(input_scales: Tensor, output_scales: Tensor) -> str:
-    """The recipe's word: group, balanced, output, tensor; or premultiplied, where all of them are 1."""
+def classify_scales(input_scales: Tensor, output_scales: Tensor) -> str:
+    """Return the recipe's word: group, balanced, output, tensor; or premultiplied, where all scales are 1."""
     if output_scales.ndim == 2 and output_scales.shape[1] > 1:
         return "group"
     if not bool((input_scales == input_scales.flatten()[0]).all()):
@@ -195,8 +222,8 @@ def scale_kind(input_scales: Tensor, output_scales: Tensor) -> str:
     return "premultiplied" if float(output_scales.flatten()[0]) == 1 else "tensor"
 
 
-def codebook_kind(entries: Tensor) -> str:
-    """uniform where the entries [n] are equally far apart, as far as float16 tells; else lut."""
+def classify_codebook(entries: Tensor) -> str:
+    """Return uniform where the entries [n] are equally far apart, as far as float16 tells; else lut."""
     entries = entries.double().sort().values
     grid = torch.linspace(float(entries[0]), float(entries[-1]), len(entries), dtype=torch.float64)
     return "uniform" if float((entries - grid).abs().max()) <= GRID * float(entries.abs().max()) else "lut"
@@ -204,3 +231,30 @@ def codebook_kind(entries: Tensor) -> str:
 
 def _range(tensors: list[Tensor]) -> tuple[float, float]:
     return min(float(part.min()) for part in tensors), max(float(part.max()) for part in tensors)
+
+
+def inspect_tensor_files(tensors: Mapping[str, TensorInfo]) -> TensorFiles:
+    """Count `tensors` as `read_header` and `open_checkpoint` give them; only sizes of files are looked up."""
+    found: dict[tuple[str, str, tuple[int, ...]], int] = {}
+    dtypes: dict[str, int] = {}
+    for name, info in tensors.items():
+        key = (star_numbers(name), info.dtype, info.shape)
+        found[key] = found.get(key, 0) + 1
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + stored_bytes(info)
+    kinds = tuple(
+        TensorKind(name, count, dtype, shape, count * math.prod(shape) * BITS[dtype] // 8)
+        for (name, dtype, shape), count in found.items()
+    )
+    values = sum(math.prod(info.shape) for info in tensors.values())
+    shards = sorted({info.shard for info in tensors.values()})
+    sizes = {shard.name: shard.stat().st_size for shard in shards}
+    return TensorFiles(len(tensors), values, kinds, dtypes, sizes, 2 * values)
+
+
+def star_numbers(name: str) -> str:
+    """Return a name with * for every part that is a number."""
+    return _NUMBER.sub("*", name)
+
+
+def stored_bytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * BITS[info.dtype] // 8

@@ -59,8 +59,9 @@ class PackageFacts:
     float16_bytes: int
 
 
-def package_facts(package: Path) -> PackageFacts:
-    """Raises InputError for a damaged package, UnsupportedError for one that is no mlProgram."""
+def inspect_package(package: Path) -> PackageFacts:
+    """Return what a package is. Raises InputError for a damaged one, UnsupportedError for one that is no
+    mlProgram."""
     graphs = package_graphs(package)
     model = read_model(model_file(package))
     default = model.description.defaultFunctionName or (graphs[0].function if len(graphs) == 1 else "")
@@ -79,19 +80,19 @@ def package_facts(package: Path) -> PackageFacts:
         values,
         codes / values if values else None,
         8 * sum(constant.bytes for constant in weights) / values if values else None,
-        package_files(package),
+        list_package_files(package),
         2 * sum(constant.values for constant in constants),
     )
 
 
-def package_files(package: Path) -> dict[str, int]:
-    """Bytes of each file, by its path in the package."""
+def list_package_files(package: Path) -> dict[str, int]:
+    """Return the bytes of each file, by its path in the package."""
     found = sorted(path for path in package.rglob("*") if path.is_file())
     return {path.relative_to(package).as_posix(): path.stat().st_size for path in found}
 
 
-def operations_by_kind(graph: Graph) -> dict[str, int]:
-    """The most frequent first."""
+def count_operations(graph: Graph) -> dict[str, int]:
+    """Return how often each kind of operation computes, the most frequent first."""
     counts: dict[str, int] = {}
     for node in graph.computing():
         counts[node.kind] = counts.get(node.kind, 0) + 1
@@ -107,7 +108,7 @@ def _function(graph: Graph, default: str) -> FunctionFacts:
         spec.outputs,
         spec.states,
         spec.enumerated,
-        operations_by_kind(graph),
+        count_operations(graph),
     )
 
 

@@ -7,14 +7,14 @@ import shutil
 import stat
 from pathlib import Path
 
-from anequant.errors import ResourceError, UsageError, shown
+from anequant.errors import ResourceError, UsageError, quote
 
 
 def check_output(target: Path, *, force: bool, source: Path) -> None:
     """Raises UsageError when `target` exists (unless it is a folder and `force`), lies under a file,
     cannot be a name, or overlaps the folder `source` that is to be read."""
     if str(target) != str(target).encode(errors="replace").decode():
-        what = f"output {shown(str(target))} cannot be created: its name is no UTF-8"
+        what = f"output {quote(str(target))} cannot be created: its name is no UTF-8"
         raise UsageError(what, remedy="Core ML's libraries take no other; name another folder")
     try:
         link = stat.S_ISLNK(target.lstat().st_mode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from anequant.errors import UsageError, shown
+from anequant.errors import UsageError, quote
 from anequant.jobs.control import drop_note
 from anequant.jobs.tasks import Schedulers, local
 
@@ -24,7 +24,7 @@ def open_scheduler(name: str, note: Callable[[str], None] = drop_note) -> Iterat
         yield local
         return
     if not name.startswith(DASK):
-        raise UsageError(f"there is no scheduler {shown(name)}", remedy=f"use {LOCAL} or {DASK}HOST:PORT")
+        raise UsageError(f"there is no scheduler {quote(name)}", remedy=f"use {LOCAL} or {DASK}HOST:PORT")
     try:
         import distributed
     except ImportError as error:

@@ -16,7 +16,7 @@ SPECIAL = "|`<>[]*\\"
 def card_page(
     metadata: Mapping[str, Any], title: str, said: Sequence[str], sections: Mapping[str, Sequence[str]]
 ) -> str:
-    """`said` are paragraphs, `sections` lines by heading."""
+    """Return a card: `said` are paragraphs, `sections` lines by heading."""
     front = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=1000).rstrip("\n")
     lines = [FENCE, front, FENCE, "", f"# {title}"]
     for paragraph in said:
@@ -35,6 +35,6 @@ def code(language: str, *lines: str) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """A name that others chose, so that it stays text in Markdown."""
+    """Escape a name that others chose, so that it stays text in Markdown."""
     printable = "".join(char if char.isprintable() else "?" for char in text)
     return "".join(f"\\{char}" if char in SPECIAL else char for char in printable)

@@ -18,12 +18,13 @@ OUTPUT = "OUT"
 
 
 def quantize_command(source: Source, recipe: Recipe, calibration: Calibration, *, rotated: bool) -> str:
-    """`anequant quantize ...`; `rotated`: the source is a rotated checkpoint, which brings its matrices."""
+    """Return `anequant quantize ...`; `rotated`: the source is a rotated checkpoint, which brings its
+    matrices."""
     return _command("quantize", source, [*_recipe_words(recipe, rotated), *_calibration_words(calibration)])
 
 
 def rotate_command(source: Source, recipe: Recipe, calibration: Calibration) -> str:
-    """`anequant rotate ...`, which takes the recipe's keys of rotations only."""
+    """Return `anequant rotate ...`, which takes the recipe's keys of rotations only."""
     words = _recipe_words(recipe, False, ROTATION_KEYS)
     return _command("rotate", source, [*words, *_calibration_words(calibration)])
 
@@ -31,13 +32,13 @@ def rotate_command(source: Source, recipe: Recipe, calibration: Calibration) -> 
 def convert_command(
     source: Source, recipe: Recipe, calibration: Calibration, options: LowerOptions, *, rotated: bool
 ) -> str:
-    """`anequant convert ...`; as `quantize_command`."""
+    """Return `anequant convert ...`; `rotated` as in `quantize_command`."""
     words = [*_recipe_words(recipe, rotated), *_calibration_words(calibration), *_lowering_words(options)]
     return _command("convert", source, words)
 
 
 def model_word(source: Source) -> str:
-    """MODEL: the hub's name of it at that commit, or a folder's own name."""
+    """Return MODEL: the hub's name of it at that commit, or a folder's own name."""
     if source.repo is None:
         return source.name
     return source.repo if source.revision is None else f"{source.repo}@{source.revision}"
@@ -48,7 +49,8 @@ def _command(verb: str, source: Source, words: list[str]) -> str:
 
 
 def _recipe_words(recipe: Recipe, rotated: bool, known: Collection[str] | None = None) -> list[str]:
-    """The named recipe that takes the fewest options beside it, and these as far as they are `known`."""
+    """Return the named recipe that takes the fewest options beside it, and these as far as they are
+    `known`."""
     wanted = recipe.to_dict()
     choices = {
         name: {key: wanted[key] for key, value in load_recipe(name).to_dict().items() if value != wanted[key]}
@@ -75,13 +77,13 @@ def _lowering_words(options: LowerOptions) -> list[str]:
 
 
 def _changed(value: Any, default: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not the default's."""
+    """Return the fields of a dataclass that are not the default's."""
     own, plain = dataclasses.asdict(value), dataclasses.asdict(default)
     return {key: item for key, item in own.items() if item != plain[key]}
 
 
 def _options(values: Mapping[str, Any]) -> list[str]:
-    """Each key as the option that is called like it."""
+    """Return each key as the option that is called like it."""
     words: list[str] = []
     for key, value in values.items():
         flag = key.replace("_", "-")

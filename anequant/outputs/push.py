@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anequant.checkpoints.manifest import MANIFEST
-from anequant.errors import InputError, ResourceError, UsageError, shown
+from anequant.errors import InputError, ResourceError, UsageError, first_line, quote
 from anequant.jobs.control import Progress, silent
 from anequant.verification.hashes import verify_files
 
@@ -39,7 +39,7 @@ class Upload:
 
 
 def plan_upload(folder: Path, repo: str, *, private: bool = False, progress: Progress = silent) -> Upload:
-    """What `push` would send; asks nothing of the network.
+    """Return what `push` would send, without asking anything of the network.
 
     Raises InputError for a folder that anequant did not write, VerificationError for one that has changed
     since, UsageError for a name that the hub would refuse.
@@ -51,7 +51,7 @@ def plan_upload(folder: Path, repo: str, *, private: bool = False, progress: Pro
         validate_repo_id(repo)
     except HFValidationError as error:
         remedy = "use your name or an organisation's, a slash and a name: org/name"
-        raise UsageError(f"{shown(repo)} is no name of a repository", remedy=remedy) from error
+        raise UsageError(f"{quote(repo)} is no name of a repository", remedy=remedy) from error
     if not (folder / MANIFEST).is_file():
         raise InputError(
             f"'{folder}' holds no {MANIFEST}, anequant did not write it",
@@ -90,7 +90,7 @@ def push(folder: Path, upload: Upload, progress: Progress = silent) -> Upload:
             commit_message=f"Upload {upload.kind} made by anequant",
         )
     except (hub.HTTPError, hub.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ResourceError(
             f"'{upload.repo}' could not be written on the hub: {reason}",
             remedy="log in (hf auth login), check name and network; the same command then goes on",

@@ -24,8 +24,8 @@ def copy_tokenizer(source: Source, folder: Path) -> None:
 
 
 def source_record(source: Source, files: list[str]) -> dict[str, Any]:
-    """The source by name, revision, the hashes of its `files` and the code that was ignored; no folder is
-    named."""
+    """Return the source by name, revision, the hashes of its `files` and the code that was ignored; no folder
+    is named."""
     return {
         "name": source.name,
         "repo": source.repo,
@@ -36,7 +36,7 @@ def source_record(source: Source, files: list[str]) -> dict[str, Any]:
 
 
 def calibration_record(calibration: Calibration, tokens: Tensor | None) -> dict[str, Any] | None:
-    """What the manifest says of the tokens, None for a recipe that needs none; no folder is named.
+    """Return what the manifest says of the tokens, None for a recipe that needs none; no folder is named.
 
     The threads belong to it: sums over tokens round differently when more of them share the work.
     """

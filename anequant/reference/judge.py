@@ -19,7 +19,7 @@ from anequant.architectures.spec import HEAD
 from anequant.checkpoints.header import read_header
 from anequant.checkpoints.online_config import SUFFIX
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
-from anequant.errors import UnsupportedError, VerificationError, shown
+from anequant.errors import UnsupportedError, VerificationError, quote
 from anequant.reference.forward import ReferenceModel
 from anequant.reference.miniature import TOKENS, WINDOW, StockReading, Stored, read_as_stock
 
@@ -68,7 +68,7 @@ def check_written(source: Checkpoint, folder: Path) -> None:
         ours, theirs = (spec.config.get(key) for spec in (written.spec, source.spec))
         if key not in REWRITTEN and ours != theirs:
             raise VerificationError(
-                f"config key '{key}' was written as {shown(ours)} and is {shown(theirs)} in the source",
+                f"config key '{key}' was written as {quote(ours)} and is {quote(theirs)} in the source",
                 where=str(folder / "config.json"),
                 remedy=REMEDY,
             )
@@ -79,7 +79,7 @@ def _compare_configs(checkpoint: Checkpoint, stock: Mapping[str, Any]) -> None:
         theirs = stock.get(key)
         if key not in KEPT and theirs != value:
             raise VerificationError(
-                f"transformers reads config key '{key}' as {shown(theirs)}, anequant as {shown(value)}",
+                f"transformers reads config key '{key}' as {quote(theirs)}, anequant as {quote(value)}",
                 where=str(checkpoint.folder / "config.json"),
                 remedy=REMEDY,
             )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from anequant.checkpoints.source import TOKENIZER_FILES
-from anequant.errors import InputError, UsageError
+from anequant.errors import InputError, UsageError, first_line
 from anequant.strict import read_plain
 
 
@@ -26,7 +26,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise InputError(f"the tokenizer of '{folder}' cannot be read: {reason}") from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from anequant.checkpoints.places import CHECKPOINT_FOLDER, packages_folder
 from anequant.checkpoints.reader import read_object
-from anequant.errors import InputError, UsageError, shown
+from anequant.errors import InputError, UsageError, first_line, quote
 from anequant.reference.windows import load_tokenizer
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.runtime.generate import Decoder, decoded, encoded, new_tokens
@@ -67,7 +67,7 @@ def stop_tokens(folder: Path) -> frozenset[int]:
         return frozenset()
     if not ends or not all(type(token) is int for token in ends):
         raise InputError(
-            f"'eos_token_id' of '{name}' is {shown(listed)}",
+            f"'eos_token_id' of '{name}' is {quote(listed)}",
             where=str(folder / name),
             remedy="write a token, a list of tokens, or null",
         )
@@ -142,16 +142,11 @@ class Chat:
         except Exception as error:
             system = self.messages[0]["role"] == "system"
             raise InputError(
-                f"the chat template does not take this conversation: {_reason(error)}",
+                f"the chat template does not take this conversation: {first_line(error)}",
                 where=str(self.model.folder),
                 remedy="leave out --system" if system else "use `anequant generate`",
             ) from error
         return text
-
-
-def _reason(error: Exception) -> str:
-    """A template may raise anything, and say nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _check_sampling(model: TextModel, sampling: Sampling) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anequant.errors import UsageError, is_unicode, shown
+from anequant.errors import UsageError, is_unicode, quote
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -82,7 +82,7 @@ def score(decoder: Decoder, tokens: Sequence[int], first: int) -> Tensor:
 def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
     """The tokens of a text; `options` go to the tokenizer. Raises UsageError for what is no Unicode."""
     if not is_unicode(text):
-        raise UsageError(f"{shown(text)} is not UTF-8", remedy="write it in UTF-8")
+        raise UsageError(f"{quote(text)} is not UTF-8", remedy="write it in UTF-8")
     tokens: list[int] = tokenizer(text, **options)["input_ids"]
     return tokens
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, read_manifest
 from anequant.checkpoints.places import REPORTS
-from anequant.errors import InputError, UnsupportedError, UsageError, VerificationError, shown
+from anequant.errors import InputError, UnsupportedError, UsageError, VerificationError, quote
 from anequant.jobs.output_folder import file_hashes
 from anequant.recipe import Recipe
 from anequant.recipe_files import ROTATION_KEYS, recipe_from_dict
@@ -51,7 +51,7 @@ def verify_files(folder: Path, *kinds: str) -> dict[str, Any]:
     """
     recorded = written_manifest(folder)
     if kinds and recorded["kind"] not in kinds:
-        raise VerificationError(f"'{MANIFEST}' is of the kind {shown(recorded['kind'])}", where=str(folder))
+        raise VerificationError(f"'{MANIFEST}' is of the kind {quote(recorded['kind'])}", where=str(folder))
     expected: dict[str, str] = recorded["files"]
     present = set()
     for path in sorted(folder.rglob("*")):
@@ -61,14 +61,14 @@ def verify_files(folder: Path, *kinds: str) -> dict[str, Any]:
         if path.is_file():
             present.add(name)
         elif path.is_symlink() or not path.is_dir():
-            raise VerificationError(f"{shown(name)} is neither file nor folder", where=str(folder))
+            raise VerificationError(f"{quote(name)} is neither file nor folder", where=str(folder))
     for name in sorted(set(expected) - present):
-        raise VerificationError(f"file {shown(name)} is missing", where=str(folder))
+        raise VerificationError(f"file {quote(name)} is missing", where=str(folder))
     for name in sorted(present - set(expected) - {MANIFEST} - REPORTS):
-        raise VerificationError(f"file {shown(name)} is not one that anequant wrote", where=str(folder))
+        raise VerificationError(f"file {quote(name)} is not one that anequant wrote", where=str(folder))
     for name, digest in file_hashes(folder, sorted(expected)).items():
         if digest != expected[name]:
-            raise VerificationError(f"file {shown(name)} has changed since it was written", where=str(folder))
+            raise VerificationError(f"file {quote(name)} has changed since it was written", where=str(folder))
     return recorded
 
 
@@ -99,7 +99,7 @@ def recipe_of(recorded: dict[str, Any]) -> Recipe:
 def _problems(recorded: dict[str, Any]) -> Iterator[str]:
     kind = recorded.get("kind")
     if not isinstance(kind, str) or kind not in PARTS:
-        yield f"is of the unknown kind {shown(kind)}"
+        yield f"is of the unknown kind {quote(kind)}"
         return
     for key in ("files", "versions", *PARTS[kind]):
         wanted = list if key == "packages" else dict
@@ -109,9 +109,9 @@ def _problems(recorded: dict[str, Any]) -> Iterator[str]:
     for name, digest in recorded["files"].items():
         parts = name.split("/")
         if "\\" in name or not all(part.isprintable() and part not in ("", ".", "..") for part in parts):
-            yield f"lists the impossible file {shown(name)}"
+            yield f"lists the impossible file {quote(name)}"
         elif not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-            yield f"has no sha256 for {shown(name)}"
+            yield f"has no sha256 for {quote(name)}"
     if "recipe" in PARTS[kind]:
         try:
             recipe_of(recorded)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anequant.errors import InputError, VerificationError, shown
+from anequant.errors import InputError, VerificationError, quote
 from anequant.strict import parse_json, read_plain
 from anequant.targets.coreml.graph import LUT, Graph, package_graphs
 from anequant.targets.coreml.meta import META, read_meta
@@ -44,9 +44,9 @@ def verify_package_files(folder: Path) -> None:
     for name in sorted(due - present):
         keys = packages.keys_of(name.removesuffix(".mlpackage"))
         problem = f"is missing; {keys} of {META} name it so"
-        raise VerificationError(f"package {shown(name)} {problem}", where=str(folder))
+        raise VerificationError(f"package {quote(name)} {problem}", where=str(folder))
     for name in sorted(present - due):
-        raise VerificationError(f"package {shown(name)} is none of {META}", where=str(folder))
+        raise VerificationError(f"package {quote(name)} is none of {META}", where=str(folder))
     for name in packages.package_names:
         path = folder / f"{name}.mlpackage"
         verify_items(path)
@@ -57,7 +57,7 @@ def verify_package_files(folder: Path) -> None:
             for graph in graphs:
                 _verify_constants(graph, path, seen)
                 if name in packages.chunk_names and graph.function not in (INFER, PREFILL):
-                    problem = f"function {shown(graph.function)} is none of a decoder's"
+                    problem = f"function {quote(graph.function)} is none of a decoder's"
                     raise VerificationError(problem, where=str(path))
 
 
@@ -79,12 +79,12 @@ def verify_items(package: Path) -> None:
     for path in sorted(listed):
         if not path.exists():
             name = path.relative_to(package).as_posix()
-            raise VerificationError(f"{shown(name)}, which the manifest lists, is missing", where=where)
+            raise VerificationError(f"{quote(name)}, which the manifest lists, is missing", where=where)
     for path in sorted(package.rglob("*")):
         known = path == package / MANIFEST_FILE or not listed.isdisjoint((path, *path.parents))
         if not path.is_dir() and not known:
             name = path.relative_to(package).as_posix()
-            raise VerificationError(f"{shown(name)} is in no item of the manifest", where=where)
+            raise VerificationError(f"{quote(name)} is in no item of the manifest", where=where)
     if model not in listed:
         raise VerificationError("the root model is none of the manifest's items", where=where)
 

@@ -21,7 +21,7 @@ from anequant.checkpoints.layout import checkpoint_entries, projection_names
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.writer import DTYPE_NAMES
-from anequant.errors import VerificationError, shown
+from anequant.errors import VerificationError, quote
 from anequant.recipe import Recipe
 
 LARGEST_FLOAT16 = 65504.0
@@ -41,7 +41,7 @@ def verify_layout(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype) ->
             )
     for name in sorted(checkpoint.tensors.keys() - {entry.name for entry in entries}):
         raise VerificationError(
-            f"tensor {shown(name)} is not one that the recipe writes", where=str(checkpoint.folder)
+            f"tensor {quote(name)} is not one that the recipe writes", where=str(checkpoint.folder)
         )
 
 
@@ -76,7 +76,7 @@ def verify_static_scales(checkpoint: Checkpoint) -> None:
             problem = f"is {scale:.3g}, which float16 cannot hold"
         if problem is not None:
             raise VerificationError(
-                f"the static scale of {shown(name)} {problem}", where=str(checkpoint.folder / "config.json")
+                f"the static scale of {quote(name)} {problem}", where=str(checkpoint.folder / "config.json")
             )
 
 

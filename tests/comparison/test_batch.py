@@ -19,7 +19,7 @@ from anequant.comparison.batch_file import read_batch
 from anequant.errors import Interrupted
 from anequant.jobs.control import Run
 from anequant.recipe import Calibration, LowerOptions
-from anequant.report.terminal.batched import COLUMNS
+from anequant.report.terminal.tables import BATCH_COLUMNS
 from anequant.request import Request
 
 USAGE, INPUT, INTERRUPTED = 2, 3, 130
@@ -129,7 +129,7 @@ def test_a_batch_goes_on_past_a_failure_and_is_taken_over(
     result = run()
     assert result.exit_code == INPUT and contents(Path("out")) == before
     lines = [line.split("\t") for line in result.stdout.splitlines()]
-    assert tuple(lines[0]) == COLUMNS
+    assert tuple(lines[0]) == BATCH_COLUMNS
     assert {line[0]: line[-1] for line in lines[1:6]} == {**dict.fromkeys(done, TAKEN_OVER), "broken": FAILED}
     assert lines[6][0].startswith("failed  broken: ")
 

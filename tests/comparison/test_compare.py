@@ -36,8 +36,8 @@ from anequant.pipeline.quantize import quantize
 from anequant.pipeline.steps import collect_tokens as kept
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
-from anequant.report.page.scatter import Point, scatter
-from anequant.report.terminal.comparison_table import COLUMNS, lines
+from anequant.report.page.scatter import Point, draw_scatter
+from anequant.report.terminal.tables import tabulate_comparison
 from anequant.request import Request
 
 SOURCE = Source(BUNDLED_MODEL, BUNDLED_MODEL.name)
@@ -121,7 +121,7 @@ def test_tokens_are_collected_once_and_the_float_model_runs_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    for place, name in ((kept, "calibration_tokens"), (module, "refer")):
+    for place, name in ((kept, "calibration_tokens"), (module, "record_reference")):
         own = getattr(place, name)
 
         def counted(*args: Any, own: Any = own, name: str = name, **options: Any) -> Any:
@@ -134,7 +134,7 @@ def test_tokens_are_collected_once_and_the_float_model_runs_once(
     calibration = Calibration("self", 2, 32)
     request = module.ComparisonRequest(SOURCE, recipes, calibration, windows=1, length=32)
     result = module.compare(request, tmp_path / "kept")
-    assert sorted(calls) == ["calibration_tokens", "refer"]
+    assert sorted(calls) == ["calibration_tokens", "record_reference"]
     assert result.exit_code == 0 and result.calibration is not None
     quantize(Request(SOURCE, recipes["other"], calibration), tmp_path / "alone")
     assert file_hashes(tmp_path / "alone") == file_hashes(tmp_path / "kept" / "other")
@@ -160,13 +160,13 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 def test_dots_and_labels_of_the_plot() -> None:
     points = [Point(str(n), "after", (4 + n / 50, 10.0 ** -(n % 5)), n < 3) for n in range(12)]
-    drawn = scatter(points)
-    assert drawn is not None and scatter([]) is None
+    drawn = draw_scatter(points)
+    assert drawn is not None and draw_scatter([]) is None
     for one, other in itertools.pairwise(drawn.dots):
         assert one.x < other.x and (one.y < other.y) == (one.point.at[1] > other.point.at[1])
     assert drawn.path.count("L") == 2 and drawn.path.startswith(f"M{drawn.dots[0].x:g} {drawn.dots[0].y:g}")
     assert all(52 < dot.x < 332 and 10 <= dot.y <= 220 for dot in drawn.dots)
-    same = scatter([Point("10", "after", (4.0, 0.1), True), Point("11", "after", (4.0, 0.1), True)])
+    same = draw_scatter([Point("10", "after", (4.0, 0.1), True), Point("11", "after", (4.0, 0.1), True)])
     assert same is not None
     first, second = same.dots
     assert (first.x, first.y) == (second.x, second.y)
@@ -293,7 +293,7 @@ def test_no_terminal_is_too_narrow_for_the_numbers(
     base = trials[0].quality
     assert base is not None
     result = Comparison("model", "text", 2, base, None, trials)
-    console._draw(COLUMNS, lines(result))
+    console._draw(tabulate_comparison(result))
     shown = capsys.readouterr().out
     assert "…" not in shown and {"4.06", "0.0347", "+0.0000"} <= set(re.split(r"[\s,│]+", shown))
     assert "a-recipe-of-my-own" in shown or width > 90

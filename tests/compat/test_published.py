@@ -20,7 +20,7 @@ from torch import Tensor
 from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import resolve_source
-from anequant.compat.quarot_hooks import hooked_recipe, quant_tag
+from anequant.compat.quarot_hooks import make_hooked_recipe, quant_tag
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import Calibration, Recipe
 from anequant.reference.forward import logits
@@ -124,7 +124,7 @@ def hooked(model: Path, calibration: Path) -> Path:
     ],
 )
 def test_the_name_leaves_out_what_the_convention_leaves_out(acts: int, kv: int, group: int, tag: str) -> None:
-    recipe = hooked_recipe(
+    recipe = make_hooked_recipe(
         *("quarot",),
         bits=4,
         acts_bits=acts,
@@ -292,14 +292,14 @@ def test_quark_rotates_as_its_file_says(model: Path, calibration: Path, tmp_path
 def test_online_rotations_serve_what_is_small(
     model: Path, tmp_path: Path, scheme: str, online: tuple[str, str]
 ) -> None:
-    from anequant.compat.quark import WHOLE, published_recipe
+    from anequant.compat.quark import WHOLE, translate_recipe
 
     config = changed(QUARK, tmp_path, online_had=True)
-    chosen = published_recipe(scheme, "quarot", config, str(model), rotated=WHOLE)
+    chosen = translate_recipe(scheme, "quarot", config, str(model), rotated=WHOLE)
     assert (chosen.recipe.r3, chosen.recipe.r4) == online
     assert any("no use for online-had" in note for note in chosen.notes) == (online == ("none", "none"))
     config = changed(QUARK, tmp_path, online_had=False)
-    offline = published_recipe(scheme, "quarot", config, str(model), rotated=WHOLE)
+    offline = translate_recipe(scheme, "quarot", config, str(model), rotated=WHOLE)
     assert (offline.recipe.r3, offline.recipe.r4) == ("none", "none")
 
 

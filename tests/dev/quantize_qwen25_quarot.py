@@ -23,11 +23,11 @@ PATH = click.Path(path_type=Path)
 def main(console, model, calib, scheme, optimization, config, output, premultiply, force) -> None:
     from anequant.calibration.saved import whole_calibration
     from anequant.checkpoints.source import resolve_source
-    from anequant.compat.quark import BLOCKS, closing_lines, published_recipe
+    from anequant.compat.quark import BLOCKS, closing_lines, translate_recipe
     from anequant.jobs.control import Run
     from anequant.pipeline.quantize import quantize
 
-    chosen = published_recipe(scheme, optimization, config, model, rotated=BLOCKS, premultiply=premultiply)
+    chosen = translate_recipe(scheme, optimization, config, model, rotated=BLOCKS, premultiply=premultiply)
     calibration = whole_calibration(calib)
     for note in chosen.notes:
         console.note(note)

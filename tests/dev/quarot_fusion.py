@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from anequant.compat.fusion import fuse_model, fusion_quality
+from anequant.compat.fusion import fuse_model, measure_fusion
 from anequant.recipe_files import load_recipe
 
 
@@ -21,4 +21,4 @@ def apply_quarot_fusion_to_model(model: nn.Module, config: Any) -> dict[str, Any
 
 def verify_fusion_quality(model: nn.Module, config: Any = None) -> dict[str, float]:
     """How far the fusion moved the logits of the model: relative error, and share of equal top tokens."""
-    return fusion_quality(model)
+    return measure_fusion(model)

@@ -1,4 +1,4 @@
-"""evaluate() against the same numbers computed in float64 from the logits of stock transformers."""
+"""measure_quality() against the same numbers computed in float64 from the logits of stock transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import UsageError
-from anequant.evaluation.divergence import evaluate
+from anequant.evaluation.divergence import measure_quality
 from anequant.reference.windows import load_tokenizer, start_token, text_windows
 
 STORY = (
@@ -49,7 +49,7 @@ def test_a_quantized_checkpoint_against_its_float_model(
     quantize_model: Callable[..., Any], tiny_qwen2: Path, tokens: Tensor, recipe: str
 ) -> None:
     folder = quantize_model(tiny_qwen2, recipe).folder
-    quality = evaluate(open_checkpoint(folder), tokens, open_checkpoint(tiny_qwen2))
+    quality = measure_quality(open_checkpoint(folder), tokens, open_checkpoint(tiny_qwen2))
 
     log_p, log_q = log_probabilities(tiny_qwen2, tokens), log_probabilities(folder, tokens)
     base_nll, nll = nll_of(log_p, tokens), nll_of(log_q, tokens)
@@ -72,14 +72,14 @@ def test_a_quantized_checkpoint_against_its_float_model(
 
 def test_a_model_against_itself(tiny_qwen2: Path, tokens: Tensor) -> None:
     checkpoint = open_checkpoint(tiny_qwen2)
-    quality = evaluate(checkpoint, tokens, checkpoint)
+    quality = measure_quality(checkpoint, tokens, checkpoint)
     assert quality.kl == 0 and quality.top1 == 1
     assert quality.extra_nll == pytest.approx(0, abs=1e-12)
     assert quality.nll == pytest.approx(quality.base_nll, abs=1e-12)
 
 
 def test_without_a_base(tiny_qwen2: Path, tokens: Tensor) -> None:
-    quality = evaluate(open_checkpoint(tiny_qwen2), tokens)
+    quality = measure_quality(open_checkpoint(tiny_qwen2), tokens)
     expected = nll_of(log_probabilities(tiny_qwen2, tokens), tokens)
     assert quality.nll == pytest.approx(float(expected.mean()), rel=1e-5)
     assert quality.base_nll is quality.extra_nll is quality.kl is quality.top1 is None
@@ -88,9 +88,9 @@ def test_without_a_base(tiny_qwen2: Path, tokens: Tensor) -> None:
 
 def test_one_window_has_no_standard_error(tiny_qwen2: Path, tokens: Tensor) -> None:
     checkpoint = open_checkpoint(tiny_qwen2)
-    assert evaluate(checkpoint, tokens[:1]).nll_error is None
-    parts = [evaluate(checkpoint, tokens[i : i + 1]).nll for i in range(5)]
-    assert evaluate(checkpoint, tokens).nll == pytest.approx(sum(parts) / 5, rel=1e-6)
+    assert measure_quality(checkpoint, tokens[:1]).nll_error is None
+    parts = [measure_quality(checkpoint, tokens[i : i + 1]).nll for i in range(5)]
+    assert measure_quality(checkpoint, tokens).nll == pytest.approx(sum(parts) / 5, rel=1e-6)
 
 
 def test_more_bits_are_closer(quantize_model: Callable[..., Any], tiny_qwen2: Path, tokens: Tensor) -> None:
@@ -99,7 +99,7 @@ def test_more_bits_are_closer(quantize_model: Callable[..., Any], tiny_qwen2: Pa
     folders = [
         quantize_model(tiny_qwen2, name).folder for name in ("w_int4_per_tensor", "w4-nearest", "w8-nearest")
     ]
-    divergences = [evaluate(open_checkpoint(folder), tokens, base).kl for folder in folders]
+    divergences = [measure_quality(open_checkpoint(folder), tokens, base).kl for folder in folders]
     assert divergences[0] > 2 * divergences[1] > 20 * divergences[2] > 0
 
 

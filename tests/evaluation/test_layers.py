@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.cli import main
+from anequant.evaluation.divergence import measure_embedding_error, measure_layer_errors
 from anequant.evaluation.evaluate import evaluate_checkpoint
-from anequant.evaluation.layer_errors import embedding_error, layer_errors
 from anequant.recipe_files import load_recipe
 from anequant.reference.rotated_model import TurnedModel
 from anequant.reference.windows import load_tokenizer, read_text, text_windows
@@ -141,11 +141,11 @@ def test_turning_alone_moves_nothing(tiny_qwen2: Path, r1: str, fold_scales: boo
     turned = TurnedWeights(TurnedModel(checkpoint, plan, fold_scales))
     tokens = torch.randint(checkpoint.spec.vocab_size, (2, 32), generator=torch.Generator().manual_seed(1))
     rotate = plan.r1.apply if plan.r1 is not None else lambda hidden: hidden
-    errors = layer_errors(turned, checkpoint, tokens, rotate)
+    errors = measure_layer_errors(turned, checkpoint, tokens, rotate)
     assert max(error.relative_error for error in errors) < 2e-6
-    assert embedding_error(turned, checkpoint, tokens, rotate) < 1e-6
+    assert measure_embedding_error(turned, checkpoint, tokens, rotate) < 1e-6
     if plan.r1 is not None:
-        assert embedding_error(turned, checkpoint, tokens, lambda hidden: hidden) > 0.5
+        assert measure_embedding_error(turned, checkpoint, tokens, lambda hidden: hidden) > 0.5
 
 
 class TurnedWeights:

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import Source
 from anequant.cli import main
-from anequant.inspection.diff import difference
-from anequant.inspection.diff_packages import function_differences, pairs
-from anequant.inspection.diff_paths import LENGTH, compare, diff
+from anequant.inspection.diff_checkpoints import diff_values
+from anequant.inspection.diff_packages import diff_functions, pair_packages
+from anequant.inspection.diff_paths import LENGTH, diff, diff_logits
 from anequant.pipeline.lower import lower
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import LowerOptions
@@ -227,14 +227,14 @@ def test_a_value_that_is_not_finite_is_refused(made: Made, copy: Path) -> None:
     ],
 )
 def test_errors(a: list[float], b: list[float], relative: float | None, largest: float | None) -> None:
-    value = difference("x", torch.tensor(a), torch.tensor(b))
+    value = diff_values("x", torch.tensor(a), torch.tensor(b))
     assert value is not None
     assert (value.relative_error, value.max_abs) == (relative, largest)
 
 
 @pytest.mark.parametrize("values", [[1.0, -2.0], [math.inf, math.nan], []])
 def test_equal_values_of_any_kind(values: list[float]) -> None:
-    assert difference("x", torch.tensor(values), torch.tensor(values, dtype=torch.float64)) is None
+    assert diff_values("x", torch.tensor(values), torch.tensor(values, dtype=torch.float64)) is None
 
 
 # Packages
@@ -326,7 +326,7 @@ def test_where_constants_lie_does_not_matter(made: Made, package: Path) -> None:
     rewrite(package, edit)
     assert len(moved) > 7
     one, other = package_graphs(made.packages / FFN), package_graphs(package)
-    assert [function_differences(a, b).same for a, b in zip(one, other, strict=True)] == [True, True]
+    assert [diff_functions(a, b).same for a, b in zip(one, other, strict=True)] == [True, True]
 
 
 class Reordered:
@@ -397,8 +397,8 @@ def test_a_function_that_is_missing(made: Made, package: Path) -> None:
 def test_packages_are_matched_by_name_without_the_width(made: Made, tmp_path: Path) -> None:
     ours = tuple(Path(name) for name in ("a_head_lut6.mlpackage", "a_FFN_PF_lut4_chunk_01of02.mlpackage"))
     theirs = tuple(Path(name) for name in ("a_head.mlpackage", "a_FFN_PF_lut8_chunk_02of02.mlpackage"))
-    assert list(pairs(ours, theirs)) == [(ours[1], None), (None, theirs[1]), (ours[0], theirs[0])]
-    assert list(pairs(ours[:1], theirs[1:])) == [(ours[0], theirs[1])]
+    assert list(pair_packages(ours, theirs)) == [(ours[1], None), (None, theirs[1]), (ours[0], theirs[0])]
+    assert list(pair_packages(ours[:1], theirs[1:])) == [(ours[0], theirs[1])]
     folder = shutil.copytree(made.packages, tmp_path / "folder")
     (folder / FFN).rename(folder / FFN.replace("lut4", "lut6"))
     shutil.rmtree(folder / "llama_lm_head.mlpackage")
@@ -414,7 +414,7 @@ def test_divergences_are_those_of_their_definitions() -> None:
     generator = torch.Generator().manual_seed(0)
     base, ours = (3 * torch.randn(3, 5, 11, generator=generator) for _ in range(2))
     tokens = torch.randint(11, (3, 5), generator=generator)
-    result = compare(tokens, iter(base), iter(ours))
+    result = diff_logits(tokens, iter(base), iter(ours))
     a, b = (part.double().numpy()[:, :-1] for part in (base, ours))
     p, q = (np.exp(part) / np.exp(part).sum(-1, keepdims=True) for part in (a, b))
     assert result.kl == pytest.approx((p * np.log(p / q)).sum(-1).mean(), rel=1e-5)

@@ -28,15 +28,15 @@ from anequant.checkpoints.source import Source
 from anequant.cli import main
 from anequant.cli.console import Console
 from anequant.evaluation import distribution as distribution_module
-from anequant.evaluation.distribution import distribution
+from anequant.evaluation.distribution import measure_distribution
 from anequant.inspection import inspect_checkpoint
 from anequant.inspection.inspect import inspect, inspect_tensor
-from anequant.inspection.inspect_checkpoint import codebook_kind, scale_kind
+from anequant.inspection.inspect_checkpoint import classify_codebook, classify_scales
 from anequant.pipeline.lower import lower
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
-from anequant.report.terminal.inspected_tensor import BAR
+from anequant.report.terminal.inspect_rows import BAR
 from anequant.request import LowerRequest, Request
 from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE
 from anequant.targets.coreml.storage import Weights
@@ -228,17 +228,17 @@ def test_a_per_tensor_checkpoint_of_another_tool(made: Made, tmp_path: Path) -> 
     ],
 )
 def test_kinds_of_scales(input_scales: torch.Tensor, output_scales: torch.Tensor, kind: str) -> None:
-    assert scale_kind(input_scales, output_scales) == kind
+    assert classify_scales(input_scales, output_scales) == kind
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_kinds_of_codebooks(bits: int) -> None:
     integers = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).float()
-    assert codebook_kind(integers) == "uniform"
-    assert codebook_kind((integers * 0.00317).half().float()) == "uniform"
+    assert classify_codebook(integers) == "uniform"
+    assert classify_codebook((integers * 0.00317).half().float()) == "uniform"
     moved = integers.clone()
     moved[1] += 0.25
-    assert codebook_kind(moved) == "lut"
+    assert classify_codebook(moved) == "lut"
 
 
 # What a path is
@@ -408,7 +408,7 @@ def test_statistics_are_numpys(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     generator = torch.Generator().manual_seed(0)
     tensor = (torch.randn(37, 41, generator=generator) ** 3 - 2).clamp(-50, 20).to(dtype)
     tensor[3, :7] = 0
-    x, own = tensor.double().numpy(), distribution(tensor)
+    x, own = tensor.double().numpy(), measure_distribution(tensor)
     assert (own.values, own.not_finite) == (x.size, 0)
     assert (own.low, own.high) == (x.min(), x.max())
     rms = math.sqrt((x**2).mean())
@@ -420,14 +420,14 @@ def test_statistics_are_numpys(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
 
 
 def test_statistics_of_odd_tensors() -> None:
-    odd = distribution(torch.tensor([1.0, math.nan, math.inf, -3.0]))
+    odd = measure_distribution(torch.tensor([1.0, math.nan, math.inf, -3.0]))
     assert (odd.values, odd.not_finite, odd.low, odd.high, odd.mean) == (2, 2, -3, 1, -1)
-    constant = distribution(torch.full((5,), 2.0))
+    constant = measure_distribution(torch.full((5,), 2.0))
     assert (constant.std, constant.kurtosis, constant.peak, sum(constant.counts)) == (0, None, 1, 5)
-    zeros = distribution(torch.zeros(4))
+    zeros = measure_distribution(torch.zeros(4))
     assert (zeros.peak, zeros.zeros) == (None, 1)
     for nothing in (torch.empty(0, 3), torch.tensor([math.nan])):
-        empty = distribution(nothing)
+        empty = measure_distribution(nothing)
         assert (empty.values, empty.low, empty.rms, empty.counts) == (0, None, None, ())
 
 

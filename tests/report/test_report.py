@@ -24,7 +24,12 @@ from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
 from anequant.cli import main
 from anequant.errors import InputError, UsageError
-from anequant.inspection.measurements import Measurements, Outliers, measure, token_outliers
+from anequant.inspection.measure_projections import (
+    ModelMeasurement,
+    Outliers,
+    measure_projections,
+    measure_token_outliers,
+)
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.rotate import rotate
 from anequant.quantization.nearest import quantize_linear
@@ -32,7 +37,7 @@ from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.report.page import charts
 from anequant.report.page.run import Stopwatch
-from anequant.report.page.write import write_report
+from anequant.report.page.write_report import write_report
 from anequant.request import Request
 from anequant.rotation.rotation_plan import plan_rotations
 from anequant.verification.verify import verify_folder
@@ -53,9 +58,9 @@ def quantized(source: Path, quantize_model: Callable[..., Quantized]) -> Quantiz
 
 
 @pytest.fixture(scope="module")
-def measured(quantized: Quantized) -> Measurements:
+def measured(quantized: Quantized) -> ModelMeasurement:
     checkpoint, original = open_checkpoint(quantized.folder), open_checkpoint(quantized.source)
-    return measure(checkpoint, original, quantized.recipe, SAMPLED)
+    return measure_projections(checkpoint, original, quantized.recipe, SAMPLED)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +104,7 @@ def relative(off: Tensor, size: Tensor) -> float:
 
 def test_every_projection_against_transformers(
     quantized: Quantized,
-    measured: Measurements,
+    measured: ModelMeasurement,
     float_run: tuple[dict[str, Tensor], list[Tensor], dict[str, Tensor]],
 ) -> None:
     inputs, _, weights = float_run
@@ -144,7 +149,7 @@ def test_every_projection_against_transformers(
 
 def test_residual_stream_against_transformers(
     quantized: Quantized,
-    measured: Measurements,
+    measured: ModelMeasurement,
     float_run: tuple[dict[str, Tensor], list[Tensor], dict[str, Tensor]],
 ) -> None:
     _, streams, _ = float_run
@@ -157,9 +162,9 @@ def test_residual_stream_against_transformers(
 
 
 def test_tokens_of_equal_channels_do_not_count() -> None:
-    assert token_outliers(torch.ones(3, 8)) == Outliers(None, None)
+    assert measure_token_outliers(torch.ones(3, 8)) == Outliers(None, None)
     x = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 1.0, -1.0]])
-    assert token_outliers(x) == Outliers(1.0, 1.0)
+    assert measure_token_outliers(x) == Outliers(1.0, 1.0)
 
 
 @pytest.fixture
@@ -322,7 +327,7 @@ def test_viridis_gets_lighter() -> None:
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=60), st.booleans())
 def test_lines_stay_inside_and_in_order(values: list[float], percent: bool) -> None:
-    chart = charts.line_chart({"after": values, "before": [None] * len(values)}, percent=percent)
+    chart = charts.draw_line_chart({"after": values, "before": [None] * len(values)}, percent=percent)
     assert chart is not None
     line, empty = chart.lines
     assert empty.points == () and empty.path == "" and len(line.points) == len(values)
@@ -336,7 +341,7 @@ def test_lines_stay_inside_and_in_order(values: list[float], percent: bool) -> N
 
 
 def test_a_gap_interrupts_a_line() -> None:
-    chart = charts.line_chart({"after": [1.0, None, 2.0, 3.0]})
+    chart = charts.draw_line_chart({"after": [1.0, None, 2.0, 3.0]})
     assert chart is not None and chart.lines[0].path.count("M") == 2
 
 
@@ -344,4 +349,4 @@ def test_bits_that_a_code_carries() -> None:
     assert charts.entropy([5] * 16) == pytest.approx(4)
     assert charts.entropy([8, 0, 0, 0]) == 0
     assert charts.entropy([1, 3]) == pytest.approx(-(math.log2(0.25) + 3 * math.log2(0.75)) / 4)
-    assert charts.code_bars([0, 2, 1]).count("M") == 3
+    assert charts.draw_code_bars([0, 2, 1]).count("M") == 3

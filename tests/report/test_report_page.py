@@ -19,7 +19,7 @@ from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.report.page.charts import contrast
 from anequant.report.page.run import Stopwatch
-from anequant.report.page.write import write_report
+from anequant.report.page.write_report import write_report
 from anequant.request import Request
 
 SECTIONS = [
@@ -119,17 +119,17 @@ def test_colours_can_be_told_apart(html: str, dark: bool) -> None:
 
 def test_text_from_a_model_is_text(output: Path, tmp_path: Path) -> None:
     from anequant.checkpoints.reader import read_json
-    from anequant.report.page.html import render
+    from anequant.report.page.render import render_report
 
     data = read_json(output / "report.json")
     data["model"]["name"] = "<script>alert(1)</script>"
     data["lint"][0]["op"] = '"><img src=x onerror=alert(1)>'
-    page = render(data)
+    page = render_report(data)
     assert "<script" not in page and "<img" not in page
 
 
 def test_the_template_is_in_the_package() -> None:
-    assert (resources.files("anequant") / "report" / "report.html.jinja").is_file()
+    assert (resources.files("anequant") / "report" / "page" / "report.html.jinja").is_file()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from anequant.calibration.rotation_choice import choose_rotations
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source
 from anequant.errors import UsageError
-from anequant.evaluation.divergence import evaluate
+from anequant.evaluation.divergence import measure_quality
 from anequant.jobs.control import silent
 from anequant.pipeline.quantize import quantize
 from anequant.quantization.nearest import quantize_linear
@@ -161,7 +161,7 @@ def test_the_students_divergence_is_that_of_the_written_checkpoint(
     """Float16 storage, and the last position, make the difference."""
     recipe = load_recipe("w4-nearest", W4A4)
     quantize(Request(Source(tiny_qwen2, "tiny"), recipe), tmp_path / "out")
-    written = evaluate(open_checkpoint(tmp_path / "out"), windows[:4], tiny).kl
+    written = measure_quality(open_checkpoint(tmp_path / "out"), windows[:4], tiny).kl
     assert written is not None and written > 0.01
     ours = student_of(tiny, recipe).divergence(
         plan_rotations(tiny.spec, recipe), lesson_of(tiny, windows[:4])

@@ -31,8 +31,8 @@ from anequant.pipeline import converting
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
-from anequant.report.page import measured
-from anequant.report.page import write as report_module
+from anequant.report.page import report_layers
+from anequant.report.page import write_report as report_module
 from anequant.report.terminal.converted import convert_and_report
 from anequant.request import Request
 from anequant.targets.coreml import build as lower_package
@@ -264,7 +264,7 @@ def _collect(running: dict[int, str], results: dict[str, Any], folder: Path) -> 
 def main(words: Sequence[str]) -> None:
     torch.set_num_threads(1)
     converting.SAMPLE_WINDOWS, converting.SAMPLE_LENGTH = 1, 16
-    measured.WINDOWS, measured.LENGTH = 1, 16
+    report_layers.WINDOWS, report_layers.LENGTH = 1, 16
     print(json.dumps(kill_matrix(Path(words[0]), **json.loads(words[1]))))
 
 

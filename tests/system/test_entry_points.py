@@ -26,7 +26,7 @@ from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.cli import main
 from anequant.errors import UnsupportedError
-from anequant.inspection.device_profile import agreement, measure
+from anequant.inspection.device_profile import measure_agreement, time_decoding
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.premultiply import premultiply_scales
 from anequant.runtime.coreml_backend import PackageModel
@@ -619,11 +619,11 @@ def test_placements_follow_the_plan() -> None:
 
 
 def test_timing_and_agreement_by_the_interpreter(packages: Path) -> None:
-    seconds, logits = measure(lambda: PackageModel(packages), list(range(12)), 8)
+    seconds, logits = time_decoding(lambda: PackageModel(packages), list(range(12)), 8)
     assert logits.shape == (5, 8192)
     assert min(seconds.token, seconds.load, seconds.prefill) > 0
-    same = agreement(logits, logits)
+    same = measure_agreement(logits, logits)
     assert (same.positions, same.top_token, same.relative_error) == (5, 1.0, 0.0)
     partial = logits.where(logits > logits.median(), float("-inf"))
-    assert agreement(partial, logits).relative_error == 0
-    assert agreement(-logits, logits).top_token == 0
+    assert measure_agreement(partial, logits).relative_error == 0
+    assert measure_agreement(-logits, logits).top_token == 0

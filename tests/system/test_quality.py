@@ -13,7 +13,7 @@ import torch
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, resolve_source
 from anequant.comparison.peers import affine_groups
-from anequant.evaluation.divergence import Quality, evaluate_against, refer
+from anequant.evaluation.divergence import Quality, measure_quality_against, record_reference
 from anequant.evaluation.evaluate import evaluate_text, read_windows
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import Calibration
@@ -38,8 +38,8 @@ def measure(qwen2_29m: Path, eval_text: Path) -> Callable[[Path], Quality]:
     """Quality against the float model, which runs once, on 32 windows of 512 tokens."""
     base = open_checkpoint(qwen2_29m)
     tokens = read_windows(base, eval_text, 32, 512)
-    reference = refer(base, tokens)
-    return lambda folder: evaluate_against(open_checkpoint(folder), tokens, reference)
+    reference = record_reference(base, tokens)
+    return lambda folder: measure_quality_against(open_checkpoint(folder), tokens, reference)
 
 
 @pytest.mark.parametrize(

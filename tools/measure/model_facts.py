@@ -23,7 +23,7 @@ from torch import Tensor
 from anequant.architectures.spec import EMBEDDING
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import Source
-from anequant.evaluation.divergence import evaluate
+from anequant.evaluation.divergence import measure_quality
 from anequant.evaluation.evaluate import read_windows
 from anequant.pipeline.rotate import rotate
 from anequant.recipe_files import load_recipe
@@ -67,7 +67,7 @@ def facts(folder: Path, text: Path) -> dict[str, Any]:
         "model": folder.name,
         "text": text.name,
         "parameters": sum(map(math.prod, shapes)),
-        "perplexity": evaluate(checkpoint, tokens).perplexity,
+        "perplexity": measure_quality(checkpoint, tokens).perplexity,
         "stream": loudest(checkpoint, tokens),
         "rotations": moved(folder),
         "machine": machine(),

@@ -52,7 +52,7 @@ def order(model: Path, text: Path, calibration: Path, work: Path) -> dict[str, d
     from anequant.calibration.walkers import Walkers
     from anequant.checkpoints.reader import open_checkpoint
     from anequant.checkpoints.source import resolve_source
-    from anequant.evaluation.divergence import evaluate_against, refer
+    from anequant.evaluation.divergence import measure_quality_against, record_reference
     from anequant.evaluation.evaluate import read_windows
     from anequant.pipeline.quantize import quantize
     from anequant.recipe import Calibration
@@ -61,7 +61,7 @@ def order(model: Path, text: Path, calibration: Path, work: Path) -> dict[str, d
 
     base = open_checkpoint(model)
     tokens = read_windows(base, text, 32, LENGTH)
-    reference = refer(base, tokens)
+    reference = record_reference(base, tokens)
     walk = Walkers.layer
 
     def walk_float(self: Any, layer: int, original: Any, quantized: Any, *, moments: bool) -> Any:
@@ -73,7 +73,7 @@ def order(model: Path, text: Path, calibration: Path, work: Path) -> dict[str, d
         output = work / name.replace(" ", "-")
         calibrated = Calibration(str(calibration), WINDOWS, LENGTH)
         quantize(Request(resolve_source(str(model)), load_recipe(RECIPE), calibrated), output)
-        quality = evaluate_against(open_checkpoint(output), tokens, reference)
+        quality = measure_quality_against(open_checkpoint(output), tokens, reference)
         assert quality.kl is not None and quality.extra_nll is not None
         found[name] = {"kl": quality.kl, "extra_nll": quality.extra_nll}
     Walkers.layer = walk  # type: ignore[method-assign]

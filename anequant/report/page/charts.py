@@ -66,8 +66,8 @@ class LineChart:
     markers: bool
 
 
-def heat_map(rows: Sequence[Values]) -> HeatMap | None:
-    """Of rows of the same length; None where no value is."""
+def draw_heat_map(rows: Sequence[Values]) -> HeatMap | None:
+    """Place the cells of rows of the same length; None where there is no value."""
     known = [value for row in rows for value in row if value is not None]
     if not known:
         return None
@@ -84,7 +84,7 @@ def heat_map(rows: Sequence[Values]) -> HeatMap | None:
 
 
 def viridis(share: float) -> str:
-    """The colour of a share from 0 to 1, as #rrggbb."""
+    """Return the colour of a share from 0 to 1, as #rrggbb."""
     place = min(max(share, 0.0), 1.0) * (len(VIRIDIS) - 1)
     step = min(int(place), len(VIRIDIS) - 2)
     one, other = (_channels(VIRIDIS[step + more]) for more in (0, 1))
@@ -93,18 +93,18 @@ def viridis(share: float) -> str:
 
 
 def readable_ink(fill: str) -> str:
-    """Black or white, the one with the larger contrast; it is never less than 4.5."""
+    """Return black or white, whichever has the larger contrast; it is never less than 4.5."""
     return max(("#000000", "#ffffff"), key=lambda ink: contrast(ink, fill))
 
 
 def contrast(one: str, other: str) -> float:
-    """Contrast ratio of two colours #rrggbb (WCAG 2.2, "contrast ratio")."""
+    """Return the contrast ratio of two colours #rrggbb (WCAG 2.2, "contrast ratio")."""
     darker, lighter = sorted(_luminance(color) for color in (one, other))
     return (lighter + 0.05) / (darker + 0.05)
 
 
-def line_chart(series: Mapping[str, Values], *, percent: bool = False) -> LineChart | None:
-    """Lines by kind over the same places 0, 1, 2, ...; None where no value is.
+def draw_line_chart(series: Mapping[str, Values], *, percent: bool = False) -> LineChart | None:
+    """Place lines by kind over the same places 0, 1, 2, ...; None where there is no value.
 
     The y axis counts powers where values differ much and are positive; a value that is missing leaves a gap.
     With `percent` values are shares: it starts at 0 and is labelled in percent.
@@ -116,9 +116,9 @@ def line_chart(series: Mapping[str, Values], *, percent: bool = False) -> LineCh
     low, high = min(known), max(known)
     powers = low > 0 and high / low > LOGARITHMIC
     ticks = (
-        power_ticks(low, high)
+        place_power_ticks(low, high)
         if powers
-        else even_ticks(min(low, 0.0) if percent or low < high / 2 else low, high)
+        else place_even_ticks(min(low, 0.0) if percent or low < high / 2 else low, high)
     )
     bottom, top = (min(ticks[0], low), max(ticks[-1], high))
 
@@ -142,7 +142,7 @@ def line_chart(series: Mapping[str, Values], *, percent: bool = False) -> LineCh
 
 
 def _labels(ticks: Sequence[float], percent: bool) -> list[str]:
-    """Each tick's number, with as many digits as it takes to tell them apart."""
+    """Return each tick's number, with as many digits as it takes to tell them apart."""
     factor, sign = (100, "%") if percent else (1, "")
     for digits in range(6, 18):
         labels = [f"{factor * value:.{digits}g}{sign}" for value in ticks]
@@ -151,8 +151,8 @@ def _labels(ticks: Sequence[float], percent: bool) -> list[str]:
     return labels
 
 
-def code_bars(counts: Sequence[int]) -> str:
-    """A path of one bar for every code, as high as it is often used, in CODES_WIDTH x CODES_HEIGHT."""
+def draw_code_bars(counts: Sequence[int]) -> str:
+    """Return a path of one bar for every code, as high as it is often used, in CODES_WIDTH x CODES_HEIGHT."""
     wide, most = CODES_WIDTH / len(counts), max(*counts, 1)
     gap = wide / 5 if len(counts) <= 32 else 0.0
     bars = []
@@ -163,7 +163,7 @@ def code_bars(counts: Sequence[int]) -> str:
 
 
 def entropy(counts: Sequence[int]) -> float:
-    """Bits that a code carries on average; its width when all codes are used alike."""
+    """Return the bits that a code carries on average: its width when all codes are used alike."""
     total = sum(counts)
     return -sum(count / total * math.log2(count / total) for count in counts if count)
 
@@ -178,13 +178,13 @@ def _line(kind: str, places: Sequence[tuple[float, float] | None]) -> Line:
 
 
 def share_of(value: float, low: float, high: float, *, powers: bool) -> float:
-    """How far a value is from one end of an axis to the other; in the middle of one without length."""
+    """Return how far a value is from one end of an axis to the other; one half on an axis without length."""
     ends = [math.log(part) if powers else part for part in (low, value, high)]
     return (ends[1] - ends[0]) / (ends[2] - ends[0]) if ends[2] > ends[0] else 0.5
 
 
-def even_ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers that span the values."""
+def place_even_ticks(low: float, high: float) -> list[float]:
+    """Return three to six round numbers that span the values."""
     span = (high - low) or abs(high) or 1.0
     rough = span / 4
     unit = 10.0 ** math.floor(math.log10(rough))
@@ -193,8 +193,8 @@ def even_ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
-def power_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten that span the values; with 2 and 5 between them where they are few."""
+def place_power_ticks(low: float, high: float) -> list[float]:
+    """Return powers of ten that span the values, with 2 and 5 between them where they are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1.0,) if last - first > 2 else (1.0, 2.0, 5.0)
     ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]

@@ -12,8 +12,8 @@ from anequant.report.page.charts import (
     TOP,
     WIDTH,
     Tick,
-    even_ticks,
-    power_ticks,
+    place_even_ticks,
+    place_power_ticks,
     share_of,
 )
 
@@ -61,15 +61,15 @@ class Scatter:
     y_ticks: tuple[Tick, ...]
 
 
-def scatter(points: Sequence[Point]) -> Scatter | None:
-    """None without points. The y axis counts powers where its values differ much and are positive, else it
-    starts at 0 or below."""
+def draw_scatter(points: Sequence[Point]) -> Scatter | None:
+    """Place dots and labels; None without points. The y axis counts powers where its values differ much and
+    are positive, else it starts at 0 or below."""
     if not points:
         return None
     across, up = zip(*(point.at for point in points), strict=True)
     powers = min(up) > 0 and max(up) / min(up) > LOGARITHMIC
-    x_ticks = even_ticks(min(across), max(across))
-    y_ticks = power_ticks(min(up), max(up)) if powers else even_ticks(min(*up, 0.0), max(up))
+    x_ticks = place_even_ticks(min(across), max(across))
+    y_ticks = place_power_ticks(min(up), max(up)) if powers else place_even_ticks(min(*up, 0.0), max(up))
     left, right = min(x_ticks[0], *across), max(x_ticks[-1], *across)
     low, high = min(y_ticks[0], *up), max(y_ticks[-1], *up)
 
@@ -84,7 +84,8 @@ def scatter(points: Sequence[Point]) -> Scatter | None:
     taken: list[Box] = [(at - MARK, up - MARK, at + MARK, up + MARK) for at, up in places]
     dots = []
     for point, place in zip(points, places, strict=True):
-        label_x, label_y, anchor = _label(point.label, place, taken)
+        (label_x, label_y, anchor), box = _place_label(point.label, place, taken)
+        taken.append(box)
         dots.append(Dot(point, *place, label_x, label_y, anchor))
     front = sorted((dot.x, dot.y) for dot in dots if dot.point.front)
     path = "".join(f"{'L' if number else 'M'}{at:g} {up:g}" for number, (at, up) in enumerate(front))
@@ -96,14 +97,15 @@ def scatter(points: Sequence[Point]) -> Scatter | None:
     )
 
 
-def _label(text: str, dot: tuple[float, float], taken: list[Box]) -> tuple[float, float, str]:
-    """The first place where nothing is yet, or the first one; the place is then taken."""
-    options = [(dot[0] + right, dot[1] + down, anchor) for right, down, anchor in PLACES]
-    boxes = [_box(text, *option) for option in options]
-    free = [number for number, box in enumerate(boxes) if not any(_overlap(box, other) for other in taken)]
-    chosen = free[0] if free else 0
-    taken.append(boxes[chosen])
-    return options[chosen]
+def _place_label(
+    text: str, dot: tuple[float, float], taken: Sequence[Box]
+) -> tuple[tuple[float, float, str], Box]:
+    """Return the first place where nothing is yet, or the first of all, and the box that a label takes
+    there."""
+    places = [(dot[0] + right, dot[1] + down, anchor) for right, down, anchor in PLACES]
+    options = [(place, _box(text, *place)) for place in places]
+    free = (option for option in options if not any(_overlap(option[1], other) for other in taken))
+    return next(free, options[0])
 
 
 def _box(text: str, x: float, y: float, anchor: str) -> Box:

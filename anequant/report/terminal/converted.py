@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from anequant.evaluation.sample_size import SAMPLE_LENGTH, SAMPLE_WINDOWS
+from anequant.evaluation import SAMPLE_LENGTH, SAMPLE_WINDOWS
 from anequant.jobs.control import UNWATCHED, Progress, Run, Unit
 from anequant.jobs.step import Step, Work
 from anequant.pipeline.convert import convert
@@ -13,7 +13,7 @@ from anequant.pipeline.converting import Converting, ConvertResult
 from anequant.pipeline.steps.rounding import layer_work
 from anequant.pipeline.steps.sizes import forward_work
 from anequant.report.page.run import Stopwatch
-from anequant.report.page.write import Written, write_report, written_report
+from anequant.report.page.write_report import Report, read_report, write_report
 from anequant.request import Request
 
 PASSES = 4
@@ -44,7 +44,7 @@ class WriteReport(Step[Converting, None]):
         write_report(state.folder, self.request.source, run=self.watch.result(), progress=progress)
 
 
-def convert_and_report(request: Request, output: Path, run: Run = UNWATCHED) -> tuple[ConvertResult, Written]:
+def convert_and_report(request: Request, output: Path, run: Run = UNWATCHED) -> tuple[ConvertResult, Report]:
     """As `convert`, with a report of the time and memory of it in the output. Raises what it and
     `write_report` raise."""
     watch = Stopwatch()
@@ -55,4 +55,4 @@ def convert_and_report(request: Request, output: Path, run: Run = UNWATCHED) -> 
 
     report = WriteReport(request, watch)
     result = convert(request, output, replace(run, finished=finished), [report])
-    return result, written_report(output)
+    return result, read_report(output)

@@ -6,23 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from anequant.calibration.rotation_choice import RotationChoice
-from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
+from anequant.checkpoints.license import CARD
+from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER, REPORT_PAGE
 from anequant.evaluation.divergence import Quality
 from anequant.evaluation.evaluate import Evaluation
 from anequant.evaluation.task_scores import TaskScores
 from anequant.inspection.device_profile import DeviceProfile
+from anequant.outputs.push import Upload
 from anequant.pipeline.converting import ConvertResult
 from anequant.pipeline.lowering import LowerResult
 from anequant.pipeline.quantizing import QuantizeResult, RotateResult
 from anequant.pipeline.rounder import TensorError
+from anequant.report.page.write_report import Report
 from anequant.targets.coreml.lint.rules import Finding
 from anequant.targets.shared.headroom import Headroom
+from anequant.units import format_bytes
 from anequant.verification.verify import CheckpointCheck, PackageCheck
 
 Rows = list[tuple[str, str]]
 
 
-def quantized(folder: Path, result: QuantizeResult) -> Rows:
+def describe_quantization(folder: Path, result: QuantizeResult) -> Rows:
     errors = result.rounding.tensors
     return [
         ("checkpoint", str(folder)),
@@ -34,31 +38,31 @@ def quantized(folder: Path, result: QuantizeResult) -> Rows:
             "size",
             f"{result.rounding.bits_per_weight:.2f} bits per weight, {len(errors)} tensors quantized",
         ),
-        *_worst(errors),
-        *_rotations(result.rotations),
+        *_describe_worst(errors),
+        *_describe_rotations(result.rotations),
         *([("rotations", "as the model was rotated before")] if result.rotated_before else []),
-        *_calibrated(result),
+        *_describe_calibration(result),
     ]
 
 
-def _worst(errors: Sequence[TensorError]) -> Rows:
-    """Nothing where all weights stay in float16."""
+def _describe_worst(errors: Sequence[TensorError]) -> Rows:
+    """Return the tensor with the largest error; nothing where all weights stay in float16."""
     if not errors:
         return []
     worst = max(errors, key=lambda tensor: tensor.relative_error)
     return [("worst tensor", f"{worst.name}, off by {worst.relative_error:.2%}")]
 
 
-def rotated(folder: Path, result: RotateResult) -> Rows:
+def describe_rotation(folder: Path, result: RotateResult) -> Rows:
     return [
         ("checkpoint", str(folder)),
         ("equivalence", f"folding and rotation moved the logits by {result.equivalence:.1e} relative"),
-        *_rotations(result.rotations),
+        *_describe_rotations(result.rotations),
     ]
 
 
-def _rotations(choice: RotationChoice | None) -> Rows:
-    """How rotations were found that no seed alone tells."""
+def _describe_rotations(choice: RotationChoice | None) -> Rows:
+    """Return how rotations were found, where the seed alone does not tell."""
     if choice is None:
         return []
     rows = []
@@ -75,19 +79,21 @@ def _rotations(choice: RotationChoice | None) -> Rows:
     return rows or [("rotations", "kept in rotations.safetensors")]
 
 
-def _calibrated(result: QuantizeResult) -> Rows:
-    """What calibration chose, and what it could not use."""
+def _describe_calibration(result: QuantizeResult) -> Rows:
+    """Return what calibration chose, and what it could not use."""
     seen = [tensor for tensor in result.rounding.tensors if tensor.dead_inputs is not None]
     rows = []
     if seen:
         nearest = [tensor.name for tensor in seen if tensor.damping is None]
         rows.append(("rounding", f"gptq for {len(seen) - len(nearest)} tensors"))
         if nearest:
-            text = f"nearest for {len(nearest)}, better on held-out tokens: {_listed(nearest)}"
+            text = f"nearest for {len(nearest)}, better on held-out tokens: {_list_names(nearest)}"
             rows.append(("", text))
     dead = [tensor.name for tensor in seen if tensor.dead_inputs]
     if dead:
-        rows.append(("", f"{len(dead)} have inputs that no token used, rounded to nearest: {_listed(dead)}"))
+        rows.append(
+            ("", f"{len(dead)} have inputs that no token used, rounded to nearest: {_list_names(dead)}")
+        )
     if result.tuning is not None:
         tuning = result.tuning
         rows.append(
@@ -100,25 +106,25 @@ def _calibrated(result: QuantizeResult) -> Rows:
     return rows
 
 
-def _listed(names: list[str]) -> str:
+def _list_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def lowered(folder: Path, result: LowerResult) -> Rows:
+def describe_lowering(folder: Path, result: LowerResult) -> Rows:
     rows = [("packages", str(folder))]
     for size in result.packages:
         rows.append(
             (
                 "",
-                f"{size.name}.mlpackage  weights {_megabytes(size.weight_bytes)} for constants of "
-                f"{_megabytes(size.constant_bytes)}, graph {_megabytes(size.graph_bytes)}",
+                f"{size.name}.mlpackage  weights {format_bytes(size.weight_bytes)} for constants of "
+                f"{format_bytes(size.constant_bytes)}, graph {format_bytes(size.graph_bytes)}",
             )
         )
-    return rows + headroom(result.headroom)
+    return rows + describe_headroom(result.headroom)
 
 
-def headroom(found: Headroom) -> Rows:
-    """The loudest layers against what float16 (65504) and the accumulator (32768) hold."""
+def describe_headroom(found: Headroom) -> Rows:
+    """Return the loudest layers against what float16 (65504) and the accumulator (32768) hold."""
     loudest = max(found.ranges, key=lambda layer: layer.residual)
     scores = max(layer.scores for layer in found.ranges)
     sums = max(value for layer in found.ranges for value in layer.sums.values())
@@ -136,7 +142,7 @@ def headroom(found: Headroom) -> Rows:
     return rows
 
 
-def verified(checkpoint: CheckpointCheck | None, packages: PackageCheck | None) -> Rows:
+def describe_verification(checkpoint: CheckpointCheck | None, packages: PackageCheck | None) -> Rows:
     rows = []
     if checkpoint is not None:
         rows.append(("verified", f"{checkpoint.tensors} stored weights are what their codes say"))
@@ -161,7 +167,7 @@ def verified(checkpoint: CheckpointCheck | None, packages: PackageCheck | None) 
     return rows
 
 
-def quality(result: Quality) -> Rows:
+def describe_quality(result: Quality) -> Rows:
     error = "" if result.nll_error is None else f" ± {result.nll_error:.4f}"
     rows = [
         (
@@ -180,8 +186,8 @@ def quality(result: Quality) -> Rows:
     return rows
 
 
-def evaluated(result: Evaluation) -> Rows:
-    rows = quality(result.quality)
+def describe_evaluation(result: Evaluation) -> Rows:
+    rows = describe_quality(result.quality)
     if result.layers_missing is not None:
         rows.append(("layers", f"not compared: {result.layers_missing}"))
     if result.layers:
@@ -191,7 +197,7 @@ def evaluated(result: Evaluation) -> Rows:
     return rows
 
 
-def tasks(result: TaskScores) -> Rows:
+def describe_tasks(result: TaskScores) -> Rows:
     rows = []
     for task, values in result.scores.items():
         listed = [f"{name.removesuffix(',none')} {_score(value)}" for name, value in values.items()]
@@ -205,7 +211,7 @@ def _score(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
 
 
-def profiled(result: DeviceProfile) -> Rows:
+def describe_profile(result: DeviceProfile) -> Rows:
     rows = []
     for package in result.packages:
         counts = ", ".join(f"{count} on {device}" for device, count in package.operations.items())
@@ -229,8 +235,8 @@ def profiled(result: DeviceProfile) -> Rows:
     ]
 
 
-def linted(findings: Sequence[Finding]) -> Rows:
-    """One row for each rule that is broken, with the first place; the number of places after it."""
+def describe_lint(findings: Sequence[Finding]) -> Rows:
+    """Return a row for each rule that is broken, with its first place and the number of the others."""
     grouped: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         grouped.setdefault((finding.severity, finding.rule), []).append(finding)
@@ -243,15 +249,35 @@ def linted(findings: Sequence[Finding]) -> Rows:
     return rows or [("lint", "nothing found")]
 
 
-def converted(folder: Path, result: ConvertResult) -> Rows:
-    rows = quantized(folder / CHECKPOINT_FOLDER, result.quantized)
-    rows += lowered(folder / PACKAGES_FOLDER, result.lowered)
-    rows += verified(result.checkpoint, result.packages)
-    rows += linted(result.lint)
+def describe_conversion(folder: Path, result: ConvertResult) -> Rows:
+    rows = describe_quantization(folder / CHECKPOINT_FOLDER, result.quantized)
+    rows += describe_lowering(folder / PACKAGES_FOLDER, result.lowered)
+    rows += describe_verification(result.checkpoint, result.packages)
+    rows += describe_lint(result.lint)
     if result.quality is None:
         return [*rows, ("quality", "not measured: the model comes without a tokenizer")]
-    return rows + quality(result.quality)
+    return rows + describe_quality(result.quality)
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"
+def describe_report(report: Report) -> Rows:
+    """Return where a report is, which projection came out worst, and what is missing."""
+    rows = [("report", str(report.folder / REPORT_PAGE))]
+    if report.data["worst"]:
+        worst = report.data["worst"][0]
+        name = f"{worst['name']} of layer {worst['layer']}"
+        rows.append(("worst output", f"{name}, off by {worst['output_error']:.2%}"))
+    return rows + [("missing", f"{what}: {why}") for what, why in report.data["missing"].items()]
+
+
+def describe_upload(upload: Upload) -> Rows:
+    """Return what was sent and where to, or what would be."""
+    sent = upload.url is not None
+    seen = "private" if upload.private else "public"
+    what = f"{len(upload.files)} files of a {upload.kind}, {upload.bytes:,} bytes, to {upload.repo} ({seen})"
+    rows = [("uploaded" if sent else "would upload", what)]
+    if not sent:
+        rows += [("", f"{name}  {size:,}") for name, size in upload.files.items()]
+    if CARD not in upload.files:
+        rows.append(("card", f"none: this folder has no {CARD}"))
+    rows.append(("address", upload.url) if upload.url else ("", "nothing was sent: add --yes"))
+    return rows

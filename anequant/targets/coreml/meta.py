@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.errors import InputError, shown
+from anequant.errors import InputError, quote
 from anequant.strict import parse_yaml, read_plain
 
 META = "meta.yaml"
@@ -124,7 +124,7 @@ def read_meta(folder: Path) -> PackageSet:
         values = info["parameters"]
         prefix = str(values["model_prefix"])
         if not re.fullmatch(r"\w[\w.-]*", prefix, re.ASCII):
-            raise ValueError(f"model_prefix, it is {shown(prefix)}")
+            raise ValueError(f"model_prefix, it is {quote(prefix)}")
         return PackageSet(
             model=str(info["name"]).removeprefix("anemll-").rsplit("-ctx", 1)[0],
             architecture=str(info["architecture"]),
@@ -147,7 +147,7 @@ def read_meta(folder: Path) -> PackageSet:
 def _number(values: Mapping[str, Any], key: str, most: int = LARGEST_NUMBER) -> int:
     number = values[key]
     if type(number) is not int or not 1 <= number <= most:
-        raise ValueError(f"{key}, it is {shown(number)}")
+        raise ValueError(f"{key}, it is {quote(number)}")
     return number
 
 
@@ -158,7 +158,7 @@ def _width(values: Mapping[str, Any], key: str) -> int | None:
 def _flag(values: Mapping[str, Any], key: str) -> bool:
     flag = values.get(key, False)
     if not isinstance(flag, bool):
-        raise ValueError(f"{key}, it is {shown(flag)}")
+        raise ValueError(f"{key}, it is {quote(flag)}")
     return flag
 
 
@@ -169,7 +169,7 @@ def _sizes(values: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
     if not isinstance(sizes, list) or not all(
         type(size) is int and 0 < size <= LARGEST_NUMBER for size in sizes
     ):
-        raise ValueError(f"{key}, it is {shown(sizes)}")
+        raise ValueError(f"{key}, it is {quote(sizes)}")
     return tuple(sizes)
 
 

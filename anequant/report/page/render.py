@@ -15,15 +15,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from anequant.recipe import Recipe
 from anequant.report.page import charts
 from anequant.report.page.charts import LineChart
-from anequant.report.terminal.inspected import recipe_words
+from anequant.report.terminal.inspect_rows import describe_recipe
+from anequant.units import NOTHING, format_bytes, format_duration
 
 TEMPLATE = "report.html.jinja"
-NOTHING = "–"
 BEFORE, AFTER, WRITTEN = "before", "after", "written"
 
 
-def page(template: str, **values: Any) -> str:
-    """A template beside this module, filled in."""
+def fill_template(template: str, **values: Any) -> str:
+    """Return a template beside this module, filled in."""
     environment = Environment(
         loader=PackageLoader("anequant.report", "page"),
         autoescape=True,
@@ -32,34 +32,34 @@ def page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "number": number,
-        "percent": percent,
-        "size": size,
-        "duration": duration,
+        "number": format_number,
+        "percent": format_percent,
+        "size": format_bytes,
+        "duration": format_duration,
         "short": short_name,
-        "shape": shape,
-        "form": lambda value, form: percent(value) if form == "percent" else number(value),
-        "alike": alike,
-        "bars": charts.code_bars,
+        "shape": format_sizes,
+        "form": lambda value, form: format_percent(value) if form == "percent" else format_number(value),
+        "alike": join_alike,
+        "bars": charts.draw_code_bars,
         "entropy": charts.entropy,
     }
     return environment.get_template(template).render(chart=charts, **values).strip() + "\n"
 
 
-def render(data: dict[str, Any]) -> str:
-    """The page for the data that `collect` returns."""
+def render_report(data: dict[str, Any]) -> str:
+    """Return the page for the data that `collect_report` returns."""
     layers: list[dict[str, Any]] = data["layers"]
     inputs = _by_projection(layers, "inputs", (BEFORE, AFTER), "kurtosis")
     groups = {names[0]: ", ".join(map(short_name, names)) for names in data["model"]["input_groups"]}
-    return page(
+    return fill_template(
         TEMPLATE,
         data=data,
         missing=data["missing"],
         layers=layers,
-        words=recipe_words(data["recipe"]),
+        words=describe_recipe(data["recipe"]),
         projections=[item["name"] for item in layers[0]["projections"]],
         groups=groups,
-        heat=charts.heat_map(_table(layers, "output_error", WRITTEN)),
+        heat=charts.draw_heat_map(_table(layers, "output_error", WRITTEN)),
         errors=_by_projection(layers, "output_error", (BEFORE, AFTER, WRITTEN), percent=True),
         weights=_by_projection(layers, "weight", (BEFORE, AFTER), "kurtosis"),
         inputs={name: chart for name, chart in inputs.items() if name in groups},
@@ -69,8 +69,8 @@ def render(data: dict[str, Any]) -> str:
     )
 
 
-def number(value: float | None) -> str:
-    """Three significant digits, thousands apart."""
+def format_number(value: float | None) -> str:
+    """Return three significant digits, thousands apart."""
     if value is None:
         return NOTHING
     if abs(value) >= 1000:
@@ -79,38 +79,21 @@ def number(value: float | None) -> str:
     return text if "e" not in text else f"{value:.1e}"
 
 
-def percent(share: float | None) -> str:
+def format_percent(share: float | None) -> str:
     return NOTHING if share is None else f"{share:.1%}"
 
 
-def size(count: float | None) -> str:
-    if count is None:
-        return NOTHING
-    for step, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= step:
-            return f"{count / step:.3g} {unit}" if count < 1000 * step else f"{count / step:,.0f} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
 def short_name(projection: str) -> str:
-    """q, k, v, o, gate, up, down."""
+    """Return q, k, v, o, gate, up or down."""
     return projection.rpartition(".")[2].removesuffix("_proj")
 
 
-def shape(sizes: Sequence[int | None]) -> str:
+def format_sizes(sizes: Sequence[int | None]) -> str:
     return " × ".join("?" if part is None else str(part) for part in sizes) or "a number"
 
 
-def alike(tensors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Neighbours of one form whose names differ in a number at the end, as one: the parts of a head."""
+def join_alike(tensors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join neighbours of one form whose names differ in a number at the end: the parts of a head."""
     groups: list[list[dict[str, Any]]] = []
     for tensor in tensors:
         form = [tensor["name"].rstrip(string.digits), tensor["dtype"], tensor["shape"]]
@@ -124,7 +107,7 @@ def alike(tensors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _table(layers: list[dict[str, Any]], key: str, side: str, part: str | None = None) -> list[charts.Values]:
-    """One row of values for every layer, one column for every projection."""
+    """Return a row of values for every layer, with a column for every projection."""
 
     def value(item: dict[str, Any]) -> float | None:
         found: Any = item[key][side]
@@ -144,12 +127,12 @@ def _by_projection(
     *,
     percent: bool = False,
 ) -> dict[str, LineChart]:
-    """A chart over the layers for every projection that has values, by name."""
+    """Return a chart over the layers for every projection that has values, by name."""
     tables = {side: _table(layers, key, side, part) for side in sides}
     found = {}
     for column, item in enumerate(layers[0]["projections"]):
         series = {side: [row[column] for row in table] for side, table in tables.items()}
-        chart = charts.line_chart(series, percent=percent)
+        chart = charts.draw_line_chart(series, percent=percent)
         if chart is not None:
             found[item["name"]] = chart
     return found
@@ -159,11 +142,11 @@ def _residual(data: dict[str, Any]) -> LineChart | None:
     if data["embedded"] is None:
         return None
     entries = [data["embedded"], *(layer["residual"] for layer in data["layers"])]
-    return charts.line_chart({side: [entry[side] for entry in entries] for side in (BEFORE, AFTER)})
+    return charts.draw_line_chart({side: [entry[side] for entry in entries] for side in (BEFORE, AFTER)})
 
 
 def _grouped(findings: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Findings of one rule and severity together."""
+    """Group findings by severity and rule."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for finding in findings:
         groups.setdefault((finding["severity"], finding["rule"]), []).append(finding)
@@ -171,7 +154,7 @@ def _grouped(findings: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _choices(recipe: dict[str, Any]) -> list[tuple[str, Any, str, bool]]:
-    """Key, value, meaning, and whether the value is another one than without any key."""
+    """Return key, value, meaning, and whether the value is not the default."""
     fields = {item.name: item for item in dataclasses.fields(Recipe)}
     return [
         (key, recipe[key], field.metadata["help"].replace("`", ""), recipe[key] != field.default)

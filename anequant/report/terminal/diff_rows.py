@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anequant.inspection.diff import Differences, ValueDifference
+from anequant.inspection.diff_checkpoints import Differences, ValueDifference
 from anequant.inspection.diff_packages import PackageDifferences
 from anequant.inspection.diff_paths import PathDifferences
-from anequant.inspection.inspect_tensors import name_pattern
-from anequant.report.terminal.inspected import recipe_words
+from anequant.inspection.inspect_checkpoint import star_numbers
+from anequant.report.terminal.inspect_rows import describe_recipe
 
 Rows = list[tuple[str, str]]
 MOST = 10
@@ -19,7 +19,8 @@ MOST = 10
 LONGEST = 60
 
 
-def compared(found: PathDifferences) -> Rows:
+def describe_differences(found: PathDifferences) -> Rows:
+    """Return what differs, MOST rows of a list, and whether anything does."""
     rows: Rows = [("A", found.a), ("B", found.b)]
     if found.checkpoint is not None:
         checkpoint = found.checkpoint
@@ -53,7 +54,7 @@ def _package(package: PackageDifferences) -> Rows:
         ]
         if function.changed:
             rows.append(
-                ("  operations", f"{len(function.changed)} are not alike: {_listed(function.changed)}")
+                ("  operations", f"{len(function.changed)} are not alike: {_list_names(function.changed)}")
             )
     return rows + _differences("  constants", package.constants) + _keys("  metadata", package.metadata)
 
@@ -71,7 +72,7 @@ def _differences(label: str, found: Differences) -> Rows:
 
 
 def _forms(found: Differences) -> dict[str, list[str]]:
-    """The names of what has the same two dtypes or shapes, by these in words."""
+    """Group the names of what has the same two dtypes or shapes, by these in words."""
     forms: dict[str, list[str]] = {}
     for form in found.forms:
         parts = [pair for pair in (form.dtypes, form.shapes) if pair[0] != pair[1]]
@@ -81,15 +82,15 @@ def _forms(found: Differences) -> dict[str, list[str]]:
 
 
 def _recipe(keys: Mapping[str, tuple[Any, Any]]) -> Rows:
-    """The keys that differ, or the whole recipe where only one side tells it."""
+    """Return the keys that differ, or the whole recipe where only one side tells it."""
     for own, other, side in ((0, 1, "A"), (1, 0, "B")):
         if keys and all(pair[other] is None for pair in keys.values()):
-            words = recipe_words({key: pair[own] for key, pair in keys.items()})
-            return [("recipe", f"only {side} tells one: {words}"), *_turned(keys)]
-    return _keys("recipe", keys) + _turned(keys)
+            words = describe_recipe({key: pair[own] for key, pair in keys.items()})
+            return [("recipe", f"only {side} tells one: {words}"), *_rotated_otherwise(keys)]
+    return _keys("recipe", keys) + _rotated_otherwise(keys)
 
 
-def _turned(keys: Mapping[str, tuple[Any, Any]]) -> Rows:
+def _rotated_otherwise(keys: Mapping[str, tuple[Any, Any]]) -> Rows:
     if not any(key in keys and keys[key] != (None, "none") for key in ("r1", "r2")):
         return []
     return [("", "they are rotated differently, so weights differ whatever rounding did: compare --logits")]
@@ -108,11 +109,11 @@ def _error(value: ValueDifference) -> str:
 
 
 def _patterns(names: Sequence[str]) -> str:
-    """Names that differ in a number only are one, with how often it occurs."""
+    """Return names as one where they differ in a number only, with how often it occurs."""
     counts: dict[str, int] = {}
     for name in names:
-        counts[name_pattern(name)] = counts.get(name_pattern(name), 0) + 1
-    return _listed([name if count == 1 else f"{count} {name}" for name, count in counts.items()])
+        counts[star_numbers(name)] = counts.get(star_numbers(name), 0) + 1
+    return _list_names([name if count == 1 else f"{count} {name}" for name, count in counts.items()])
 
 
 def _keys(label: str, keys: Mapping[str, tuple[Any, Any]]) -> Rows:
@@ -126,5 +127,5 @@ def _value(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
-def _listed(names: Sequence[str]) -> str:
+def _list_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")

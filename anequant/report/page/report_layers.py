@@ -10,21 +10,20 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.sources import source_text
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
-from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
+from anequant.checkpoints.source import Source, has_tokenizer
 from anequant.errors import UsageError
-from anequant.inspection.measurements import (
+from anequant.evaluation.evaluate import read_text_windows
+from anequant.inspection.measure_projections import (
     LayerMeasurement,
     Side,
     StoredProjection,
-    describe,
     load_projection,
-    measure,
+    measure_projections,
+    summarise_projection,
 )
 from anequant.jobs.control import Progress
 from anequant.recipe_files import recipe_from_dict
-from anequant.reference.windows import load_tokenizer, model_windows
 
 WINDOWS, LENGTH = 2, 128
 SEED = 7
@@ -41,38 +40,46 @@ class Origin:
     missing: str = ""
 
 
-def measured_layers(
-    checkpoint: Checkpoint,
-    origin: Origin,
-    made: dict[str, Any],
-    text: Path | None,
-    former: dict[str, Any] | None,
-    missing: dict[str, str],
-    progress: Progress,
-) -> dict[str, Any]:
-    """The values of KEYS; what is missing goes into `missing`.
+@dataclass(frozen=True)
+class Known:
+    """What a report draws on beside the output.
 
-    `made` is the checkpoint's manifest. Without the float model, they are those of the `former` report, or
-    what the checkpoint alone tells.
+    text    what layers are measured on, None for the bundled text
+    run     what a Stopwatch saw of the run that made the output, None for another run
+    former  the report that was there, None without one
+    """
+
+    origin: Origin
+    text: Path | None = None
+    run: dict[str, Any] | None = None
+    former: dict[str, Any] | None = None
+
+
+def collect_layers(
+    checkpoint: Checkpoint, made: dict[str, Any], known: Known, progress: Progress
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of KEYS, and why some of them are missing; `made` is the checkpoint's manifest.
+
+    Without the float model the values are those of the former report, or what the checkpoint alone tells.
     """
     count = checkpoint.spec.num_layers
+    origin, former = known.origin, known.former
     if origin.source is None and former is not None and former["measured_on"] is not None:
-        return {key: former[key] for key in KEYS}
+        return {key: former[key] for key in KEYS}, {}
     errors = {item["name"]: item for item in made["measured"]["tensors"]}
     if origin.source is None:
-        missing["measured"] = origin.missing
         layers = []
         for number in range(count):
             progress(f"layer {number + 1} of {count}", number / count)
             names = [linear.name for linear in checkpoint.spec.architecture.linears]
-            stored = [describe(name, load_projection(checkpoint, number, name)) for name in names]
+            stored = [summarise_projection(name, load_projection(checkpoint, number, name)) for name in names]
             layers.append(_layer(number, None, stored, errors))
-        return {"measured_on": None, "embedded": None, "layers": layers, "worst": []}
-    tokens, name = _tokens(checkpoint, text)
+        missing = {"measured": origin.missing}
+        return {"measured_on": None, "embedded": None, "layers": layers, "worst": []}, missing
+    tokens, name = _tokens(checkpoint, known.text)
     recipe = recipe_from_dict(made["recipe"])
-    result = measure(checkpoint, open_checkpoint(origin.source.folder), recipe, tokens, progress)
-    if result.embedded_before is None:
-        missing["before"] = "the model came rotated, so what it was before is not here"
+    result = measure_projections(checkpoint, open_checkpoint(origin.source.folder), recipe, tokens, progress)
+    rotated = {"before": "the model came rotated, so what it was before is not here"}
     layers = [
         _layer(layer.layer, layer, [projection.stored for projection in layer.projections], errors)
         for layer in result.layers
@@ -83,18 +90,20 @@ def measured_layers(
         for item in layer["projections"]
         if item["bits"] < 16
     ]
-    return {
+    values = {
         "measured_on": {"text": name, "windows": len(tokens), "length": tokens.shape[1]},
         "embedded": {"before": result.embedded_before, "after": result.embedded_after},
         "layers": layers,
         "worst": sorted(ranked, key=lambda item: -float(str(item["output_error"])))[:WORST],
     }
+    return values, rotated if result.embedded_before is None else {}
 
 
 def _layer(
     number: int, measured: LayerMeasurement | None, stored: list[StoredProjection], errors: dict[str, Any]
 ) -> dict[str, Any]:
-    """One entry of `layers`; without measurements, the weight error is the one that quantize recorded."""
+    """Return one entry of `layers`; without measurements, the weight error is the one that quantize
+    recorded."""
     projections = []
     for place, kept in enumerate(stored):
         recorded = errors.get(layer_prefix(number) + kept.name)
@@ -128,14 +137,12 @@ def _of_sides(sides: dict[str, Side | None], key: str) -> dict[str, float | None
 
 
 def _tokens(checkpoint: Checkpoint, text: Path | None) -> tuple[Tensor, str]:
-    """A few short windows of a text [n, length], and what they are called."""
+    """Return a few short windows of a text [n, length], and what they are called."""
     if not has_tokenizer(checkpoint.folder):
         if text is not None:
             raise UsageError("--text needs a tokenizer, and the checkpoint has none")
         generator = torch.Generator().manual_seed(SEED)
         shape = (WINDOWS, LENGTH)
         return torch.randint(checkpoint.spec.vocab_size, shape, generator=generator), "random tokens"
-    tokenizer = load_tokenizer(checkpoint.folder)
-    content = source_text(SAMPLE_TEXT if text is None else text, tokenizer)
-    windows = model_windows(tokenizer, checkpoint.spec.config, content, count=WINDOWS, length=LENGTH)
+    windows = read_text_windows(checkpoint.folder, checkpoint.spec.config, text, WINDOWS, LENGTH)
     return windows, "the bundled sample text" if text is None else text.name

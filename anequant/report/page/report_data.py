@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import UsageError
-from anequant.inspection.inspect_package import package_facts
+from anequant.inspection.inspect_package import inspect_package
 from anequant.jobs.control import Progress
 from anequant.jobs.machine import memory, usable_cores
 from anequant.jobs.output_folder import file_hashes
 from anequant.pipeline.converting import measure_sample
-from anequant.report.page.measured import Origin, measured_layers
+from anequant.report.page.report_layers import Known, collect_layers
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.signatures import TensorSpec
 from anequant.verification.hashes import CONVERSION
@@ -32,19 +33,11 @@ from anequant.verification.hashes import CONVERSION
 SCHEMA = 1
 
 
-def collect(
-    folder: Path,
-    origin: Origin,
-    text: Path | None,
-    run: dict[str, Any] | None,
-    former: dict[str, Any] | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    """The report of an output of convert or quantize.
+def collect_report(folder: Path, known: Known, progress: Progress) -> dict[str, Any]:
+    """Collect the report of an output of convert or quantize.
 
-    `run` is what a Stopwatch saw of the run that made it; where it or the float model is not there, a
-    `former` report of the same checkpoint lends its part. Raises UsageError for another kind of folder,
-    InputError for one that is damaged.
+    Where the run or the float model is not known, a former report of the same checkpoint lends its part.
+    Raises UsageError for another kind of folder, InputError for one that is damaged.
     """
     recorded = read_manifest(folder)
     kind = recorded.get("kind")
@@ -58,28 +51,22 @@ def collect(
     checkpoint = open_checkpoint(folder / CHECKPOINT_FOLDER if whole else folder)
     made = read_manifest(checkpoint.folder) if whole else recorded
     identity = checkpoint_identity(checkpoint.folder)
-    if former is not None and former["checkpoint"] != identity:
-        former = None
+    if known.former is not None and known.former["checkpoint"] != identity:
+        known = replace(known, former=None)
+    former = known.former or {}
     missing: dict[str, str] = {}
-    quality = recorded["measured"]["quality"] if whole else None
-    compared = origin.source is not None and has_tokenizer(origin.source.folder) and not whole
-    if quality is None and origin.source is not None and compared:
-        step, original = progress.part("quality", 0.0, 0.5), open_checkpoint(origin.source.folder)
-        quality = measure_sample(original, checkpoint.folder, step).to_dict()
-    if quality is None and former is not None:
-        quality = former["quality"]
+    quality = recorded["measured"]["quality"] if whole else _measure_quality(checkpoint, known, progress)
+    quality = quality or former.get("quality")
     if quality is None:
         untold = "the model comes without a tokenizer"
-        missing["quality"] = origin.missing if has_tokenizer(checkpoint.folder) else untold
+        missing["quality"] = known.origin.missing if has_tokenizer(checkpoint.folder) else untold
     packages = _packages(folder / PACKAGES_FOLDER) if whole else None
     if packages is None:
         missing["packages"] = missing["lint"] = "this is a checkpoint alone; convert and lower make packages"
-    if run is None:
-        run = None if former is None else former["run"]
+    run = known.run or former.get("run")
     if run is None:
         missing["run"] = "only convert, which measures them, tells time and memory"
-    step = progress.part("layers", 0.5, 1.0)
-    layers = measured_layers(checkpoint, origin, made, text, former, missing, step)
+    layers, unmeasured = collect_layers(checkpoint, made, known, progress.part("layers", 0.5, 1.0))
     rounding = made["measured"]
     data = {
         "schema": SCHEMA,
@@ -100,14 +87,23 @@ def collect(
         "tables": [item for item in rounding["tensors"] if item["name"] in (EMBEDDING, HEAD)],
         "lint": recorded["measured"]["lint"] if whole else None,
         "environment": _environment(made["versions"]),
-        "missing": missing,
+        "missing": missing | unmeasured,
     }
     rounded: dict[str, Any] = six_digits(data)
     return rounded
 
 
+def _measure_quality(checkpoint: Checkpoint, known: Known, progress: Progress) -> dict[str, Any] | None:
+    """Measure a checkpoint on the bundled text; None without the float model or a tokenizer."""
+    source = known.origin.source
+    if source is None or not has_tokenizer(source.folder):
+        return None
+    step = progress.part("quality", 0.0, 0.5)
+    return measure_sample(open_checkpoint(source.folder), checkpoint.folder, step).to_dict()
+
+
 def checkpoint_identity(folder: Path) -> str:
-    """What tells two checkpoints apart: the hash of the manifest, which holds those of all files."""
+    """Return what tells two checkpoints apart: the hash of the manifest, which holds those of all files."""
     return file_hashes(folder, [MANIFEST])[MANIFEST]
 
 
@@ -124,7 +120,7 @@ def _model(spec: ModelSpec, source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parameters(spec: ModelSpec) -> int:
-    """As the checkpoint holds them, which always has a head of its own."""
+    """Count parameters as the checkpoint holds them, which always has a head of its own."""
     of_layer = sum(math.prod(shape) for shape in spec.layer_tensors().values())
     return sum(math.prod(shape) for shape in spec.outer_tensors().values()) + spec.num_layers * of_layer
 
@@ -143,7 +139,7 @@ def _packages(folder: Path) -> dict[str, Any]:
     packages = read_meta(folder)
     found = []
     for name in packages.package_names:
-        facts = package_facts(folder / f"{name}.mlpackage")
+        facts = inspect_package(folder / f"{name}.mlpackage")
         functions = [
             {
                 "name": function.name,
@@ -164,7 +160,7 @@ def _packages(folder: Path) -> dict[str, Any]:
 
 
 def _tensor(tensor: TensorSpec, enumerated: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
-    """`shapes` are the only ones, where there are several."""
+    """Return a tensor's form; `shapes` are the only ones, where there are several."""
     shapes = [list(shape) for shape in enumerated.get(tensor.name, ())]
     return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "shapes": shapes}
 

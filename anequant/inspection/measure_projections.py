@@ -29,7 +29,7 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import written_rotations
 from anequant.errors import UnsupportedError
-from anequant.evaluation.distribution import distribution
+from anequant.evaluation.distribution import measure_distribution
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
@@ -42,7 +42,7 @@ from anequant.rotation.rotation_plan import RotationPlan
 
 @dataclass(frozen=True)
 class Outliers:
-    """None where all values are the same."""
+    """How far values stick out; None where all are the same."""
 
     kurtosis: float | None
     peak: float | None
@@ -94,7 +94,7 @@ class LayerMeasurement:
 
 
 @dataclass(frozen=True)
-class Measurements:
+class ModelMeasurement:
     """`embedded_*` is the largest magnitude in the residual stream as it enters the first layer."""
 
     embedded_before: float | None
@@ -102,10 +102,11 @@ class Measurements:
     layers: tuple[LayerMeasurement, ...]
 
 
-def measure(
+def measure_projections(
     checkpoint: Checkpoint, original: Checkpoint, recipe: Recipe, tokens: Tensor, progress: Progress = silent
-) -> Measurements:
-    """Compare a quantized `checkpoint` with the float model that `recipe` made it from, tokens [n, length].
+) -> ModelMeasurement:
+    """Compare a quantized `checkpoint` with the float model that `recipe` made it from, on tokens [n,
+    length].
 
     It holds one projection, the inputs of one layer and both hidden states. Raises what `written_rotations`
     raises.
@@ -129,22 +130,22 @@ def measure(
         for seen in after.walk(layer, bits):
             stored = load_projection(checkpoint, layer, seen.name)
             errors = _errors(_weight(stored), seen.weight, seen.inputs, seen.output)
-            kept = describe(seen.name, stored)
+            kept = summarise_projection(seen.name, stored)
             measured.append(ProjectionMeasurement(kept, sides.get(seen.name), seen.side, *errors))
         largest = None if before is None else before.largest
         layers.append(LayerMeasurement(layer, largest, after.largest, tuple(measured)))
-    return Measurements(*embedded, tuple(layers))
+    return ModelMeasurement(*embedded, tuple(layers))
 
 
 def load_projection(checkpoint: Checkpoint, layer: int, name: str) -> QuantizedLinear | Tensor:
-    """A projection of a layer that anequant wrote: quantized, or its float16 weight."""
+    """Load a projection of a layer that anequant wrote: quantized, or its float16 weight."""
     full = layer_prefix(layer) + name
     if f"{full}.codebook" in checkpoint.tensors:
         return load(full, checkpoint.read, checkpoint.tensors)
     return checkpoint.read(f"{full}.weight")
 
 
-def describe(name: str, linear: QuantizedLinear | Tensor) -> StoredProjection:
+def summarise_projection(name: str, linear: QuantizedLinear | Tensor) -> StoredProjection:
     if not isinstance(linear, QuantizedLinear):
         return StoredProjection(name, (linear.shape[0], linear.shape[1]), 16, ())
     codes = torch.bincount(linear.codes.flatten().int(), minlength=linear.codebook.numel())
@@ -177,22 +178,22 @@ class _Walker:
         return float(self._hidden.abs().max())
 
     def walk(self, layer: int, bits: Mapping[str, int]) -> Iterator[_Seen]:
-        """Through the layer, and then one projection after the other; `bits` by name."""
+        """Walk through the layer and yield one projection after the other; `bits` are by name."""
         _, tensors = self._model.layer(layer)
         inputs, self._hidden = self._runner.every_input(layer, tensors, self._hidden)
         for group in self._model.spec.input_groups:
             x = inputs[group[0].name]
-            outliers = token_outliers(x)
+            outliers = measure_token_outliers(x)
             for linear in group:
                 weight = tensors[f"{linear.name}.weight"].float()
-                output, values = x @ weight.T, distribution(weight)
+                output, values = x @ weight.T, measure_distribution(weight)
                 nearest = self._nearest(weight, bits[linear.name], layer_prefix(layer) + linear.name)
                 errors = (None, None) if nearest is None else _errors(nearest, weight, x, output)
                 side = Side(Outliers(values.kurtosis, values.peak), outliers, *errors)
                 yield _Seen(linear.name, weight, x, output, side)
 
     def _nearest(self, weight: Tensor, bits: int, name: str) -> Tensor | None:
-        """The weight rounded to nearest with the recipe's codebook and scales; None where that cannot be."""
+        """Round the weight to nearest with the recipe's codebook and scales; None where that cannot be."""
         recipe = self._recipe
         if bits == 16:
             return None
@@ -220,8 +221,8 @@ def _weight(stored: QuantizedLinear | Tensor) -> Tensor:
     return stored.dequantize() if isinstance(stored, QuantizedLinear) else stored.float()
 
 
-def token_outliers(inputs: Tensor) -> Outliers:
-    """The median over tokens of kurtosis and peak over channels, for inputs [tokens, in].
+def measure_token_outliers(inputs: Tensor) -> Outliers:
+    """Return the median over tokens of kurtosis and peak over channels, for inputs [tokens, in].
 
     Tokens whose channels are all the same do not count.
     """
@@ -237,7 +238,7 @@ def token_outliers(inputs: Tensor) -> Outliers:
 
 
 def _errors(rounded: Tensor, weight: Tensor, inputs: Tensor, output: Tensor) -> tuple[float, float]:
-    """Weight error and output error of rounded [out, in], for inputs [tokens, in]."""
+    """Return the weight error and the output error of rounded [out, in], for inputs [tokens, in]."""
     difference = rounded - weight
     moved = inputs @ difference.T
     return _ratio(difference, weight), _ratio(moved, output)

@@ -17,34 +17,26 @@ from anequant.checkpoints.writer import json_text
 from anequant.errors import InputError
 from anequant.jobs.control import Progress, silent
 from anequant.jobs.output_folder import file_hashes
-from anequant.report.page.collect import SCHEMA, collect
-from anequant.report.page.html import render
-from anequant.report.page.measured import Origin
+from anequant.report.page.render import render_report
+from anequant.report.page.report_data import SCHEMA, collect_report
+from anequant.report.page.report_layers import Known, Origin
 
 
 @dataclass(frozen=True)
-class Written:
+class Report:
     """Where a report is, and its `data`."""
 
     folder: Path
     data: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Where the files are and what is missing; the data is in the second of them."""
+        """Return where the files are and what is missing; the data is in the second of them."""
         return {
             "report": str(self.folder / REPORT_PAGE),
             "data": str(self.folder / REPORT_DATA),
             "worst": self.data["worst"],
             "missing": self.data["missing"],
         }
-
-    def rows(self) -> list[tuple[str, str]]:
-        rows = [("report", str(self.folder / REPORT_PAGE))]
-        if self.data["worst"]:
-            worst = self.data["worst"][0]
-            name = f"{worst['name']} of layer {worst['layer']}"
-            rows.append(("worst output", f"{name}, off by {worst['output_error']:.2%}"))
-        return rows + [("missing", f"{what}: {why}") for what, why in self.data["missing"].items()]
 
 
 def write_report(
@@ -55,26 +47,26 @@ def write_report(
     text: Path | None = None,
     run: dict[str, Any] | None = None,
     progress: Progress = silent,
-) -> Written:
+) -> Report:
     """Write the report of an output of convert or quantize into it.
 
     `source` is the float model where it is known; else it is looked for: `base` (a folder or hub id), the
     bundled model, or the hub's. `run` is what a Stopwatch saw. A report that is there already is replaced,
-    and lends what cannot be measured any more. Raises what `collect` raises, and InputError for a `base` of
-    which the checkpoint was not made.
+    and lends what cannot be measured any more. Raises what `collect_report` raises, and InputError for a
+    `base` of which the checkpoint was not made.
     """
     read_manifest(folder)
     origin = _find_origin(folder, base) if source is None else Origin(source)
-    data = collect(folder, origin, text, run, _former(folder), progress)
-    page = render(data)
+    data = collect_report(folder, Known(origin, text, run, _read_former(folder)), progress)
+    page = render_report(data)
     replace_file(folder / REPORT_DATA, json_text(data))
     replace_file(folder / REPORT_PAGE, page)
-    return Written(folder, data)
+    return Report(folder, data)
 
 
-def written_report(folder: Path) -> Written:
-    """The report that is in the output `folder`. Raises InputError where there is none."""
-    return Written(folder, read_object(folder / REPORT_DATA))
+def read_report(folder: Path) -> Report:
+    """Read the report that is in the output `folder`. Raises InputError where there is none."""
+    return Report(folder, read_object(folder / REPORT_DATA))
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -119,8 +111,8 @@ def _same(folder: Path, files: dict[str, str]) -> bool:
     return there and file_hashes(folder, list(files)) == files
 
 
-def _former(folder: Path) -> dict[str, Any] | None:
-    """The report that is there, None where there is none of this schema.
+def _read_former(folder: Path) -> dict[str, Any] | None:
+    """Return the report that is there, None where there is none of this schema.
 
     Raises InputError for one that no page can be made of.
     """
@@ -131,7 +123,7 @@ def _former(folder: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         return None
     try:
-        render(value)
+        render_report(value)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UndefinedError) as error:
         what = "the report that is there is damaged"
         raise InputError(what, where=str(path), remedy="remove it") from error

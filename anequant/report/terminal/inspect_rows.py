@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from anequant.inspection.inspect import Inspection
-from anequant.inspection.inspect_checkpoint import PARTS_OF_LINEAR, WHOLE, CheckpointFacts, PartBits
+from anequant.evaluation.distribution import Distribution
+from anequant.inspection.inspect import CodeUse, Inspection, TensorFacts
+from anequant.inspection.inspect_checkpoint import (
+    PARTS_OF_LINEAR,
+    WHOLE,
+    CheckpointFacts,
+    PartBits,
+    TensorFiles,
+)
 from anequant.inspection.inspect_package import FunctionFacts, PackageFacts
-from anequant.inspection.inspect_tensors import TensorFiles
 from anequant.recipe import Recipe
+from anequant.units import format_bytes
 
 Rows = list[tuple[str, str]]
 MAIN_KEYS = ("r1", "r2", "codebook", "scales", "rounding", "bits")
 VECTORS = tuple(f".{part}" for part in PARTS_OF_LINEAR if part != "weight")
+BAR = 24
+"""Characters of the longest bar of a histogram."""
 
 
-def inspected(found: Inspection) -> Rows:
+def describe_inspection(found: Inspection) -> Rows:
+    """Return what `inspect` found, parts of a set of packages under their names."""
     rows: Rows = [("what", found.kind)]
     if found.file is not None:
         rows += _files(found.file)
@@ -49,7 +60,7 @@ def _checkpoint(facts: CheckpointFacts, *, alone: bool) -> Rows:
         ),
     ]
     if facts.recipe is not None:
-        rows.append(("recipe", recipe_words(facts.recipe)))
+        rows.append(("recipe", describe_recipe(facts.recipe)))
     rows += [(part, _bits(bits)) for part, bits in facts.bits.items()]
     for kind in facts.scales:
         given = f"{kind.input_range[0]:.3g} to {kind.input_range[1]:.3g}"
@@ -63,8 +74,8 @@ def _checkpoint(facts: CheckpointFacts, *, alone: bool) -> Rows:
     return rows + _files(facts.tensors, facts.bits.get(WHOLE))
 
 
-def recipe_words(recipe: Mapping[str, Any]) -> str:
-    """The keys that say most, then those that are not as in a recipe without any key."""
+def describe_recipe(recipe: Mapping[str, Any]) -> str:
+    """Return the keys that say most, then those that are not as in a recipe without any key."""
     defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}
     told = [key for key in defaults if key in MAIN_KEYS or recipe.get(key, defaults[key]) != defaults[key]]
     return ", ".join(f"{key} {recipe[key]}" for key in told if key in recipe)
@@ -102,27 +113,27 @@ def _online(online: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _files(files: TensorFiles, whole: PartBits | None = None) -> Rows:
-    dtypes = ", ".join(f"{dtype} {_bytes(size)}" for dtype, size in files.dtypes.items())
+    dtypes = ", ".join(f"{dtype} {format_bytes(size)}" for dtype, size in files.dtypes.items())
     rows: Rows = [("tensors", f"{files.tensors}: {dtypes}")]
     vectors = [kind for kind in files.kinds if kind.name.endswith(VECTORS)]
     listed = [kind for kind in files.kinds if kind not in vectors]
     width = max((len(kind.name) for kind in listed), default=0)
     for kind in listed:
-        rows.append(("", f"{kind.name:<{width}}  {kind.count:>3} {kind.dtype:<4} {shape_words(kind.shape)}"))
+        rows.append(("", f"{kind.name:<{width}}  {kind.count:>3} {kind.dtype:<4} {format_shape(kind.shape)}"))
     if vectors:
         count = sum(kind.count for kind in vectors)
         rows.append(("", f"{'scales and codebooks of linears':<{width}}  {count:>3}"))
     sizes = list(files.files.items())
-    names = ", ".join(f"{name} {_bytes(size)}" for name, size in sizes[:2])
+    names = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes[:2])
     more = f", and {len(sizes) - 2} more" if len(sizes) > 2 else ""
     total = sum(files.files.values())
-    rows.append(("files", f"{_bytes(total)}: {names}{more}"))
+    rows.append(("files", f"{format_bytes(total)}: {names}{more}"))
     if whole is not None and whole.stored_bits is not None and whole.stored_bits < 16:
         small, plain = whole.weights * whole.stored_bits / 8, whole.weights * 2
-        text = f"{_bytes(small)} of weights once packed, {_bytes(plain)} in float16 ({small / plain:.0%})"
-        rows.append(("size", text))
+        packed = f"{format_bytes(small)} of weights once packed"
+        rows.append(("size", f"{packed}, {format_bytes(plain)} in float16 ({small / plain:.0%})"))
     else:
-        rows.append(("size", f"{_bytes(files.float16_bytes)} in float16"))
+        rows.append(("size", f"{format_bytes(files.float16_bytes)} in float16"))
     return rows
 
 
@@ -141,7 +152,7 @@ def _package(facts: PackageFacts) -> Rows:
     for kind in facts.constants:
         table = f", {kind.tables} tables of {kind.entries} entries" if kind.tables else ""
         text = f"{kind.count} {kind.kind} {kind.dtype}{table}: {_count(kind.values)} values in "
-        rows.append(("  constants", text + _bytes(kind.bytes)))
+        rows.append(("  constants", text + format_bytes(kind.bytes)))
     if facts.bits is not None and facts.stored_bits is not None:
         widths = _widths(facts.bits, facts.stored_bits, "tables")
         rows.append(("  weights", f"{_count(facts.weights)} of {widths}"))
@@ -157,8 +168,8 @@ def _package_size(facts: PackageFacts) -> str:
     rest = sum(facts.files.values()) - weights
     share = f" ({weights / facts.float16_bytes:.0%})" if facts.float16_bytes else ""
     return (
-        f"weights {_bytes(weights)}, graph {_bytes(rest)}; constants in float16 "
-        f"{_bytes(facts.float16_bytes)}{share}"
+        f"weights {format_bytes(weights)}, graph {format_bytes(rest)}; constants in float16 "
+        f"{format_bytes(facts.float16_bytes)}{share}"
     )
 
 
@@ -176,7 +187,7 @@ def _function(function: FunctionFacts) -> Rows:
 
 
 def _alike(specs: Sequence[Any]) -> list[tuple[list[str], str]]:
-    """Neighbours of the same dtype and shape, as the parts of a head are, together."""
+    """Group neighbours of the same dtype and shape, as the parts of a head are."""
     groups: list[tuple[list[str], str]] = []
     for spec in specs:
         text = f"{spec.dtype} {_shape(spec.shape)}"
@@ -187,7 +198,7 @@ def _alike(specs: Sequence[Any]) -> list[tuple[list[str], str]]:
     return groups
 
 
-def shape_words(shape: Sequence[int]) -> str:
+def format_shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "a number"
 
 
@@ -198,7 +209,7 @@ def _shape(shape: Sequence[int | None]) -> str:
 def _total(packages: Sequence[PackageFacts]) -> Rows:
     size = sum(sum(facts.files.values()) for facts in packages)
     plain = sum(facts.float16_bytes for facts in packages)
-    text = f"{len(packages)} packages, {_bytes(size)}; constants in float16 {_bytes(plain)}"
+    text = f"{len(packages)} packages, {format_bytes(size)}; constants in float16 {format_bytes(plain)}"
     return [("total", text + (f" ({size / plain:.0%})" if plain else ""))]
 
 
@@ -209,8 +220,60 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _bytes(count: float) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} bytes"
+def describe_tensor(facts: TensorFacts) -> Rows:
+    """Return statistics of one tensor, its histogram, and its codes."""
+    own = facts.distribution
+    rows: Rows = [
+        ("tensor", facts.name),
+        ("in", facts.place),
+        ("dtype", facts.dtype),
+        ("shape", format_shape(facts.shape)),
+    ]
+    if own.not_finite:
+        rows.append(("not finite", f"{own.not_finite} values, left out below"))
+    for label, value in (
+        ("min", own.low),
+        ("max", own.high),
+        ("mean", own.mean),
+        ("std", own.std),
+        ("rms", own.rms),
+        ("max/rms", own.peak),
+    ):
+        rows.append((label, "none" if value is None else f"{value:.6g}"))
+    rows.append(("kurtosis", "none" if own.kurtosis is None else f"{own.kurtosis:.3f} (normal values: 3)"))
+    rows.append(("zeros", "none" if own.zeros is None else f"{own.zeros:.2%}"))
+    rows += _histogram(own)
+    if facts.codes is not None:
+        rows += _codes(facts.codes)
+    elif facts.tables:
+        rows.append(("tables", f"{facts.tables} lookup tables"))
+    return rows
+
+
+def _histogram(own: Distribution) -> Rows:
+    """Return a bar for each bin, as long as its share of the fullest."""
+    if own.low is None or own.high is None:
+        return []
+    if own.low == own.high:
+        return [("histogram", f"all values are {own.low:.6g}")]
+    step = (own.high - own.low) / len(own.counts)
+    rows: Rows = [("histogram", f"from {own.low:.4g} to {own.high:.4g}, bins {step:.3g} wide")]
+    for number, count in enumerate(own.counts):
+        start = own.low + number * step
+        rows.append(("", f"{start:>10.3g} {count:>9}  {_bar(count, max(own.counts))}"))
+    return rows
+
+
+def _codes(codes: Sequence[CodeUse]) -> Rows:
+    total, most = sum(use.count for use in codes), max(use.count for use in codes)
+    used = sum(use.count > 0 for use in codes)
+    rows: Rows = [("codebook", f"{len(codes)} entries, {used} of them used")]
+    for use in codes:
+        share = f"{use.count / total:6.2%}" if total else ""
+        rows.append(("", f"{use.entry:>10.4g} {share:>9}  {_bar(use.count, most)}"))
+    return rows
+
+
+def _bar(count: int, most: int) -> str:
+    """Return a bar with at least one mark for what is not zero."""
+    return "#" * math.ceil(BAR * count / most) if most else ""

@@ -7,7 +7,7 @@ weights differ, whatever the quantizer did: there, logits say more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,9 +49,13 @@ class ValueDifference:
     codes: int | None
 
 
+Pair = tuple[Form | None, ValueDifference | None]
+"""How two things of one name differ: in form, in values."""
+
+
 @dataclass(frozen=True)
 class Differences:
-    """Of what has names: only in one, of another form, of other values; `equal` counts the rest."""
+    """What has a name only in one, another form, or other values; `equal` counts the rest."""
 
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
@@ -80,36 +84,49 @@ class CheckpointDifferences:
 
 
 def diff_checkpoints(a: Checkpoint, b: Checkpoint, progress: Progress = silent) -> CheckpointDifferences:
-    """Reads one tensor of each at a time. Raises InputError for a tensor that is damaged or not finite."""
-    both = [name for name in a.tensors if name in b.tensors]
-    forms, values = [], []
-    for number, name in enumerate(both):
-        progress(name, number / len(both))
+    """Compare two checkpoints, one tensor of each at a time. Raises InputError for a tensor that is damaged
+    or not finite."""
+
+    def compare(name: str) -> Pair:
         one, other = a.tensors[name], b.tensors[name]
+        form = None
         if (one.dtype, one.shape) != (other.dtype, other.shape):
-            forms.append(Form(name, (one.dtype, other.dtype), (one.shape, other.shape)))
-        if one.shape == other.shape:
-            found = difference(name, a.read(name), b.read(name), partial(_codes, a, b, name))
-            values += [] if found is None else [found]
-    unlike = {form.name for form in forms} | {value.name for value in values}
+            form = Form(name, (one.dtype, other.dtype), (one.shape, other.shape))
+        if one.shape != other.shape:
+            return form, None
+        return form, diff_values(name, a.read(name), b.read(name), partial(_codes, a, b, name))
+
     return CheckpointDifferences(
-        Differences(
-            tuple(name for name in a.tensors if name not in b.tensors),
-            tuple(name for name in b.tensors if name not in a.tensors),
-            tuple(forms),
-            worst_first(values),
-            len(both) - len(unlike),
-        ),
-        keys_that_differ(a.spec.config, b.spec.config),
-        keys_that_differ(_recipe(a.folder), _recipe(b.folder)),
+        diff_named(a.tensors, b.tensors, compare, progress),
+        diff_keys(a.spec.config, b.spec.config),
+        diff_keys(_recipe(a.folder), _recipe(b.folder)),
         tuple(_files_that_differ(a.folder, b.folder)),
     )
 
 
-def difference(
+def diff_named(
+    a: Collection[str], b: Collection[str], compare: Callable[[str], Pair], progress: Progress = silent
+) -> Differences:
+    """Collect what differs between two sets of names; `compare` tells it of a name that both have."""
+    both = [name for name in a if name in b]
+    found: list[Pair] = []
+    for number, name in enumerate(both):
+        progress(name, number / len(both))
+        found.append(compare(name))
+    return Differences(
+        tuple(name for name in a if name not in b),
+        tuple(name for name in b if name not in a),
+        tuple(form for form, _ in found if form is not None),
+        _sort_worst_first(value for _, value in found if value is not None),
+        found.count((None, None)),
+    )
+
+
+def diff_values(
     name: str, a: Tensor, b: Tensor, codes: Callable[[], int | None] = lambda: None
 ) -> ValueDifference | None:
-    """None for equal values, of whatever dtype; both are of one shape. `codes` is asked if they differ."""
+    """Compare tensors of one shape; None for equal values, whatever the dtype. `codes` is asked if they
+    differ."""
     squares = size = largest = 0.0
     equal, finite = True, True
     for one, other in zip(*(torch.split(part.reshape(-1), CHUNK) for part in (a, b)), strict=True):
@@ -126,17 +143,18 @@ def difference(
     return ValueDifference(name, a.numel(), relative, largest if finite else None, codes())
 
 
-def worst_first(values: list[ValueDifference]) -> tuple[ValueDifference, ...]:
-    """By relative error; what has none comes first."""
+def _sort_worst_first(values: Iterable[ValueDifference]) -> tuple[ValueDifference, ...]:
+    """Sort by relative error; what has none comes first."""
     return tuple(sorted(values, key=lambda value: -math.inf if (e := value.relative_error) is None else -e))
 
 
-def keys_that_differ(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def diff_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
 
 
 def _codes(a: Checkpoint, b: Checkpoint, name: str) -> int | None:
-    """How many codes differ between the linears whose weight has that name, where both are quantized."""
+    """Count the codes that differ between the linears whose weight has that name, where both are
+    quantized."""
     linear = name.removesuffix(".weight")
     if name == linear or not all(f"{linear}.output_scales" in part.tensors for part in (a, b)):
         return None
