@@ -22,6 +22,7 @@ from anequant.calibration.distill import Lesson
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import Online
+from anequant.quantization.weight_format import unfolded_format
 from anequant.recipe import Recipe
 from anequant.reference.forward import ReferenceModel, Weights
 from anequant.reference.head import PIECE
@@ -94,16 +95,10 @@ class RotatedStudent:
         """The layer's projections, rounded; none at 16 bits."""
         if self._bits == 16:
             return {}
-        recipe, prefix = self._recipe, layer_prefix(layer)
+        format_, prefix = unfolded_format(self._recipe, self._bits), layer_prefix(layer)
         return {
             linear.name: quantize_linear(
-                turned[f"{linear.name}.weight"].float(),
-                None,
-                bits=self._bits,
-                codebook=recipe.codebook,
-                scales=recipe.scales,
-                group=recipe.group_size,
-                name=prefix + linear.name,
+                turned[f"{linear.name}.weight"].float(), None, format_, prefix + linear.name
             )
             for linear in self._spec.architecture.linears
         }

@@ -34,6 +34,7 @@ from anequant.jobs.control import Progress, silent
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import NOTHING, plan_online
+from anequant.quantization.weight_format import unfolded_format
 from anequant.recipe import Recipe
 from anequant.reference.forward import ReferenceModel
 from anequant.reference.rotated_model import TurnedModel
@@ -193,19 +194,10 @@ class _Walker:
 
     def _nearest(self, weight: Tensor, bits: int, name: str) -> Tensor | None:
         """The weight rounded to nearest with the recipe's codebook and scales; None where that cannot be."""
-        recipe = self._recipe
         if bits == 16:
             return None
         try:
-            rounded = quantize_linear(
-                weight,
-                None,
-                bits=bits,
-                codebook=recipe.codebook,
-                scales=recipe.scales,
-                group=recipe.group_size,
-                name=name,
-            )
+            rounded = quantize_linear(weight, None, unfolded_format(self._recipe, bits), name)
         except UnsupportedError:
             return None
         return rounded.dequantize()

@@ -16,7 +16,7 @@ from torch import Tensor
 from anequant.architectures.spec import layer_prefix
 from anequant.calibration.distill import TuneResult
 from anequant.calibration.rotation_choice import RotationChoice, Rotations
-from anequant.calibration.sensitivity import rounding_losses
+from anequant.calibration.sensitivity import FloatModel, rounding_losses
 from anequant.checkpoints.layout import checkpoint_entries, projection_names
 from anequant.checkpoints.manifest import CHECKPOINT, published_config, rotation_keys, write_manifest
 from anequant.checkpoints.online_config import quantized_config, weights_stem
@@ -40,6 +40,7 @@ from anequant.planning.schedule import CALIBRATION_TOKENS, SENSITIVITY, TUNING, 
 from anequant.planning.steps import ROTATING
 from anequant.quantization.mixed import allocate_bits
 from anequant.quantization.online import plan_online
+from anequant.quantization.weight_format import linear_format
 from anequant.recipe import Calibration, Recipe
 from anequant.reference.judge import check_written
 from anequant.reference.open_float import open_float
@@ -199,16 +200,11 @@ def _projection_bits(
     spec = model.spec
     if not recipe.target_bits or tokens is None:
         return dict.fromkeys(projection_names(spec), recipe.bits)
+    head = torch.cat([turned.float() for _, turned in model.head()])
     losses = rounding_losses(
-        spec,
-        model.float_layer,
-        torch.cat([turned.float() for _, turned in model.head()]),
+        FloatModel(spec, model.float_layer, head, model.online.rotations),
         model.embed(tokens[:, :SENSITIVITY_TOKENS]),
-        online=model.online.rotations,
-        widths=recipe.widths,
-        codebook=recipe.codebook,
-        scales=recipe.linear_scales,
-        group=recipe.group_size,
+        [linear_format(recipe, bits) for bits in recipe.widths],
         seed=recipe.seed,
         progress=progress,
     )

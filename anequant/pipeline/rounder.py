@@ -19,6 +19,7 @@ from anequant.quantization.codebook import integer_codebook
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.premultiply import premultiply_scales
 from anequant.quantization.statistics import InputStatistics
+from anequant.quantization.weight_format import linear_format, table_format
 from anequant.recipe import Recipe
 
 ERROR_ROWS = 256
@@ -158,24 +159,14 @@ class Rounder:
 def round_linear(task: RoundingTask) -> RoundedLinear:
     """Quantize one linear or table."""
     recipe, projection = task.recipe, task.name not in (EMBEDDING, HEAD)
-    codebook, scales = recipe.codebook, recipe.linear_scales if projection else "output"
+    format_ = (linear_format if projection else table_format)(recipe, task.bits)
     damping: float | None = None
     if task.statistics is None:
-        quantized = quantize_linear(
-            task.weight,
-            task.bias,
-            bits=task.bits,
-            codebook=codebook,
-            scales=scales,
-            group=recipe.group_size,
-            name=task.name,
-            input_scale=task.input_scale,
-        )
+        quantized = quantize_linear(task.weight, task.bias, format_, task.name, task.input_scale)
     else:
-        steps = (recipe.correction, recipe.descent, recipe.refinement)
-        rounding = Rounding(task.bits, codebook, scales, *steps, recipe.group_size)
+        rounding = Rounding(format_, recipe.correction, recipe.descent, recipe.refinement)
         quantized, damping = quantize_calibrated(
-            task.weight, task.bias, task.statistics, rounding, task.name, input_scale=task.input_scale
+            task.weight, task.bias, task.statistics, rounding, task.name, task.input_scale
         )
     if recipe.premultiply_scales and projection:
         quantized = premultiply_scales(quantized, task.name)

@@ -9,6 +9,7 @@ from anequant.checkpoints.reader import Checkpoint
 from anequant.jobs.process import resident_bytes
 from anequant.planning import memory
 from anequant.quantization.nearest import quantize_linear
+from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe import Calibration
 from anequant.reference.forward import ReferenceModel
 
@@ -24,7 +25,7 @@ def base_bytes(spec: ModelSpec) -> int:
         square = torch.ones(SMALL, SMALL, dtype=dtype)
         _ = square @ square
     small = torch.linspace(-1, 1, SMALL * SMALL).view(SMALL, SMALL)
-    quantize_linear(small, None, bits=4, codebook="lut", scales="balanced", name="none")
+    quantize_linear(small, None, WeightFormat(4, "lut", "balanced"), "none")
     return resident_bytes()
 
 

@@ -26,6 +26,7 @@ from anequant.quantization.nearest import FittedCore, bound_bias, checked_bias, 
 from anequant.quantization.products import product
 from anequant.quantization.refine import refit
 from anequant.quantization.statistics import InputStatistics, Moments, output_loss
+from anequant.quantization.weight_format import WeightFormat
 
 DAMPINGS = (0.2, 1.0)
 TARGET_DAMPING = 0.2
@@ -36,19 +37,16 @@ TRIAL_ROWS = 256
 class Rounding:
     """A recipe's choices for calibrated rounding.
 
+    format      what weights are rounded to
     correction  share of the target correction
     descent     passes of coordinate descent after gptq, or after every least squares
     refinement  rounds of least squares and such passes, at least one, at most
-    group       columns that share a scale where scales is group
     """
 
-    bits: int
-    codebook: str
-    scales: str
+    format: WeightFormat
     correction: float
     descent: int
     refinement: int
-    group: int = 0
 
 
 def quantize_calibrated(
@@ -73,15 +71,7 @@ def quantize_calibrated(
             remedy="check the checkpoint for a damaged tensor",
         )
     target = corrected_target(weight, moments, rounding.correction)
-    fitted = fit_core(
-        target.values,
-        rounding.bits,
-        rounding.codebook,
-        rounding.scales,
-        name,
-        group=rounding.group,
-        input_scale=input_scale,
-    )
+    fitted = fit_core(target.values, rounding.format, name, input_scale)
     damping = _choose_damping(weight, fitted, statistics, rounding)
     if damping is None:
         codes = nearest_codes(fitted.core(target.values), fitted.codebook)
@@ -93,8 +83,8 @@ def quantize_calibrated(
     if not rounding.refinement:
         _descend(grid, hessian, current, rounding.descent)
         return bound_bias(fitted.linear(current.codes.T.contiguous(), bias), name), damping
-    if input_scale is not None and rounding.scales == "balanced":
-        rounding = replace(rounding, scales="output")
+    if input_scale is not None and rounding.format.scales == "balanced":
+        rounding = replace(rounding, format=replace(rounding.format, scales="output"))
     pull = product(weight, moments.hessian) if target.pull is None else target.pull
     weight_pull = pull.add_(target.values, alpha=factor.ridge)
     fitted, codes = _refine(grid, fitted, hessian, weight_pull, current, rounding)
@@ -163,15 +153,7 @@ def _refine(
     weight's product with it [out, in]."""
     target = grid.target.T
     for _ in range(rounding.refinement):
-        refitted = refit(
-            weight_pull,
-            current.pull.T,
-            current.codes.T,
-            fitted,
-            hessian,
-            codebook=rounding.codebook,
-            scales=rounding.scales,
-        )
+        refitted = refit(weight_pull, current.pull.T, current.codes.T, fitted, hessian, rounding.format)
         grid = _grid(target, refitted)
         moved = rounded(grid, hessian, current.codes)
         _descend(grid, hessian, moved, max(1, rounding.descent))

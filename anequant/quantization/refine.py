@@ -26,6 +26,7 @@ from anequant.quantization.codebook_kernels import looked_up
 from anequant.quantization.nearest import FittedCore
 from anequant.quantization.products import add_square, product
 from anequant.quantization.scales import SMALLEST_INPUT_SCALE, float16_scales, spread
+from anequant.quantization.weight_format import WeightFormat
 
 RIDGE = 1e-6
 CODEBOOK_WEIGHTS = 1 << 16
@@ -39,33 +40,32 @@ def refit(
     codes: Tensor,
     fitted: FittedCore,
     hessian: Tensor,
-    *,
-    codebook: str,
-    scales: str,
+    format_: WeightFormat,
 ) -> FittedCore:
     """One round of the three steps for codes [out, in] of a weight, with hessian [in, in].
 
     weight_pull [out, in] is the weight times hessian, and error_pull [out, in] that of the weight minus the
     rounded one.
 
-    The recipe's words say what is free: a uniform codebook stays, and so do input scales that are not
+    The format says what is free: a uniform codebook stays, and so do input scales that are not
     balanced and a scale shared by all rows or by a group. A codebook of more than 16 entries stays too: its
     system takes a product with H for every entry, and its error is small already. Numbers come back as
     float16 holds them, so L can rise by its rounding.
     """
     rows, columns, entries = fitted.output_scale, fitted.input_scale, fitted.codebook
-    if scales not in ("tensor", "group"):
+    if format_.scales not in ("tensor", "group"):
         rounded = fitted.linear(codes, None).dequantize()
         rows = refit_output_scale(rounded, weight_pull - error_pull, weight_pull, rows)
-    if codebook == "lut" and len(entries) <= LARGEST_CODEBOOK:
+    free = format_.codebook == "lut"
+    if free and len(entries) <= LARGEST_CODEBOOK:
         entries = refit_codebook(codes, entries, rows, columns, hessian, weight_pull)
-    if scales == "balanced":
+    if format_.scales == "balanced":
         columns = refit_input_scale(rows[:, None] * looked_up(entries, codes), columns, hessian, weight_pull)
         gauge = columns.log().mean().exp()
         columns = (columns / gauge).clamp_min(SMALLEST_INPUT_SCALE)
         rows = rows * gauge
     rows, columns = float16_scales(rows, columns)
-    return FittedCore(separate(entries.double()) if codebook == "lut" else entries, columns, rows)
+    return FittedCore(separate(entries.double()) if free else entries, columns, rows)
 
 
 def refit_output_scale(

@@ -19,6 +19,7 @@ from anequant.checkpoints.source import Source
 from anequant.errors import InputError
 from anequant.pipeline.lower import lower
 from anequant.quantization.nearest import quantize_linear
+from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe import LowerOptions
 from anequant.reference.open_float import open_float
 from anequant.verification.verify import verify_packages
@@ -104,10 +105,8 @@ def test_a_tied_head_and_anemlls_own_config(folder: Path, tmp_path: Path, quanti
             parts = quantize_linear(
                 tensors["model.embed_tokens.weight"].float(),
                 None,
-                bits=8,
-                codebook="uniform",
-                scales="output",
-                name="model.embed_tokens",
+                WeightFormat(8, "uniform", "output"),
+                "model.embed_tokens",
             )
             tensors.update(store("model.embed_tokens", parts, bias=False))
 

@@ -24,9 +24,11 @@ from anequant.quantization.gptq import Grid, Rounded, damped, factorize
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import fit_core, quantize_linear
 from anequant.quantization.statistics import InputStatistics, Moments, output_loss
+from anequant.quantization.weight_format import WeightFormat
 
-PLAIN = Rounding(4, "lut", "balanced", correction=0.0, descent=0, refinement=0)
-FULL = Rounding(4, "lut", "balanced", correction=0.5, descent=2, refinement=4)
+BALANCED = WeightFormat(4, "lut", "balanced")
+PLAIN = Rounding(BALANCED, correction=0.0, descent=0, refinement=0)
+FULL = Rounding(BALANCED, correction=0.5, descent=2, refinement=4)
 ROWS, COLUMNS = 48, 64
 
 
@@ -65,7 +67,7 @@ def fresh_error(quantized: QuantizedLinear, drift: float = 0.0) -> float:
 
 
 def test_each_ingredient_pays_on_fresh_tokens() -> None:
-    nearest = quantize_linear(weight(), None, bits=4, codebook="lut", scales="balanced", name="p")
+    nearest = quantize_linear(weight(), None, BALANCED, "p")
     errors = [
         fresh_error(nearest, 0.1),
         fresh_error(run(statistics(3000, 0.1), PLAIN), 0.1),
@@ -79,7 +81,8 @@ def test_each_ingredient_pays_on_fresh_tokens() -> None:
 @pytest.mark.parametrize("scales", ["tensor", "output", "balanced"])
 def test_more_bits_are_closer(codebook: str, scales: str) -> None:
     seen = statistics(1000)
-    errors = [fresh_error(run(seen, Rounding(bits, codebook, scales, 0.5, 1, 2))) for bits in (2, 3, 4, 6, 8)]
+    formats = [WeightFormat(bits, codebook, scales) for bits in (2, 3, 4, 6, 8)]
+    errors = [fresh_error(run(seen, Rounding(format_, 0.5, 1, 2))) for format_ in formats]
     assert all(2 * after < before for before, after in itertools.pairwise(errors))
 
 
@@ -94,7 +97,7 @@ def test_the_damping_is_the_best_on_held_out_tokens(
     rows = slice(0, None, max(1, ROWS // trial_rows))
     seen = statistics(count)
     x, x_float = (value.double() for value in tokens(seen.held_out.tokens, 2))
-    fitted = fit_core(weight(), 4, "lut", "balanced", "p")
+    fitted = fit_core(weight(), BALANCED, "p")
 
     def codes(damping: float | None, of: Moments, passes: int) -> Tensor:
         if damping is None:
@@ -116,7 +119,7 @@ def test_the_damping_is_the_best_on_held_out_tokens(
 
 def test_few_tokens_do_no_harm_on_fresh_ones() -> None:
     """Fewer tokens than inputs, and everything fitted to them."""
-    nearest = quantize_linear(weight(), None, bits=4, codebook="lut", scales="balanced", name="p")
+    nearest = quantize_linear(weight(), None, BALANCED, "p")
     assert fresh_error(run(statistics(24), PLAIN)) < fresh_error(nearest)
 
 
@@ -126,7 +129,7 @@ def test_nearest_is_chosen_where_feedback_would_hurt() -> None:
     alone = torch.eye(COLUMNS)
     seen = InputStatistics(moments(x, x), Moments(alone, 10_000, alone))
     result, damping = quantize_calibrated(weight(), None, seen, PLAIN, "p")
-    nearest = quantize_linear(weight(), None, bits=4, codebook="lut", scales="balanced", name="p")
+    nearest = quantize_linear(weight(), None, BALANCED, "p")
     assert damping is None
     assert torch.equal(result.codes, nearest.codes)
 
@@ -165,7 +168,7 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
     accepted = losses if losses[-1] < losses[-2] else losses[:-1]
     assert accepted == sorted(accepted, reverse=True) and accepted[-1] < accepted[0]
     torch.testing.assert_close(result.dequantize(), candidates[len(accepted) - 1], rtol=1e-6, atol=0)
-    without = run(statistics(3000), Rounding(4, "lut", "balanced", 0.5, 2, 0))
+    without = run(statistics(3000), Rounding(BALANCED, 0.5, 2, 0))
     assert fresh_error(result) < fresh_error(without)
 
 

@@ -9,13 +9,14 @@ from torch import Tensor
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.tune import TunableLinear, tunable
+from anequant.quantization.weight_format import WeightFormat
 
 
 def linear(scales: str = "balanced", codebook: str = "lut", bias: bool = True) -> QuantizedLinear:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(12, 20, generator=generator) * (torch.rand(20, generator=generator) + 0.3)
     values = torch.randn(12, generator=generator) if bias else None
-    return quantize_linear(weight, values, bits=4, codebook=codebook, scales=scales, name="p")
+    return quantize_linear(weight, values, WeightFormat(4, codebook, scales), "p")
 
 
 def moved(training: TunableLinear, size: float = 0.05) -> None:

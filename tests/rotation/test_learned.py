@@ -24,6 +24,7 @@ from anequant.jobs.control import silent
 from anequant.pipeline.quantize import quantize
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import plan_online
+from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe import Recipe
 from anequant.recipe_files import load_recipe
 from anequant.reference.forward import final_hidden_states
@@ -112,7 +113,7 @@ def reference_gradients(
         for name, value in list(state.items()):
             if name.endswith("_proj.weight"):
                 rounded = quantize_linear(
-                    value.detach().float(), None, bits=bits, codebook="lut", scales="balanced", name=name
+                    value.detach().float(), None, WeightFormat(bits, "lut", "balanced"), name
                 ).dequantize()
                 state[name] = value + (rounded.double() - value).detach()
     logits = torch.func.functional_call(model, state, (tokens,), {"use_cache": False}).logits
