@@ -118,7 +118,9 @@ def gptq(grid: Grid, factor: Factor) -> Tensor:
         if end < len(target):
             wanted += product(factor.lower[end:, block].T, error[end:]) / diagonal[block, None]
         unit = (factor.lower[block, block] / diagonal[block]).T.contiguous()
-        kernels.feed_back(wanted, target[block], step[block], unit, grid.codebook, codes[block], error[block])
+        kernels.feed_back(
+            wanted, unit, kernels.Block(target[block], step[block], grid.codebook, codes[block], error[block])
+        )
     return codes[factor.order.argsort()]
 
 
@@ -133,13 +135,10 @@ def descend(grid: Grid, hessian: Tensor, current: Rounded) -> None:
     for start in range(0, len(grid.target), BLOCK):
         block = slice(start, start + BLOCK)
         before = current.error[block].clone()
+        codes, error = current.codes[block], current.error[block]
         kernels.descend(
             current.pull[block],
-            grid.target[block],
-            grid.step[block],
             hessian[block, block].contiguous(),
-            grid.codebook,
-            current.codes[block],
-            current.error[block],
+            kernels.Block(grid.target[block], grid.step[block], grid.codebook, codes, error),
         )
         add_product(current.pull, hessian[:, block], current.error[block] - before)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
@@ -41,47 +41,50 @@ MOST_COUNTED = 31
 """Up to so many boundaries, comparing with all of them is faster than a search."""
 
 
-def feed_back(
-    wanted: Tensor, target: Tensor, step: Tensor, unit: Tensor, codebook: Tensor, codes: Tensor, error: Tensor
-) -> None:
+class Block(NamedTuple):
+    """A block of columns while it is rounded; torch's tensors outside of the kernels, numpy's arrays inside.
+
+    target    float32 [b, rows]  what codebook entries times `step` are to meet
+    step      float32 [b, rows]
+    codebook  float32 [K]        ascending
+    codes     uint8 [b, rows]    overwritten with the entries that were chosen
+    error     float32 [b, rows]  overwritten with target minus what the codes stand for
+
+    All are contiguous.
+    """
+
+    target: Any
+    step: Any
+    codebook: Any
+    codes: Any
+    error: Any
+
+
+def feed_back(wanted: Tensor, unit: Tensor, block: Block) -> None:
     """Round the columns of a block from the last to the first, each with the errors of those after it.
 
-    wanted    [b, rows]  target plus the feedback from beyond the block
-    target    [b, rows]  what codebook entries times `step` [b, rows] are to meet
-    unit      [b, b]     unit upper triangular: what a column takes of the errors of those after it
-    codes     [b, rows]  uint8, written: of the nearest entries
-    error     [b, rows]  written: target minus what the codes stand for
-
-    All but codes are float32 and contiguous.
+    wanted  float32 [b, rows]  target plus the feedback from beyond the block
+    unit    float32 [b, b]     unit upper triangular: what a column takes of the errors of those after it
     """
-    _run(_feed_back, wanted, target, step, unit, codebook, codes, error)
+    _run(_feed_back, wanted, unit, block)
 
 
-def descend(
-    pull: Tensor,
-    target: Tensor,
-    step: Tensor,
-    hessian: Tensor,
-    codebook: Tensor,
-    codes: Tensor,
-    error: Tensor,
-) -> None:
+def descend(pull: Tensor, hessian: Tensor, block: Block) -> None:
     """Give the columns of a block from the first to the last the entries that are best while all others stay.
 
-    pull      [b, rows]  Hessian times error
-    hessian   [b, b]     of the block's columns
-    codes, error         as in `feed_back`, of before; overwritten with those of after
+    pull     float32 [b, rows]  Hessian times error
+    hessian  float32 [b, b]     of the block's columns
+
+    Codes and error of the block are those of before, and overwritten with those of after.
     """
-    _run(_descend, pull, target, step, hessian, codebook, codes, error)
+    _run(_descend, pull, hessian, block)
 
 
-def _run(kernel: Kernel, *arguments: Tensor) -> None:
-    """The kernel on all rows."""
-    *given, codebook, codes, error = (argument.numpy() for argument in arguments)
-    boundaries = between(codebook)
-    on_threads(
-        lambda begin, end: kernel(begin, end, *given, boundaries, codebook, codes, error), error.shape[1]
-    )
+def _run(kernel: Kernel, values: Tensor, matrix: Tensor, block: Block) -> None:
+    """Run the kernel on all rows."""
+    arrays = Block(*(part.numpy() for part in block))
+    given = values.numpy(), matrix.numpy(), arrays, between(arrays.codebook)
+    on_threads(lambda begin, end: kernel(begin, end, *given), arrays.error.shape[1])
 
 
 def between(codebook: Any) -> Any:
@@ -145,18 +148,8 @@ def add_up(values: Any, count: int, shares: Any, rows: Any, begin: int, end: int
 
 
 @compiled
-def _feed_back(
-    begin: int,
-    end: int,
-    wanted: Any,
-    target: Any,
-    step: Any,
-    unit: Any,
-    boundaries: Any,
-    codebook: Any,
-    codes: Any,
-    error: Any,
-) -> None:
+def _feed_back(begin: int, end: int, wanted: Any, unit: Any, block: Block, boundaries: Any) -> None:
+    target, step, codebook, codes, error = block
     columns = len(wanted)
     for start in range(begin, end, TILE):
         count = min(TILE, end - start)
@@ -179,18 +172,8 @@ def _feed_back(
 
 
 @compiled
-def _descend(
-    begin: int,
-    end: int,
-    pull: Any,
-    target: Any,
-    step: Any,
-    hessian: Any,
-    boundaries: Any,
-    codebook: Any,
-    codes: Any,
-    error: Any,
-) -> None:
+def _descend(begin: int, end: int, pull: Any, hessian: Any, block: Block, boundaries: Any) -> None:
+    target, step, codebook, codes, error = block
     columns = len(pull)
     for start in range(begin, end, TILE):
         count = min(TILE, end - start)
