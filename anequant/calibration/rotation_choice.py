@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, ModelSpec
-from anequant.calibration.distill import Lesson
-from anequant.calibration.learn_rotations import LearnResult, learn_rotations
+from anequant.calibration.distill import Course, LearnResult, Lesson
+from anequant.calibration.learn_rotations import learn_rotations
 from anequant.calibration.quantized_twin import RotatedStudent
 from anequant.calibration.residual import residual_moment
 from anequant.checkpoints.reader import Checkpoint
@@ -137,7 +137,7 @@ def _measured(
         checkpoint.read(f"{EMBEDDING}.weight")[tokens].float(), final_hidden_states(checkpoint, tokens)
     )
     count = min(MEASURED_WINDOWS, max(1, len(tokens) // 2))
-    measured = Lesson(lesson.embedded[:count], lesson.taught[:count])
+    measured = lesson.windows(slice(count))
     student = RotatedStudent(checkpoint, recipe, plan_online(checkpoint.spec, recipe))
     restarts: dict[int, float] = {}
     end = 0.3 if recipe.learn else 1.0
@@ -147,9 +147,7 @@ def _measured(
     best = min(restarts, key=lambda seed: restarts[seed], default=recipe.seed)
     plan, learned = plans[best].dense(), None
     if recipe.learn:
-        rest = Lesson(lesson.embedded[count:], lesson.taught[count:]) if count < len(tokens) else lesson
-        step = part_of(progress, "learn", end, 1.0)
-        plan, learned = learn_rotations(
-            student, plan, rest, measured, steps=recipe.learn, seed=recipe.seed, progress=step
-        )
+        rest = lesson.windows(slice(count, None)) if count < len(tokens) else lesson
+        course = Course(rest, measured, recipe.learn, recipe.seed)
+        plan, learned = learn_rotations(student, plan, course, part_of(progress, "learn", end, 1.0))
     return Rotations(plan, RotationChoice(best, restarts, learned), plan.matrices())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.distill import TuneResult
+from anequant.calibration.distill import LearnResult
 from anequant.calibration.rotation_choice import RotationChoice, Rotations
 from anequant.calibration.sensitivity import FloatModel, rounding_losses
 from anequant.checkpoints.layout import checkpoint_entries, projection_names
@@ -61,7 +61,7 @@ class QuantizeResult:
     """
 
     rounding: PassResult
-    tuning: TuneResult | None
+    tuning: LearnResult | None
     rotations: RotationChoice | None = None
     rotated_before: bool = False
 
@@ -172,7 +172,7 @@ def quantize_into(
             with CheckpointWriter(folder, entries, stem=stem) as writer:
                 return asdict(tune_checkpoint(written, checkpoint, writer, recipe.tune, calibration, step))
 
-        tuning = TuneResult(**journal.unit(TUNING, tune, _tuned))
+        tuning = LearnResult(**journal.unit(TUNING, tune, _tuned))
     result = QuantizeResult(errors, tuning, rotations.choice, keys is not None)
 
     def write_side_files() -> None:

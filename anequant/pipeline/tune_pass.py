@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
-from anequant.calibration.distill import Heads, Lesson, TunableLayer, TuneResult, distill
+from anequant.calibration.distill import Course, Heads, LearnResult, Lesson, Student, TunableLayer, distill
 from anequant.calibration.tokens import SELF, calibration_tokens
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.quantized import store
@@ -27,7 +27,7 @@ def tune_checkpoint(
     steps: int,
     calibration: Calibration,
     progress: Progress,
-) -> TuneResult:
+) -> LearnResult:
     """Write the quantized checkpoint `untuned` of the float model `original` again, distilled.
 
     The text is what the float model writes itself, never what rounding was calibrated on: to those tokens
@@ -54,18 +54,11 @@ def tune_checkpoint(
         quantized.read(f"{HEAD}.weight").float(),
         quantized.read(f"{FINAL_NORM}.weight").float().requires_grad_(),
     )
-    held_out = Lesson(lesson.embedded[:HELD_OUT], lesson.taught[:HELD_OUT])
-    rest = Lesson(lesson.embedded[HELD_OUT:], lesson.taught[HELD_OUT:])
+    held_out, rest = lesson.windows(slice(HELD_OUT)), lesson.windows(slice(HELD_OUT, None))
     result = distill(
-        spec,
-        layers,
-        heads,
-        rest,
-        held_out,
-        steps=steps,
-        seed=calibration.seed,
-        online=quantized.online.rotations,
-        progress=part_of(progress, "tune", 0.2, 1.0),
+        Student(spec, layers, heads, quantized.online.rotations),
+        Course(rest, held_out, steps, calibration.seed),
+        part_of(progress, "tune", 0.2, 1.0),
     )
     _copy(quantized, EMBEDDING, writer)
     for number, layer in enumerate(layers):

@@ -13,7 +13,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.distill import PATIENCE, Heads, Lesson, TunableLayer, TuneResult, distill
+from anequant.calibration.distill import (
+    PATIENCE,
+    Course,
+    Heads,
+    LearnResult,
+    Lesson,
+    Student,
+    TunableLayer,
+    distill,
+)
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
@@ -119,7 +128,7 @@ def test_a_step_descends_the_divergence_of_whole_models(
     kl.backward()
 
     lesson = Lesson(embedding.float()[tokens], taught.float())
-    result = distill(quantized.spec, layers, heads, lesson, lesson, steps=1, seed=0)
+    result = distill(Student(quantized.spec, layers, heads), Course(lesson, lesson, steps=1, seed=0))
     assert result.held_out_before == pytest.approx(kl.item(), rel=1e-5)
     ours = [leaf for layer in layers for leaf in layer.parameters] + [heads.gain]
     for leaf, expected in zip(ours, leaves, strict=True):
@@ -156,7 +165,7 @@ def lessons(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> dict[str, A
 
 def train(
     lessons: dict[str, Any], steps: int, progress: Progress = silent
-) -> tuple[TuneResult, list[TunableLayer], Heads]:
+) -> tuple[LearnResult, list[TunableLayer], Heads]:
     quantized = lessons["quantized"]
     layers = [tunable_layer(quantized, number) for number in range(quantized.spec.num_layers)]
     heads = Heads(
@@ -164,8 +173,8 @@ def train(
         quantized.read("lm_head.weight").float(),
         quantized.read("model.norm.weight").float().requires_grad_(),
     )
-    lesson, held_out = lessons["lesson"], lessons["held_out"]
-    result = distill(lessons["spec"], layers, heads, lesson, held_out, steps=steps, seed=0, progress=progress)
+    course = Course(lessons["lesson"], lessons["held_out"], steps, seed=0)
+    result = distill(Student(lessons["spec"], layers, heads), course, progress)
     return result, layers, heads
 
 
@@ -190,7 +199,7 @@ def test_distillation_lowers_the_divergence_on_held_out_windows(lessons: dict[st
     assert result.held_out_after < 0.97 * result.held_out_before
     assert divergence(lessons, layers, heads) == pytest.approx(result.held_out_after, rel=1e-3)
     untouched, fresh_layers, fresh_heads = train(lessons, 0)
-    assert untouched == TuneResult(0, result.held_out_before, result.held_out_before)
+    assert untouched == LearnResult(0, result.held_out_before, result.held_out_before)
     assert divergence(lessons, fresh_layers, fresh_heads) == pytest.approx(result.held_out_before, rel=1e-3)
 
 
