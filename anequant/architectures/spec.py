@@ -11,6 +11,7 @@ Folding, rotation, the checkpoint's layout and the lowering all read this table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -182,6 +183,16 @@ class ModelSpec:
             "head_dim": self.head_dim,
             "vocab_size": self.vocab_size,
         }
+
+    @property
+    def linear_weights(self) -> dict[str, int]:
+        """How many weights each linear of a layer has, by name relative to the layer, in order of use."""
+        return {linear.name: math.prod(self.shape(linear)) for linear in self.architecture.linears}
+
+    @property
+    def layer_weights(self) -> int:
+        """How many weights the linears of one layer have together."""
+        return sum(self.linear_weights.values())
 
     def has_bias(self, linear: Linear) -> bool:
         return bool(self.config[linear.bias]) if isinstance(linear.bias, str) else linear.bias

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -209,9 +208,9 @@ def _projection_bits(
         progress=progress,
     )
     sizes = {
-        layer_prefix(layer) + linear.name: math.prod(spec.shape(linear))
+        layer_prefix(layer) + name: weights
         for layer in range(spec.num_layers)
-        for linear in spec.architecture.linears
+        for name, weights in spec.linear_weights.items()
     }
     return allocate_bits(losses, sizes, recipe.target_bits)
 

@@ -45,13 +45,8 @@ def resident(base: int, held: int) -> int:
     return base + held + min(held, ALLOCATOR)
 
 
-def layer_size(spec: ModelSpec) -> int:
-    """The weights of one layer's linears."""
-    return sum(math.prod(spec.shape(linear)) for linear in spec.architecture.linears)
-
-
 def largest_linear(spec: ModelSpec) -> int:
-    return max(math.prod(spec.shape(linear)) for linear in spec.architecture.linears)
+    return max(spec.linear_weights.values())
 
 
 def sampling(spec: ModelSpec, calibration: Calibration, dtype: str, *, resident: bool = True) -> int:
@@ -66,7 +61,7 @@ def sampling(spec: ModelSpec, calibration: Calibration, dtype: str, *, resident:
     logits = CHANCES * FLOAT32 * calibration.samples * spec.vocab_size
     if not resident:
         return itemsize * (cache + table) + max(widened, logits)
-    model = spec.num_layers * layer_size(spec) + table * (1 if spec.tied else 2)
+    model = spec.num_layers * spec.layer_weights + table * (1 if spec.tied else 2)
     return itemsize * (model + cache) + max(widened, logits)
 
 
@@ -82,7 +77,7 @@ def table(spec: ModelSpec, bits: int, source: int, probe: bool) -> int:
 
 def layer(spec: ModelSpec, recipe: Recipe, tokens: tuple[int, int] | None, source: int) -> int:
     """Of one decoder layer; `tokens` (windows, length) calibrate, None without."""
-    sizes = [math.prod(spec.shape(linear)) for linear in spec.architecture.linears]
+    sizes = list(spec.linear_weights.values())
     total, largest = sum(sizes), max(sizes)
     turned = max(
         FLOAT32 * sum(sizes[:number]) + (source + 2 * FLOAT64) * size for number, size in enumerate(sizes)
@@ -146,7 +141,7 @@ def tokens_in_transformers(spec: ModelSpec, source: int) -> int:
     head and some of its rows, widened."""
     table = source * spec.vocab_size * spec.hidden_size
     widened = FLOAT32 * min(HEAD_ROWS, spec.vocab_size) * spec.hidden_size
-    one_layer = source * layer_size(spec) + FLOAT32 * largest_linear(spec)
+    one_layer = source * spec.layer_weights + FLOAT32 * largest_linear(spec)
     return max(table + widened, one_layer)
 
 
@@ -155,7 +150,7 @@ def ranges(spec: ModelSpec) -> int:
     code numbers and entries."""
     running = max((FLOAT16 + FLOAT32) * largest_linear(spec), 2 * FLOAT32 * largest_linear(spec))
     table = FLOAT16 * spec.vocab_size * spec.hidden_size
-    return max(table, (FLOAT32 + 1) * layer_size(spec) + running)
+    return max(table, (FLOAT32 + 1) * spec.layer_weights + running)
 
 
 def packed(sizes: Sequence[int]) -> int:
@@ -191,14 +186,14 @@ def rotations(spec: ModelSpec, recipe: Recipe, tokens: tuple[int, int], source: 
     if recipe.restarts == 1 and not recipe.learn:
         return measured + _advancing(spec, *tokens)
     kept = FLOAT32 * math.prod(tokens) * spec.hidden_size * (spec.num_layers if recipe.learn else 1)
-    return measured + kept + 3 * FLOAT32 * table + (FLOAT64 + 3 * FLOAT32) * layer_size(spec)
+    return measured + kept + 3 * FLOAT32 * table + (FLOAT64 + 3 * FLOAT32) * spec.layer_weights
 
 
 def sensitivity(spec: ModelSpec, tokens: tuple[int, int], source: int) -> int:
     """Of losses by layer: the whole head, the states before every layer, a layer and what rounds it."""
     kept = FLOAT32 * math.prod(tokens) * spec.hidden_size * (spec.num_layers + 2)
     head = (FLOAT32 + FLOAT32) * spec.vocab_size * spec.hidden_size
-    return kept + head + 4 * FLOAT32 * layer_size(spec)
+    return kept + head + 4 * FLOAT32 * spec.layer_weights
 
 
 def tuning(spec: ModelSpec, tokens: tuple[int, int], source: int) -> int:
@@ -206,8 +201,8 @@ def tuning(spec: ModelSpec, tokens: tuple[int, int], source: int) -> int:
     heads, and states between layers."""
     table = spec.vocab_size * spec.hidden_size
     kept = states(spec, tokens) + FLOAT32 * math.prod(tokens) * spec.hidden_size
-    codes = spec.num_layers * layer_size(spec)
-    return codes + kept + (source + FLOAT16 + FLOAT32) * table + 3 * FLOAT32 * layer_size(spec)
+    codes = spec.num_layers * spec.layer_weights
+    return codes + kept + (source + FLOAT16 + FLOAT32) * table + 3 * FLOAT32 * spec.layer_weights
 
 
 def stored(size: int) -> int:

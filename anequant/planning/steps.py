@@ -157,7 +157,7 @@ def lowering(written: Checkpoint, options: LowerOptions, base: int) -> Iterator[
     yield Job(LOWER, RANGES, everything, 0, memory.resident(base, memory.ranges(spec)), work.ranges(spec))
     sizes, shared = layer_bytes(written), table_bytes(spec, options.context, written.online)
     chunks = options.chunks or least_chunks(written, options.context, options.max_chunk_mb)
-    layer = [math.prod(spec.shape(linear)) for linear in spec.architecture.linears]
+    layer = list(spec.linear_weights.values())
     yield _table_job(written, EMBEDDING, base)
     for number, layers in enumerate(chunk_ranges(spec.num_layers, chunks)):
         read = sum(_bytes(written, layer_prefix(index)) for index in layers)
@@ -186,7 +186,7 @@ def verifying(
     size = _bytes(written, "model.", "lm_head.")
     packages = [job for job in packages if job.bytes_out]
     weights = [math.prod(info.shape) for name, info in tensors.items() if f"{name[:-6]}codebook" in tensors]
-    total = spec.num_layers * memory.layer_size(spec)
+    total = spec.num_layers * spec.layer_weights
     yield Job(
         VERIFY,
         "checkpoint",
@@ -196,7 +196,7 @@ def verifying(
         work.packing(2 * total),
     )
     chunks = len(packages) - 2
-    layer = [math.prod(spec.shape(linear)) for linear in spec.architecture.linears]
+    layer = list(spec.linear_weights.values())
     most = max(len(layers) for layers in chunk_ranges(spec.num_layers, chunks))
     table = spec.vocab_size * spec.hidden_size
     peak = max(

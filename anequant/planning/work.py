@@ -70,13 +70,9 @@ def _rate(run: Callable[[], object], amount: float) -> float:
     return count * amount / elapsed
 
 
-def _weights(spec: ModelSpec) -> int:
-    return sum(math.prod(spec.shape(linear)) for linear in spec.architecture.linears)
-
-
 def forward(spec: ModelSpec, windows: tuple[int, int], passes: float) -> Work:
     """Windows through all layers and the head."""
-    everything = spec.num_layers * _weights(spec) + spec.vocab_size * spec.hidden_size
+    everything = spec.num_layers * spec.layer_weights + spec.vocab_size * spec.hidden_size
     return Work(2 * passes * math.prod(windows) * everything, 4 * passes * everything)
 
 
@@ -98,7 +94,7 @@ def table(spec: ModelSpec, bits: int) -> Work:
 
 def layer(spec: ModelSpec, recipe: Recipe, windows: tuple[int, int] | None) -> Work:
     """Turning, the float64 probe, rounding, and what calibration adds."""
-    size = _weights(spec)
+    size = spec.layer_weights
     probe = Work(2 * 2 * 2 * PROBE_LENGTH * size)
     passes = TURNING_PASSES + (0 if recipe.bits == 16 else ROUNDING_PASSES)
     todo = probe + Work(0, 4 * passes * size)
@@ -112,7 +108,7 @@ def walking(spec: ModelSpec, windows: tuple[int, int]) -> Work:
     """A layer, once in each of two models."""
     count, length = windows
     attention = 2 * count * length**2 * spec.query_size
-    return Work(2 * (2 * count * length * _weights(spec) + attention))
+    return Work(2 * (2 * count * length * spec.layer_weights + attention))
 
 
 def moments(spec: ModelSpec, windows: tuple[int, int]) -> Work:
@@ -138,7 +134,7 @@ def feedback(spec: ModelSpec, recipe: Recipe) -> Work:
 
 
 def ranges(spec: ModelSpec) -> Work:
-    size = spec.num_layers * _weights(spec)
+    size = spec.num_layers * spec.layer_weights
     return Work(2 * 4 * RANGE_TOKENS * size, 4 * PACKING_PASSES * size)
 
 
@@ -149,6 +145,6 @@ def packing(size: int) -> Work:
 
 def verification(spec: ModelSpec, options: LowerOptions) -> Work:
     """Constants compared, a prompt and single tokens through the packages, and transformers beside them."""
-    size = spec.num_layers * _weights(spec) + spec.vocab_size * spec.hidden_size
+    size = spec.num_layers * spec.layer_weights + spec.vocab_size * spec.hidden_size
     steps = min(DECODE_TOKENS, options.context)
     return packing(2 * size) + Work(2 * 2 * (PREFILL_TOKENS + DECODE_TOKENS) * size, 4 * steps * size)
