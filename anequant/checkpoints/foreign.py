@@ -45,6 +45,11 @@ def found_codebook(name: str, weight: Tensor, input_scales: Tensor, output_scale
     return whole_codebook(name, (sums / group.bincount()).half().float())
 
 
+def stored_bits(entries: int) -> int:
+    """The width of codes into a stored codebook of 2 to 256 entries, filled up to one of WIDTHS."""
+    return min(bits for bits in WIDTHS if 2**bits >= entries)
+
+
 def whole_codebook(name: str, entries: Tensor) -> Tensor:
     """A codebook of any order and length as an ascending one of 2**bits entries; what is added is not used.
 
@@ -53,6 +58,6 @@ def whole_codebook(name: str, entries: Tensor) -> Tensor:
     entries = torch.unique(entries.reshape(-1).float())
     if not (2 <= len(entries) <= MOST_ENTRIES and bool(entries.isfinite().all())):
         raise InputError(f"'{name}.codebook' must hold 2 to {MOST_ENTRIES} different finite entries")
-    length = min(2**bits for bits in WIDTHS if 2**bits >= len(entries))
+    length = 2 ** stored_bits(len(entries))
     last, step = entries[-1], (entries[-1] - entries[0]).clamp_min(1e-3)
     return torch.cat([entries, last + step * torch.arange(1, length - len(entries) + 1)])

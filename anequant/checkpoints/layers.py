@@ -11,12 +11,12 @@ from pathlib import Path
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, HEAD, layer_prefix
+from anequant.checkpoints.foreign import MOST_ENTRIES, stored_bits
 from anequant.checkpoints.layout import projection_names
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import InputError
 from anequant.quantization.linear import FloatTable, QuantizedLinear
-from anequant.recipe import WIDTHS
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,6 @@ def projection_bits(checkpoint: Checkpoint) -> dict[str, int]:
     for name in projection_names(checkpoint.spec):
         codebook = checkpoint.tensors.get(f"{name}.codebook")
         entries = 0 if codebook is None else math.prod(codebook.shape)
-        wider = [width for width in WIDTHS if 2**width >= entries > 1]
-        bits[name] = wider[0] if wider else load(name, checkpoint.read, checkpoint.tensors).bits
+        known = 1 < entries <= MOST_ENTRIES
+        bits[name] = stored_bits(entries) if known else load(name, checkpoint.read, checkpoint.tensors).bits
     return bits

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING
+from anequant.quantization.linear import relative_error
 from anequant.reference.forward import ReferenceModel, Weights
 
 
@@ -32,7 +33,7 @@ def layer_errors(
     for layer in range(base.spec.num_layers):
         theirs = base_runner.run_layer(layer, base.layer(layer), theirs)
         ours = runner.run_layer(layer, model.layer(layer), ours)
-        errors.append(LayerError(layer, _relative_error(ours, theirs, rotate)))
+        errors.append(LayerError(layer, relative_error(ours, rotate(theirs))))
     return tuple(errors)
 
 
@@ -40,12 +41,8 @@ def embedding_error(
     model: Weights, base: Weights, tokens: Tensor, rotate: Callable[[Tensor], Tensor]
 ) -> float:
     """The same error before the first layer; large when the two streams are in different bases."""
-    return _relative_error(_embedded(model, tokens), _embedded(base, tokens), rotate)
+    return relative_error(_embedded(model, tokens), rotate(_embedded(base, tokens)))
 
 
 def _embedded(model: Weights, tokens: Tensor) -> Tensor:
     return model.read(f"{EMBEDDING}.weight")[tokens].float()
-
-
-def _relative_error(ours: Tensor, theirs: Tensor, rotate: Callable[[Tensor], Tensor]) -> float:
-    return float((ours - rotate(theirs)).norm() / theirs.norm())

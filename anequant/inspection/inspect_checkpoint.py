@@ -20,6 +20,7 @@ from anequant.checkpoints.manifest import MANIFEST, ROTATED, made_as, read_manif
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.stored import read_stored
 from anequant.inspection.inspect_tensors import TensorFiles, tensor_files
+from anequant.quantization.codebook import codebook_bits
 from anequant.quantization.online import Online
 
 FLOAT, TURNED, QUANTIZED = "float checkpoint", "rotated float checkpoint", "quantized checkpoint"
@@ -144,7 +145,7 @@ def _linear_bits(checkpoint: Checkpoint, name: str) -> tuple[int, float | None, 
         return weights, plain, plain
     if "codebook" not in counts:
         return weights, None, None
-    codes = float(weights * max((counts["codebook"] - 1).bit_length(), 1))
+    codes = float(weights * max(codebook_bits(counts["codebook"]), 1))
     return weights, codes, codes + 16 * sum(counts[part] for part in counts if part != "weight")
 
 

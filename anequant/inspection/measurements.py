@@ -31,7 +31,8 @@ from anequant.checkpoints.rotation_files import written_rotations
 from anequant.errors import UnsupportedError
 from anequant.evaluation.distribution import distribution
 from anequant.jobs.control import Progress, silent
-from anequant.quantization.linear import QuantizedLinear
+from anequant.quantization.codebook import codebook_bits
+from anequant.quantization.linear import QuantizedLinear, relative_error
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import NOTHING, plan_online
 from anequant.quantization.weight_format import unfolded_format
@@ -205,7 +206,7 @@ class _Walker:
 
 def _bits(checkpoint: Checkpoint, layer: int, linear: Linear) -> int:
     codebook = checkpoint.tensors.get(f"{layer_prefix(layer)}{linear.name}.codebook")
-    return 16 if codebook is None else (math.prod(codebook.shape) - 1).bit_length()
+    return 16 if codebook is None else codebook_bits(math.prod(codebook.shape))
 
 
 def _weight(stored: QuantizedLinear | Tensor) -> Tensor:
@@ -230,9 +231,8 @@ def token_outliers(inputs: Tensor) -> Outliers:
 
 def _errors(rounded: Tensor, weight: Tensor, inputs: Tensor, output: Tensor) -> tuple[float, float]:
     """Weight error and output error of rounded [out, in], for inputs [tokens, in]."""
-    difference = rounded - weight
-    moved = inputs @ difference.T
-    return _ratio(difference, weight), _ratio(moved, output)
+    moved = inputs @ (rounded - weight).T
+    return relative_error(rounded, weight), _ratio(moved, output)
 
 
 def _ratio(difference: Tensor, size: Tensor) -> float:

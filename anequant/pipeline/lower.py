@@ -29,6 +29,7 @@ from anequant.pipeline.fingerprint import fingerprint
 from anequant.planning.plan import base_of, lowering_plan
 from anequant.planning.schedule import units_of
 from anequant.planning.steps import EMBEDDING_PACKAGE, HEAD_PACKAGE, RANGES
+from anequant.quantization.codebook import codebook_bits
 from anequant.recipe import LowerOptions
 from anequant.reference.probe import RANGE_TOKENS, probe_tokens
 from anequant.targets.coreml.build import PackageSize, PackageTask, build_package
@@ -211,7 +212,7 @@ def _table_bits(checkpoint: Checkpoint, name: str) -> int | None:
     if f"{name}.codebook" not in checkpoint.tensors:
         return None
     entries = whole_codebook(name, checkpoint.read(f"{name}.codebook")).numel()
-    return (entries - 1).bit_length()
+    return codebook_bits(entries)
 
 
 def _metadata(packages: PackageSet, **more: object) -> dict[str, str]:

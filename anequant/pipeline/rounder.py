@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,13 +15,12 @@ from anequant.checkpoints.writer import CheckpointWriter
 from anequant.errors import UnsupportedError
 from anequant.quantization.calibrated import Rounding, quantize_calibrated
 from anequant.quantization.codebook import integer_codebook
+from anequant.quantization.linear import relative_error
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.premultiply import premultiply_scales
 from anequant.quantization.statistics import InputStatistics
 from anequant.quantization.weight_format import linear_format, table_format
 from anequant.recipe import Recipe
-
-ERROR_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def round_linear(task: RoundingTask) -> RoundedLinear:
     if recipe.static_activations and projection:
         quantized = replace(quantized, codebook=integer_codebook(quantized.codebook))
     tensors = store(task.name, quantized, bias=projection)
-    relative = _relative_error(tensors[f"{task.name}.weight"], task.weight)
+    relative = relative_error(tensors[f"{task.name}.weight"], task.weight)
     dead = None if task.statistics is None else task.statistics.dead_inputs
     error = TensorError(task.name, task.bits, task.weight.numel(), relative, damping, dead)
     return RoundedLinear(tensors, quantized.input_scale, error)
@@ -189,14 +187,3 @@ def told(state: Mapping[str, Any]) -> tuple[str, ...]:
         return (f"error {mean:.2%}",)
     worst = max(errors, key=lambda error: error.relative_error)
     return f"error {mean:.2%}", f"worst {worst.name.rpartition('.')[2]} {worst.relative_error:.2%}"
-
-
-def _relative_error(stored: Tensor, weight: Tensor) -> float:
-    """||stored - weight|| / ||weight||, squares summed in float64 over blocks of rows so small that their
-    copies do not count."""
-    difference = size = 0.0
-    blocks = (torch.split(tensor, ERROR_ROWS) for tensor in (stored, weight))
-    for ours, original in zip(*blocks, strict=True):
-        difference += float((ours.float() - original).square_().sum(dtype=torch.float64))
-        size += float(original.square().sum(dtype=torch.float64))
-    return math.sqrt(difference / max(size, 1e-60))

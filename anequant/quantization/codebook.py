@@ -31,6 +31,11 @@ def uniform_codebook(bits: int) -> Tensor:
     return torch.arange(-half, half, dtype=torch.float32)
 
 
+def codebook_bits(entries: int) -> int:
+    """The width of a code that chooses from so many entries."""
+    return (entries - 1).bit_length()
+
+
 def best_uniform_step(core: Tensor, bits: int) -> float:
     """The step of the integer grid with the least squared error on `core`, by a line search.
 

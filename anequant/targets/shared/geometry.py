@@ -12,6 +12,7 @@ from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec, layer_prefix
 from anequant.checkpoints.layers import projection_bits
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import UnsupportedError
+from anequant.quantization.codebook import codebook_bits
 from anequant.quantization.linear import FloatTable, QuantizedLinear
 from anequant.quantization.online import Online
 from anequant.targets.shared.rotation_weights import online_weights
@@ -84,7 +85,7 @@ def vocabulary_bytes(checkpoint: Checkpoint, name: str) -> int:
     codebook = checkpoint.tensors.get(f"{name}.codebook")
     if codebook is None:
         return 2 * entries
-    return entries * (codebook.shape[0] - 1).bit_length() // 8 + 2 * spec.vocab_size
+    return entries * codebook_bits(codebook.shape[0]) // 8 + 2 * spec.vocab_size
 
 
 def constant_bytes(value: QuantizedLinear | FloatTable | Tensor, *, rounded: bool = False) -> int:
