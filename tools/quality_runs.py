@@ -110,7 +110,8 @@ def _run_peer(row: Row, settings: Settings, output: Path) -> float:
 
     from anequant.checkpoints.reader import open_checkpoint
     from anequant.comparison.peers import GROUP
-    from anequant.reference.windows import load_tokenizer, read_text, start_token, text_windows
+    from anequant.reference.sources import read_text
+    from anequant.reference.windows import load_tokenizer, start_token, text_windows
 
     assert row.peer is not None
     folder = Path(settings.model)

@@ -6,11 +6,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from anequant.calibration.sources import has_rows, read_source, source_text
 from anequant.calibration.tokens import WIKITEXT2, wikitext2
 from anequant.checkpoints.reader import read_config
 from anequant.errors import ResourceError, UsageError
 from anequant.recipe import Calibration
+from anequant.reference.sources import has_rows, read_source, source_text
 from anequant.reference.windows import load_tokenizer, model_windows
 
 PREVIEW = 500

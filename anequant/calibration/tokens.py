@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from anequant.calibration.sample import sample_windows
-from anequant.calibration.sources import Ids, Texts, has_rows, read_source
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import InputError, ResourceError, UsageError
 from anequant.jobs.control import Progress, silent
 from anequant.recipe import Calibration
+from anequant.reference.sources import Ids, Texts, has_rows, read_source
 from anequant.reference.windows import (
     load_tokenizer,
     require_known,

@@ -10,11 +10,11 @@ from typing import Any
 
 from anequant.checkpoints.contract import require_contract
 from anequant.checkpoints.layers import open_quantized
-from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
+from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import UsageError, VerificationError
 from anequant.evaluation.divergence import evaluate
 from anequant.jobs.control import Progress, part_of, silent
-from anequant.reference.windows import load_tokenizer, model_windows, read_text
+from anequant.reference.windows import load_tokenizer, read_text_windows
 from anequant.runtime.continue_text import TextModel, continue_text, open_text_model, stop_tokens
 from anequant.runtime.sampling import Sampling
 from anequant.runtime.snapped_backend import SnappedModel, SnappedWeights
@@ -63,9 +63,7 @@ def check_sp(folder: Path, *, progress: Progress = silent) -> SpCheck:
     projections = require_contract(folder)
     if not has_tokenizer(folder):
         return SpCheck(projections, None, None, None)
-    tokenizer = load_tokenizer(folder)
-    text = read_text(SAMPLE_TEXT)
-    tokens = model_windows(tokenizer, checkpoint.spec.config, text, count=WINDOWS, length=LENGTH)
+    tokens = read_text_windows(folder, checkpoint.spec.config, count=WINDOWS, length=LENGTH)
     stored = evaluate(checkpoint, tokens, progress=part_of(progress, "stored weights", 0.1, 0.4))
     rebuilt = evaluate(
         SnappedWeights(checkpoint), tokens, progress=part_of(progress, "rebuilt weights", 0.4, 0.8)

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from anequant.calibration.sources import source_text
 from anequant.calibration.tokens import WIKITEXT2, wikitext2
 from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, made_as, read_manifest, rotation_keys
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
@@ -22,7 +21,7 @@ from anequant.evaluation.task_scores import TaskScores, run_tasks
 from anequant.jobs.control import Progress, part_of, silent
 from anequant.recipe import Recipe
 from anequant.recipe_files import recipe_from_dict
-from anequant.reference.windows import load_tokenizer, model_windows, start_token
+from anequant.reference.windows import read_text_windows, start_token
 from anequant.targets.coreml.meta import META
 
 LAYER_WINDOWS = 8
@@ -164,6 +163,6 @@ def _open(model: str, base: str | None) -> tuple[Checkpoint, Checkpoint | None]:
 
 def read_windows(checkpoint: Checkpoint, text: Path | str, windows: int, length: int) -> Tensor:
     """At most `windows` token windows of `length` of a text file, or of the test split of wikitext2."""
-    tokenizer = load_tokenizer(checkpoint.folder)
-    content = wikitext2("test") if str(text) == WIKITEXT2 else source_text(Path(text), tokenizer)
-    return model_windows(tokenizer, checkpoint.spec.config, content, count=windows, length=length)
+    content = wikitext2("test") if str(text) == WIKITEXT2 else Path(text)
+    config = checkpoint.spec.config
+    return read_text_windows(checkpoint.folder, config, content, count=windows, length=length)

@@ -17,7 +17,8 @@ from anequant.checkpoints.places import packages_folder
 from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 from anequant.errors import UsageError
 from anequant.jobs.control import Progress, silent
-from anequant.reference.windows import load_tokenizer, read_text
+from anequant.reference.sources import read_text
+from anequant.reference.windows import load_tokenizer
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.runtime.generate import Decoder
 from anequant.targets.coreml.device import DevicePackage

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anequant.calibration.sources import source_text
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
 from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 from anequant.errors import InputError, UnsupportedError, UsageError
@@ -21,8 +20,7 @@ from anequant.inspection.diff_packages import PackageDifferences, diff_packages,
 from anequant.inspection.inspect import PACKAGE, Parts, parts_of
 from anequant.jobs.control import Progress, part_of, silent
 from anequant.reference.forward import logits
-from anequant.reference.probe import probe_tokens
-from anequant.reference.windows import load_tokenizer, model_windows
+from anequant.reference.windows import probe_tokens, read_text_windows
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.targets.coreml.meta import META, read_meta
 
@@ -130,7 +128,8 @@ def _logits(a: Parts, b: Parts, text: Path | None, progress: Progress) -> Logits
     if not all(model.tells_all_logits for model in models):
         raise UnsupportedError("packages with an arg-max head tell no logits to compare")
     length = min(PACKAGE_TOKENS, *(model.context for model in models))
-    tokens = _text_windows(folders[0], read_json(folders[0] / "config.json"), text, 1, length)
+    config = read_json(folders[0] / "config.json")
+    tokens = read_text_windows(folders[0], config, text or SAMPLE_TEXT, count=1, length=length)
     base_logits, our_logits = ([model.feed_each(tokens[0].tolist())] for model in models)
     if base_logits[0].shape != our_logits[0].shape:
         raise InputError("vocabularies of two sizes have no logits to compare")
@@ -160,10 +159,5 @@ def compare(tokens: Tensor, base: Iterable[Tensor], ours: Iterable[Tensor]) -> L
 def _tokens(checkpoint: Checkpoint, text: Path | None) -> Tensor:
     if text is None and not has_tokenizer(checkpoint.folder):
         return torch.stack([probe_tokens(checkpoint, LENGTH)])
-    return _text_windows(checkpoint.folder, checkpoint.spec.config, text, WINDOWS, LENGTH)
-
-
-def _text_windows(folder: Path, config: Any, text: Path | None, count: int, length: int) -> Tensor:
-    tokenizer = load_tokenizer(folder)
-    content = source_text(SAMPLE_TEXT if text is None else text, tokenizer)
-    return model_windows(tokenizer, config, content, count=count, length=length)
+    config = checkpoint.spec.config
+    return read_text_windows(checkpoint.folder, config, text or SAMPLE_TEXT, count=WINDOWS, length=LENGTH)

@@ -13,7 +13,7 @@ from torch import Tensor
 from anequant.checkpoints.manifest import write_manifest
 from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import open_checkpoint
-from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
+from anequant.checkpoints.source import Source, has_tokenizer
 from anequant.evaluation.divergence import Quality, evaluate
 from anequant.evaluation.sample_size import SAMPLE_LENGTH, SAMPLE_WINDOWS
 from anequant.jobs.control import CONTROL, Control, Progress, silent, step_of
@@ -36,7 +36,7 @@ from anequant.planning.schedule import (
 )
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.reference.open_float import open_float
-from anequant.reference.windows import load_tokenizer, model_windows, read_text
+from anequant.reference.windows import read_text_windows
 from anequant.targets.coreml.lint.rules import Finding, lint, require_clean
 from anequant.verification.verify import (
     CheckpointCheck,
@@ -188,6 +188,5 @@ def sample_quality(base: Path, checkpoint: Path, progress: Progress) -> Quality 
     if not has_tokenizer(base):
         return None
     original = open_checkpoint(base)
-    tokenizer, text = load_tokenizer(base), read_text(SAMPLE_TEXT)
-    tokens = model_windows(tokenizer, original.spec.config, text, count=SAMPLE_WINDOWS, length=SAMPLE_LENGTH)
+    tokens = read_text_windows(base, original.spec.config, count=SAMPLE_WINDOWS, length=SAMPLE_LENGTH)
     return evaluate(open_checkpoint(checkpoint), tokens, original, progress=progress)

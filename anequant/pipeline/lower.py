@@ -31,7 +31,7 @@ from anequant.planning.schedule import units_of
 from anequant.planning.steps import EMBEDDING_PACKAGE, HEAD_PACKAGE, RANGES
 from anequant.quantization.codebook import codebook_bits
 from anequant.recipe import LowerOptions
-from anequant.reference.probe import RANGE_TOKENS, probe_tokens
+from anequant.reference.windows import RANGE_TOKENS, probe_tokens
 from anequant.targets.coreml.build import PackageSize, PackageTask, build_package
 from anequant.targets.coreml.meta import PackageSet, write_meta
 from anequant.targets.shared.geometry import chunk_ranges, least_chunks

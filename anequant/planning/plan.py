@@ -30,7 +30,7 @@ from anequant.planning.work import Speed, measure_speed
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.reference.open_float import open_float
-from anequant.reference.probe import RANGE_TOKENS, probe_tokens
+from anequant.reference.windows import RANGE_TOKENS, probe_tokens
 from anequant.targets.shared.lowerable import check_lowering
 
 

@@ -16,7 +16,7 @@ import torch
 from anequant.architectures.spec import ModelSpec
 from anequant.calibration.equivalence import PROBE_LENGTH
 from anequant.recipe import Calibration, LowerOptions, Recipe
-from anequant.reference.probe import DECODE_TOKENS, PREFILL_TOKENS, RANGE_TOKENS
+from anequant.reference.windows import DECODE_TOKENS, PREFILL_TOKENS, RANGE_TOKENS
 
 MEASURED = 0.2
 """Seconds that each of the two rates is measured for."""

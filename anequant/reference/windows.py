@@ -1,4 +1,5 @@
-"""Token windows from text, each starting as the model's training windows did."""
+"""Token windows from text, each starting as the model's training windows did; and what a check runs on when
+nobody names a text."""
 
 from __future__ import annotations
 
@@ -10,9 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anequant.checkpoints.source import TOKENIZER_FILES
+from anequant.checkpoints.reader import Checkpoint
+from anequant.checkpoints.source import SAMPLE_TEXT, TOKENIZER_FILES, has_tokenizer
 from anequant.errors import InputError, UsageError
-from anequant.strict import read_plain
+from anequant.reference.sources import read_text, source_text
+
+PROBE_SEED = 7
+RANGE_TOKENS = 128
+"""That magnitudes are looked at on, for what packages have to hold."""
+
+PREFILL_TOKENS, DECODE_TOKENS = 64, 64
+"""That packages are compared on, at once and one after the other; at most, and as batch and context allow."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -44,20 +53,6 @@ def start_token(tokenizer: Any, config: Mapping[str, Any]) -> int:
     raise InputError("neither the tokenizer nor config.json names a token that starts a text")
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; raises UsageError for anything else."""
-    try:
-        text = read_plain(path)
-        if "\0" in text:
-            raise ValueError("it holds NUL, as binary files do")
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.object[error.start]:#04x} at {error.start} is no UTF-8"
-        raise UsageError(f"text file '{path}' cannot be read: {reason}") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"text file '{path}' cannot be read: {error}") from error
-    return text
-
-
 def require_known(tokens: Sequence[int], vocab_size: int | None) -> None:
     """Raises InputError for tokens that the embedding has no row for; None: it is not known how many."""
     unknown = [] if vocab_size is None else [token for token in tokens if not 0 <= token < vocab_size]
@@ -66,6 +61,19 @@ def require_known(tokens: Sequence[int], vocab_size: int | None) -> None:
             f"the tokenizer gives token {max(unknown)}, the model knows {vocab_size}",
             remedy="check that tokenizer and model belong together",
         )
+
+
+def read_text_windows(
+    folder: Path, config: Mapping[str, Any], text: Path | str = SAMPLE_TEXT, *, count: int, length: int
+) -> Tensor:
+    """Cut windows from a text by the tokenizer in a model's folder: int64 [at most count, length].
+
+    `config` is the model's config.json; `text` is a file of prose, texts or conversations, or the text
+    itself. Raises what `load_tokenizer`, `source_text` and `model_windows` raise.
+    """
+    tokenizer = load_tokenizer(folder)
+    content = text if isinstance(text, str) else source_text(text, tokenizer)
+    return model_windows(tokenizer, config, content, count=count, length=length)
 
 
 def model_windows(tokenizer: Any, config: Mapping[str, Any], text: str, *, count: int, length: int) -> Tensor:
@@ -105,3 +113,14 @@ def _before(tokens: Tensor, first: int, place: int) -> int:
     while tokens[place] == first:
         place -= 1
     return place
+
+
+def probe_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
+    """The start of the bundled text, or random tokens for a checkpoint without a tokenizer: [length]."""
+    if has_tokenizer(checkpoint.folder):
+        text = read_text(SAMPLE_TEXT)
+        text *= length // len(text.split()) + 1
+        tokenizer = load_tokenizer(checkpoint.folder)
+        return model_windows(tokenizer, checkpoint.spec.config, text, count=1, length=length)[0]
+    generator = torch.Generator().manual_seed(PROBE_SEED)
+    return torch.randint(checkpoint.spec.vocab_size, (length,), generator=generator)

@@ -18,7 +18,7 @@ from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import UsageError, VerificationError
 from anequant.jobs.control import Progress, part_of, silent
 from anequant.reference.forward import logits
-from anequant.reference.probe import DECODE_TOKENS, PREFILL_TOKENS, probe_tokens
+from anequant.reference.windows import DECODE_TOKENS, PREFILL_TOKENS, probe_tokens
 from anequant.runtime.coreml_backend import package_by_package
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta

@@ -31,7 +31,8 @@ from anequant.jobs.control import Progress, silent
 from anequant.quantization.tune import tunable
 from anequant.reference.forward import ReferenceModel, final_hidden_states
 from anequant.reference.head import head_gradients, head_loss
-from anequant.reference.windows import load_tokenizer, read_text, text_windows
+from anequant.reference.sources import read_text
+from anequant.reference.windows import load_tokenizer, text_windows
 
 
 def tunable_layer(checkpoint: Checkpoint, number: int) -> TunableLayer:

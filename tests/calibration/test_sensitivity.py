@@ -15,7 +15,8 @@ from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.weight_format import WeightFormat
-from anequant.reference.windows import load_tokenizer, read_text, text_windows
+from anequant.reference.sources import read_text
+from anequant.reference.windows import load_tokenizer, text_windows
 
 WIDTHS = (3, 4, 8)
 MEASURED = (3, 4)

@@ -22,7 +22,8 @@ from anequant.evaluation.evaluate import evaluate_checkpoint
 from anequant.evaluation.layer_errors import embedding_error, layer_errors
 from anequant.recipe_files import load_recipe
 from anequant.reference.rotated_model import TurnedModel
-from anequant.reference.windows import load_tokenizer, read_text, text_windows
+from anequant.reference.sources import read_text
+from anequant.reference.windows import load_tokenizer, text_windows
 from anequant.rotation.in_memory import turn_model
 from anequant.rotation.rotation_plan import plan_rotations
 

@@ -31,7 +31,7 @@ from anequant.pipeline.lower import lower
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
-from anequant.reference.probe import probe_tokens
+from anequant.reference.windows import probe_tokens
 from anequant.targets.coreml import graph as graph_module
 from anequant.targets.coreml.graph import package_graphs
 from anequant.targets.coreml.interpreter import interpreter

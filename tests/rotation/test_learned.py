@@ -28,7 +28,8 @@ from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe import Recipe
 from anequant.recipe_files import load_recipe
 from anequant.reference.forward import final_hidden_states
-from anequant.reference.windows import load_tokenizer, read_text, text_windows
+from anequant.reference.sources import read_text
+from anequant.reference.windows import load_tokenizer, text_windows
 from anequant.rotation.cayley import cayley_step
 from anequant.rotation.orthogonal import hadamard_rotation, random_rotation
 from anequant.rotation.rotation_plan import RotationPlan, plan_rotations

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.sources import source_text
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
 from anequant.errors import UsageError
@@ -24,7 +23,7 @@ from anequant.inspection.measurements import (
 )
 from anequant.jobs.control import Progress
 from anequant.recipe_files import recipe_from_dict
-from anequant.reference.windows import load_tokenizer, model_windows
+from anequant.reference.windows import read_text_windows
 
 WINDOWS, LENGTH = 2, 128
 SEED = 7
@@ -135,7 +134,6 @@ def _tokens(checkpoint: Checkpoint, text: Path | None) -> tuple[Tensor, str]:
         generator = torch.Generator().manual_seed(SEED)
         shape = (WINDOWS, LENGTH)
         return torch.randint(checkpoint.spec.vocab_size, shape, generator=generator), "random tokens"
-    tokenizer = load_tokenizer(checkpoint.folder)
-    content = source_text(SAMPLE_TEXT if text is None else text, tokenizer)
-    windows = model_windows(tokenizer, checkpoint.spec.config, content, count=WINDOWS, length=LENGTH)
+    config = checkpoint.spec.config
+    windows = read_text_windows(checkpoint.folder, config, text or SAMPLE_TEXT, count=WINDOWS, length=LENGTH)
     return windows, "the bundled sample text" if text is None else text.name

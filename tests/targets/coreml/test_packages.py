@@ -24,7 +24,8 @@ from anequant.pipeline.lower import LowerResult, lower
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
-from anequant.reference.windows import load_tokenizer, read_text, text_windows
+from anequant.reference.sources import read_text
+from anequant.reference.windows import load_tokenizer, text_windows
 from anequant.runtime.coreml_backend import PackageModel, package_by_package
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta

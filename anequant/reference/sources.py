@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anequant.errors import UsageError, shown
-from anequant.reference.windows import read_text
-from anequant.strict import parse_json
+from anequant.strict import parse_json, read_plain
 
 Ids = list[Any]
 """What a row says are its token ids, without padding; whether they are is not looked at."""
@@ -72,6 +71,20 @@ class Texts:
                 f"the chat template refuses entry {number} of '{self.path}': {reason}", remedy=remedy
             ) from error
         return text
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; raises UsageError for anything else."""
+    try:
+        text = read_plain(path)
+        if "\0" in text:
+            raise ValueError("it holds NUL, as binary files do")
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.object[error.start]:#04x} at {error.start} is no UTF-8"
+        raise UsageError(f"text file '{path}' cannot be read: {reason}") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"text file '{path}' cannot be read: {error}") from error
+    return text
 
 
 def has_rows(path: Path) -> bool:
