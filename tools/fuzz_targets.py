@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 
 from anequant.architectures import read_spec
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.saved import whole_calibration
-from anequant.calibration.tokens import calibration_tokens
+from anequant.calibration.tokens import calibration_tokens, whole_calibration
 from anequant.checkpoints.contract import check_contract
 from anequant.checkpoints.header import read_header
 from anequant.checkpoints.layers import load_layer, load_table, open_quantized

@@ -55,7 +55,7 @@ def run(
     cache are left out of the name."""
     from dataclasses import replace
 
-    from anequant.calibration.saved import whole_calibration
+    from anequant.calibration.tokens import whole_calibration
     from anequant.checkpoints.source import resolve_source
     from anequant.compat.quarot_hooks import hooked_recipe, quantize_hooked
     from anequant.report.terminal import results as text
@@ -102,7 +102,7 @@ def quark(
     force: bool,
 ) -> None:
     """Quantize by a scheme of AMD Quark, after QuaRot's rotations if asked for."""
-    from anequant.calibration.saved import whole_calibration
+    from anequant.calibration.tokens import whole_calibration
     from anequant.checkpoints.source import resolve_source
     from anequant.compat.quark import WHOLE, published_recipe
     from anequant.pipeline.quantize import quantize

@@ -1,4 +1,5 @@
-"""What the inputs of a layer's linears look like: the magnitudes that static scales are chosen from.
+"""Scales that a recipe takes from the inputs of a layer's linears: static scales of activations, and the
+input scale that SmoothQuant shares between weight and activations.
 
 Inputs come a few windows at a time and are not kept. `prefix` positions of every window stay in float when
 the model runs, so they do not count.
@@ -6,16 +7,50 @@ the model runs, so they do not count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from anequant.architectures.spec import INPUT_SCALES
+from anequant.architectures.spec import INPUT_SCALES, Linear, Space, layer_prefix
 from anequant.quantization.activations import BINS, static_scale
+from anequant.quantization.online import Online
+from anequant.quantization.scales import balanced_scales
+from anequant.recipe import Recipe
 
 Inputs = Callable[[], Iterable[Tensor]]
 """Inputs [n, length, in] of some linears, some windows at a time; may be asked for repeatedly."""
+
+
+def smoothed(recipe: Recipe, linear: Linear, weight: Tensor, inputs: Inputs) -> Tensor | None:
+    """The input scale [in] that SmoothQuant gives weight [out, in] if it reads the SwiGLU product; else None,
+    as without `smooth`."""
+    if not recipe.smooth or linear.input.space is not Space.FFN:
+        return None
+    magnitudes = largest_magnitudes(inputs(), recipe.activation_prefix)
+    return smoothed_scale(balanced_scales(weight)[1], magnitudes, recipe.smooth)
+
+
+def measured(
+    recipe: Recipe,
+    online: Online,
+    layer: int,
+    group: Sequence[Linear],
+    tensors: Mapping[str, Tensor],
+    inputs: Inputs,
+) -> dict[str, float]:
+    """Measure the static scales of the inputs of a group of linears, by full name; none where activations
+    have none.
+
+    tensors are the layer's, with the input scales [1, in] of linears that have them.
+    """
+    if not recipe.static_activations:
+        return {}
+    prefix = layer_prefix(layer)
+    formats = {linear.name: online.activations.get(prefix + linear.name) for linear in group}
+    widths = {name: format_.bits for name, format_ in formats.items() if format_ is not None}
+    scales = _static_scales(tensors, inputs, widths, recipe.activation_range, recipe.activation_prefix)
+    return {prefix + name: scale for name, scale in scales.items()}
 
 
 def largest_magnitudes(inputs: Iterable[Tensor], prefix: int) -> Tensor:
@@ -23,7 +58,7 @@ def largest_magnitudes(inputs: Iterable[Tensor], prefix: int) -> Tensor:
     return torch.stack([part[:, prefix:].abs().amax((0, 1)) for part in inputs]).amax(0)
 
 
-def static_scales(
+def _static_scales(
     tensors: Mapping[str, Tensor], inputs: Inputs, widths: Mapping[str, int], kind: str, prefix: int
 ) -> dict[str, float]:
     """The static scale of each linear in `widths` (bits), by name relative to the layer; all read `inputs`.

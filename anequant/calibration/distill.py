@@ -18,8 +18,7 @@ from anequant.architectures.spec import ModelSpec
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.online import NOTHING, Online
 from anequant.quantization.tune import TunableLinear
-from anequant.reference.forward import ReferenceModel
-from anequant.reference.head import head_gradients, head_loss
+from anequant.reference.forward import ReferenceModel, head_gradients, head_loss
 
 WINDOWS_A_STEP = 2
 LEARNING_RATE = 5e-4

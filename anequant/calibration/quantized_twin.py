@@ -24,8 +24,7 @@ from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import Online
 from anequant.quantization.weight_format import unfolded_format
 from anequant.recipe import Recipe
-from anequant.reference.forward import ReferenceModel, Weights
-from anequant.reference.head import PIECE
+from anequant.reference.forward import PIECE, ReferenceModel, Weights
 from anequant.rotation.fold import fold_and_rotate_layer, rotate_axis
 from anequant.rotation.rotation_plan import R1, R2, RotationPlan
 

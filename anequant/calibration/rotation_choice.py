@@ -14,14 +14,13 @@ from anequant.architectures.spec import EMBEDDING, ModelSpec
 from anequant.calibration.distill import Course, LearnResult, Lesson
 from anequant.calibration.learn_rotations import learn_rotations
 from anequant.calibration.quantized_twin import RotatedStudent
-from anequant.calibration.residual import residual_moment
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import read_rotations
 from anequant.errors import UsageError
-from anequant.jobs.control import Progress, part_of
+from anequant.jobs.control import Progress, part_of, silent
 from anequant.quantization.online import plan_online
 from anequant.recipe import Recipe
-from anequant.reference.forward import final_hidden_states
+from anequant.reference.forward import ReferenceModel, Weights, final_hidden_states
 from anequant.rotation.rotation_plan import RotationPlan, matrix_sizes, plan_rotations
 
 MEASURED_WINDOWS = 8
@@ -108,7 +107,7 @@ def choose_rotations(
     basis = None
     if recipe.r1 == "pca":
         assert tokens is not None
-        moment = residual_moment(checkpoint, tokens, part_of(progress, "pca", 0.0, 0.2))
+        moment = _measure_residual_moment(checkpoint, tokens, part_of(progress, "pca", 0.0, 0.2))
         basis = torch.linalg.eigh(moment).eigenvectors
     plans = {
         seed: plan_rotations(spec, replace(recipe, seed=seed), matrices=matrices, basis=basis)
@@ -122,6 +121,28 @@ def choose_rotations(
         return Rotations(dense, RotationChoice(recipe.seed, {}, None), dense.matrices())
     assert tokens is not None
     return _measured(checkpoint, recipe, plans, tokens, part_of(progress, "rotations", 0.2, 1.0))
+
+
+def _measure_residual_moment(weights: Weights, tokens: Tensor, progress: Progress = silent) -> Tensor:
+    """Return the mean of x x^T over the tokens [n, length] and over where layers and head read the stream:
+    float64 [hidden_size, hidden_size].
+
+    x is the stream as it enters each layer and leaves the last one, over its root mean square, as the
+    linears see it once the norms' gains are folded: layers weigh alike, though the stream grows.
+    """
+    spec = weights.spec
+    model = ReferenceModel(spec, torch.float32, weights.online)
+    ones = torch.ones(spec.hidden_size)
+    hidden = weights.read(f"{EMBEDDING}.weight")[tokens].float()
+    moment = torch.zeros(spec.hidden_size, spec.hidden_size, dtype=torch.float64)
+    for layer in range(spec.num_layers + 1):
+        with torch.no_grad():
+            rows = model.final_norm(hidden, ones).flatten(0, 1)
+        moment += rows.T @ rows
+        if layer < spec.num_layers:
+            progress(f"layer {layer + 1}", layer / spec.num_layers)
+            hidden = model.run_layer(layer, weights.layer(layer), hidden)
+    return moment / (tokens.numel() * (spec.num_layers + 1))
 
 
 def _measured(

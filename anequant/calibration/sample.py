@@ -16,9 +16,8 @@ from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefi
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError
 from anequant.jobs.control import Progress, silent
-from anequant.reference.empty_model import empty_model
+from anequant.reference.empty_model import OnDemand, borrow, empty_model
 from anequant.reference.hooks import attach_all
-from anequant.reference.on_demand import OnDemand, borrow
 
 
 @torch.no_grad()

@@ -22,8 +22,7 @@ from anequant.jobs.control import Progress, silent
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import NOTHING, Online
 from anequant.quantization.weight_format import WeightFormat
-from anequant.reference.forward import ReferenceModel
-from anequant.reference.head import head_gradients
+from anequant.reference.forward import ReferenceModel, head_gradients
 
 Losses = dict[str, dict[int, float]]
 """KL per token by tensor name and bits."""

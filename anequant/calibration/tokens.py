@@ -1,7 +1,9 @@
-"""The tokens that calibration runs on: from a text, from ids, from WikiText-2, or from the model itself."""
+"""The tokens that calibration runs on: from a text, from ids, from WikiText-2, or from the model itself; and
+written to a file of ids, a JSON list of {"input_ids": [...], "text": "..."} as ANEMLL's scripts have it."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,14 +12,15 @@ import torch
 from torch import Tensor
 
 from anequant.calibration.sample import sample_windows
-from anequant.checkpoints.reader import Checkpoint
+from anequant.checkpoints.reader import Checkpoint, read_config
 from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import InputError, ResourceError, UsageError
 from anequant.jobs.control import Progress, silent
 from anequant.recipe import Calibration
-from anequant.reference.sources import Ids, Texts, has_rows, read_source
+from anequant.reference.sources import Ids, Texts, has_rows, read_source, source_text
 from anequant.reference.windows import (
     load_tokenizer,
+    model_windows,
     require_known,
     start_token,
     text_windows,
@@ -25,6 +28,8 @@ from anequant.reference.windows import (
 
 SELF, WIKITEXT2 = "self", "wikitext2"
 WIKITEXT2_DATASET = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+PREVIEW = 500
+"""Characters of a window's text that are written beside its tokens."""
 
 
 def calibration_tokens(
@@ -64,6 +69,42 @@ def check_calibration(calibration: Calibration, checkpoint: Checkpoint) -> None:
         _start(checkpoint, calibration.source)
     else:
         calibration_tokens(calibration, checkpoint)
+
+
+def save_calibration(output: Path, model: Path, source: str, *, count: int, length: int) -> int:
+    """Write `count` windows of `source`, a text file or wikitext2, by the tokenizer in the folder `model`.
+
+    Each comes with the beginning of its text. Returns the number of windows, less than `count` when the
+    text holds less. Raises UsageError for a text that cannot be read or holds no window, InputError
+    without a tokenizer, ResourceError when WikiText-2 cannot be had or the file not be written.
+    """
+    tokenizer = load_tokenizer(model)
+    text = wikitext2("train") if source == WIKITEXT2 else source_text(Path(source), tokenizer)
+    windows = model_windows(tokenizer, read_config(model), text, count=count, length=length)
+    rows = [
+        {"input_ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True)[:PREVIEW]}
+        for ids in windows.tolist()
+    ]
+    try:
+        output.write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"'{output}' cannot be written: {error.strerror}") from error
+    return len(rows)
+
+
+def whole_calibration(source: str) -> Calibration:
+    """The Calibration that sees all rows of a file of token ids, cut to the shortest; the default sizes for
+    any other source.
+
+    Raises UsageError for a JSON file that is not understood or holds no windows.
+    """
+    rows = read_source(Path(source)) if has_rows(Path(source)) else None
+    if not isinstance(rows, list):
+        return Calibration(source)
+    lengths = [len(row) for row in rows]
+    if min(lengths, default=0) < 2:
+        raise UsageError(f"calibration file '{source}' holds no windows of two tokens or more")
+    return Calibration(source, samples=len(lengths), length=min(lengths))
 
 
 def _start(checkpoint: Checkpoint, source: str) -> tuple[Any, int]:

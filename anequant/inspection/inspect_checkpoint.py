@@ -17,8 +17,7 @@ from anequant.architectures.spec import EMBEDDING, HEAD
 from anequant.checkpoints.header import BITS
 from anequant.checkpoints.layout import projection_names
 from anequant.checkpoints.manifest import MANIFEST, ROTATED, made_as, read_manifest
-from anequant.checkpoints.reader import Checkpoint
-from anequant.checkpoints.stored import read_stored
+from anequant.checkpoints.reader import Checkpoint, read_stored
 from anequant.inspection.inspect_tensors import TensorFiles, tensor_files
 from anequant.quantization.codebook import codebook_bits
 from anequant.quantization.online import Online

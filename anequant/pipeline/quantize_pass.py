@@ -22,8 +22,8 @@ from anequant.architectures.spec import (
     Linear,
     layer_prefix,
 )
+from anequant.calibration.activation_scales import measured, smoothed
 from anequant.calibration.equivalence import EquivalenceProbe
-from anequant.calibration.static_scales import measured, smoothed
 from anequant.calibration.walkers import Walkers
 from anequant.checkpoints.layout import norm_names
 from anequant.checkpoints.writer import CheckpointWriter
@@ -33,7 +33,7 @@ from anequant.jobs.process import give_back_memory
 from anequant.pipeline.rounder import PassResult, Rounder, RoundingTask, round_linear, told
 from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Recipe
-from anequant.reference.on_demand import OnDemand
+from anequant.reference.empty_model import OnDemand
 from anequant.reference.rotated_model import ROWS, TurnedModel
 
 LAST_UNIT = "head"

@@ -15,9 +15,9 @@ from anequant.checkpoints.writer import CheckpointWriter
 from anequant.errors import UnsupportedError
 from anequant.quantization.calibrated import Rounding, quantize_calibrated
 from anequant.quantization.codebook import integer_codebook
+from anequant.quantization.fold_scales import premultiply_scales
 from anequant.quantization.linear import relative_error
 from anequant.quantization.nearest import quantize_linear
-from anequant.quantization.premultiply import premultiply_scales
 from anequant.quantization.statistics import InputStatistics
 from anequant.quantization.weight_format import linear_format, table_format
 from anequant.recipe import Recipe

@@ -20,13 +20,17 @@ from anequant.architectures.spec import EMBEDDING, INPUT_SCALES, ModelSpec
 from anequant.errors import UnsupportedError
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.online import NOTHING, Online
-from anequant.reference.empty_model import empty_model
+from anequant.reference.empty_model import borrow, empty_model
 from anequant.reference.hooks import ATTENTION_MODULE, attach_all, set_input_scale
-from anequant.reference.on_demand import borrow
 from anequant.reference.windows import require_known
 
 WINDOWS_AT_ONCE = 4
 HEAD_ROWS = 8192
+PIECE = 256
+"""Tokens whose logits, which are wide, are in memory at once while a loss is computed."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Summed loss of normalised states [tokens, hidden_size] and whatever belongs to these tokens."""
 
 
 class Weights(Protocol):
@@ -246,3 +250,29 @@ def logits(
     head = weights.read(weights.head_name)
     for window in hidden:
         yield head_logits(head, window)
+
+
+def head_loss(model: ReferenceModel, hidden: Tensor, gain: Tensor, targets: Tensor, loss: Loss) -> float:
+    """The sum over hidden [n, length, hidden_size] and targets [n, length, ...]."""
+    with torch.no_grad():
+        return sum(float(loss(model.final_norm(states, gain), t)) for states, t in _pieces(hidden, targets))
+
+
+def head_gradients(
+    model: ReferenceModel, hidden: Tensor, gain: Tensor, targets: Tensor, loss: Loss
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `head_loss` for hidden and for the final norm's gain [hidden_size]."""
+    parts, total = [], torch.zeros_like(gain)
+    weight = gain.detach().requires_grad_()
+    for states, part_targets in _pieces(hidden, targets):
+        leaf = states.detach().requires_grad_()
+        value = loss(model.final_norm(leaf, weight), part_targets)
+        part, gain_part = torch.autograd.grad(value, (leaf, weight))
+        parts.append(part)
+        total += gain_part
+    return torch.cat(parts).view_as(hidden), total
+
+
+def _pieces(hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    pairs = (torch.split(values.flatten(0, 1), PIECE) for values in (hidden, targets))
+    yield from zip(*pairs, strict=True)

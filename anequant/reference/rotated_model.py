@@ -12,7 +12,7 @@ from anequant.architectures.spec import EMBEDDING, HEAD_LINEAR, ModelSpec, layer
 from anequant.checkpoints.reader import Checkpoint
 from anequant.quantization.fold_scales import fold_input_scales
 from anequant.quantization.online import NOTHING, Online
-from anequant.reference.on_demand import OnDemand
+from anequant.reference.empty_model import OnDemand
 from anequant.rotation.fold import fold_and_rotate_linear, fold_and_rotate_tensor, rotate_embedding
 from anequant.rotation.rotation_plan import RotationPlan
 

@@ -29,8 +29,7 @@ from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.tune import tunable
-from anequant.reference.forward import ReferenceModel, final_hidden_states
-from anequant.reference.head import head_gradients, head_loss
+from anequant.reference.forward import ReferenceModel, final_hidden_states, head_gradients, head_loss
 from anequant.reference.sources import read_text
 from anequant.reference.windows import load_tokenizer, text_windows
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from anequant.calibration.saved import whole_calibration
-from anequant.calibration.tokens import calibration_tokens
+from anequant.calibration.tokens import calibration_tokens, whole_calibration
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.errors import InputError, ResourceError, UsageError

@@ -20,7 +20,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
 @command
 def main(console, model, calib, scheme, optimization, config, output, premultiply, force) -> None:
-    from anequant.calibration.saved import whole_calibration
+    from anequant.calibration.tokens import whole_calibration
     from anequant.checkpoints.source import resolve_source
     from anequant.compat.quark import BLOCKS, closing_lines, published_recipe
     from anequant.pipeline.quantize import quantize
