@@ -111,14 +111,14 @@ def _run_peer(row: Row, settings: Settings, output: Path) -> float:
     from anequant.checkpoints.reader import open_checkpoint
     from anequant.comparison.peers import GROUP
     from anequant.reference.sources import read_text
-    from anequant.reference.windows import load_tokenizer, start_token, text_windows
+    from anequant.reference.windows import cut_windows, load_tokenizer, start_token
 
     assert row.peer is not None
     folder = Path(settings.model)
     tokenizer = load_tokenizer(folder)
     first = start_token(tokenizer, open_checkpoint(folder).spec.config)
     text = read_text(settings.calibration)
-    windows = text_windows(text, tokenizer, first, count=row.windows, length=settings.length)
+    windows = cut_windows(text, tokenizer, first, count=row.windows, length=settings.length)
     PEERS[row.peer](folder, output, windows)
     return 4 + 32 / GROUP if row.peer.endswith("groups") else 4.0
 

@@ -22,16 +22,16 @@ Inputs = Callable[[], Iterable[Tensor]]
 """Inputs [n, length, in] of some linears, some windows at a time; may be asked for repeatedly."""
 
 
-def smoothed(recipe: Recipe, linear: Linear, weight: Tensor, inputs: Inputs) -> Tensor | None:
+def choose_input_scale(recipe: Recipe, linear: Linear, weight: Tensor, inputs: Inputs) -> Tensor | None:
     """The input scale [in] that SmoothQuant gives weight [out, in] if it reads the SwiGLU product; else None,
     as without `smooth`."""
     if not recipe.smooth or linear.input.space is not Space.FFN:
         return None
-    magnitudes = largest_magnitudes(inputs(), recipe.activation_prefix)
-    return smoothed_scale(balanced_scales(weight)[1], magnitudes, recipe.smooth)
+    magnitudes = find_largest_magnitudes(inputs(), recipe.activation_prefix)
+    return smooth_scale(balanced_scales(weight)[1], magnitudes, recipe.smooth)
 
 
-def measured(
+def measure_static_scales(
     recipe: Recipe,
     online: Online,
     layer: int,
@@ -53,7 +53,7 @@ def measured(
     return {prefix + name: scale for name, scale in scales.items()}
 
 
-def largest_magnitudes(inputs: Iterable[Tensor], prefix: int) -> Tensor:
+def find_largest_magnitudes(inputs: Iterable[Tensor], prefix: int) -> Tensor:
     """Largest |x| of every channel: float32 [in]."""
     return torch.stack([part[:, prefix:].abs().amax((0, 1)) for part in inputs]).amax(0)
 
@@ -68,7 +68,7 @@ def _static_scales(
     if not widths:
         return {}
     factors = {name: tensors.get(f"{name}.{INPUT_SCALES}", torch.ones(1)) for name in widths}
-    channels = largest_magnitudes(inputs(), prefix)
+    channels = find_largest_magnitudes(inputs(), prefix)
     largest = {name: float((channels * factor).max()) for name, factor in factors.items()}
     counts = {name: torch.zeros(BINS) for name in widths}
     for part in inputs() if kind != "absmax" else ():
@@ -78,7 +78,7 @@ def _static_scales(
     return {name: static_scale(counts[name], largest[name], bits, kind) for name, bits in widths.items()}
 
 
-def smoothed_scale(balanced: Tensor, magnitudes: Tensor, strength: float) -> Tensor:
+def smooth_scale(balanced: Tensor, magnitudes: Tensor, strength: float) -> Tensor:
     """An input scale [in] between the weight's and the activations' wishes, a number float16 holds.
 
     SmoothQuant (Xiao et al. 2023, equation 4) divides activations by s_j = max|X_j|^a / max|W_j|^(1-a). Here

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anequant.architectures import read_spec
 from anequant.architectures.spec import EMBEDDING
-from anequant.checkpoints.online_config import plain_config
+from anequant.checkpoints.online_config import build_plain_config
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError, VerificationError
 from anequant.quantization.online import NOTHING, Online
@@ -36,7 +36,9 @@ class EquivalenceProbe:
         name = f"{EMBEDDING}.weight"
         embedded = torch.cat([checkpoint.read(name, slice(token, token + 1)) for token in tokens])[None]
         self._model = ReferenceModel(checkpoint.spec, torch.float64, checkpoint.online)
-        written = read_spec(plain_config(checkpoint.spec.config), str(checkpoint.folder / "config.json"))
+        written = read_spec(
+            build_plain_config(checkpoint.spec.config), str(checkpoint.folder / "config.json")
+        )
         self._turning = ReferenceModel(written, torch.float64, online.rotations)
         self._where = str(checkpoint.folder)
         self._original = embedded.double()

@@ -46,8 +46,8 @@ class RotatedStudent:
         """Mean KL over all positions of a lesson whose `embedded` are not turned."""
         hidden = rotate_axis(lesson.embedded, plan.r1)
         for layer in range(self._spec.num_layers):
-            turned = self._turned(plan, layer)
-            hidden = self._model.run_layer(layer, _tensors(turned, self._rounded(turned, layer)), hidden)
+            turned = self._rotate(plan, layer)
+            hidden = self._model.run_layer(layer, _tensors(turned, self._round(turned, layer)), hidden)
         normed = self._model.final_norm(hidden, torch.ones_like(self._gain))
         back = normed if plan.r1 is None else plan.r1.apply_transposed(normed)
         total = 0.0
@@ -65,8 +65,8 @@ class RotatedStudent:
         with torch.no_grad():
             hidden, inputs, codes = rotate_axis(lesson.embedded, plan.r1), [], []
             for layer in layers:
-                turned = self._turned(plan, layer)
-                codes.append(self._rounded(turned, layer))
+                turned = self._rotate(plan, layer)
+                codes.append(self._round(turned, layer))
                 inputs.append(hidden)
                 hidden = self._model.run_layer(layer, _tensors(turned, codes[-1]), hidden)
         r1 = leaves.get(R1)
@@ -74,7 +74,7 @@ class RotatedStudent:
         gradients: dict[str, Tensor] = {} if total is None else {R1: total}
         for layer in reversed(layers):
             with torch.enable_grad():
-                turned = self._turned(plan.with_matrices(leaves), layer)
+                turned = self._rotate(plan.with_matrices(leaves), layer)
             tensors = _tensors(turned, codes.pop())
             gradient, stored = self._model.gradients(layer, tensors, inputs.pop(), gradient)
             own = {name: leaves[name] for name in (R1, f"{R2}.{layer}") if name in leaves}
@@ -87,10 +87,10 @@ class RotatedStudent:
             gradients[R1] = gradients[R1] + rows.T @ along_rows
         return divergence, gradients
 
-    def _turned(self, plan: RotationPlan, layer: int) -> dict[str, Tensor]:
+    def _rotate(self, plan: RotationPlan, layer: int) -> dict[str, Tensor]:
         return fold_and_rotate_layer(self._spec, self._weights.layer(layer), plan, layer)
 
-    def _rounded(self, turned: Mapping[str, Tensor], layer: int) -> dict[str, QuantizedLinear]:
+    def _round(self, turned: Mapping[str, Tensor], layer: int) -> dict[str, QuantizedLinear]:
         """The layer's projections, rounded; none at 16 bits."""
         if self._bits == 16:
             return {}

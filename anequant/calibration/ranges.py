@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, Space, layer_prefix
-from anequant.checkpoints.quantized import load, scales_of
+from anequant.checkpoints.quantized import check_scales, load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.quantization.nearest import LARGEST_FLOAT16
 from anequant.quantization.scales import spread
@@ -54,10 +54,10 @@ class LayerRange:
     attention: float = 0.0
 
 
-def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
+def measure_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
     """Ranges of every layer of a quantized checkpoint for tokens [n, length], in float32.
 
-    `sums` look at the 32 tokens with the largest inputs only. Raises InputError as `scales_of` does.
+    `sums` look at the 32 tokens with the largest inputs only. Raises InputError as `check_scales` does.
     """
     spec = checkpoint.spec
     online = checkpoint.online
@@ -117,7 +117,7 @@ def _largest_sum(checkpoint: Checkpoint, name: str, weight: Tensor, inputs: Tens
     parts = [f"{name}.{part}" for part in ("input_scales", "output_scales", "codebook")]
     stored = {part: checkpoint.read(part) for part in parts if part in checkpoint.tensors}
     stored[f"{name}.weight"] = weight
-    input_scale, output_scale = (scale.abs() for scale in scales_of(name, stored))
+    input_scale, output_scale = (scale.abs() for scale in check_scales(name, stored))
     scaled = inputs.abs() * input_scale
     loudest = scaled.sum(1).topk(min(LOUDEST_TOKENS, len(scaled))).indices
     near = (inputs[loudest].abs() @ weight.abs().T).amax(0)

@@ -120,7 +120,7 @@ def choose_rotations(
         dense = plan.dense()
         return Rotations(dense, RotationChoice(recipe.seed, {}, None), dense.matrices())
     assert tokens is not None
-    return _measured(checkpoint, recipe, plans, tokens, part_of(progress, "rotations", 0.2, 1.0))
+    return _compare_and_learn(checkpoint, recipe, plans, tokens, part_of(progress, "rotations", 0.2, 1.0))
 
 
 def _measure_residual_moment(weights: Weights, tokens: Tensor, progress: Progress = silent) -> Tensor:
@@ -145,7 +145,7 @@ def _measure_residual_moment(weights: Weights, tokens: Tensor, progress: Progres
     return moment / (tokens.numel() * (spec.num_layers + 1))
 
 
-def _measured(
+def _compare_and_learn(
     checkpoint: Checkpoint,
     recipe: Recipe,
     plans: Mapping[int, RotationPlan],

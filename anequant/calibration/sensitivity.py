@@ -43,7 +43,7 @@ class FloatModel:
     online: Online = NOTHING
 
 
-def rounding_losses(
+def measure_rounding_losses(
     model: FloatModel,
     embedded: Tensor,
     formats: Sequence[WeightFormat],

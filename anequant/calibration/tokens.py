@@ -19,11 +19,11 @@ from anequant.jobs.control import Progress, silent
 from anequant.recipe import Calibration
 from anequant.reference.sources import Ids, Texts, has_rows, read_source, source_text
 from anequant.reference.windows import (
+    cut_model_windows,
+    cut_windows,
     load_tokenizer,
-    model_windows,
     require_known,
     start_token,
-    text_windows,
 )
 
 SELF, WIKITEXT2 = "self", "wikitext2"
@@ -44,7 +44,7 @@ def calibration_tokens(
     count, length, source = calibration.samples, calibration.length, calibration.source
     content = None if source in (SELF, WIKITEXT2) else _read_file(source)
     if isinstance(content, list):
-        return _listed_windows(Path(source), content, checkpoint, count, length)
+        return _cut_listed_windows(Path(source), content, checkpoint, count, length)
     tokenizer, first = _start(checkpoint, source)
     if source == SELF:
         return sample_windows(
@@ -56,8 +56,8 @@ def calibration_tokens(
             resident=resident,
             progress=progress,
         )
-    text = wikitext2("train") if content is None else content.written_out(tokenizer)
-    windows = text_windows(text, tokenizer, first, count=count, length=length, seed=calibration.seed)
+    text = wikitext2("train") if content is None else content.write_out(tokenizer)
+    windows = cut_windows(text, tokenizer, first, count=count, length=length, seed=calibration.seed)
     require_known(windows.flatten().tolist(), checkpoint.spec.vocab_size)
     return windows
 
@@ -80,7 +80,7 @@ def save_calibration(output: Path, model: Path, source: str, *, count: int, leng
     """
     tokenizer = load_tokenizer(model)
     text = wikitext2("train") if source == WIKITEXT2 else source_text(Path(source), tokenizer)
-    windows = model_windows(tokenizer, read_config(model), text, count=count, length=length)
+    windows = cut_model_windows(tokenizer, read_config(model), text, count=count, length=length)
     rows = [
         {"input_ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True)[:PREVIEW]}
         for ids in windows.tolist()
@@ -148,7 +148,9 @@ def _read_file(source: str) -> Texts | list[Ids]:
     return read_source(path)
 
 
-def _listed_windows(path: Path, rows: list[Ids], checkpoint: Checkpoint, count: int, length: int) -> Tensor:
+def _cut_listed_windows(
+    path: Path, rows: list[Ids], checkpoint: Checkpoint, count: int, length: int
+) -> Tensor:
     """Windows from the rows of a file of token ids, as they stand."""
     vocab = checkpoint.spec.vocab_size
     windows = []

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anequant.checkpoints.foreign import found_codebook, whole_codebook
+from anequant.checkpoints.foreign import complete_codebook, find_codebook
 from anequant.checkpoints.layout import projection_names
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import InputError, VerificationError
@@ -114,9 +114,9 @@ def _check_weight(name: str, parts: Mapping[str, Tensor], codebook: Tensor | Non
         return [Violation(f"{name}.output_scales", "times the input scales leaves float16")]
     try:
         if codebook is None:
-            found_codebook(name, weight, input_scales, output_scales)
+            find_codebook(name, weight, input_scales, output_scales)
             return []
-        whole_codebook(name, codebook)
+        complete_codebook(name, codebook)
     except InputError as error:
         return [Violation(name, f"is not palettized: {error.what}")]
     levels = torch.empty(0)

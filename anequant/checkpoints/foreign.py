@@ -20,7 +20,7 @@ MOST_ENTRIES = 256
 ROWS = 1024
 
 
-def found_codebook(name: str, weight: Tensor, input_scales: Tensor, output_scales: Tensor) -> Tensor:
+def find_codebook(name: str, weight: Tensor, input_scales: Tensor, output_scales: Tensor) -> Tensor:
     """The entries that weight [out, in] was made from: float32, ascending, float16 numbers.
 
     Raises InputError naming the tensor when there are more than 256.
@@ -42,7 +42,7 @@ def found_codebook(name: str, weight: Tensor, input_scales: Tensor, output_scale
             remedy="a per-tensor checkpoint has at most 256; quantize the float model",
         )
     sums = torch.zeros(count).index_add_(0, group, values)
-    return whole_codebook(name, (sums / group.bincount()).half().float())
+    return complete_codebook(name, (sums / group.bincount()).half().float())
 
 
 def stored_bits(entries: int) -> int:
@@ -50,7 +50,7 @@ def stored_bits(entries: int) -> int:
     return min(bits for bits in WIDTHS if 2**bits >= entries)
 
 
-def whole_codebook(name: str, entries: Tensor) -> Tensor:
+def complete_codebook(name: str, entries: Tensor) -> Tensor:
     """A codebook of any order and length as an ascending one of 2**bits entries; what is added is not used.
 
     Raises InputError naming the tensor for too few or too many entries, or one that is not finite.

@@ -24,7 +24,7 @@ _SHARD = re.compile(r"[\w.-]+\.safetensors")
 
 
 @contextmanager
-def headers_only(model: str | None) -> Iterator[Source]:
+def fetch_headers(model: str | None) -> Iterator[Source]:
     """As `resolve_source`, but of a hub id nothing is downloaded except config.json, what belongs to the
     tokenizer and the shards' headers, into a folder that is gone afterwards. Offline, the cache has to hold
     the model.

@@ -15,7 +15,7 @@ from anequant.architectures.spec import (
     Space,
     layer_prefix,
 )
-from anequant.checkpoints.quantized import quantized_tensors
+from anequant.checkpoints.quantized import list_quantized_tensors
 from anequant.checkpoints.writer import Entry
 from anequant.recipe import Recipe
 
@@ -69,5 +69,5 @@ def _table_entries(name: str, shape: tuple[int, int], bits: int, dtype: torch.dt
 def _quantized_entries(
     name: str, shape: tuple[int, int], bits: int, *, bias: bool, groups: int = 1
 ) -> list[Entry]:
-    tensors = quantized_tensors(name, shape, bits, bias=bias, groups=groups)
+    tensors = list_quantized_tensors(name, shape, bits, bias=bias, groups=groups)
     return [Entry(tensor, dtype, size) for tensor, (dtype, size) in tensors.items()]

@@ -21,7 +21,7 @@ CHECKPOINT, ROTATED = "checkpoint", "rotated"
 FORMAT = 1
 
 
-def published_config(
+def build_published_config(
     spec: ModelSpec, recipe: Recipe, layers_quantized: int, quality: Mapping[str, float]
 ) -> dict[str, Any]:
     """quantization_config.json: ANEMLL's published keys with true values.
@@ -94,7 +94,7 @@ def rotation_keys(folder: Path) -> dict[str, Any] | None:
 
     Raises InputError for an anequant.json that is damaged.
     """
-    if made_as(folder) != ROTATED:
+    if read_kind(folder) != ROTATED:
         return None
     values = read_manifest(folder).get("recipe")
     if not isinstance(values, dict) or values.keys() != set(ROTATION_KEYS):
@@ -102,7 +102,7 @@ def rotation_keys(folder: Path) -> dict[str, Any] | None:
     return values
 
 
-def made_as(folder: Path) -> str | None:
+def read_kind(folder: Path) -> str | None:
     """The kind of folder that anequant wrote, None for one that it did not."""
     if not (folder / MANIFEST).is_file():
         return None

@@ -47,7 +47,7 @@ def weights_stem(online: Online) -> str:
     return ONLINE_STEM if online.active else STEM
 
 
-def quantized_config(
+def build_config(
     spec: ModelSpec, recipe: Recipe, online: Online, weights: str, dtype: str = "float16"
 ) -> dict[str, Any]:
     """config.json of what `recipe` makes of a model; `weights` is the file to open first, `dtype` theirs.
@@ -55,7 +55,7 @@ def quantized_config(
     quantization_config, only where `online` is active, holds the recipe's online choices, and the static
     scales by the linear's name.
     """
-    config = plain_config(spec.config, dtype)
+    config = build_plain_config(spec.config, dtype)
     if not online.active:
         return config
     scales = {name: format_.scale for name, format_ in online.activations.items() if format_.scale}
@@ -100,7 +100,7 @@ def read_online(config: Mapping[str, Any], spec: ModelSpec, where: str) -> Onlin
 DROPPED = ("quantization_config", "auto_map")
 
 
-def plain_config(config: Mapping[str, Any], dtype: str = "float16") -> dict[str, Any]:
+def build_plain_config(config: Mapping[str, Any], dtype: str = "float16") -> dict[str, Any]:
     """The source's config, as transformers resolves it, with an untied head, weights of `dtype` and RoPE in
     both generations' keys."""
     rope = config["rope_parameters"]

@@ -227,7 +227,7 @@ def _read_headers(folder: Path, stem: str) -> dict[str, TensorInfo]:
         raise InputError(f"'{index_file}' has no weight_map of names", where=str(folder))
     tensors: dict[str, TensorInfo] = {}
     for shard_name in sorted(set(weight_map.values())):
-        shard = read_header(_contained(folder, shard_name, index_file))
+        shard = read_header(_check_contained(folder, shard_name, index_file))
         for name in sorted(tensors.keys() & shard.keys()):
             both = f"'{tensors[name].shard.name}' and '{shard_name}'"
             raise InputError(f"tensor {shown(name)} is in {both}", where=str(folder))
@@ -238,7 +238,7 @@ def _read_headers(folder: Path, stem: str) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _contained(folder: Path, shard_name: str, index_file: str) -> Path:
+def _check_contained(folder: Path, shard_name: str, index_file: str) -> Path:
     where = str(folder / index_file)
     for path in (PurePosixPath(shard_name), PureWindowsPath(shard_name)):
         if len(path.parts) != 1 or path.anchor or shard_name in ("", ".", ".."):

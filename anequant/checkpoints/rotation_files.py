@@ -87,7 +87,7 @@ def _orthogonal(stored: Tensor, name: str, where: str) -> Tensor:
     return nearest
 
 
-def written_rotations(checkpoint: Checkpoint, recipe: Recipe) -> RotationPlan:
+def read_written_rotations(checkpoint: Checkpoint, recipe: Recipe) -> RotationPlan:
     """The plan of a checkpoint that anequant wrote with `recipe`: read from its rotations.safetensors, or
     drawn again where the seed tells it.
 

@@ -83,7 +83,7 @@ class CheckpointWriter:
         """How many entries are written whole."""
         return self._position
 
-    def go_on(self, position: int) -> None:
+    def resume_at(self, position: int) -> None:
         """Take the first `position` entries from the files that are there; what follows them is overwritten.
 
         Raises DamagedWork naming a file that is too short for that.

@@ -58,12 +58,12 @@ def plan(console: Console, model: str | None, max_memory: int | None, **options:
     anequant plan FOLDER --recipe w8a8-ane --max-memory 8GB
     """
     read_recipe(options)
-    from anequant.checkpoints.hub_headers import headers_only
+    from anequant.checkpoints.hub_headers import fetch_headers
     from anequant.checkpoints.manifest import rotation_keys
     from anequant.planning.plan import plan_source
     from anequant.report.terminal import planned
 
-    with headers_only(model) as source:
+    with fetch_headers(model) as source:
         recipe = read_recipe(options, rotation_keys(source.folder))
         calibration, sizes = read_calibration(options), read_lowering(options)
         result, speed = plan_source(source, recipe, calibration, sizes, options["rotations"], max_memory)

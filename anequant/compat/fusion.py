@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anequant.errors import UsageError
 from anequant.recipe import Recipe
-from anequant.rotation.in_memory import turn_model
+from anequant.rotation.in_memory import rotate_in_memory
 
 PROBE = "anequant_probe"
 PROBE_TOKENS = 32
@@ -19,13 +19,14 @@ PROBE_SEED = 7
 def fuse_model(model: torch.nn.Module, recipe: Recipe) -> dict[str, Any]:
     """Fold and rotate a transformers model in place; what was done, by ANEMLL's keys.
 
-    The model keeps its logits on a few random tokens, for `fusion_quality`. Raises what `turn_model` does.
+    The model keeps its logits on a few random tokens, for `fusion_quality`. Raises what `rotate_in_memory`
+    does.
     """
     generator = torch.Generator().manual_seed(PROBE_SEED)
     config: Any = model.config
     tokens = torch.randint(config.vocab_size, (1, PROBE_TOKENS), generator=generator)
     logits = _logits(model, tokens)
-    spec = turn_model(model, recipe)
+    spec = rotate_in_memory(model, recipe)
     setattr(model, PROBE, (tokens, logits))
     turned = [linear for linear in spec.architecture.linears if recipe.r1 != "none" or recipe.r2 != "none"]
     return {

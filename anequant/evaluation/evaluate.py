@@ -10,9 +10,16 @@ from typing import Any
 from torch import Tensor
 
 from anequant.calibration.tokens import WIKITEXT2, wikitext2
-from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, made_as, read_manifest, rotation_keys
+from anequant.checkpoints.manifest import (
+    CHECKPOINT,
+    MANIFEST,
+    ROTATED,
+    read_kind,
+    read_manifest,
+    rotation_keys,
+)
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
-from anequant.checkpoints.rotation_files import written_rotations
+from anequant.checkpoints.rotation_files import read_written_rotations
 from anequant.checkpoints.source import resolve_source
 from anequant.errors import InputError, UsageError
 from anequant.evaluation.divergence import Quality, evaluate
@@ -114,7 +121,7 @@ def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | No
 
 def _recipe(checkpoint: Checkpoint) -> Recipe | None:
     """What a checkpoint that anequant wrote was made by; None for one made elsewhere."""
-    if made_as(checkpoint.folder) not in (CHECKPOINT, ROTATED):
+    if read_kind(checkpoint.folder) not in (CHECKPOINT, ROTATED):
         return None
     values = read_manifest(checkpoint.folder).get("recipe")
     return recipe_from_dict(values) if isinstance(values, dict) else None
@@ -126,7 +133,7 @@ def _rotation(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
     recipe = _recipe(checkpoint)
     if recipe is None or recipe.r1 == "none":
         return lambda hidden: hidden
-    r1 = written_rotations(checkpoint, recipe).r1
+    r1 = read_written_rotations(checkpoint, recipe).r1
     assert r1 is not None
     return r1.apply
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from anequant.architectures.spec import EMBEDDING, HEAD
 from anequant.checkpoints.header import BITS
 from anequant.checkpoints.layout import projection_names
-from anequant.checkpoints.manifest import MANIFEST, ROTATED, made_as, read_manifest
+from anequant.checkpoints.manifest import MANIFEST, ROTATED, read_kind, read_manifest
 from anequant.checkpoints.reader import Checkpoint, read_stored
 from anequant.inspection.inspect_tensors import TensorFiles, tensor_files
 from anequant.quantization.codebook import codebook_bits
@@ -77,7 +77,7 @@ class CheckpointFacts:
 
 def checkpoint_facts(checkpoint: Checkpoint) -> CheckpointFacts:
     """Raises InputError for an anequant.json that is damaged, and what `read_stored` raises."""
-    kind = TURNED if made_as(checkpoint.folder) == ROTATED else FLOAT
+    kind = TURNED if read_kind(checkpoint.folder) == ROTATED else FLOAT
     recorded = read_manifest(checkpoint.folder) if (checkpoint.folder / MANIFEST).is_file() else {}
     spec = checkpoint.spec
     linears = [*projection_names(spec), *PARTS]

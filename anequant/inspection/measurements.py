@@ -27,7 +27,7 @@ from anequant.architectures.spec import Linear, layer_prefix
 from anequant.checkpoints.manifest import rotation_keys
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
-from anequant.checkpoints.rotation_files import written_rotations
+from anequant.checkpoints.rotation_files import read_written_rotations
 from anequant.errors import UnsupportedError
 from anequant.evaluation.distribution import distribution
 from anequant.jobs.control import Progress, silent
@@ -38,7 +38,7 @@ from anequant.quantization.online import NOTHING, plan_online
 from anequant.quantization.weight_format import unfolded_format
 from anequant.recipe import Recipe
 from anequant.reference.forward import ReferenceModel
-from anequant.reference.rotated_model import TurnedModel
+from anequant.reference.rotated_model import RotatedModel
 from anequant.rotation.rotation_plan import RotationPlan
 
 
@@ -109,16 +109,16 @@ def measure(
 ) -> Measurements:
     """Compare a quantized `checkpoint` with the float model that `recipe` made it from, tokens [n, length].
 
-    It holds one projection, the inputs of one layer and both hidden states. Raises what `written_rotations`
-    raises.
+    It holds one projection, the inputs of one layer and both hidden states. Raises what
+    `read_written_rotations` raises.
     """
     came_rotated = rotation_keys(original.folder) is not None
-    plan = RotationPlan() if came_rotated else written_rotations(checkpoint, recipe)
+    plan = RotationPlan() if came_rotated else read_written_rotations(checkpoint, recipe)
     online = plan_online(original.spec, recipe).rotations
-    after = _Walker(TurnedModel(original, plan, recipe.fold_input_scales, online), recipe, tokens)
+    after = _Walker(RotatedModel(original, plan, recipe.fold_input_scales, online), recipe, tokens)
     before = None
     if not came_rotated:
-        before = _Walker(TurnedModel(original, RotationPlan(), False, NOTHING), recipe, tokens)
+        before = _Walker(RotatedModel(original, RotationPlan(), False, NOTHING), recipe, tokens)
     embedded = None if before is None else before.largest, after.largest
     layers = []
     for layer in range(original.spec.num_layers):
@@ -168,7 +168,7 @@ class _Seen:
 class _Walker:
     """One of the two float models with its hidden states [n, length, hidden_size]."""
 
-    def __init__(self, model: TurnedModel, recipe: Recipe, tokens: Tensor) -> None:
+    def __init__(self, model: RotatedModel, recipe: Recipe, tokens: Tensor) -> None:
         self._model = model
         self._recipe = recipe
         self._runner = ReferenceModel(model.spec, torch.float32, model.online)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from anequant.architectures.spec import EMBEDDING, HEAD
-from anequant.calibration.ranges import LayerRange, layer_ranges
-from anequant.checkpoints.foreign import whole_codebook
+from anequant.calibration.ranges import LayerRange, measure_ranges
+from anequant.checkpoints.foreign import complete_codebook
 from anequant.checkpoints.layers import open_quantized, projection_bits
 from anequant.checkpoints.layout import projection_names
 from anequant.checkpoints.manifest import checkpoint_hashes, write_manifest
@@ -198,11 +198,11 @@ def _told(size: Mapping[str, Any]) -> list[str]:
 
 
 def _ranges(checkpoint: Checkpoint, journal: Journal) -> list[LayerRange]:
-    """`layer_ranges` of a few tokens, as a unit."""
+    """`measure_ranges` of a few tokens, as a unit."""
 
     def run() -> list[dict[str, Any]]:
         tokens = probe_tokens(checkpoint, RANGE_TOKENS)[None]
-        return [asdict(layer) for layer in layer_ranges(checkpoint, tokens)]
+        return [asdict(layer) for layer in measure_ranges(checkpoint, tokens)]
 
     return [LayerRange(**layer) for layer in journal.unit(RANGES, run)]
 
@@ -211,7 +211,7 @@ def _table_bits(checkpoint: Checkpoint, name: str) -> int | None:
     """The width of the embedding or the head, None for float16."""
     if f"{name}.codebook" not in checkpoint.tensors:
         return None
-    entries = whole_codebook(name, checkpoint.read(f"{name}.codebook")).numel()
+    entries = complete_codebook(name, checkpoint.read(f"{name}.codebook")).numel()
     return codebook_bits(entries)
 
 

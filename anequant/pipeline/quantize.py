@@ -15,10 +15,10 @@ from torch import Tensor
 from anequant.architectures.spec import layer_prefix
 from anequant.calibration.distill import LearnResult
 from anequant.calibration.rotation_choice import RotationChoice, Rotations
-from anequant.calibration.sensitivity import FloatModel, rounding_losses
+from anequant.calibration.sensitivity import FloatModel, measure_rounding_losses
 from anequant.checkpoints.layout import checkpoint_entries, projection_names
-from anequant.checkpoints.manifest import CHECKPOINT, published_config, rotation_keys, write_manifest
-from anequant.checkpoints.online_config import quantized_config, weights_stem
+from anequant.checkpoints.manifest import CHECKPOINT, build_published_config, rotation_keys, write_manifest
+from anequant.checkpoints.online_config import build_config, weights_stem
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.rotation_files import ROTATIONS, write_rotations
 from anequant.checkpoints.source import Source
@@ -43,7 +43,7 @@ from anequant.quantization.weight_format import linear_format
 from anequant.recipe import Calibration, Recipe
 from anequant.reference.judge import check_written
 from anequant.reference.open_float import open_float
-from anequant.reference.rotated_model import TurnedModel
+from anequant.reference.rotated_model import RotatedModel
 from anequant.rotation.rotation_plan import RotationPlan
 
 DEFAULT_CALIBRATION = Calibration()
@@ -150,7 +150,7 @@ def quantize_into(
     if keys is None:
         choosing = journal.part(progress, "rotations", ROTATING)
         rotations = kept_rotations(journal, checkpoint, recipe, tokens, rotations_file, choosing)
-    model = TurnedModel(checkpoint, rotations.plan, recipe.fold_input_scales, online)
+    model = RotatedModel(checkpoint, rotations.plan, recipe.fold_input_scales, online)
     sensitivity = journal.part(progress, "sensitivity", SENSITIVITY)
     bits = journal.unit(SENSITIVITY, lambda: _projection_bits(model, recipe, tokens, sensitivity))
     entries = checkpoint_entries(spec, recipe, bits)
@@ -161,7 +161,7 @@ def quantize_into(
     with CheckpointWriter(written, entries, stem=stem) as writer:
         rounding = step_of(progress, "round")
         errors = QuantizePass(model, recipe, bits, writer, journal, rounding, tokens).run()
-    config = quantized_config(spec, recipe, online.with_scales(errors.static_scales), writer.first_file)
+    config = build_config(spec, recipe, online.with_scales(errors.static_scales), writer.first_file)
     write_json(written / "config.json", config)
     tuning = None
     if recipe.tune:
@@ -193,14 +193,14 @@ def _tuned(result: Mapping[str, float]) -> tuple[str, ...]:
 
 
 def _projection_bits(
-    model: TurnedModel, recipe: Recipe, tokens: Tensor | None, progress: Progress
+    model: RotatedModel, recipe: Recipe, tokens: Tensor | None, progress: Progress
 ) -> dict[str, int]:
     """The width of every projection by full name: the recipe's, or chosen by sensitivity."""
     spec = model.spec
     if not recipe.target_bits or tokens is None:
         return dict.fromkeys(projection_names(spec), recipe.bits)
     head = torch.cat([turned.float() for _, turned in model.head()])
-    losses = rounding_losses(
+    losses = measure_rounding_losses(
         FloatModel(spec, model.float_layer, head, model.online.rotations),
         model.embed(tokens[:, :SENSITIVITY_TOKENS]),
         [linear_format(recipe, bits) for bits in recipe.widths],
@@ -225,7 +225,7 @@ def _write_side_files(
     tokens: Tensor | None,
 ) -> None:
     errors = result.rounding
-    published = published_config(checkpoint.spec, recipe, len(errors.tensors), errors.summary())
+    published = build_published_config(checkpoint.spec, recipe, len(errors.tensors), errors.summary())
     write_json(folder / "quantization_config.json", published)
     copy_tokenizer(source, folder)
     seen = calibration_record(calibration, tokens)

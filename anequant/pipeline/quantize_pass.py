@@ -22,7 +22,7 @@ from anequant.architectures.spec import (
     Linear,
     layer_prefix,
 )
-from anequant.calibration.activation_scales import measured, smoothed
+from anequant.calibration.activation_scales import choose_input_scale, measure_static_scales
 from anequant.calibration.equivalence import EquivalenceProbe
 from anequant.calibration.walkers import Walkers
 from anequant.checkpoints.layout import norm_names
@@ -34,7 +34,7 @@ from anequant.pipeline.rounder import PassResult, Rounder, RoundingTask, round_l
 from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Recipe
 from anequant.reference.empty_model import OnDemand
-from anequant.reference.rotated_model import ROWS, TurnedModel
+from anequant.reference.rotated_model import ROWS, RotatedModel
 
 LAST_UNIT = "head"
 
@@ -47,7 +47,7 @@ class QuantizePass:
 
     def __init__(
         self,
-        model: TurnedModel,
+        model: RotatedModel,
         recipe: Recipe,
         bits: Mapping[str, int],
         writer: CheckpointWriter,
@@ -105,7 +105,7 @@ class QuantizePass:
         done = self._journal.done(name)
         state: dict[str, Any] = self._journal.unit(name, run, lambda state: told(state["rounder"]))
         if done:
-            self._writer.go_on(state["entries"])
+            self._writer.resume_at(state["entries"])
             self._rounder.restore(state["rounder"])
             self._scales.update(state["scales"])
         return state
@@ -161,7 +161,9 @@ class QuantizePass:
             statistics = self._walkers.read(layer, floats, current, group, moments=self._recipe.feeds_back)
             self._write_linears(layer, group, floats, current, statistics)
             inputs = partial(self._walkers.quantized_inputs, layer, current, group)
-            self._scales |= measured(self._recipe, self._model.online, layer, group, current, inputs)
+            self._scales |= measure_static_scales(
+                self._recipe, self._model.online, layer, group, current, inputs
+            )
             self._walkers.write(current, group)
             give_back_memory()
 
@@ -179,7 +181,9 @@ class QuantizePass:
         if walkers is not None:
             inputs = partial(walkers.quantized_inputs, layer, current, linears)
             for linear in linears:
-                scales[linear] = smoothed(self._recipe, linear, floats[f"{linear.name}.weight"], inputs)
+                scales[linear] = choose_input_scale(
+                    self._recipe, linear, floats[f"{linear.name}.weight"], inputs
+                )
 
         def tasks() -> Iterator[RoundingTask]:
             for linear, name in names.items():

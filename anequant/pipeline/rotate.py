@@ -11,7 +11,7 @@ import torch
 from anequant.calibration.rotation_choice import RotationChoice, check_rotations
 from anequant.checkpoints.layout import checkpoint_entries, projection_names
 from anequant.checkpoints.manifest import ROTATED, rotation_keys, write_manifest
-from anequant.checkpoints.online_config import quantized_config, weights_stem
+from anequant.checkpoints.online_config import build_config, weights_stem
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.rotation_files import write_rotations
 from anequant.checkpoints.source import Source
@@ -33,7 +33,7 @@ from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import ROTATION_KEYS, recipe_from_dict
 from anequant.reference.judge import check_written
 from anequant.reference.open_float import open_float
-from anequant.reference.rotated_model import TurnedModel
+from anequant.reference.rotated_model import RotatedModel
 
 FLOAT = {"bits": 16, "rounding": "nearest"}
 
@@ -110,13 +110,13 @@ def _rotate_into(
         )
     choosing = journal.part(progress, "rotations", ROTATING)
     rotations = kept_rotations(journal, checkpoint, recipe, tokens, rotations_file, choosing)
-    model = TurnedModel(checkpoint, rotations.plan, False, online)
+    model = RotatedModel(checkpoint, rotations.plan, False, online)
     bits = dict.fromkeys(projection_names(checkpoint.spec), 16)
     entries = checkpoint_entries(checkpoint.spec, plain, bits, torch.float32)
     with CheckpointWriter(folder, entries, stem=weights_stem(online)) as writer:
         step = step_of(progress, "rotate")
         passed = QuantizePass(model, plain, bits, writer, journal, step, None, torch.float32).run()
-    config = quantized_config(checkpoint.spec, plain, online, writer.first_file, dtype="float32")
+    config = build_config(checkpoint.spec, plain, online, writer.first_file, dtype="float32")
     result = RotateResult(passed.equivalence, rotations.choice)
 
     def write_side_files() -> None:

@@ -12,7 +12,7 @@ from anequant.checkpoints.quantized import store
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.writer import CheckpointWriter
 from anequant.jobs.control import Progress, part_of
-from anequant.quantization.tune import tunable
+from anequant.quantization.tune import start_tuning
 from anequant.recipe import Calibration
 from anequant.reference.forward import final_hidden_states
 
@@ -46,7 +46,7 @@ def tune_checkpoint(
     layers = []
     for number in range(spec.num_layers):
         loaded = load_layer(quantized, number)
-        linears = {name: tunable(linear) for name, linear in loaded.linears.items()}
+        linears = {name: start_tuning(linear) for name, linear in loaded.linears.items()}
         gains = {name: gain.float().requires_grad_() for name, gain in loaded.gains.items()}
         layers.append(TunableLayer(linears, gains))
     heads = Heads(
@@ -66,7 +66,7 @@ def tune_checkpoint(
         for name, gain in layer.gains.items():
             writer.write(f"{prefix}{name}.weight", gain.detach().half())
         for name, linear in layer.linears.items():
-            for tensor, value in store(prefix + name, linear.finished(prefix + name), bias=True).items():
+            for tensor, value in store(prefix + name, linear.finish(prefix + name), bias=True).items():
                 writer.write(tensor, value)
     writer.write(f"{FINAL_NORM}.weight", heads.gain.detach().half())
     _copy(quantized, HEAD, writer)

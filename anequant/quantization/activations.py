@@ -32,7 +32,7 @@ class ActivationFormat:
     scale: float | None = None
 
 
-def rounded_activations(x: Tensor, format_: ActivationFormat) -> Tensor:
+def round_activations(x: Tensor, format_: ActivationFormat) -> Tensor:
     """x [..., in] as it is after rounding, in x's dtype; gradients pass straight through."""
     with torch.no_grad():
         if format_.scale is not None:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from anequant.errors import UnsupportedError
 from anequant.quantization.codebook import nearest_codes
-from anequant.quantization.gptq import Grid, Rounded, damped, descend, gptq, rounded
+from anequant.quantization.gptq import Grid, Rounded, damp, descend, evaluate_codes, gptq
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.nearest import FittedCore, bound_bias, checked_bias, fit_core
+from anequant.quantization.nearest import FittedCore, bound_bias, fit_core, round_bias
 from anequant.quantization.products import product
 from anequant.quantization.refine import refit
 from anequant.quantization.statistics import InputStatistics, Moments, output_loss
@@ -63,14 +63,14 @@ def quantize_calibrated(
 
     Raises UnsupportedError as `quantize_linear` does, and for moments that are not finite.
     """
-    bias = checked_bias(bias, name)
+    bias = round_bias(bias, name)
     moments = statistics.everything
     if not moments.finite:
         raise UnsupportedError(
             f"the inputs of '{name}' during calibration are not all finite",
             remedy="check the checkpoint for a damaged tensor",
         )
-    target = corrected_target(weight, moments, rounding.correction)
+    target = correct_target(weight, moments, rounding.correction)
     fitted = fit_core(target.values, rounding.format, name, input_scale)
     damping = _choose_damping(weight, fitted, statistics, rounding)
     if damping is None:
@@ -78,8 +78,8 @@ def quantize_calibrated(
         return bound_bias(fitted.linear(codes, bias), name), None
     grid = _grid(target.values, fitted)
     factor = moments.factor(damping)
-    hessian = damped(moments.hessian, factor.ridge)
-    current = rounded(grid, hessian, gptq(grid, factor))
+    hessian = damp(moments.hessian, factor.ridge)
+    current = evaluate_codes(grid, hessian, gptq(grid, factor))
     if not rounding.refinement:
         _descend(grid, hessian, current, rounding.descent)
         return bound_bias(fitted.linear(current.codes.T.contiguous(), bias), name), damping
@@ -99,7 +99,7 @@ class Target:
     pull: Tensor | None
 
 
-def corrected_target(weight: Tensor, moments: Moments, share: float, rows: slice = slice(None)) -> Target:
+def correct_target(weight: Tensor, moments: Moments, share: float, rows: slice = slice(None)) -> Target:
     """W + share * S with S = W (C - H) (H + ridge)^-1, for some rows of weight [out, in].
 
     S H is W (C - H) - ridge * S, so the target's product with H takes only that of W.
@@ -107,7 +107,7 @@ def corrected_target(weight: Tensor, moments: Moments, share: float, rows: slice
     if share == 0:
         return Target(weight[rows], None)
     pull = product(weight[rows], moments.hessian)
-    missing = moments.wanted(weight, rows) - pull
+    missing = moments.project(weight, rows) - pull
     factor = moments.factor(TARGET_DAMPING)
     step = factor.solve(missing.T).T.mul_(share)
     pull.add_(missing, alpha=share).sub_(step, alpha=factor.ridge)
@@ -119,8 +119,8 @@ def _choose_damping(
 ) -> float | None:
     """The damping with the least output error on held-out windows, tried with the fit windows' moments."""
     rows = slice(0, None, max(1, weight.shape[0] // TRIAL_ROWS))
-    target = corrected_target(weight, statistics.fit, rounding.correction, rows).values
-    wanted, trial = statistics.held_out.wanted(weight, rows), fitted.rows(rows)
+    target = correct_target(weight, statistics.fit, rounding.correction, rows).values
+    wanted, trial = statistics.held_out.project(weight, rows), fitted.rows(rows)
 
     def loss(damping: float | None) -> float:
         if damping is None:
@@ -155,7 +155,7 @@ def _refine(
     for _ in range(rounding.refinement):
         refitted = refit(weight_pull, current.pull.T, current.codes.T, fitted, hessian, rounding.format)
         grid = _grid(target, refitted)
-        moved = rounded(grid, hessian, current.codes)
+        moved = evaluate_codes(grid, hessian, current.codes)
         _descend(grid, hessian, moved, max(1, rounding.descent))
         if moved.loss >= current.loss:
             break

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from anequant.quantization.codebook_kernels import counted, lloyd_rounds, nearest_entries
+from anequant.quantization.codebook_kernels import count_values, lloyd_rounds, nearest_entries
 
 STEPS = 100
 LLOYD_ROUNDS = 300
@@ -156,7 +156,7 @@ def _histogram(core: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         high = low + max(abs(low), 1.0) * 1e-3
     width = (high - low) / bins
     centres = low + width * (torch.arange(bins, dtype=torch.float64) + 0.5)
-    return centres, counted(values, bins, low, high)
+    return centres, count_values(values, bins, low, high)
 
 
 def integer_codebook(codebook: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from anequant.quantization import kernels
-from anequant.quantization.codebook_kernels import looked_up
+from anequant.quantization.codebook_kernels import look_up
 from anequant.quantization.products import add_product, product
 
 BLOCK = 256
@@ -77,7 +77,7 @@ def factorize(hessian: Tensor, damping: float = 0.0) -> Factor:
         damping = damping * DAMPING_GROWTH or SMALLEST_DAMPING
 
 
-def damped(hessian: Tensor, ridge: float) -> Tensor:
+def damp(hessian: Tensor, ridge: float) -> Tensor:
     """hessian [in, in] with `ridge` on its diagonal."""
     result = hessian.clone()
     result.diagonal().add_(ridge)
@@ -124,9 +124,9 @@ def gptq(grid: Grid, factor: Factor) -> Tensor:
     return codes[factor.order.argsort()]
 
 
-def rounded(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
+def evaluate_codes(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
     """What codes uint8 [in, out] leave, with hessian [in, in]."""
-    error = grid.target - looked_up(grid.codebook, codes) * grid.step
+    error = grid.target - look_up(grid.codebook, codes) * grid.step
     return Rounded(codes.clone(), error, product(hessian, error))
 
 

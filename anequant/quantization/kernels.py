@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 Kernel = Callable[..., None]
 
-inlined: Callable[[Kernel], Kernel] = numba.njit(inline="always")
+inline_kernel: Callable[[Kernel], Kernel] = numba.njit(inline="always")
 
 
-def compiled(kernel: Kernel) -> Kernel:
+def compile_kernel(kernel: Kernel) -> Kernel:
     """The kernel as machine code, which later runs find again where numba has a folder to keep it in.
 
     Of what fastmath allows, only that a product and a sum are rounded once.
@@ -83,11 +83,11 @@ def descend(pull: Tensor, hessian: Tensor, block: Block) -> None:
 def _run(kernel: Kernel, values: Tensor, matrix: Tensor, block: Block) -> None:
     """Run the kernel on all rows."""
     arrays = Block(*(part.numpy() for part in block))
-    given = values.numpy(), matrix.numpy(), arrays, between(arrays.codebook)
+    given = values.numpy(), matrix.numpy(), arrays, find_boundaries(arrays.codebook)
     on_threads(lambda begin, end: kernel(begin, end, *given), arrays.error.shape[1])
 
 
-def between(codebook: Any) -> Any:
+def find_boundaries(codebook: Any) -> Any:
     """Where one entry of codebook [K], ascending, is as near as the next: [K - 1]."""
     return (codebook[1:] + codebook[:-1]) / 2
 
@@ -107,8 +107,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-@inlined
-def nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
+@inline_kernel
+def find_nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
     """How many boundaries lie below each value."""
     if len(boundaries) <= MOST_COUNTED:
         for row in range(count):
@@ -121,8 +121,8 @@ def nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
             codes[row] = np.searchsorted(boundaries, values[row])
 
 
-@inlined
-def left_over(values: Any, count: int, target: Any, step: Any, codebook: Any, chosen: Any) -> None:
+@inline_kernel
+def subtract_rounded(values: Any, count: int, target: Any, step: Any, codebook: Any, chosen: Any) -> None:
     """values = target - step * codebook[chosen]."""
     for row in range(count):
         values[row] = codebook[chosen[row]]
@@ -130,7 +130,7 @@ def left_over(values: Any, count: int, target: Any, step: Any, codebook: Any, ch
         values[row] = target[row] - values[row] * step[row]
 
 
-@inlined
+@inline_kernel
 def add_up(values: Any, count: int, shares: Any, rows: Any, begin: int, end: int) -> None:
     """values += shares[begin:end] @ rows[begin:end], four rows at once, to load and store each value less."""
     at = begin
@@ -147,7 +147,7 @@ def add_up(values: Any, count: int, shares: Any, rows: Any, begin: int, end: int
             values[row] += share * rows[last, row]
 
 
-@compiled
+@compile_kernel
 def _feed_back(begin: int, end: int, wanted: Any, unit: Any, block: Block, boundaries: Any) -> None:
     target, step, codebook, codes, error = block
     columns = len(wanted)
@@ -161,8 +161,8 @@ def _feed_back(begin: int, end: int, wanted: Any, unit: Any, block: Block, bound
             add_up(value, count, unit[column], errors, column + 1, columns)
             for row in range(count):
                 value[row] /= step[column, start + row]
-            nearest(value, count, boundaries, chosen)
-            left_over(value, count, target[column, start:], step[column, start:], codebook, chosen)
+            find_nearest(value, count, boundaries, chosen)
+            subtract_rounded(value, count, target[column, start:], step[column, start:], codebook, chosen)
             for row in range(count):
                 errors[column, row] = value[row]
             for row in range(count):
@@ -171,7 +171,7 @@ def _feed_back(begin: int, end: int, wanted: Any, unit: Any, block: Block, bound
                 codes[column, start + row] = chosen[row]
 
 
-@compiled
+@compile_kernel
 def _descend(begin: int, end: int, pull: Any, hessian: Any, block: Block, boundaries: Any) -> None:
     target, step, codebook, codes, error = block
     columns = len(pull)
@@ -188,8 +188,8 @@ def _descend(begin: int, end: int, pull: Any, hessian: Any, block: Block, bounda
                 at = start + row
                 wanted = value[row] / weight + target[column, at] - error[column, at]
                 value[row] = wanted / step[column, at]
-            nearest(value, count, boundaries, chosen)
-            left_over(value, count, target[column, start:], step[column, start:], codebook, chosen)
+            find_nearest(value, count, boundaries, chosen)
+            subtract_rounded(value, count, target[column, start:], step[column, start:], codebook, chosen)
             for row in range(count):
                 moves[column, row] = value[row] - error[column, start + row]
             for row in range(count):

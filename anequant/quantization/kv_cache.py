@@ -47,7 +47,7 @@ def dequantize_states(states: QuantizedStates, dtype: torch.dtype) -> Tensor:
     return (codes * states.scale.float() + states.low.float()).to(dtype)
 
 
-def rounded_states(x: Tensor, bits: int) -> Tensor:
+def round_states(x: Tensor, bits: int) -> Tensor:
     """x as it comes back from the cache; gradients pass straight through."""
     with torch.no_grad():
         result = dequantize_states(quantize_states(x, bits), x.dtype)

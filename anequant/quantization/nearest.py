@@ -38,7 +38,7 @@ class FittedCore:
 
     def core(self, weight: Tensor) -> Tensor:
         """weight [out, in] divided by both scales."""
-        return divided(weight, self.output_scale, self.input_scale)
+        return divide_by_scales(weight, self.output_scale, self.input_scale)
 
     @property
     def step(self) -> Tensor:
@@ -63,7 +63,7 @@ def quantize_linear(
 
     Raises UnsupportedError, naming the tensor, when a weight or bias does not fit float16.
     """
-    bias = checked_bias(bias, name)
+    bias = round_bias(bias, name)
     fitted = fit_core(weight, format_, name, input_scale)
     codes = nearest_codes(fitted.core(weight), fitted.codebook)
     return bound_bias(fitted.linear(codes, bias), name)
@@ -87,19 +87,19 @@ def fit_core(
     else:
         rows, columns = output_scale(weight / input_scale, "rms"), input_scale
     if format_.codebook == "uniform" and format_.scales == "balanced":
-        rows = rows * best_uniform_step(divided(weight, rows, columns), format_.bits)
+        rows = rows * best_uniform_step(divide_by_scales(weight, rows, columns), format_.bits)
     rows, columns = float16_scales(rows, columns)
     if format_.codebook == "uniform":
         return FittedCore(uniform_codebook(format_.bits), columns, rows)
-    return FittedCore(lloyd_max(divided(weight, rows, columns), format_.bits), columns, rows)
+    return FittedCore(lloyd_max(divide_by_scales(weight, rows, columns), format_.bits), columns, rows)
 
 
-def divided(weight: Tensor, output_scale: Tensor, input_scale: Tensor) -> Tensor:
+def divide_by_scales(weight: Tensor, output_scale: Tensor, input_scale: Tensor) -> Tensor:
     """The core of weight [out, in]."""
     return (weight / spread(output_scale, weight.shape[1])).div_(input_scale)
 
 
-def checked_bias(bias: Tensor | None, name: str) -> Tensor | None:
+def round_bias(bias: Tensor | None, name: str) -> Tensor | None:
     """The bias as float16 holds it, in float32; raises UnsupportedError when it does not fit."""
     if bias is None:
         return None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from anequant.quantization.codebook import separate
-from anequant.quantization.codebook_kernels import looked_up
+from anequant.quantization.codebook_kernels import look_up
 from anequant.quantization.nearest import FittedCore
 from anequant.quantization.products import add_square, product
 from anequant.quantization.scales import SMALLEST_INPUT_SCALE, float16_scales, spread
@@ -60,7 +60,7 @@ def refit(
     if free and len(entries) <= LARGEST_CODEBOOK:
         entries = refit_codebook(codes, entries, rows, columns, hessian, weight_pull)
     if format_.scales == "balanced":
-        columns = refit_input_scale(rows[:, None] * looked_up(entries, codes), columns, hessian, weight_pull)
+        columns = refit_input_scale(rows[:, None] * look_up(entries, codes), columns, hessian, weight_pull)
         gauge = columns.log().mean().exp()
         columns = (columns / gauge).clamp_min(SMALLEST_INPUT_SCALE)
         rows = rows * gauge

@@ -33,7 +33,7 @@ class Moments:
     outputs: Tensor | None = None
     paired: Tensor | None = None
 
-    def wanted(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+    def project(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
         """E[W x_float x^T] [rows, in] for some rows of weight [out, in]."""
         if self.outputs is not None:
             return self.outputs[rows]
@@ -74,13 +74,13 @@ class InputStatistics:
         total = self.fit.tokens + self.held_out.tokens
         share = self.fit.tokens / total
 
-        def together(part: str) -> Tensor | None:
+        def combine(part: str) -> Tensor | None:
             held_out, fit = getattr(self.held_out, part), getattr(self.fit, part)
             return None if fit is None else torch.lerp(held_out, fit, share)
 
-        hessian = together("hessian")
+        hessian = combine("hessian")
         assert hessian is not None
-        return Moments(hessian, total, together("cross"), together("outputs"), together("paired"))
+        return Moments(hessian, total, combine("cross"), combine("outputs"), combine("paired"))
 
     @property
     def dead_inputs(self) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anequant.quantization.codebook import separate
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.nearest import bound_bias, checked_bias
+from anequant.quantization.nearest import bound_bias, round_bias
 from anequant.quantization.scales import float16_scales
 
 
@@ -60,18 +60,18 @@ class TunableLinear:
         if self.bias is not None:
             self.bias.grad = bias_gradient
 
-    def finished(self, name: str) -> QuantizedLinear:
+    def finish(self, name: str) -> QuantizedLinear:
         """The linear with numbers that float16 holds, its codebook ascending again."""
         linear = self.current()
         order = linear.codebook.argsort(stable=True)
         codes = order.argsort().to(torch.uint8)[linear.codes.int()]
         rows, columns = float16_scales(linear.output_scale, linear.input_scale)
         codebook = separate(linear.codebook.double())
-        bias = checked_bias(linear.bias, name)
+        bias = round_bias(linear.bias, name)
         return bound_bias(QuantizedLinear(codes, codebook, columns, rows, bias), name)
 
 
-def tunable(linear: QuantizedLinear) -> TunableLinear:
+def start_tuning(linear: QuantizedLinear) -> TunableLinear:
     """Start from a rounded linear; input scales of one stay."""
     fixed = bool((linear.input_scale == 1).all())
     return TunableLinear(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from anequant.architectures.config import refusing
+from anequant.architectures.config import translate_errors
 from anequant.architectures.spec import ModelSpec
 
 
@@ -24,7 +24,7 @@ def transformers_config(spec: ModelSpec) -> Any:
 
     config_class = CONFIG_MAPPING[spec.architecture.model_type]
     values = {key: copy.deepcopy(value) for key, value in spec.config.items() if key != "quantization_config"}
-    with refusing("config.json"):
+    with translate_errors("config.json"):
         return config_class.from_dict(values)
 
 
@@ -37,7 +37,7 @@ def empty_model(spec: ModelSpec) -> tuple[Any, Any]:
 
     config = transformers_config(spec)
     MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # imports its module
-    with refusing("config.json"):
+    with translate_errors("config.json"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
         model.model.rotary_emb = type(model.model.rotary_emb)(config)

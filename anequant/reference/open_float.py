@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, made_as, rotation_keys
+from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, read_kind, rotation_keys
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.side_files import check_side_files
 from anequant.checkpoints.source import Source
@@ -26,7 +26,7 @@ def open_float(source: Source) -> Checkpoint:
     check_side_files(source.folder)
     reasons = {
         "it has output scales": checkpoint.is_quantized,
-        f"{MANIFEST} says so": made_as(source.folder) == CHECKPOINT,
+        f"{MANIFEST} says so": read_kind(source.folder) == CHECKPOINT,
         "it has a quantization_config": checkpoint.online.active and rotation_keys(source.folder) is None,
     }
     for reason, holds in reasons.items():

@@ -20,7 +20,7 @@ ROWS = 4096
 
 
 @dataclass(frozen=True)
-class TurnedModel:
+class RotatedModel:
     """A float checkpoint seen through a rotation plan; with `fold_scales`, input scales are moved too.
 
     `online` is what the quantized model does while it runs.

@@ -48,16 +48,16 @@ class Texts:
     path: Path
     parts: tuple[str | list[Message], ...]
 
-    def written_out(self, tokenizer: Any) -> str:
+    def write_out(self, tokenizer: Any) -> str:
         """All of them as one text. Texts have an empty line between them, conversations what the template
         has.
 
         Raises UsageError for conversations that the tokenizer has no template for, or that it refuses.
         """
-        texts = [part if isinstance(part, str) else self._rendered(tokenizer, part) for part in self.parts]
+        texts = [part if isinstance(part, str) else self._render(tokenizer, part) for part in self.parts]
         return ("" if any(isinstance(part, list) for part in self.parts) else "\n\n").join(texts)
 
-    def _rendered(self, tokenizer: Any, messages: list[Message]) -> str:
+    def _render(self, tokenizer: Any, messages: list[Message]) -> str:
         remedy = 'write the conversations out, as {"text": "..."}'
         if tokenizer.chat_template is None:
             problem = f"'{self.path}' holds conversations, and the tokenizer has no chat template"
@@ -117,11 +117,11 @@ def source_text(path: Path, tokenizer: Any) -> str:
         raise UsageError(
             f"'{path}' holds token ids where a text is due", remedy='write rows of {"text": "..."}'
         )
-    return source.written_out(tokenizer)
+    return source.write_out(tokenizer)
 
 
 def _read_rows(path: Path, content: str) -> Texts | list[Ids]:
-    entries = [_entry(path, number, row) for number, row in enumerate(_parsed(path, content))]
+    entries = [_entry(path, number, row) for number, row in enumerate(_parse_rows(path, content))]
     ids = [entry.content for entry in entries if entry.kind == IDS]
     if len({entry.kind for entry in entries}) > 1:
         first = next(number for number, entry in enumerate(entries) if entry.kind != entries[0].kind)
@@ -148,7 +148,7 @@ def _entry(path: Path, number: int, row: Any) -> _Entry:
         row = {TEXT: row}
     key = next((key for key in COLUMNS if key in row), None) if isinstance(row, dict) else None
     if key == IDS and isinstance(row[IDS], list):
-        return _Entry(IDS, row[IDS] if row.get(MASK) is None else _unpadded(row[IDS], row[MASK], where))
+        return _Entry(IDS, row[IDS] if row.get(MASK) is None else _strip_padding(row[IDS], row[MASK], where))
     if key == MESSAGES and _is_conversation(row[MESSAGES]):
         return _Entry(MESSAGES, row[MESSAGES])
     if key == TEXT and isinstance(row[TEXT], str):
@@ -174,7 +174,7 @@ def _is_conversation(value: Any) -> bool:
     )
 
 
-def _unpadded(ids: Ids, mask: Any, where: str) -> Ids:
+def _strip_padding(ids: Ids, mask: Any, where: str) -> Ids:
     """The ids that the mask keeps: all from the first 1 to the last."""
     bits = mask if isinstance(mask, list) else []
     if len(bits) != len(ids) or not all(type(bit) is int and bit in (0, 1) for bit in bits):
@@ -190,7 +190,7 @@ def _unpadded(ids: Ids, mask: Any, where: str) -> Ids:
     return ids[begin:end]
 
 
-def _parsed(path: Path, content: str) -> Sequence[Any]:
+def _parse_rows(path: Path, content: str) -> Sequence[Any]:
     """The rows of a JSON file: a list of them, columns, or one row in each line, whatever its name says."""
     by_lines = path.suffix.lower() in LINES
     first, second = (_lines, parse_json) if by_lines else (parse_json, _lines)

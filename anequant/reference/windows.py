@@ -69,24 +69,26 @@ def read_text_windows(
     """Cut windows from a text by the tokenizer in a model's folder: int64 [at most count, length].
 
     `config` is the model's config.json; `text` is a file of prose, texts or conversations, or the text
-    itself. Raises what `load_tokenizer`, `source_text` and `model_windows` raise.
+    itself. Raises what `load_tokenizer`, `source_text` and `cut_model_windows` raise.
     """
     tokenizer = load_tokenizer(folder)
     content = text if isinstance(text, str) else source_text(text, tokenizer)
-    return model_windows(tokenizer, config, content, count=count, length=length)
+    return cut_model_windows(tokenizer, config, content, count=count, length=length)
 
 
-def model_windows(tokenizer: Any, config: Mapping[str, Any], text: str, *, count: int, length: int) -> Tensor:
-    """As `text_windows`, after the start token of a tokenizer and its model's config.json.
+def cut_model_windows(
+    tokenizer: Any, config: Mapping[str, Any], text: str, *, count: int, length: int
+) -> Tensor:
+    """As `cut_windows`, after the start token of a tokenizer and its model's config.json.
 
-    Raises as `start_token`, `require_known` and `text_windows` do.
+    Raises as `start_token`, `require_known` and `cut_windows` do.
     """
-    windows = text_windows(text, tokenizer, start_token(tokenizer, config), count=count, length=length)
+    windows = cut_windows(text, tokenizer, start_token(tokenizer, config), count=count, length=length)
     require_known(windows.flatten().tolist(), config.get("vocab_size"))
     return windows
 
 
-def text_windows(text: str, tokenizer: Any, first: int, *, count: int, length: int, seed: int = 0) -> Tensor:
+def cut_windows(text: str, tokenizer: Any, first: int, *, count: int, length: int, seed: int = 0) -> Tensor:
     """Evenly spaced windows of a text: int64 [count, length], each starting with token `first`.
 
     Every seed but 0 moves all windows by another share of their spacing, and a window that would start with
@@ -121,6 +123,6 @@ def probe_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
         text = read_text(SAMPLE_TEXT)
         text *= length // len(text.split()) + 1
         tokenizer = load_tokenizer(checkpoint.folder)
-        return model_windows(tokenizer, checkpoint.spec.config, text, count=1, length=length)[0]
+        return cut_model_windows(tokenizer, checkpoint.spec.config, text, count=1, length=length)[0]
     generator = torch.Generator().manual_seed(PROBE_SEED)
     return torch.randint(checkpoint.spec.vocab_size, (length,), generator=generator)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST_TURN = 8.0
+LARGEST_STEP = 8.0
 """Bound on a * ||W||_1, so that no gradient turns the matrix at random."""
 
 
@@ -28,7 +28,7 @@ def cayley_step(x: Tensor, gradient: Tensor, momentum: Tensor, rate: float, deca
     half = 0.5 * momentum @ x.T
     skew = half - half.T
     momentum.copy_(skew @ x)
-    size = min(rate, LARGEST_TURN / (float(torch.linalg.matrix_norm(skew, 1)) + 1e-8))
+    size = min(rate, LARGEST_STEP / (float(torch.linalg.matrix_norm(skew, 1)) + 1e-8))
     identity = torch.eye(len(x), dtype=x.dtype)
     turned: Tensor = torch.linalg.solve(identity - 0.5 * size * skew, momentum.mul(0.5 * size).add_(x))
     return turned

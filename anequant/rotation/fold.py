@@ -80,18 +80,18 @@ def _rotated_weight(
     linear: Linear, weight: Tensor, gain: Tensor | None, plan: RotationPlan, layer: int | None
 ) -> Tensor:
     weight = weight.double() if gain is None else weight * gain.double()
-    weight = rotate_axis(weight, plan.read(linear.input.space, layer))
-    weight = rotate_axis(weight.T, plan.written(linear.output.space, layer))
+    weight = rotate_axis(weight, plan.input_rotation(linear.input.space, layer))
+    weight = rotate_axis(weight.T, plan.output_rotation(linear.output.space, layer))
     return weight.T.contiguous()
 
 
 def _rotated_bias(linear: Linear, bias: Tensor, plan: RotationPlan, layer: int | None) -> Tensor:
-    return rotate_axis(bias.double(), plan.written(linear.output.space, layer))
+    return rotate_axis(bias.double(), plan.output_rotation(linear.output.space, layer))
 
 
 def rotate_embedding(rows: Tensor, plan: RotationPlan) -> Tensor:
     """Embedding rows [n, hidden_size] in the rotated residual stream, in float64."""
-    return rotate_axis(rows.double(), plan.written(RESIDUAL.space, None))
+    return rotate_axis(rows.double(), plan.output_rotation(RESIDUAL.space, None))
 
 
 def rotate_axis(values: Tensor, rotation: Rotation | None) -> Tensor:

@@ -14,7 +14,7 @@ from anequant.rotation.rotation_plan import plan_rotations
 
 
 @torch.no_grad()
-def turn_model(model: torch.nn.Module, recipe: Recipe) -> ModelSpec:
+def rotate_in_memory(model: torch.nn.Module, recipe: Recipe) -> ModelSpec:
     """Fold every norm gain of a causal language model and turn it by the recipe's R1 and R2.
 
     A tied head gets weights of its own, since the final gain goes into the head only. Computed in float64

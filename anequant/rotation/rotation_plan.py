@@ -33,7 +33,7 @@ class RotationPlan:
     r2: tuple[Rotation, ...] = ()
     r4: Rotation | None = None
 
-    def written(self, space: Space, layer: int | None) -> Rotation | None:
+    def output_rotation(self, space: Space, layer: int | None) -> Rotation | None:
         """How the output of a linear that writes to `space` turns; None where nothing does."""
         if space is Space.RESIDUAL:
             return self.r1
@@ -41,9 +41,9 @@ class RotationPlan:
             return self.r2[layer]
         return None
 
-    def read(self, space: Space, layer: int | None) -> Rotation | None:
+    def input_rotation(self, space: Space, layer: int | None) -> Rotation | None:
         """How the input of a linear that reads `space` turns."""
-        return self.r4 if space is Space.FFN else self.written(space, layer)
+        return self.r4 if space is Space.FFN else self.output_rotation(space, layer)
 
     def matrices(self) -> dict[str, Tensor]:
         """R1 and every R2 by the names of `matrix_sizes`, float64 [size, size]."""

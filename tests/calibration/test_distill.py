@@ -28,16 +28,16 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.jobs.control import Progress, silent
-from anequant.quantization.tune import tunable
+from anequant.quantization.tune import start_tuning
 from anequant.reference.forward import ReferenceModel, final_hidden_states, head_gradients, head_loss
 from anequant.reference.sources import read_text
-from anequant.reference.windows import load_tokenizer, text_windows
+from anequant.reference.windows import cut_windows, load_tokenizer
 
 
 def tunable_layer(checkpoint: Checkpoint, number: int) -> TunableLayer:
     loaded = load_layer(checkpoint, number)
     return TunableLayer(
-        {name: tunable(linear) for name, linear in loaded.linears.items()},
+        {name: start_tuning(linear) for name, linear in loaded.linears.items()},
         {name: gain.float().requires_grad_() for name, gain in loaded.gains.items()},
     )
 
@@ -150,7 +150,7 @@ def lessons(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> dict[str, A
     folder = quantize_model(tiny_qwen2, "w4-nearest", bits=3).folder
     quantized = open_quantized(folder)
     tokenizer = load_tokenizer(tiny_qwen2)
-    tokens = text_windows(read_text(SAMPLE_TEXT), tokenizer, 8189, count=10, length=64)
+    tokens = cut_windows(read_text(SAMPLE_TEXT), tokenizer, 8189, count=10, length=64)
     taught = final_hidden_states(original, tokens)
     embedded = quantized.read("model.embed_tokens.weight").float()[tokens]
     return {
@@ -278,7 +278,7 @@ def test_a_tuned_checkpoint_is_closer_to_the_float_model(
     tiny_qwen2: Path, plain_and_tuned: tuple[Any, Any]
 ) -> None:
     """As stock transformers reads it from disk, on a text that it was not trained on."""
-    tokens = text_windows(read_text(SAMPLE_TEXT), load_tokenizer(tiny_qwen2), 8189, count=12, length=64)
+    tokens = cut_windows(read_text(SAMPLE_TEXT), load_tokenizer(tiny_qwen2), 8189, count=12, length=64)
 
     def log_probabilities(folder: Path) -> Tensor:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from anequant.calibration.sensitivity import FloatModel, Losses, rounding_losses
+from anequant.calibration.sensitivity import FloatModel, Losses, measure_rounding_losses
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.weight_format import WeightFormat
 from anequant.reference.sources import read_text
-from anequant.reference.windows import load_tokenizer, text_windows
+from anequant.reference.windows import cut_windows, load_tokenizer
 
 WIDTHS = (3, 4, 8)
 MEASURED = (3, 4)
@@ -24,7 +24,7 @@ MEASURED = (3, 4)
 
 @pytest.fixture(scope="module")
 def tokens(tiny_qwen2: Path) -> Tensor:
-    return text_windows(read_text(SAMPLE_TEXT), load_tokenizer(tiny_qwen2), 8189, count=48, length=32)
+    return cut_windows(read_text(SAMPLE_TEXT), load_tokenizer(tiny_qwen2), 8189, count=48, length=32)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def predicted(tiny_qwen2: Path, tokens: Tensor) -> Losses:
         return {name: value.float() for name, value in checkpoint.layer(number).items()}
 
     head = checkpoint.read(checkpoint.head_name).float() * checkpoint.final_gain().float()
-    return rounding_losses(
+    return measure_rounding_losses(
         FloatModel(checkpoint.spec, layer, head),
         checkpoint.read("model.embed_tokens.weight").float()[tokens],
         [WeightFormat(bits, "lut", "balanced") for bits in WIDTHS],

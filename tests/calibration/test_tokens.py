@@ -19,7 +19,7 @@ from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.errors import InputError, ResourceError, UsageError
 from anequant.evaluation.evaluate import read_windows
 from anequant.recipe import Calibration
-from anequant.reference.windows import text_windows
+from anequant.reference.windows import cut_windows
 
 START = 8189
 
@@ -312,9 +312,9 @@ def test_a_tokenizer_that_always_adds_the_start() -> None:
     def tokenizer(text: str, **options: Any) -> dict[str, list[int]]:
         return {"input_ids": [5, *map(ord, text)]}
 
-    assert text_windows("abcdef", tokenizer, 5, count=1, length=4).tolist() == [[5, 97, 98, 99]]
+    assert cut_windows("abcdef", tokenizer, 5, count=1, length=4).tolist() == [[5, 97, 98, 99]]
     with pytest.raises(UsageError, match="the text has 0 tokens"):
-        text_windows("", tokenizer, 5, count=1, length=4)
+        cut_windows("", tokenizer, 5, count=1, length=4)
 
 
 # --- what is no text ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from anequant.checkpoints.online_config import quantized_config, read_online, weights_stem
+from anequant.checkpoints.online_config import build_config, read_online, weights_stem
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import InputError
 from anequant.quantization.online import Online, plan_online
@@ -36,7 +36,7 @@ def scaled(recipe: Recipe, model: Path) -> Online:
 
 def config_of(recipe: Recipe, online: Online, model: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(
-        json.dumps(quantized_config(open_checkpoint(model).spec, recipe, online, "anequant.safetensors"))
+        json.dumps(build_config(open_checkpoint(model).spec, recipe, online, "anequant.safetensors"))
     )
     return values
 

@@ -16,11 +16,11 @@ from anequant.quantization.calibrated import (
     DAMPINGS,
     TARGET_DAMPING,
     Rounding,
-    corrected_target,
+    correct_target,
     quantize_calibrated,
 )
 from anequant.quantization.codebook import nearest_codes
-from anequant.quantization.gptq import Grid, Rounded, damped, factorize
+from anequant.quantization.gptq import Grid, Rounded, damp, factorize
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import fit_core, quantize_linear
 from anequant.quantization.statistics import InputStatistics, Moments, output_loss
@@ -102,7 +102,7 @@ def test_the_damping_is_the_best_on_held_out_tokens(
     def codes(damping: float | None, of: Moments, passes: int) -> Tensor:
         if damping is None:
             return nearest_codes(fitted.core(weight()), fitted.codebook)
-        hessian = damped(of.hessian, factorize(of.hessian, damping).ridge)
+        hessian = damp(of.hessian, factorize(of.hessian, damping).ridge)
         result = gptq_codes(weight(), fitted.codebook, hessian, fitted.step)
         for _ in range(passes):
             result = descended(weight(), fitted.codebook, hessian, result, fitted.step)
@@ -139,7 +139,7 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
     """Forty rounds are more than it takes until one no longer helps."""
     losses: list[float] = []
     candidates: list[Tensor] = []
-    start, passes = calibrated.rounded, calibrated._descend
+    start, passes = calibrated.evaluate_codes, calibrated._descend
 
     def note(grid: Grid, hessian: Tensor, current: Rounded) -> None:
         candidates.append((grid.codebook[current.codes.int()] * grid.step).T)
@@ -147,7 +147,7 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
         losses.append(current.loss)
         assert losses[-1] == pytest.approx(float((error @ hessian.double() * error).sum()), rel=1e-4)
 
-    def rounded(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
+    def evaluate_codes(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
         current = start(grid, hessian, codes)
         if not losses:
             note(grid, hessian, current)
@@ -158,7 +158,7 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
         passes(grid, hessian, current, count)
         note(grid, hessian, current)
 
-    monkeypatch.setattr(calibrated, "rounded", rounded)
+    monkeypatch.setattr(calibrated, "evaluate_codes", evaluate_codes)
     monkeypatch.setattr(calibrated, "_descend", descend)
     result = run(statistics(3000), replace(FULL, refinement=rounds))
     if rounds == 40:
@@ -175,7 +175,7 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
 def test_the_correction_solves_its_normal_equations() -> None:
     x, x_float = (value.double() for value in tokens(2000, 1, 0.3))
     seen = moments(x, x_float)
-    target = corrected_target(weight(), Moments(seen.hessian.float(), 2000, seen.cross.float()), 1.0)
+    target = correct_target(weight(), Moments(seen.hessian.float(), 2000, seen.cross.float()), 1.0)
     ridge = TARGET_DAMPING * float(seen.hessian.diagonal().mean())
     wanted = x_float @ weight().double().T
     assert target.pull is not None
@@ -185,9 +185,9 @@ def test_the_correction_solves_its_normal_equations() -> None:
     loss = (x @ free.T - wanted).square().sum() / len(x) + ridge * (free - weight().double()).square().sum()
     (gradient,) = torch.autograd.grad(loss, free)
     assert float(gradient.abs().max()) < 1e-4
-    half = corrected_target(weight(), Moments(seen.hessian.float(), 2000, seen.cross.float()), 0.5)
+    half = correct_target(weight(), Moments(seen.hessian.float(), 2000, seen.cross.float()), 0.5)
     torch.testing.assert_close(half.values, (weight() + target.values) / 2, rtol=1e-4, atol=1e-5)
-    none = corrected_target(weight(), Moments(seen.hessian.float(), 1, seen.cross.float()), 0)
+    none = correct_target(weight(), Moments(seen.hessian.float(), 1, seen.cross.float()), 0)
     assert torch.equal(none.values, weight())
 
 
@@ -206,7 +206,7 @@ def test_output_loss_is_the_squared_error_up_to_a_constant() -> None:
     candidates = [weight() + 0.1 * torch.randn(ROWS, COLUMNS, generator=generator) for _ in range(3)]
     literal = [float((x_float @ weight().T - x @ q.T).square().sum(1).mean()) for q in candidates]
     seen = moments(x, x_float)
-    ours = [output_loss(q, seen.wanted(weight()), seen.hessian) for q in candidates]
+    ours = [output_loss(q, seen.project(weight()), seen.hessian) for q in candidates]
     constant = float((x_float @ weight().T).square().sum(1).mean())
     assert ours == pytest.approx([value - constant for value in literal], rel=1e-4)
 

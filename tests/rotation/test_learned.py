@@ -29,7 +29,7 @@ from anequant.recipe import Recipe
 from anequant.recipe_files import load_recipe
 from anequant.reference.forward import final_hidden_states
 from anequant.reference.sources import read_text
-from anequant.reference.windows import load_tokenizer, text_windows
+from anequant.reference.windows import cut_windows, load_tokenizer
 from anequant.rotation.cayley import cayley_step
 from anequant.rotation.orthogonal import hadamard_rotation, random_rotation
 from anequant.rotation.rotation_plan import RotationPlan, plan_rotations
@@ -48,7 +48,7 @@ def off_orthogonal(matrix: Tensor) -> float:
 @pytest.fixture(scope="module")
 def windows(tiny_qwen2: Path) -> Tensor:
     tokenizer = load_tokenizer(tiny_qwen2)
-    return text_windows(read_text(SAMPLE_TEXT), tokenizer, tokenizer.eos_token_id, count=12, length=48)
+    return cut_windows(read_text(SAMPLE_TEXT), tokenizer, tokenizer.eos_token_id, count=12, length=48)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import torch
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
 from coremltools.models import MLModel
 
-from anequant.calibration.ranges import LayerRange, layer_ranges
+from anequant.calibration.ranges import LayerRange, measure_ranges
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import UnsupportedError, UsageError, VerificationError
@@ -466,7 +466,7 @@ def test_ranges_see_both_sides_of_r4(models: dict[str, Path], quantize_model: Ca
     checkpoint = open_quantized(quantize_model(models["llama"], "w4-nearest", **recipe).folder)
     online, tokens = checkpoint.online, torch.arange(32)[None] % 97
     assert online.r4 is not None
-    (first, *_) = layer_ranges(checkpoint, tokens)
+    (first, *_) = measure_ranges(checkpoint, tokens)
     tensors = {name: value.float() for name, value in checkpoint.layer(0).items()}
     hidden = checkpoint.read("model.embed_tokens.weight")[tokens].float()
     unturned = ReferenceModel(
