@@ -7,7 +7,7 @@ import math
 import torch
 
 from anequant.calibration.distill import Course, LearnResult
-from anequant.calibration.quantized_twin import RotatedStudent
+from anequant.calibration.rotated_student import RotatedStudent
 from anequant.jobs.control import Progress, silent
 from anequant.rotation.cayley import cayley_step
 from anequant.rotation.rotation_plan import RotationPlan

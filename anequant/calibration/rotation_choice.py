@@ -13,7 +13,7 @@ from torch import Tensor
 from anequant.architectures.spec import EMBEDDING, ModelSpec
 from anequant.calibration.distill import Course, LearnResult, Lesson
 from anequant.calibration.learn_rotations import learn_rotations
-from anequant.calibration.quantized_twin import RotatedStudent
+from anequant.calibration.rotated_student import RotatedStudent
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import read_rotations
 from anequant.errors import UsageError

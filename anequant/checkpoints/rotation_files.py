@@ -57,7 +57,7 @@ def read_rotations(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in sizes:
-                matrices[name] = _orthogonal(file.get_tensor(name), name, where)
+                matrices[name] = _make_orthogonal(file.get_tensor(name), name, where)
     except (SafetensorError, OSError) as error:
         raise InputError(f"'{path.name}' cannot be read: {error}", where=where) from error
     return matrices
@@ -73,7 +73,7 @@ def _problem(info: TensorInfo | None, size: int) -> str | None:
     return None
 
 
-def _orthogonal(stored: Tensor, name: str, where: str) -> Tensor:
+def _make_orthogonal(stored: Tensor, name: str, where: str) -> Tensor:
     matrix: Tensor = stored.double()
     off = float((matrix.T @ matrix - torch.eye(len(matrix), dtype=torch.float64)).abs().max())
     if not off <= TOLERANCE:

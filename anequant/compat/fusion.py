@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anequant.errors import UsageError
 from anequant.recipe import Recipe
-from anequant.rotation.in_memory import rotate_in_memory
+from anequant.rotation.model_in_memory import rotate_in_memory
 
 PROBE = "anequant_probe"
 PROBE_TOKENS = 32

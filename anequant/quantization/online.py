@@ -15,7 +15,7 @@ from anequant.rotation.rotation_plan import online_rotation
 
 @dataclass(frozen=True)
 class Online:
-    """R3 turns q and k after RoPE, R4 turns down's input; None where nothing does.
+    """R3 rotates q and k after RoPE, R4 rotates down's input; None where nothing does.
 
     activations  how inputs are rounded, by the linear's full name; the others stay float
     prefix       first positions that stay in float throughout: activations, keys and values

@@ -113,9 +113,12 @@ class ReferenceModel:
         arriving: bool = False,
         within: bool = False,
     ) -> Iterator[Tensor]:
-        """The input [tokens, in] of the layer's linear `name`, for one part [n, length, hidden] after the
-        other; the layer runs no further than that. `arriving`: before it is turned and rounded. `within`: the
-        parts are what enters the half of the layer, attention or MLP, that the linear is in."""
+        """Yield the input [tokens, in] of the layer's linear `name` for each of the parts [n, length, hidden]; the
+        layer runs no further than that.
+
+        arriving  yield it before it is rotated and rounded
+        within    the parts are what enters the half of the layer, attention or MLP, that the linear is in
+        """
         half = name.partition(".")[0] if within else None
         with self._loaded(layer, tensors, parts[0].shape[1], but=name, half=half) as run:
             linear = self._model.model.layers[layer].get_submodule(name)
@@ -133,7 +136,7 @@ class ReferenceModel:
     def every_input(
         self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The input [tokens, in] of each of the layer's linears, turned and rounded, by name; and the hidden
+        """The input [tokens, in] of each of the layer's linears, rotated and rounded, by name; and the hidden
         states [n, length, hidden_size] after the layer, for at most WINDOWS_AT_ONCE windows."""
         found: dict[str, Tensor] = {}
 

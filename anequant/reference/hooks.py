@@ -1,8 +1,8 @@
-"""`Online` on transformers' own decoder layers: hooks that turn and round what goes through them.
+"""`Online` on transformers' own decoder layers: hooks that rotate and round what goes through them.
 
-A linear's input is turned (R4 at down), then rounded, in hooks that run before it. Keys and values are
-turned and rounded on their way into the cache: the attention module is handed a stand-in for its cache,
-which does that and passes them on. Queries turn in the attention function, which is otherwise sdpa.
+A linear's input is rotated (R4 at down), then rounded, in hooks that run before it. Keys and values are
+rotated and rounded on their way into the cache: the attention module is handed a stand-in for its cache,
+which does that and passes them on. Queries are rotated in the attention function, which is otherwise sdpa.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ def set_input_scale(linear: torch.nn.Module, scale: Tensor | None) -> None:
 
 
 def register_attention() -> None:
-    """Make transformers know the attention function that turns queries."""
+    """Make transformers know the attention function that rotates queries."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    def turned(module: torch.nn.Module, query: Tensor, *arguments: Any, **options: Any) -> Any:
+    def attend(module: torch.nn.Module, query: Tensor, *arguments: Any, **options: Any) -> Any:
         r3: Rotation = getattr(module, R3)
         return sdpa_attention_forward(module, r3.apply(query), *arguments, **options)
 
-    AttentionInterface.register(ATTENTION, turned)
+    AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
@@ -75,7 +75,7 @@ class _Place:
 
 
 class _RotatingCache:
-    """Stands in for a layer's cache during one call: turns and, unless the cache does that, rounds what is
+    """Stands in for a layer's cache during one call: rotates and, unless the cache does that, rounds what is
     added to it."""
 
     def __init__(self, cache: Any, online: Online, first: int) -> None:

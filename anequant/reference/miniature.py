@@ -53,7 +53,7 @@ class StockReading:
 
     `config` is its config.json resolved. `origins` has a stored tensor for every parameter, None where
     transformers found none and made one up. `cos` and `sin` [1, TOKENS, rotary width] are what the layers
-    turn queries and keys with; `masks` [TOKENS, TOKENS] say for each layer which tokens (columns) every token
+    apply to queries and keys; `masks` [TOKENS, TOKENS] say for each layer which tokens (columns) every token
     (rows) sees, where sliding windows are WINDOW long.
     """
 

@@ -36,26 +36,26 @@ class RotatedModel:
         return self.checkpoint.spec
 
     def layer(self, layer: int) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """A layer's tensors as stored and, in float64, as turned; both by name relative to the layer, read
+        """A layer's tensors as stored and, in float64, as rotated; both by name relative to the layer, read
         and made one at a time, since all of them in float64 take four times the layer's place on disk.
 
         Input scales move within what float32 holds, so that a rotated checkpoint gives the same; this takes
-        all of the turned layer at once.
+        all of the rotated layer at once.
         """
         names, prefix = list(self.spec.layer_tensors()), layer_prefix(layer)
         original = OnDemand(names, lambda name: self.checkpoint.read(prefix + name))
-        turned = OnDemand(
+        rotated = OnDemand(
             names, lambda name: fold_and_rotate_tensor(self.spec, original, self.plan, layer, name)
         )
         if not self.fold_scales:
-            return original, turned
-        stored = {name: tensor.float().double() for name, tensor in turned.items()}
+            return original, rotated
+        stored = {name: tensor.float().double() for name, tensor in rotated.items()}
         return original, fold_input_scales(self.spec, stored)
 
     def float_layer(self, layer: int) -> dict[str, Tensor]:
-        """A turned layer in float32."""
-        _, turned = self.layer(layer)
-        return {name: tensor.float() for name, tensor in turned.items()}
+        """A rotated layer in float32."""
+        _, rotated = self.layer(layer)
+        return {name: tensor.float() for name, tensor in rotated.items()}
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embedded tokens [...] in float32 [..., hidden_size]; reads only the rows that are used."""
@@ -75,5 +75,5 @@ class RotatedModel:
         gain = self.checkpoint.final_gain()
         for start in range(0, self.spec.vocab_size, ROWS):
             rows = self.checkpoint.read(self.checkpoint.head_name, slice(start, start + ROWS))
-            turned, _ = fold_and_rotate_linear(HEAD_LINEAR, rows, None, gain, self.plan, None)
-            yield rows, turned
+            rotated, _ = fold_and_rotate_linear(HEAD_LINEAR, rows, None, gain, self.plan, None)
+            yield rows, rotated

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 LARGEST_STEP = 8.0
-"""Bound on a * ||W||_1, so that no gradient turns the matrix at random."""
+"""Bound on a * ||W||_1, so that no gradient moves the matrix at random."""
 
 
 def cayley_step(x: Tensor, gradient: Tensor, momentum: Tensor, rate: float, decay: float) -> Tensor:
@@ -30,5 +30,5 @@ def cayley_step(x: Tensor, gradient: Tensor, momentum: Tensor, rate: float, deca
     momentum.copy_(skew @ x)
     size = min(rate, LARGEST_STEP / (float(torch.linalg.matrix_norm(skew, 1)) + 1e-8))
     identity = torch.eye(len(x), dtype=x.dtype)
-    turned: Tensor = torch.linalg.solve(identity - 0.5 * size * skew, momentum.mul(0.5 * size).add_(x))
-    return turned
+    moved: Tensor = torch.linalg.solve(identity - 0.5 * size * skew, momentum.mul(0.5 * size).add_(x))
+    return moved

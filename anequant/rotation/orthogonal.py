@@ -1,6 +1,6 @@
 """Orthogonal matrices in the form that is cheapest to apply.
 
-A rotation belongs to one space of the model and turns every activation row x of it into x @ R. A linear that
+A rotation belongs to one space of the model and maps every activation row x of it to x @ R. A linear that
 reads the space keeps its output with the weight W @ R; one that writes to it follows with R.T @ W.
 """
 

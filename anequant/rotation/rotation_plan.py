@@ -1,4 +1,4 @@
-"""Which orthogonal matrix turns which space of a model."""
+"""Which orthogonal matrix rotates which space of a model."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ R1, R2 = "r1", "r2"
 
 @dataclass(frozen=True)
 class RotationPlan:
-    """R1 turns the residual stream and R2 every value head, one matrix per layer; both go into the weights
-    on either side. R4 turns down's input while the model runs; only its inverse goes into a weight."""
+    """R1 rotates the residual stream and R2 every value head, one matrix per layer; both go into the weights
+    on either side. R4 rotates down's input while the model runs; only its inverse goes into a weight."""
 
     r1: Rotation | None = None
     r2: tuple[Rotation, ...] = ()
     r4: Rotation | None = None
 
     def output_rotation(self, space: Space, layer: int | None) -> Rotation | None:
-        """How the output of a linear that writes to `space` turns; None where nothing does."""
+        """The rotation of the output of a linear that writes to `space`; None where there is none."""
         if space is Space.RESIDUAL:
             return self.r1
         if space is Space.VALUE and layer is not None and self.r2:
@@ -42,7 +42,7 @@ class RotationPlan:
         return None
 
     def input_rotation(self, space: Space, layer: int | None) -> Rotation | None:
-        """How the input of a linear that reads `space` turns."""
+        """The rotation of the input of a linear that reads `space`; None where there is none."""
         return self.r4 if space is Space.FFN else self.output_rotation(space, layer)
 
     def matrices(self) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from anequant.recipe_files import load_recipe
 from anequant.reference.rotated_model import RotatedModel
 from anequant.reference.sources import read_text
 from anequant.reference.windows import cut_windows, load_tokenizer
-from anequant.rotation.in_memory import rotate_in_memory
+from anequant.rotation.model_in_memory import rotate_in_memory
 from anequant.rotation.rotation_plan import plan_rotations
 
 WINDOWS, LENGTH = 3, 48
