@@ -8,7 +8,7 @@ from typing import Any
 from anequant.errors import InputError, UnsupportedError, shown
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-"""Those of transformers. A length that RoPE changes with is refused where it matters."""
+"""The types that transformers knows. A length that RoPE changes with is refused where it matters."""
 
 MOST_LAYERS = 10_000
 """transformers lists the type of every layer, so their number is bounded before it does."""

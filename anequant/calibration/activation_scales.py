@@ -23,8 +23,8 @@ Inputs = Callable[[], Iterable[Tensor]]
 
 
 def choose_input_scale(recipe: Recipe, linear: Linear, weight: Tensor, inputs: Inputs) -> Tensor | None:
-    """The input scale [in] that SmoothQuant gives weight [out, in] if it reads the SwiGLU product; else None,
-    as without `smooth`."""
+    """Return the input scale [in] that SmoothQuant gives weight [out, in] if it reads the SwiGLU product;
+    None if it does not, or without `smooth`."""
     if not recipe.smooth or linear.input.space is not Space.FFN:
         return None
     magnitudes = find_largest_magnitudes(inputs(), recipe.activation_prefix)
@@ -54,14 +54,15 @@ def measure_static_scales(
 
 
 def find_largest_magnitudes(inputs: Iterable[Tensor], prefix: int) -> Tensor:
-    """Largest |x| of every channel: float32 [in]."""
+    """Return the largest |x| of every channel: float32 [in]."""
     return torch.stack([part[:, prefix:].abs().amax((0, 1)) for part in inputs]).amax(0)
 
 
 def _static_scales(
     tensors: Mapping[str, Tensor], inputs: Inputs, widths: Mapping[str, int], kind: str, prefix: int
 ) -> dict[str, float]:
-    """The static scale of each linear in `widths` (bits), by name relative to the layer; all read `inputs`.
+    """Return the static scale of each linear in `widths` (bits), by name relative to the layer; all read
+    `inputs`.
 
     tensors are the layer's, with the input scales [1, in] of linears that have them.
     """
@@ -79,7 +80,7 @@ def _static_scales(
 
 
 def smooth_scale(balanced: Tensor, magnitudes: Tensor, strength: float) -> Tensor:
-    """An input scale [in] between the weight's and the activations' wishes, a number float16 holds.
+    """Return an input scale [in] between what weight and activations want, as float16 holds it.
 
     SmoothQuant (Xiao et al. 2023, equation 4) divides activations by s_j = max|X_j|^a / max|W_j|^(1-a). Here
     the input scale multiplies them, and what the weight wants is `balanced` [in]: balanced^(1-a) / max|X|^a,

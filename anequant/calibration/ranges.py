@@ -38,7 +38,7 @@ from anequant.rotation.orthogonal import Rotation
 
 LOUDEST_TOKENS = 32
 WEIGHT_ROUNDING = 2.0**-9
-"""Of bfloat16, in which checkpoints made elsewhere are stored; float16 rounds to a quarter of it."""
+"""The rounding of bfloat16, in which checkpoints made elsewhere are stored; that of float16 is a quarter."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LayerRange:
 
 
 def measure_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
-    """Ranges of every layer of a quantized checkpoint for tokens [n, length], in float32.
+    """Measure the ranges of every layer of a quantized checkpoint for tokens [n, length], in float32.
 
     `sums` look at the 32 tokens with the largest inputs only. Raises InputError as `check_scales` does.
     """
@@ -101,7 +101,7 @@ def measure_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
 
 
 def power_of_two_below(value: float, most: float) -> float:
-    """1, or the largest power of two that brings `value` to at most `most`."""
+    """Return 1, or the largest power of two that brings `value` to at most `most`."""
     return 1.0 if value <= most else 2.0 ** -math.ceil(math.log2(value / most))
 
 
@@ -112,8 +112,10 @@ def _output(tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
 
 
 def _largest_sum(checkpoint: Checkpoint, name: str, weight: Tensor, inputs: Tensor) -> float:
-    """What is stored is the entries times both scales, rounded, so |weight| |x| / |output_scale| tells which
-    rows can have the largest sum; only of those the codes are recovered."""
+    """Return the largest partial sum of a linear for inputs [tokens, in].
+
+    What is stored is the entries times both scales, rounded, so |weight| |x| / |output_scale| tells which
+    rows can have the largest sum; only their codes are recovered."""
     parts = [f"{name}.{part}" for part in ("input_scales", "output_scales", "codebook")]
     stored = {part: checkpoint.read(part) for part in parts if part in checkpoint.tensors}
     stored[f"{name}.weight"] = weight

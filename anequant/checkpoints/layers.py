@@ -50,7 +50,7 @@ def _with_head(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def load_layer(checkpoint: Checkpoint, layer: int) -> QuantizedLayer:
-    """One layer's codes, codebooks, scales and norm gains."""
+    """Read one layer's codes, codebooks, scales and norm gains."""
     spec, prefix = checkpoint.spec, layer_prefix(layer)
     linears = {
         linear.name: load(prefix + linear.name, checkpoint.read, checkpoint.tensors)

@@ -66,7 +66,7 @@ def write_manifest(folder: Path, kind: str, contents: Mapping[str, Any]) -> None
 
 
 def checkpoint_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """What identifies the checkpoint that packages were made from: its config and weights."""
+    """Return the hashes of a checkpoint's config and weights, which identify it in packages made from it."""
     return file_hashes(checkpoint.folder, checkpoint.files)
 
 
@@ -90,7 +90,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def rotation_keys(folder: Path) -> dict[str, Any] | None:
-    """What `anequant rotate` says it rotated the model in a folder with; None for any other folder.
+    """Return the recipe keys that `anequant rotate` rotated the model in a folder with; None for any other
+    folder.
 
     Raises InputError for an anequant.json that is damaged.
     """
@@ -103,7 +104,7 @@ def rotation_keys(folder: Path) -> dict[str, Any] | None:
 
 
 def read_kind(folder: Path) -> str | None:
-    """The kind of folder that anequant wrote, None for one that it did not."""
+    """Return the kind of folder that anequant wrote, None for one that it did not."""
     if not (folder / MANIFEST).is_file():
         return None
     return str(read_manifest(folder).get("kind"))

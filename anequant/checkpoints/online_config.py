@@ -65,7 +65,7 @@ def build_config(
 
 
 def read_online(config: Mapping[str, Any], spec: ModelSpec, where: str) -> Online:
-    """What config.json says; nothing without a quantization_config, or with ANEMLL's.
+    """Read `Online` from config.json: NOTHING without a quantization_config, or with ANEMLL's.
 
     Raises InputError for any other method or format, or values that are missing or impossible.
     """

@@ -13,7 +13,7 @@ REPORTS = {f"{place}{name}" for place in ("", f"{CHECKPOINT_FOLDER}/") for name 
 
 
 def packages_folder(folder: Path) -> Path:
-    """Where the packages of an output are: below it for convert's, itself for lower's.
+    """Return the folder of an output's packages: one below it for convert's, itself for lower's.
 
     Raises InputError when the folder does not exist.
     """

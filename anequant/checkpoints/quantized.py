@@ -122,7 +122,7 @@ def require_parts(name: str, names: Mapping[str, object]) -> None:
 
 
 def _groups(output_scales: Tensor, columns: int) -> int:
-    """How many groups of columns have scales of their own; one where the shape makes no sense."""
+    """Return how many groups of columns have scales of their own; one where the shape makes no sense."""
     groups = output_scales.shape[1] if output_scales.ndim == 2 else 1
     return groups if groups and columns % groups == 0 else 1
 

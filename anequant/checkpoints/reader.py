@@ -69,7 +69,7 @@ class Checkpoint:
         return ["config.json", *([] if first in names else [first]), *names]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or some of its rows, as stored. Raises InputError naming file and tensor."""
+        """Read one tensor, or some of its rows, as stored. Raises InputError naming file and tensor."""
         info = self.tensors[name]
         try:
             tensor = _bytes_of(info, rows)
@@ -90,7 +90,7 @@ class Checkpoint:
         return any(name.endswith(".output_scales") for name in self.tensors)
 
     def layer(self, layer: int) -> dict[str, Tensor]:
-        """One layer's float tensors, by name relative to the layer, as stored.
+        """Read one layer's float tensors, by name relative to the layer, as stored.
 
         Where activations are rounded, the input scales that they are rounded with are among them.
         """
@@ -127,9 +127,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _tie(spec: ModelSpec, tensors: dict[str, TensorInfo]) -> tuple[ModelSpec, dict[str, TensorInfo]]:
-    """What config.json's tie_word_embeddings means for these tensors (transformers 5, `tie_weights`).
+    """Apply what config.json's tie_word_embeddings means for these tensors (transformers 5, `tie_weights`).
 
-    Of a tied model that stores both tables each is its own; one that stores the head alone embeds with it.
+    A tied model that stores both tables has two; one that stores the head alone embeds with it.
     """
     embedding, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
     if not spec.tied or head not in tensors:
@@ -188,7 +188,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """As `read_json`; raises InputError too for JSON that is not an object."""
+    """Parse a JSON file as `read_json` does; raises InputError too for JSON that is not an object."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"'{path.name}' holds no object", where=str(path.parent))

@@ -1,7 +1,7 @@
 """Writing safetensors in one pass: the header first, from shapes known in advance, then the bytes.
 
-Deterministic: the same tensors in the same order give the same bytes. So a run can go on in the files that an
-earlier one left, after the last tensor that is known to be whole.
+Deterministic: the same tensors in the same order give the same bytes. So a run can resume in the files that
+an earlier one left, after the last tensor that is known to be whole.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _split(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
 
 
 def _starts(entries: Sequence[Entry], first: int) -> list[int]:
-    """Where each entry begins, the first one at `first`."""
+    """Return where each entry begins, the first one at `first`."""
     return list(itertools.accumulate((entry.nbytes for entry in entries[:-1]), initial=first))
 
 

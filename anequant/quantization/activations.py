@@ -33,7 +33,7 @@ class ActivationFormat:
 
 
 def round_activations(x: Tensor, format_: ActivationFormat) -> Tensor:
-    """x [..., in] as it is after rounding, in x's dtype; gradients pass straight through."""
+    """Round x [..., in] and return it in its dtype; gradients pass straight through."""
     with torch.no_grad():
         if format_.scale is not None:
             result = _static(x, format_.scale, format_.bits)
@@ -45,9 +45,9 @@ def round_activations(x: Tensor, format_: ActivationFormat) -> Tensor:
 
 
 def static_scale(histogram: Tensor, largest: float, bits: int, kind: str) -> float:
-    """The scale for magnitudes counted in histogram [BINS], bins of equal width up to `largest`.
+    """Choose the scale for magnitudes counted in histogram [BINS], bins of equal width up to `largest`.
 
-    kind: absmax, percentile or mse. A number that float16 holds, and one of its normal numbers.
+    `kind` is absmax, percentile or mse. The scale is a normal number of float16.
     """
     top = 2 ** (bits - 1) - 1
     if kind == "percentile":

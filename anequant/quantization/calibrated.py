@@ -100,7 +100,7 @@ class Target:
 
 
 def correct_target(weight: Tensor, moments: Moments, share: float, rows: slice = slice(None)) -> Target:
-    """W + share * S with S = W (C - H) (H + ridge)^-1, for some rows of weight [out, in].
+    """Return W + share * S with S = W (C - H) (H + ridge)^-1, for some rows of weight [out, in].
 
     S H is W (C - H) - ridge * S, so the target's product with H takes only that of W.
     """
@@ -117,7 +117,8 @@ def correct_target(weight: Tensor, moments: Moments, share: float, rows: slice =
 def _choose_damping(
     weight: Tensor, fitted: FittedCore, statistics: InputStatistics, rounding: Rounding
 ) -> float | None:
-    """The damping with the least output error on held-out windows, tried with the fit windows' moments."""
+    """Return the damping, None for nearest rounding, with the least output error on held-out windows when
+    the moments of the fit windows decide the codes."""
     rows = slice(0, None, max(1, weight.shape[0] // TRIAL_ROWS))
     target = correct_target(weight, statistics.fit, rounding.correction, rows).values
     wanted, trial = statistics.held_out.project(weight, rows), fitted.rows(rows)
@@ -149,7 +150,7 @@ def _refine(
     current: Rounded,
     rounding: Rounding,
 ) -> tuple[FittedCore, Tensor]:
-    """Better scales and codebook and codes uint8 [in, out], for the damped Hessian that gptq saw and the
+    """Improve scales, codebook and codes uint8 [in, out], for the damped Hessian that gptq saw and the
     weight's product with it [out, in]."""
     target = grid.target.T
     for _ in range(rounding.refinement):

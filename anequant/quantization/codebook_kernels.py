@@ -13,7 +13,7 @@ from anequant.quantization.kernels import TILE, compile_kernel, find_boundaries,
 
 
 def count_values(values: Tensor, bins: int, low: float, high: float) -> Tensor:
-    """How many of values float32 [n] lie in each of so many equal bins from low to high: float64 [bins].
+    """Count the values float32 [n] in each of so many equal bins from low to high: float64 [bins].
 
     Bins are half open, but for the last; no value lies beyond them.
     """
@@ -39,7 +39,7 @@ def lloyd_rounds(entries: Tensor, centres: Tensor, sums: Tensor, rounds: int, to
 
 
 def nearest_entries(values: Tensor, codebook: Tensor) -> Tensor:
-    """The index of the nearest entry of codebook [K] for every value [n]: uint8 [n]."""
+    """Return the index of the nearest entry of codebook [K] for every value [n]: uint8 [n]."""
     flat, boundaries = values.numpy(), find_boundaries(codebook.numpy())
     codes = np.empty(len(flat), np.uint8)
     on_threads(lambda begin, end: _codes(flat[begin:end], boundaries, codes[begin:end]), len(flat))
@@ -47,7 +47,7 @@ def nearest_entries(values: Tensor, codebook: Tensor) -> Tensor:
 
 
 def look_up(table: Tensor, places: Tensor) -> Tensor:
-    """table[places] for a table [K] and places of any shape, uint8 or uint16, below K."""
+    """Return table[places] for a table [K] and places of any shape, uint8 or uint16, below K."""
     values, flat = table.numpy(), places.reshape(-1).numpy()
     found = np.empty(len(flat), values.dtype)
     on_threads(lambda begin, end: _look_up(values, flat[begin:end], found[begin:end]), len(flat))

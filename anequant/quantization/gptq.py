@@ -58,8 +58,8 @@ class Factor:
 
 
 def factorize(hessian: Tensor, damping: float = 0.0) -> Factor:
-    """The factor of hessian [in, in] with the least damping of `damping` times a power of ten for which
-    there is one.
+    """Factorize hessian [in, in] with the least damping, of `damping` times a power of ten, that makes it
+    positive definite.
 
     Inputs that never fired have a zero diagonal; damping makes them independent of all others, so they
     are rounded to the nearest entry.
@@ -78,7 +78,7 @@ def factorize(hessian: Tensor, damping: float = 0.0) -> Factor:
 
 
 def damp(hessian: Tensor, ridge: float) -> Tensor:
-    """hessian [in, in] with `ridge` on its diagonal."""
+    """Return hessian [in, in] with `ridge` added to its diagonal."""
     result = hessian.clone()
     result.diagonal().add_(ridge)
     return result
@@ -125,13 +125,13 @@ def gptq(grid: Grid, factor: Factor) -> Tensor:
 
 
 def evaluate_codes(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
-    """What codes uint8 [in, out] leave, with hessian [in, in]."""
+    """Return codes uint8 [in, out] with the error that they leave and its product with hessian [in, in]."""
     error = grid.target - look_up(grid.codebook, codes) * grid.step
     return Rounded(codes.clone(), error, product(hessian, error))
 
 
 def descend(grid: Grid, hessian: Tensor, current: Rounded) -> None:
-    """One pass of coordinate descent over the columns, in place."""
+    """Improve `current` in place by one pass of coordinate descent over the columns."""
     for start in range(0, len(grid.target), BLOCK):
         block = slice(start, start + BLOCK)
         before = current.error[block].clone()

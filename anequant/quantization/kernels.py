@@ -88,12 +88,13 @@ def _run(kernel: Kernel, values: Tensor, matrix: Tensor, block: Block) -> None:
 
 
 def find_boundaries(codebook: Any) -> Any:
-    """Where one entry of codebook [K], ascending, is as near as the next: [K - 1]."""
+    """Return the values at which one entry of codebook [K], ascending, is as near as the next: [K - 1]."""
     return (codebook[1:] + codebook[:-1]) / 2
 
 
 def on_threads(run: Callable[[int, int], T], size: int) -> list[T]:
-    """run(begin, end) of every share of 0 to `size`, in whole tiles, on as many threads as torch uses."""
+    """Call run(begin, end) for every share of 0 to `size`, in whole tiles, on as many threads as torch
+    uses."""
     threads = torch.get_num_threads()
     share = -(-size // (threads * TILE)) * TILE
     if share >= size:
@@ -109,7 +110,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 @inline_kernel
 def find_nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
-    """How many boundaries lie below each value."""
+    """Set each code to the number of boundaries below its value, the index of the nearest entry."""
     if len(boundaries) <= MOST_COUNTED:
         for row in range(count):
             codes[row] = 0
@@ -123,7 +124,7 @@ def find_nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
 
 @inline_kernel
 def subtract_rounded(values: Any, count: int, target: Any, step: Any, codebook: Any, chosen: Any) -> None:
-    """values = target - step * codebook[chosen]."""
+    """Set values to target - step * codebook[chosen]."""
     for row in range(count):
         values[row] = codebook[chosen[row]]
     for row in range(count):
@@ -132,7 +133,8 @@ def subtract_rounded(values: Any, count: int, target: Any, step: Any, codebook: 
 
 @inline_kernel
 def add_up(values: Any, count: int, shares: Any, rows: Any, begin: int, end: int) -> None:
-    """values += shares[begin:end] @ rows[begin:end], four rows at once, to load and store each value less."""
+    """Add shares[begin:end] @ rows[begin:end] to values, four rows at once, to load and store each value
+    less."""
     at = begin
     while at + 4 <= end:
         one, two, three, four = shares[at], shares[at + 1], shares[at + 2], shares[at + 3]
@@ -199,6 +201,6 @@ def _descend(begin: int, end: int, pull: Any, hessian: Any, block: Block, bounda
 
 
 def cache_folder() -> str | None:
-    """Where machine code is kept for later runs; None where numba found no folder that can be written to."""
+    """Return where machine code is kept for later runs; None where numba can write to no folder."""
     folder: str | None = cast(Any, _feed_back).stats.cache_path
     return folder

@@ -37,7 +37,7 @@ class FittedCore:
     output_scale: Tensor
 
     def core(self, weight: Tensor) -> Tensor:
-        """weight [out, in] divided by both scales."""
+        """Return weight [out, in] divided by both scales."""
         return divide_by_scales(weight, self.output_scale, self.input_scale)
 
     @property
@@ -95,12 +95,12 @@ def fit_core(
 
 
 def divide_by_scales(weight: Tensor, output_scale: Tensor, input_scale: Tensor) -> Tensor:
-    """The core of weight [out, in]."""
+    """Return weight [out, in] divided by its output scales [out] or [out, groups] and input scales [in]."""
     return (weight / spread(output_scale, weight.shape[1])).div_(input_scale)
 
 
 def round_bias(bias: Tensor | None, name: str) -> Tensor | None:
-    """The bias as float16 holds it, in float32; raises UnsupportedError when it does not fit."""
+    """Round the bias to what float16 holds, in float32; raises UnsupportedError when it does not fit."""
     if bias is None:
         return None
     _check_range(bias, name)

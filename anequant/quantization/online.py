@@ -39,7 +39,7 @@ class Online:
         return Online(self.r3, self.r4)
 
     def with_scales(self, scales: Mapping[str, float]) -> Online:
-        """With static scales by the linear's full name; what is not named stays dynamic."""
+        """Return the same with static scales by the linear's full name; what is not named stays dynamic."""
         formats = self.activations.items()
         return replace(
             self, activations={name: replace(own, scale=scales.get(name)) for name, own in formats}
@@ -50,7 +50,7 @@ NOTHING = Online()
 
 
 def plan_online(spec: ModelSpec, recipe: Recipe) -> Online:
-    """The recipe's share of `Online`, static scales still missing.
+    """Plan what a recipe makes the model do while it runs, static scales still missing.
 
     Raises UsageError for an override of an unknown projection, and what `online_rotation` raises.
     """

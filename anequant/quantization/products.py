@@ -25,13 +25,13 @@ PROBE = 256
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left [m, k] @ right [k, n], float32."""
+    """Return left [m, k] @ right [k, n], float32."""
     _share(torch.get_num_threads())
     return torch.from_numpy(left.numpy() @ right.numpy())
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [m, n] += left [m, k] @ right [k, n], float32."""
+    """Add left [m, k] @ right [k, n] to total [m, n], float32."""
     total.addmm_(left, right)
 
 

@@ -42,7 +42,7 @@ def refit(
     hessian: Tensor,
     format_: WeightFormat,
 ) -> FittedCore:
-    """One round of the three steps for codes [out, in] of a weight, with hessian [in, in].
+    """Take one round of the three steps for codes [out, in] of a weight, with hessian [in, in].
 
     weight_pull [out, in] is the weight times hessian, and error_pull [out, in] that of the weight minus the
     rounded one.
@@ -71,15 +71,15 @@ def refit(
 def refit_output_scale(
     rounded: Tensor, rounded_pull: Tensor, weight_pull: Tensor, output_scale: Tensor
 ) -> Tensor:
-    """o [out] where `output_scale` gave rounded [out, in]; the pulls [out, in] are products with H. Rows
-    whose best scale is not positive keep theirs."""
+    """Return the best o [out] where `output_scale` gave rounded [out, in]; the pulls [out, in] are products
+    with H. Rows whose best scale is not positive keep theirs."""
     best = output_scale * (rounded * weight_pull).sum(1) / (rounded * rounded_pull).sum(1)
     return torch.where(best > 0, best, output_scale)
 
 
 def refit_input_scale(scaled: Tensor, input_scale: Tensor, hessian: Tensor, weight_pull: Tensor) -> Tensor:
-    """d [in] for scaled = diag(o) codebook[codes] [out, in]. Where the system leaves it free it stays; all of
-    it does if an entry would not be positive."""
+    """Return the best d [in] for scaled = diag(o) codebook[codes] [out, in]. Where the system leaves it free
+    it stays; all of it does if an entry would not be positive."""
     matrix = torch.zeros_like(hessian)
     add_square(matrix, scaled)
     matrix *= hessian
@@ -101,8 +101,8 @@ def refit_codebook(
     hessian: Tensor,
     weight_pull: Tensor,
 ) -> Tensor:
-    """T [K], the best for some evenly spaced rows. Entries that no code uses stay, and all of them where
-    their order would change."""
+    """Return the T [K] that is best for some evenly spaced rows. Entries that no code uses stay, and all of
+    them do where their order would change."""
     most = min(CODEBOOK_ROWS, max(1, CODEBOOK_WEIGHTS // codes.shape[1]))
     rows = slice(0, None, -(-codes.shape[0] // most))
     codes, scale = codes[rows], spread(output_scale[rows], codes.shape[1]) * input_scale

@@ -26,20 +26,20 @@ NEGLIGIBLE = 2.0**-40
 
 
 def tensor_scale(weight: Tensor, measure: str) -> Tensor:
-    """One number for the whole tensor, repeated per row: float32 [out]. `measure` is absmax or rms."""
+    """Return one size for the whole tensor, repeated per row: float32 [out]. `measure` is absmax or rms."""
     size = weight.abs().max() if measure == "absmax" else weight.square().mean().sqrt()
     return size.expand(weight.shape[0]).clone()
 
 
 def output_scale(weight: Tensor, measure: str) -> Tensor:
-    """One number per row: float32 [out]. `measure` is absmax or rms."""
+    """Return one size per row: float32 [out]. `measure` is absmax or rms."""
     order, divisor = (torch.inf, 1.0) if measure == "absmax" else (2, weight.shape[1] ** 0.5)
     size: Tensor = torch.linalg.vector_norm(weight, ord=order, dim=1) / divisor
     return size
 
 
 def group_scale(weight: Tensor, measure: str, group: int) -> Tensor:
-    """One number per row and `group` consecutive columns: float32 [out, in / group].
+    """Return one size per row and `group` consecutive columns: float32 [out, in / group].
 
     Raises UsageError where the groups do not cover the columns.
     """
@@ -53,7 +53,7 @@ def group_scale(weight: Tensor, measure: str, group: int) -> Tensor:
 
 
 def spread(scale: Tensor, columns: int) -> Tensor:
-    """An output scale [out] or [out, groups] as it multiplies a weight: [out, 1] or [out, columns]."""
+    """Return an output scale [out] or [out, groups] as it multiplies a weight: [out, 1] or [out, columns]."""
     if scale.ndim == 1:
         return scale[:, None]
     return scale.repeat_interleave(columns // scale.shape[1], dim=1)

@@ -34,7 +34,7 @@ class Moments:
     paired: Tensor | None = None
 
     def project(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """E[W x_float x^T] [rows, in] for some rows of weight [out, in]."""
+        """Return E[W x_float x^T] [rows, in] for some rows of weight [out, in]."""
         if self.outputs is not None:
             return self.outputs[rows]
         assert self.cross is not None
@@ -49,8 +49,8 @@ class Moments:
         )
 
     def factor(self, damping: float) -> Factor:
-        """Of the Hessian. All are kept where several linears read the input, which is where `cross` is, else
-        the last."""
+        """Return the Hessian's factor. All of them are kept where several linears read the input, which is
+        where `cross` is, else the last one."""
         if damping not in self._factors:
             if self.cross is None:
                 self._factors.clear()

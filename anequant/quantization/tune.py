@@ -39,7 +39,7 @@ class TunableLinear:
         return [leaf for leaf in leaves if leaf is not None]
 
     def current(self) -> QuantizedLinear:
-        """The linear as it stands, in float32."""
+        """Return the linear as it stands, in float32."""
         input_scale = torch.ones(self.codes.shape[1])
         if self.log_input_scale is not None:
             input_scale = self.log_input_scale.detach().exp()
@@ -48,7 +48,8 @@ class TunableLinear:
         return QuantizedLinear(self.codes, self.codebook.detach(), input_scale, output_scale, bias)
 
     def set_gradients(self, weight_gradient: Tensor, bias_gradient: Tensor | None) -> None:
-        """From the gradients for the dequantized weight [out, in] and the bias [out]."""
+        """Set every leaf's `grad` from the gradients for the dequantized weight [out, in] and the bias
+        [out]."""
         linear = self.current()
         scaled = weight_gradient * linear.output_scale[:, None] * linear.input_scale
         codes = self.codes.view(-1).int()
@@ -61,7 +62,7 @@ class TunableLinear:
             self.bias.grad = bias_gradient
 
     def finish(self, name: str) -> QuantizedLinear:
-        """The linear with numbers that float16 holds, its codebook ascending again."""
+        """Return the linear with numbers that float16 holds, its codebook ascending again."""
         linear = self.current()
         order = linear.codebook.argsort(stable=True)
         codes = order.argsort().to(torch.uint8)[linear.codes.int()]
@@ -72,7 +73,7 @@ class TunableLinear:
 
 
 def start_tuning(linear: QuantizedLinear) -> TunableLinear:
-    """Start from a rounded linear; input scales of one stay."""
+    """Return a rounded linear as what training starts from; input scales of one stay."""
     fixed = bool((linear.input_scale == 1).all())
     return TunableLinear(
         linear.codes,

@@ -113,8 +113,8 @@ class ReferenceModel:
         arriving: bool = False,
         within: bool = False,
     ) -> Iterator[Tensor]:
-        """Yield the input [tokens, in] of the layer's linear `name` for each of the parts [n, length, hidden]; the
-        layer runs no further than that.
+        """Yield the input [tokens, in] of the layer's linear `name` for each of the parts [n, length,
+        hidden]; the layer runs no further than that.
 
         arriving  yield it before it is rotated and rounded
         within    the parts are what enters the half of the layer, attention or MLP, that the linear is in

@@ -53,25 +53,25 @@ class RotatedModel:
         return original, fold_input_scales(self.spec, stored)
 
     def float_layer(self, layer: int) -> dict[str, Tensor]:
-        """A rotated layer in float32."""
+        """Return a rotated layer's tensors in float32, by name relative to the layer."""
         _, rotated = self.layer(layer)
         return {name: tensor.float() for name, tensor in rotated.items()}
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embedded tokens [...] in float32 [..., hidden_size]; reads only the rows that are used."""
+        """Embed tokens [...] as float32 [..., hidden_size]; reads only the rows that are used."""
         used, places = torch.unique(tokens, return_inverse=True)
         name = f"{EMBEDDING}.weight"
         rows = torch.cat([self.checkpoint.read(name, slice(token, token + 1)) for token in used.tolist()])
         return rotate_embedding(rows, self.plan).float()[places]
 
     def embedding(self) -> Iterator[Tensor]:
-        """Blocks of at most ROWS embedding rows, float64 [rows, hidden_size]."""
+        """Yield blocks of at most ROWS embedding rows, float64 [rows, hidden_size]."""
         for start in range(0, self.spec.vocab_size, ROWS):
             rows = self.checkpoint.read(f"{EMBEDDING}.weight", slice(start, start + ROWS))
             yield rotate_embedding(rows, self.plan)
 
     def head(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of at most ROWS head rows: as stored, and in float64 with the final gain folded in."""
+        """Yield blocks of at most ROWS head rows: as stored, and in float64 with the final gain folded in."""
         gain = self.checkpoint.final_gain()
         for start in range(0, self.spec.vocab_size, ROWS):
             rows = self.checkpoint.read(self.checkpoint.head_name, slice(start, start + ROWS))

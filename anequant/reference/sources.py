@@ -49,8 +49,8 @@ class Texts:
     parts: tuple[str | list[Message], ...]
 
     def write_out(self, tokenizer: Any) -> str:
-        """All of them as one text. Texts have an empty line between them, conversations what the template
-        has.
+        """Return all of them as one text. Texts have an empty line between them, conversations what the
+        template has.
 
         Raises UsageError for conversations that the tokenizer has no template for, or that it refuses.
         """
@@ -93,7 +93,7 @@ def has_rows(path: Path) -> bool:
 
 
 def read_source(path: Path) -> Texts | list[Ids]:
-    """What a file holds. Raises UsageError for what cannot be read or is not understood."""
+    """Read what a file holds. Raises UsageError for what cannot be read or is not understood."""
     if path.is_dir():
         raise UsageError(f"'{path}' is a folder", remedy=REMEDY)
     kind = REFUSED.get(path.suffix.lower())
@@ -139,7 +139,7 @@ class _Entry:
 
 
 def _entry(path: Path, number: int, row: Any) -> _Entry:
-    """What a row is read as; raises UsageError for a row that is nothing known."""
+    """Return what a row is read as; raises UsageError for a row that is nothing known."""
     where = f"entry {number} of '{path}'"
     if isinstance(row, list):
         conversation = bool(row) and all(isinstance(part, dict) for part in row)

@@ -18,10 +18,10 @@ from anequant.reference.sources import read_text, source_text
 
 PROBE_SEED = 7
 RANGE_TOKENS = 128
-"""That magnitudes are looked at on, for what packages have to hold."""
+"""The tokens on which magnitudes are looked at, for what packages have to hold."""
 
 PREFILL_TOKENS, DECODE_TOKENS = 64, 64
-"""That packages are compared on, at once and one after the other; at most, and as batch and context allow."""
+"""The most tokens that packages are compared on, at once and one by one, as batch and context allow."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -79,7 +79,7 @@ def read_text_windows(
 def cut_model_windows(
     tokenizer: Any, config: Mapping[str, Any], text: str, *, count: int, length: int
 ) -> Tensor:
-    """As `cut_windows`, after the start token of a tokenizer and its model's config.json.
+    """Cut windows as `cut_windows` does, after the start token of a tokenizer and its model's config.json.
 
     Raises as `start_token`, `require_known` and `cut_windows` do.
     """
@@ -118,7 +118,8 @@ def _before(tokens: Tensor, first: int, place: int) -> int:
 
 
 def probe_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
-    """The start of the bundled text, or random tokens for a checkpoint without a tokenizer: [length]."""
+    """Return the start of the bundled text, or random tokens for a checkpoint without a tokenizer:
+    [length]."""
     if has_tokenizer(checkpoint.folder):
         text = read_text(SAMPLE_TEXT)
         text *= length // len(text.split()) + 1

@@ -41,10 +41,10 @@ def fold_and_rotate_linear(
     plan: RotationPlan,
     layer: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The linear in the folded and rotated model, in float64.
+    """Return weight and bias of the linear in the folded and rotated model, in float64.
 
-    weight [out, in], bias [out] or None, gain [in] or None; returns weight and bias of the same shapes. Both
-    are contiguous, since products of float32 are not the same for every memory layout.
+    weight [out, in], bias [out] or None, gain [in] or None; what is returned has the same shapes. Both are
+    contiguous, since products of float32 are not the same for every memory layout.
     """
     rotated = None if bias is None else _rotate_bias(linear, bias, plan, layer)
     return _rotate_weight(linear, weight, gain, plan, layer), rotated
@@ -53,7 +53,7 @@ def fold_and_rotate_linear(
 def fold_and_rotate_tensor(
     spec: ModelSpec, tensors: Mapping[str, Tensor], plan: RotationPlan, layer: int, name: str
 ) -> Tensor:
-    """One of a layer's tensors, by name relative to the layer, folded and rotated in float64.
+    """Fold and rotate one of a layer's tensors, by name relative to the layer, in float64.
 
     Beside `tensors` it holds at most two float64 copies of the one that it is asked for.
     """
@@ -72,7 +72,7 @@ def fold_and_rotate_tensor(
 def fold_and_rotate_layer(
     spec: ModelSpec, tensors: Mapping[str, Tensor], plan: RotationPlan, layer: int
 ) -> dict[str, Tensor]:
-    """All tensors of one layer, by name relative to the layer, folded and rotated in float64."""
+    """Fold and rotate all tensors of one layer, by name relative to the layer, in float64."""
     return {name: fold_and_rotate_tensor(spec, tensors, plan, layer, name) for name in spec.layer_tensors()}
 
 
@@ -90,12 +90,13 @@ def _rotate_bias(linear: Linear, bias: Tensor, plan: RotationPlan, layer: int | 
 
 
 def rotate_embedding(rows: Tensor, plan: RotationPlan) -> Tensor:
-    """Embedding rows [n, hidden_size] in the rotated residual stream, in float64."""
+    """Rotate embedding rows [n, hidden_size] into the rotated residual stream, in float64."""
     return rotate_axis(rows.double(), plan.output_rotation(RESIDUAL.space, None))
 
 
 def rotate_axis(values: Tensor, rotation: Rotation | None) -> Tensor:
-    """values @ R along the last axis, [..., k * R.size]: each of the k heads is rotated by the same R."""
+    """Return values @ R along the last axis, [..., k * R.size]: each of the k heads is rotated by the same
+    R."""
     if rotation is None:
         return values
     return rotation.apply(values.reshape(*values.shape[:-1], -1, rotation.size)).flatten(-2)

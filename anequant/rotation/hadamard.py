@@ -39,7 +39,7 @@ _ELEMENTS_PER_SLICE = 2**18
 
 
 def power_of_two_divisors(n: int) -> tuple[int, ...]:
-    """All powers of two that divide n >= 1, in increasing order: the block sizes that fit a width of n."""
+    """Return the powers of two that divide n >= 1, ascending: the block sizes that fit a width of n."""
     return tuple(2**k for k in range((n & -n).bit_length()))
 
 
@@ -77,7 +77,7 @@ def orthonormal_factors(order: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def apply_hadamard_(x: Tensor, order: int, *, transpose: bool = False) -> Tensor:
-    """In place x <- x @ kron(I, H) / sqrt(order) along the last axis; with `transpose`, H.T in place of H.
+    """Set x to x @ kron(I, H) / sqrt(order) along the last axis, with `transpose` H.T in the place of H.
 
     x: floating, contiguous, [..., n] with n a multiple of `order`: order == n mixes the whole width, a
     smaller order each block of that size on its own. Computed in x's dtype, but at least float32. Returns x.

@@ -61,7 +61,7 @@ class Rotation:
 
 
 def hadamard_rotation(n: int, generator: torch.Generator) -> Rotation:
-    """A Hadamard matrix over the whole width n, rows given random signs (QuaRot, Ashkboos et al. 2024).
+    """Draw a Hadamard matrix over the whole width n, rows given random signs (QuaRot, Ashkboos et al. 2024).
 
     Raises UnsupportedError when no Hadamard matrix of order n can be built.
     """
@@ -70,7 +70,7 @@ def hadamard_rotation(n: int, generator: torch.Generator) -> Rotation:
 
 
 def block_hadamard_rotation(n: int, block: int, generator: torch.Generator) -> Rotation:
-    """One Sylvester matrix per block of the width n, rows given random signs.
+    """Draw one Sylvester matrix per block of the width n, rows given random signs.
 
     Raises UsageError unless `block` is a power of two that divides n.
     """
@@ -79,7 +79,7 @@ def block_hadamard_rotation(n: int, block: int, generator: torch.Generator) -> R
 
 
 def plain_hadamard(n: int, order: int) -> Rotation:
-    """Without signs: of order n over the whole width, or one Sylvester matrix per block of `order`.
+    """Return Hadamard matrices without signs: one over the whole width n, or a Sylvester matrix per block.
 
     Raises UnsupportedError when no Hadamard matrix of order n can be built, UsageError unless a smaller
     order is a power of two that divides n.
@@ -101,7 +101,7 @@ def _check_block(n: int, block: int) -> None:
 
 
 def random_rotation(n: int, generator: torch.Generator) -> Rotation:
-    """A dense orthogonal matrix, uniform by Haar's measure.
+    """Draw a dense orthogonal matrix, uniform by Haar's measure.
 
     Q of the QR decomposition of a Gaussian matrix; making R's diagonal positive makes Q unique, hence uniform
     (Mezzadri 2007).
