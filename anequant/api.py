@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anequant.checkpoints.manifest import rotation_keys
-from anequant.checkpoints.side_files import custom_code
+from anequant.checkpoints.manifest import read_rotation_keys
+from anequant.checkpoints.side_files import find_custom_code
 from anequant.checkpoints.source import Source, resolve_source
 from anequant.evaluation.evaluate import Evaluation, evaluate_checkpoint
 from anequant.evaluation.sample_size import LENGTH, WINDOWS
@@ -200,10 +200,10 @@ def _job(
     place of the recipe's keys, not of `keys`."""
     _recipe(recipe, keys)
     source = resolve_source(model)
-    code = custom_code(source.folder)
+    code = find_custom_code(source.folder)
     if code:
         LOG.warning("ignored, no code of a checkpoint is run: %s", ", ".join(code))
-    return source, _recipe(recipe, {**(rotation_keys(source.folder) or {}), **keys})
+    return source, _recipe(recipe, {**(read_rotation_keys(source.folder) or {}), **keys})
 
 
 def _recipe(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -> Recipe:

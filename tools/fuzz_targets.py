@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from anequant.architectures import read_spec
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.tokens import calibration_tokens, whole_calibration
+from anequant.calibration.tokens import calibrate_on_whole_file, calibration_tokens
 from anequant.checkpoints.contract import check_contract
 from anequant.checkpoints.header import read_header
 from anequant.checkpoints.layers import load_layer, load_table, open_quantized
@@ -138,7 +138,7 @@ def _model_targets(model: Path) -> dict[str, Target]:
     def read_ids() -> None:
         checkpoint = open_checkpoint(calibrated)
         calibration_tokens(Calibration(str(ids), samples=2, length=4), checkpoint)
-        whole_calibration(str(ids))
+        calibrate_on_whole_file(str(ids))
 
     return {
         "header": Target(body, read_body),

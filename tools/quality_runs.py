@@ -111,12 +111,12 @@ def _run_peer(row: Row, settings: Settings, output: Path) -> float:
     from anequant.checkpoints.reader import open_checkpoint
     from anequant.comparison.peers import GROUP
     from anequant.reference.sources import read_text
-    from anequant.reference.windows import cut_windows, load_tokenizer, start_token
+    from anequant.reference.windows import cut_windows, find_start_token, load_tokenizer
 
     assert row.peer is not None
     folder = Path(settings.model)
     tokenizer = load_tokenizer(folder)
-    first = start_token(tokenizer, open_checkpoint(folder).spec.config)
+    first = find_start_token(tokenizer, open_checkpoint(folder).spec.config)
     text = read_text(settings.calibration)
     windows = cut_windows(text, tokenizer, first, count=row.windows, length=settings.length)
     PEERS[row.peer](folder, output, windows)

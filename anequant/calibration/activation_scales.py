@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import INPUT_SCALES, Linear, Space, layer_prefix
-from anequant.quantization.activations import BINS, static_scale
+from anequant.quantization.activations import BINS, choose_static_scale
 from anequant.quantization.online import Online
-from anequant.quantization.scales import balanced_scales
+from anequant.quantization.scales import balance_scales
 from anequant.recipe import Recipe
 
 Inputs = Callable[[], Iterable[Tensor]]
@@ -28,7 +28,7 @@ def choose_input_scale(recipe: Recipe, linear: Linear, weight: Tensor, inputs: I
     if not recipe.smooth or linear.input.space is not Space.FFN:
         return None
     magnitudes = find_largest_magnitudes(inputs(), recipe.activation_prefix)
-    return smooth_scale(balanced_scales(weight)[1], magnitudes, recipe.smooth)
+    return smooth_scale(balance_scales(weight)[1], magnitudes, recipe.smooth)
 
 
 def measure_static_scales(
@@ -76,7 +76,9 @@ def _static_scales(
         later = part[:, prefix:].abs()
         for name, factor in factors.items():
             counts[name] += torch.histc(later * factor, BINS, 0, largest[name] or 1.0)
-    return {name: static_scale(counts[name], largest[name], bits, kind) for name, bits in widths.items()}
+    return {
+        name: choose_static_scale(counts[name], largest[name], bits, kind) for name, bits in widths.items()
+    }
 
 
 def smooth_scale(balanced: Tensor, magnitudes: Tensor, strength: float) -> Tensor:

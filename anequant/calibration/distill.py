@@ -18,7 +18,7 @@ from anequant.architectures.spec import ModelSpec
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.online import NOTHING, Online
 from anequant.quantization.tune import TunableLinear
-from anequant.reference.forward import ReferenceModel, head_gradients, head_loss
+from anequant.reference.forward import ReferenceModel, differentiate_head, sum_head_loss
 
 WINDOWS_A_STEP = 2
 LEARNING_RATE = 5e-4
@@ -148,7 +148,7 @@ class Student:
         hidden = lesson.embedded
         for number, layer in enumerate(self._layers):
             hidden = self._model.run_layer(number, layer.tensors(), hidden)
-        total = head_loss(self._model, hidden, self._heads.gain, lesson.taught, self._divergence)
+        total = sum_head_loss(self._model, hidden, self._heads.gain, lesson.taught, self._divergence)
         return total / hidden[..., 0].numel()
 
     def set_gradients(self, lesson: Lesson) -> None:
@@ -158,7 +158,7 @@ class Student:
             inputs.append(hidden)
             hidden = self._model.run_layer(number, layer.tensors(), hidden)
         gain = self._heads.gain
-        gradient, gain.grad = head_gradients(self._model, hidden, gain, lesson.taught, self._divergence)
+        gradient, gain.grad = differentiate_head(self._model, hidden, gain, lesson.taught, self._divergence)
         count = hidden[..., 0].numel()
         gradient /= count
         gain.grad /= count

@@ -100,7 +100,7 @@ def measure_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
     return ranges
 
 
-def power_of_two_below(value: float, most: float) -> float:
+def find_power_of_two(value: float, most: float) -> float:
     """Return 1, or the largest power of two that brings `value` to at most `most`."""
     return 1.0 if value <= most else 2.0 ** -math.ceil(math.log2(value / most))
 

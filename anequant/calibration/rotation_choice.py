@@ -20,8 +20,8 @@ from anequant.errors import UsageError
 from anequant.jobs.control import Progress, part_of, silent
 from anequant.quantization.online import plan_online
 from anequant.recipe import Recipe
-from anequant.reference.forward import ReferenceModel, Weights, final_hidden_states
-from anequant.rotation.rotation_plan import RotationPlan, matrix_sizes, plan_rotations
+from anequant.reference.forward import ReferenceModel, Weights, run_to_final_states
+from anequant.rotation.rotation_plan import RotationPlan, list_matrix_sizes, plan_rotations
 
 MEASURED_WINDOWS = 8
 """Windows that candidates are measured on; learning sees the others."""
@@ -88,7 +88,7 @@ def check_rotations(spec: ModelSpec, recipe: Recipe, file: Path | None) -> None:
 
 def matrices_from_file(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
     """The names and sizes of the matrices that the recipe takes from a file of rotations."""
-    sizes = matrix_sizes(spec, recipe)
+    sizes = list_matrix_sizes(spec, recipe)
     return {name: size for name, size in sizes.items() if getattr(recipe, name.partition(".")[0]) == "file"}
 
 
@@ -155,7 +155,7 @@ def _compare_and_learn(
     """The best plan by the KL of its quantized model, then learned from there if the recipe says so."""
     progress("float model", 0.0)
     lesson = Lesson(
-        checkpoint.read(f"{EMBEDDING}.weight")[tokens].float(), final_hidden_states(checkpoint, tokens)
+        checkpoint.read(f"{EMBEDDING}.weight")[tokens].float(), run_to_final_states(checkpoint, tokens)
     )
     count = min(MEASURED_WINDOWS, max(1, len(tokens) // 2))
     measured = lesson.windows(slice(count))

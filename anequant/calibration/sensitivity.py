@@ -22,7 +22,7 @@ from anequant.jobs.control import Progress, silent
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import NOTHING, Online
 from anequant.quantization.weight_format import WeightFormat
-from anequant.reference.forward import ReferenceModel, head_gradients
+from anequant.reference.forward import ReferenceModel, differentiate_head
 
 Losses = dict[str, dict[int, float]]
 """KL per token by tensor name and bits."""
@@ -70,7 +70,7 @@ def measure_rounding_losses(
         return -log_p.gather(-1, drawn).sum()
 
     final = inputs.pop()
-    gradient, _ = head_gradients(runner, final, torch.ones(spec.hidden_size), final, surprise)
+    gradient, _ = differentiate_head(runner, final, torch.ones(spec.hidden_size), final, surprise)
     losses: Losses = {}
     for layer in reversed(range(spec.num_layers)):
         progress(f"layer {layer + 1} backward", 1 - 0.7 * layer / spec.num_layers)

@@ -17,13 +17,13 @@ from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import InputError, ResourceError, UsageError
 from anequant.jobs.control import Progress, silent
 from anequant.recipe import Calibration
-from anequant.reference.sources import Ids, Texts, has_rows, read_source, source_text
+from anequant.reference.sources import Ids, Texts, has_rows, read_source, read_source_text
 from anequant.reference.windows import (
     cut_model_windows,
     cut_windows,
+    find_start_token,
     load_tokenizer,
     require_known,
-    start_token,
 )
 
 SELF, WIKITEXT2 = "self", "wikitext2"
@@ -56,7 +56,7 @@ def calibration_tokens(
             resident=resident,
             progress=progress,
         )
-    text = wikitext2("train") if content is None else content.write_out(tokenizer)
+    text = read_wikitext2("train") if content is None else content.write_out(tokenizer)
     windows = cut_windows(text, tokenizer, first, count=count, length=length, seed=calibration.seed)
     require_known(windows.flatten().tolist(), checkpoint.spec.vocab_size)
     return windows
@@ -79,7 +79,7 @@ def save_calibration(output: Path, model: Path, source: str, *, count: int, leng
     without a tokenizer, ResourceError when WikiText-2 cannot be had or the file not be written.
     """
     tokenizer = load_tokenizer(model)
-    text = wikitext2("train") if source == WIKITEXT2 else source_text(Path(source), tokenizer)
+    text = read_wikitext2("train") if source == WIKITEXT2 else read_source_text(Path(source), tokenizer)
     windows = cut_model_windows(tokenizer, read_config(model), text, count=count, length=length)
     rows = [
         {"input_ids": ids, "text": tokenizer.decode(ids, skip_special_tokens=True)[:PREVIEW]}
@@ -92,7 +92,7 @@ def save_calibration(output: Path, model: Path, source: str, *, count: int, leng
     return len(rows)
 
 
-def whole_calibration(source: str) -> Calibration:
+def calibrate_on_whole_file(source: str) -> Calibration:
     """The Calibration that sees all rows of a file of token ids, cut to the shortest; the default sizes for
     any other source.
 
@@ -112,7 +112,7 @@ def _start(checkpoint: Checkpoint, source: str) -> tuple[Any, int]:
     config, tokenizer = checkpoint.spec.config, None
     if has_tokenizer(checkpoint.folder):
         tokenizer = load_tokenizer(checkpoint.folder)
-        first = start_token(tokenizer, config)
+        first = find_start_token(tokenizer, config)
     elif source == SELF:
         first = config["bos_token_id"] if isinstance(config.get("bos_token_id"), int) else 0
     else:
@@ -124,7 +124,7 @@ def _start(checkpoint: Checkpoint, source: str) -> tuple[Any, int]:
     return tokenizer, first
 
 
-def wikitext2(split: str) -> str:
+def read_wikitext2(split: str) -> str:
     """A split of WikiText-2 (Merity et al. 2016) through `datasets`, from the network or its cache."""
     from datasets import load_dataset
 

@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 
 from anequant.architectures.spec import Linear, ModelSpec
 from anequant.quantization.online import NOTHING, Online
-from anequant.quantization.products import add_product, add_square, bfloat16_products, mirror
+from anequant.quantization.products import add_product, add_square, allow_bfloat16, mirror
 from anequant.quantization.statistics import InputStatistics, Moments
 from anequant.reference.forward import WINDOWS_AT_ONCE, ReferenceModel
 
@@ -50,7 +50,7 @@ class Walkers:
         *,
         exact: bool = False,
     ) -> None:
-        self._precision = nullcontext if exact else bfloat16_products
+        self._precision = nullcontext if exact else allow_bfloat16
         self._models = [ReferenceModel(spec, torch.float32, online.rotations) for _ in range(2)]
         self._hidden = [embedded.float().clone(), quantized.float().clone()]
         count = len(embedded)

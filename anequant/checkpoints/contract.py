@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from anequant.checkpoints.foreign import complete_codebook, find_codebook
-from anequant.checkpoints.layout import projection_names
+from anequant.checkpoints.layout import list_projections
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import InputError, VerificationError
 
@@ -58,7 +58,7 @@ def require_contract(folder: Path) -> int:
             where=str(folder),
             remedy="quantize the model again",
         )
-    return len(projection_names(open_checkpoint(folder).spec))
+    return len(list_projections(open_checkpoint(folder).spec))
 
 
 def check_contract(folder: Path) -> list[Violation]:
@@ -69,7 +69,7 @@ def check_contract(folder: Path) -> list[Violation]:
     checkpoint = open_checkpoint(folder)
     return [
         violation
-        for name in projection_names(checkpoint.spec)
+        for name in list_projections(checkpoint.spec)
         for violation in _check_projection(checkpoint, name)
     ]
 

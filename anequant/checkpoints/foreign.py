@@ -45,7 +45,7 @@ def find_codebook(name: str, weight: Tensor, input_scales: Tensor, output_scales
     return complete_codebook(name, (sums / group.bincount()).half().float())
 
 
-def stored_bits(entries: int) -> int:
+def count_stored_bits(entries: int) -> int:
     """The width of codes into a stored codebook of 2 to 256 entries, filled up to one of WIDTHS."""
     return min(bits for bits in WIDTHS if 2**bits >= entries)
 
@@ -58,6 +58,6 @@ def complete_codebook(name: str, entries: Tensor) -> Tensor:
     entries = torch.unique(entries.reshape(-1).float())
     if not (2 <= len(entries) <= MOST_ENTRIES and bool(entries.isfinite().all())):
         raise InputError(f"'{name}.codebook' must hold 2 to {MOST_ENTRIES} different finite entries")
-    length = 2 ** stored_bits(len(entries))
+    length = 2 ** count_stored_bits(len(entries))
     last, step = entries[-1], (entries[-1] - entries[0]).clamp_min(1e-3)
     return torch.cat([entries, last + step * torch.arange(1, length - len(entries) + 1)])

@@ -16,7 +16,13 @@ from typing import Any
 
 from anequant.checkpoints.online_config import INDEX_SUFFIX, STEM, SUFFIX
 from anequant.checkpoints.reader import read_object
-from anequant.checkpoints.source import TOKENIZER_FILES, Source, hub_id, local_source, resolve_source
+from anequant.checkpoints.source import (
+    TOKENIZER_FILES,
+    Source,
+    find_local_source,
+    parse_hub_id,
+    resolve_source,
+)
 from anequant.errors import InputError
 
 SINGLE, INDEX = f"{STEM}{SUFFIX}", f"{STEM}{INDEX_SUFFIX}"
@@ -33,12 +39,12 @@ def fetch_headers(model: str | None) -> Iterator[Source]:
     """
     from huggingface_hub import constants
 
-    local = local_source(model)
+    local = find_local_source(model)
     if local is not None or constants.HF_HUB_OFFLINE:
         yield local or resolve_source(model)
         return
     with tempfile.TemporaryDirectory(prefix="anequant-headers-") as folder:
-        yield _fetch(Path(folder), *hub_id(str(model)))
+        yield _fetch(Path(folder), *parse_hub_id(str(model)))
 
 
 def _fetch(folder: Path, repo: str, revision: str | None) -> Source:

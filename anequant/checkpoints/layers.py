@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, HEAD, layer_prefix
-from anequant.checkpoints.foreign import MOST_ENTRIES, stored_bits
-from anequant.checkpoints.layout import projection_names
+from anequant.checkpoints.foreign import MOST_ENTRIES, count_stored_bits
+from anequant.checkpoints.layout import list_projections
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import InputError
@@ -34,7 +34,7 @@ def open_quantized(folder: Path) -> Checkpoint:
     Raises InputError too where no projection is quantized.
     """
     checkpoint = open_checkpoint(folder)
-    names = projection_names(checkpoint.spec)
+    names = list_projections(checkpoint.spec)
     if not any(f"{name}.output_scales" in checkpoint.tensors for name in names):
         raise InputError(f"'{folder}' is not quantized", remedy="run `anequant quantize` on the float model")
     return _with_head(checkpoint) if checkpoint.spec.tied else checkpoint
@@ -68,12 +68,14 @@ def load_table(checkpoint: Checkpoint, name: str) -> QuantizedLinear | FloatTabl
     return FloatTable(range(rows), columns, partial(checkpoint.read, f"{name}.weight"))
 
 
-def projection_bits(checkpoint: Checkpoint) -> dict[str, int]:
+def read_projection_bits(checkpoint: Checkpoint) -> dict[str, int]:
     """Width of every projection by full name: from the shape of its codebook, else from its weight."""
     bits = {}
-    for name in projection_names(checkpoint.spec):
+    for name in list_projections(checkpoint.spec):
         codebook = checkpoint.tensors.get(f"{name}.codebook")
         entries = 0 if codebook is None else math.prod(codebook.shape)
         known = 1 < entries <= MOST_ENTRIES
-        bits[name] = stored_bits(entries) if known else load(name, checkpoint.read, checkpoint.tensors).bits
+        bits[name] = (
+            count_stored_bits(entries) if known else load(name, checkpoint.read, checkpoint.tensors).bits
+        )
     return bits

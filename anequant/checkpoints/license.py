@@ -29,7 +29,7 @@ class License:
     said: str
 
 
-def model_license(folder: Path) -> License:
+def read_license(folder: Path) -> License:
     """The licence of the model in a folder: its card's, or else the file that lies beside the weights."""
     try:
         metadata = _front_matter(folder / CARD)
@@ -39,7 +39,7 @@ def model_license(folder: Path) -> License:
         problem = f"its {CARD} names none" if (folder / CARD).is_file() else f"it has no {CARD}"
     if "license" in metadata:
         return License(metadata, f"`{metadata['license']}`, as the base model's card says.")
-    files = license_files(folder)
+    files = find_license_files(folder)
     if files:
         named = {"license": "other", "license_name": "as-the-base-model", "license_link": files[0]}
         return License(named, f"that of the base model, in `{files[0]}`.")
@@ -48,13 +48,13 @@ def model_license(folder: Path) -> License:
     )
 
 
-def license_files(folder: Path) -> list[str]:
+def find_license_files(folder: Path) -> list[str]:
     """The files of LICENSE_FILES that a folder holds."""
     return [name for name in LICENSE_FILES if (folder / name).is_file()]
 
 
 def copy_license(source: Path, folder: Path) -> None:
-    for name in license_files(source):
+    for name in find_license_files(source):
         shutil.copyfile(source / name, folder / name)
 
 

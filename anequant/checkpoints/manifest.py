@@ -47,7 +47,7 @@ def build_published_config(
             "r4": recipe.r4,
             "seed": recipe.seed,
         },
-        "quality_metrics": six_digits(quality),
+        "quality_metrics": keep_six_digits(quality),
     }
 
 
@@ -56,7 +56,7 @@ def manifest(kind: str, contents: Mapping[str, Any]) -> dict[str, Any]:
 
     Measured numbers are kept to six digits: the last ones depend on how many threads summed them.
     """
-    return {"format": FORMAT, "kind": kind, "versions": installed_versions(), **six_digits(contents)}
+    return {"format": FORMAT, "kind": kind, "versions": installed_versions(), **keep_six_digits(contents)}
 
 
 def write_manifest(folder: Path, kind: str, contents: Mapping[str, Any]) -> None:
@@ -65,19 +65,19 @@ def write_manifest(folder: Path, kind: str, contents: Mapping[str, Any]) -> None
     write_json(folder / MANIFEST, manifest(kind, {**contents, "files": file_hashes(folder)}))
 
 
-def checkpoint_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+def hash_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the hashes of a checkpoint's config and weights, which identify it in packages made from it."""
     return file_hashes(checkpoint.folder, checkpoint.files)
 
 
-def six_digits(value: Any) -> Any:
+def keep_six_digits(value: Any) -> Any:
     """The value with every float in it rounded to six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
-        return {key: six_digits(item) for key, item in value.items()}
+        return {key: keep_six_digits(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [six_digits(item) for item in value]
+        return [keep_six_digits(item) for item in value]
     return value
 
 
@@ -89,7 +89,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return value
 
 
-def rotation_keys(folder: Path) -> dict[str, Any] | None:
+def read_rotation_keys(folder: Path) -> dict[str, Any] | None:
     """Return the recipe keys that `anequant rotate` rotated the model in a folder with; None for any other
     folder.
 

@@ -43,7 +43,7 @@ KEYS = (
 )
 
 
-def weights_stem(online: Online) -> str:
+def choose_stem(online: Online) -> str:
     return ONLINE_STEM if online.active else STEM
 
 

@@ -12,7 +12,7 @@ REPORTS = {f"{place}{name}" for place in ("", f"{CHECKPOINT_FOLDER}/") for name 
 """Beside what an output promises: they hold times, so they are no part of its hashes."""
 
 
-def packages_folder(folder: Path) -> Path:
+def find_packages(folder: Path) -> Path:
     """Return the folder of an output's packages: one below it for convert's, itself for lower's.
 
     Raises InputError when the folder does not exist.

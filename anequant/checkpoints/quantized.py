@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anequant.checkpoints.foreign import complete_codebook, find_codebook
 from anequant.errors import InputError, VerificationError
-from anequant.quantization.codebook import nearest_codes
+from anequant.quantization.codebook import find_nearest_codes
 from anequant.quantization.codebook_kernels import look_up
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.scales import spread
@@ -137,7 +137,7 @@ def _recover_codes(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     output_scales = tensors[f"{name}.output_scales"].half()
     codebook = tensors[f"{name}.codebook"].half().float().reshape(-1)
     every_float16 = torch.from_numpy(np.arange(65536, dtype=np.uint16).view(np.float16))
-    code_of = nearest_codes(every_float16.float(), codebook)
+    code_of = find_nearest_codes(every_float16.float(), codebook)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     for start in range(0, len(codes), ROWS):
         rows = slice(start, start + ROWS)

@@ -27,7 +27,7 @@ from anequant.architectures.spec import (
     layer_prefix,
 )
 from anequant.checkpoints.header import TensorInfo, read_header
-from anequant.checkpoints.online_config import INDEX_SUFFIX, SUFFIX, read_online, weights_stem
+from anequant.checkpoints.online_config import INDEX_SUFFIX, SUFFIX, choose_stem, read_online
 from anequant.errors import InputError, shown
 from anequant.quantization.online import NOTHING, Online
 from anequant.strict import parse_json, read_plain
@@ -65,7 +65,7 @@ class Checkpoint:
     def files(self) -> list[str]:
         """The names of the files that make it up: its config, the index if it is read, and the weights."""
         names = [shard.name for shard in self.shards]
-        first = _first_file(self.folder, weights_stem(self.online))
+        first = _first_file(self.folder, choose_stem(self.online))
         return ["config.json", *([] if first in names else [first]), *names]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
@@ -120,7 +120,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     where = str(folder / "config.json")
     spec = read_spec(config, where)
     online = read_online(config, spec, where)
-    spec, tensors = _tie(spec, _read_headers(folder, weights_stem(online)))
+    spec, tensors = _tie(spec, _read_headers(folder, choose_stem(online)))
     checkpoint = Checkpoint(folder, spec, tensors, online)
     _check_tensors(checkpoint)
     return checkpoint

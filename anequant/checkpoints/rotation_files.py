@@ -20,7 +20,7 @@ from anequant.checkpoints.header import TensorInfo, read_header
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError, UsageError, shown
 from anequant.recipe import Recipe
-from anequant.rotation.rotation_plan import R1, RotationPlan, matrix_sizes, plan_rotations
+from anequant.rotation.rotation_plan import R1, RotationPlan, list_matrix_sizes, plan_rotations
 
 ROTATIONS = "rotations.safetensors"
 METADATA = {
@@ -93,7 +93,7 @@ def read_written_rotations(checkpoint: Checkpoint, recipe: Recipe) -> RotationPl
 
     Raises InputError when a file that no seed replaces is missing, and what `read_rotations` raises.
     """
-    sizes = matrix_sizes(checkpoint.spec, recipe)
+    sizes = list_matrix_sizes(checkpoint.spec, recipe)
     if (checkpoint.folder / ROTATIONS).is_file():
         matrices = read_rotations(checkpoint.folder / ROTATIONS, sizes)
         r1, r2 = ("none" if kind == "none" else "file" for kind in (recipe.r1, recipe.r2))

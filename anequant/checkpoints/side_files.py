@@ -36,7 +36,7 @@ KEYS = ("auto_map", "custom_pipelines", "custom_generate", "model_file")
 FILES = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 
 
-def custom_code(folder: Path) -> tuple[str, ...]:
+def find_custom_code(folder: Path) -> tuple[str, ...]:
     """Return what in a model folder asks for code to be run: Python files, and keys of JSON that name some.
 
     Files that cannot be read name nothing.

@@ -52,10 +52,10 @@ def resolve_source(model: str | None) -> Source:
 
     Raises InputError when there is no such folder and the hub has, or can be asked for, no such model.
     """
-    return local_source(model) or _download(*hub_id(str(model)))
+    return find_local_source(model) or _download(*parse_hub_id(str(model)))
 
 
-def local_source(model: str | None) -> Source | None:
+def find_local_source(model: str | None) -> Source | None:
     """The folder of MODEL, None where it is no path; raises InputError for a path to anything else."""
     if model is None:
         return Source(BUNDLED_MODEL, BUNDLED_MODEL.name)
@@ -76,7 +76,7 @@ def _as_text(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-def hub_id(model: str) -> tuple[str, str | None]:
+def parse_hub_id(model: str) -> tuple[str, str | None]:
     """The repository and the revision, if one is named; raises InputError for what is no hub id."""
     match = _HUB_ID.fullmatch(model)
     if match is None or model.startswith("."):

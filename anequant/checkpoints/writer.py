@@ -41,10 +41,10 @@ class Entry:
 
 
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json_text(value), encoding="utf-8")
+    path.write_text(format_json(value), encoding="utf-8")
 
 
-def json_text(value: object) -> str:
+def format_json(value: object) -> str:
     """JSON with sorted keys and a final newline, the same bytes for the same value."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 

@@ -77,14 +77,14 @@ def compare(
         )
     if html is not None:
         _check_page(html)
-    from anequant.checkpoints.manifest import rotation_keys
+    from anequant.checkpoints.manifest import read_rotation_keys
     from anequant.checkpoints.source import resolve_source
     from anequant.comparison.compare import compare as run
     from anequant.jobs.scheduler import open_scheduler
     from anequant.report.terminal import comparison_table as shown
 
     source = resolve_source(model)
-    rotated = rotation_keys(source.folder)
+    rotated = read_rotation_keys(source.folder)
     with open_scheduler(scheduler, console.note) as tasks, console.watched("compare") as job:
         result = run(
             source,

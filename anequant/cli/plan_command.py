@@ -59,12 +59,12 @@ def plan(console: Console, model: str | None, max_memory: int | None, **options:
     """
     read_recipe(options)
     from anequant.checkpoints.hub_headers import fetch_headers
-    from anequant.checkpoints.manifest import rotation_keys
+    from anequant.checkpoints.manifest import read_rotation_keys
     from anequant.planning.plan import plan_source
     from anequant.report.terminal import planned
 
     with fetch_headers(model) as source:
-        recipe = read_recipe(options, rotation_keys(source.folder))
+        recipe = read_recipe(options, read_rotation_keys(source.folder))
         calibration, sizes = read_calibration(options), read_lowering(options)
         result, speed = plan_source(source, recipe, calibration, sizes, options["rotations"], max_memory)
     values = {"model": source.name, "revision": source.revision, "recipe": recipe.to_dict()}

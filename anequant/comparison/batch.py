@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from anequant.checkpoints.manifest import read_manifest, rotation_keys
+from anequant.checkpoints.manifest import read_manifest, read_rotation_keys
 from anequant.checkpoints.places import CHECKPOINT_FOLDER
 from anequant.checkpoints.reader import read_json
 from anequant.checkpoints.source import Source, resolve_source
@@ -134,7 +134,7 @@ class _Runner:
     def _done(self, job: BatchJob) -> Row:
         target, calibration = self._batch.output / job.name, self._batch.calibration
         source = resolve_source(job.model)
-        recipe = load_recipe(job.recipe, {**(rotation_keys(source.folder) or {}), **job.overrides})
+        recipe = load_recipe(job.recipe, {**(read_rotation_keys(source.folder) or {}), **job.overrides})
         kind = "quantize" if job.lowering is None else "convert"
         made = plain(
             fingerprint(kind, open_float(source), source.name, recipe, calibration, None, job.lowering)

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from anequant.calibration.tokens import WIKITEXT2, wikitext2
+from anequant.calibration.tokens import WIKITEXT2, read_wikitext2
 from anequant.checkpoints.manifest import (
     CHECKPOINT,
     MANIFEST,
     ROTATED,
     read_kind,
     read_manifest,
-    rotation_keys,
+    read_rotation_keys,
 )
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
 from anequant.checkpoints.rotation_files import read_written_rotations
@@ -28,7 +28,7 @@ from anequant.evaluation.task_scores import TaskScores, run_tasks
 from anequant.jobs.control import Progress, part_of, silent
 from anequant.recipe import Recipe
 from anequant.recipe_files import recipe_from_dict
-from anequant.reference.windows import read_text_windows, start_token
+from anequant.reference.windows import find_start_token, read_text_windows
 from anequant.targets.coreml.meta import META
 
 LAYER_WINDOWS = 8
@@ -112,7 +112,7 @@ def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | No
         )
     if original.is_quantized:
         return "the base is quantized itself"
-    if original.online.active or rotation_keys(original.folder) is not None:
+    if original.online.active or read_rotation_keys(original.folder) is not None:
         return "the base is rotated itself"
     if checkpoint.is_quantized and _recipe(checkpoint) is None:
         return f"the checkpoint has no {MANIFEST} that tells its rotation"
@@ -152,7 +152,7 @@ def evaluate_tasks(model: str, tasks: str, backend: str, progress: Progress = si
     from anequant.runtime.continue_text import open_text_model  # imports coremltools
 
     opened = open_text_model(folder, backend)
-    first = start_token(opened.tokenizer, read_json(opened.folder / "config.json"))
+    first = find_start_token(opened.tokenizer, read_json(opened.folder / "config.json"))
     return run_tasks(opened.decoder, opened.tokenizer, first, opened.stop, tasks, progress)
 
 
@@ -170,6 +170,6 @@ def _open(model: str, base: str | None) -> tuple[Checkpoint, Checkpoint | None]:
 
 def read_windows(checkpoint: Checkpoint, text: Path | str, windows: int, length: int) -> Tensor:
     """At most `windows` token windows of `length` of a text file, or of the test split of wikitext2."""
-    content = wikitext2("test") if str(text) == WIKITEXT2 else Path(text)
+    content = read_wikitext2("test") if str(text) == WIKITEXT2 else Path(text)
     config = checkpoint.spec.config
     return read_text_windows(checkpoint.folder, config, content, count=windows, length=length)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anequant.checkpoints.places import packages_folder
+from anequant.checkpoints.places import find_packages
 from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 from anequant.errors import UsageError
 from anequant.jobs.control import Progress, silent
@@ -80,7 +80,7 @@ def profile(folder: Path, tokens: int, *, progress: Progress = silent) -> Device
     when the context holds no `tokens` after a batch.
     """
     DevicePackage.open(folder)
-    part = packages_folder(folder)
+    part = find_packages(folder)
     packages = read_meta(part)
     if packages.batch + tokens > packages.context:
         raise UsageError(

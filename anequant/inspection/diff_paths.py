@@ -20,7 +20,7 @@ from anequant.inspection.diff_packages import PackageDifferences, diff_packages,
 from anequant.inspection.inspect import PACKAGE, Parts, parts_of
 from anequant.jobs.control import Progress, part_of, silent
 from anequant.reference.forward import logits
-from anequant.reference.windows import probe_tokens, read_text_windows
+from anequant.reference.windows import choose_probe_tokens, read_text_windows
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.targets.coreml.meta import META, read_meta
 
@@ -158,6 +158,6 @@ def compare(tokens: Tensor, base: Iterable[Tensor], ours: Iterable[Tensor]) -> L
 
 def _tokens(checkpoint: Checkpoint, text: Path | None) -> Tensor:
     if text is None and not has_tokenizer(checkpoint.folder):
-        return torch.stack([probe_tokens(checkpoint, LENGTH)])
+        return torch.stack([choose_probe_tokens(checkpoint, LENGTH)])
     config = checkpoint.spec.config
     return read_text_windows(checkpoint.folder, config, text or SAMPLE_TEXT, count=WINDOWS, length=LENGTH)

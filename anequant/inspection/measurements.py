@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import Linear, layer_prefix
-from anequant.checkpoints.manifest import rotation_keys
+from anequant.checkpoints.manifest import read_rotation_keys
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import read_written_rotations
 from anequant.errors import UnsupportedError
 from anequant.evaluation.distribution import distribution
 from anequant.jobs.control import Progress, silent
-from anequant.quantization.codebook import codebook_bits
+from anequant.quantization.codebook import count_code_bits
 from anequant.quantization.linear import QuantizedLinear, relative_error
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import NOTHING, plan_online
@@ -112,7 +112,7 @@ def measure(
     It holds one projection, the inputs of one layer and both hidden states. Raises what
     `read_written_rotations` raises.
     """
-    came_rotated = rotation_keys(original.folder) is not None
+    came_rotated = read_rotation_keys(original.folder) is not None
     plan = RotationPlan() if came_rotated else read_written_rotations(checkpoint, recipe)
     online = plan_online(original.spec, recipe).rotations
     after = _Walker(RotatedModel(original, plan, recipe.fold_input_scales, online), recipe, tokens)
@@ -206,7 +206,7 @@ class _Walker:
 
 def _bits(checkpoint: Checkpoint, layer: int, linear: Linear) -> int:
     codebook = checkpoint.tensors.get(f"{layer_prefix(layer)}{linear.name}.codebook")
-    return 16 if codebook is None else codebook_bits(math.prod(codebook.shape))
+    return 16 if codebook is None else count_code_bits(math.prod(codebook.shape))
 
 
 def _weight(stored: QuantizedLinear | Tensor) -> Tensor:

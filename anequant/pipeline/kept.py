@@ -22,7 +22,7 @@ from anequant.planning.baseline import samples_resident
 from anequant.planning.schedule import CALIBRATION_TOKENS
 from anequant.planning.steps import ROTATING
 from anequant.recipe import Calibration, Recipe
-from anequant.rotation.rotation_plan import matrix_sizes, plan_rotations
+from anequant.rotation.rotation_plan import list_matrix_sizes, plan_rotations
 
 TOKENS = "tokens"
 
@@ -82,7 +82,7 @@ def kept_rotations(
     choice = journal.unit(ROTATING, run)
     if choice is None:
         return Rotations(plan_rotations(spec, recipe))
-    sizes = matrix_sizes(spec, recipe)
+    sizes = list_matrix_sizes(spec, recipe)
     matrices = read_rotations(journal.folder / ROTATIONS, sizes)
     words = {key: "none" if getattr(recipe, key) == "none" else "file" for key in ("r1", "r2")}
     kept = replace(recipe, r1=words["r1"], r2=words["r2"])

@@ -13,9 +13,9 @@ from typing import Any
 from anequant.architectures.spec import EMBEDDING, HEAD
 from anequant.calibration.ranges import LayerRange, measure_ranges
 from anequant.checkpoints.foreign import complete_codebook
-from anequant.checkpoints.layers import open_quantized, projection_bits
-from anequant.checkpoints.layout import projection_names
-from anequant.checkpoints.manifest import checkpoint_hashes, write_manifest
+from anequant.checkpoints.layers import open_quantized, read_projection_bits
+from anequant.checkpoints.layout import list_projections
+from anequant.checkpoints.manifest import hash_checkpoint, write_manifest
 from anequant.checkpoints.quantized import require_parts
 from anequant.checkpoints.reader import Checkpoint, read_object
 from anequant.checkpoints.side_files import check_side_files
@@ -29,9 +29,9 @@ from anequant.pipeline.fingerprint import fingerprint
 from anequant.planning.plan import base_of, lowering_plan
 from anequant.planning.schedule import units_of
 from anequant.planning.steps import EMBEDDING_PACKAGE, HEAD_PACKAGE, RANGES
-from anequant.quantization.codebook import codebook_bits
+from anequant.quantization.codebook import count_code_bits
 from anequant.recipe import LowerOptions
-from anequant.reference.windows import RANGE_TOKENS, probe_tokens
+from anequant.reference.windows import RANGE_TOKENS, choose_probe_tokens
 from anequant.targets.coreml.build import PackageSize, PackageTask, build_package
 from anequant.targets.coreml.meta import PackageSet, write_meta
 from anequant.targets.shared.geometry import chunk_ranges, least_chunks
@@ -65,7 +65,7 @@ def lower(
     """
     checkpoint, name = open_quantized(checkpoint_folder), checkpoint_folder.resolve().name
     check_side_files(checkpoint_folder)
-    for projection in projection_names(checkpoint.spec):
+    for projection in list_projections(checkpoint.spec):
         require_parts(projection, checkpoint.tensors)
     base = base_of(checkpoint.spec, control.max_memory)
     plan = lowering_plan(checkpoint, options, base, control.max_memory)
@@ -93,7 +93,7 @@ def lower_into(
     checkpoint = open_quantized(checkpoint_folder)
     check_lowering(checkpoint.spec, options, checkpoint.online)
     with ThreadPoolExecutor(1) as beside:
-        hashes = beside.submit(checkpoint_hashes, checkpoint)
+        hashes = beside.submit(hash_checkpoint, checkpoint)
         return _lower(folder, checkpoint, name, options, progress, journal, hashes)
 
 
@@ -119,7 +119,7 @@ def _lower(
         chunks=chunks,
         head_parts=head_parts(spec),
         lut_embeddings=_table_bits(checkpoint, EMBEDDING),
-        lut_ffn=min(projection_bits(checkpoint).values()),
+        lut_ffn=min(read_projection_bits(checkpoint).values()),
         lut_head=_table_bits(checkpoint, HEAD),
         vocab_size=spec.vocab_size,
         argmax=options.argmax,
@@ -201,7 +201,7 @@ def _ranges(checkpoint: Checkpoint, journal: Journal) -> list[LayerRange]:
     """`measure_ranges` of a few tokens, as a unit."""
 
     def run() -> list[dict[str, Any]]:
-        tokens = probe_tokens(checkpoint, RANGE_TOKENS)[None]
+        tokens = choose_probe_tokens(checkpoint, RANGE_TOKENS)[None]
         return [asdict(layer) for layer in measure_ranges(checkpoint, tokens)]
 
     return [LayerRange(**layer) for layer in journal.unit(RANGES, run)]
@@ -212,7 +212,7 @@ def _table_bits(checkpoint: Checkpoint, name: str) -> int | None:
     if f"{name}.codebook" not in checkpoint.tensors:
         return None
     entries = complete_codebook(name, checkpoint.read(f"{name}.codebook")).numel()
-    return codebook_bits(entries)
+    return count_code_bits(entries)
 
 
 def _metadata(packages: PackageSet, **more: object) -> dict[str, str]:

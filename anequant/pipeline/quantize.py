@@ -16,9 +16,14 @@ from anequant.architectures.spec import layer_prefix
 from anequant.calibration.distill import LearnResult
 from anequant.calibration.rotation_choice import RotationChoice, Rotations
 from anequant.calibration.sensitivity import FloatModel, measure_rounding_losses
-from anequant.checkpoints.layout import checkpoint_entries, projection_names
-from anequant.checkpoints.manifest import CHECKPOINT, build_published_config, rotation_keys, write_manifest
-from anequant.checkpoints.online_config import build_config, weights_stem
+from anequant.checkpoints.layout import list_entries, list_projections
+from anequant.checkpoints.manifest import (
+    CHECKPOINT,
+    build_published_config,
+    read_rotation_keys,
+    write_manifest,
+)
+from anequant.checkpoints.online_config import build_config, choose_stem
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.rotation_files import ROTATIONS, write_rotations
 from anequant.checkpoints.source import Source
@@ -140,7 +145,7 @@ def quantize_into(
     """As `quantize`, into a folder of a job's output, of what `open_float` and `check_job` have passed."""
     checkpoint = open_checkpoint(source.folder)
     spec = checkpoint.spec
-    keys = rotation_keys(source.folder)
+    keys = read_rotation_keys(source.folder)
     online = plan_online(spec, recipe)
     tokens = None
     if calibrates(source, recipe):
@@ -153,11 +158,11 @@ def quantize_into(
     model = RotatedModel(checkpoint, rotations.plan, recipe.fold_input_scales, online)
     sensitivity = journal.part(progress, "sensitivity", SENSITIVITY)
     bits = journal.unit(SENSITIVITY, lambda: _projection_bits(model, recipe, tokens, sensitivity))
-    entries = checkpoint_entries(spec, recipe, bits)
+    entries = list_entries(spec, recipe, bits)
     written = journal.folder / UNTUNED if recipe.tune else folder
     for made in (folder, written):
         made.mkdir(exist_ok=True)
-    stem = weights_stem(online)
+    stem = choose_stem(online)
     with CheckpointWriter(written, entries, stem=stem) as writer:
         rounding = step_of(progress, "round")
         errors = QuantizePass(model, recipe, bits, writer, journal, rounding, tokens).run()
@@ -198,7 +203,7 @@ def _projection_bits(
     """The width of every projection by full name: the recipe's, or chosen by sensitivity."""
     spec = model.spec
     if not recipe.target_bits or tokens is None:
-        return dict.fromkeys(projection_names(spec), recipe.bits)
+        return dict.fromkeys(list_projections(spec), recipe.bits)
     head = torch.cat([turned.float() for _, turned in model.head()])
     losses = measure_rounding_losses(
         FloatModel(spec, model.float_layer, head, model.online.rotations),

@@ -25,7 +25,7 @@ from anequant.architectures.spec import (
 from anequant.calibration.activation_scales import choose_input_scale, measure_static_scales
 from anequant.calibration.equivalence import EquivalenceProbe
 from anequant.calibration.walkers import Walkers
-from anequant.checkpoints.layout import norm_names
+from anequant.checkpoints.layout import list_norms
 from anequant.checkpoints.writer import CheckpointWriter
 from anequant.jobs.control import Progress
 from anequant.jobs.journal import Journal
@@ -152,7 +152,7 @@ class QuantizePass:
     def _write_layer(self, layer: int) -> None:
         floats, current = self._turned(layer)
         give_back_memory()
-        for name in norm_names(self._spec):
+        for name in list_norms(self._spec):
             self._rounder.write(layer_prefix(layer) + name, floats[name])
         if self._walkers is None:
             self._write_linears(layer, self._spec.architecture.linears, floats, current, None)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from anequant.calibration.rotation_choice import RotationChoice, check_rotations
-from anequant.checkpoints.layout import checkpoint_entries, projection_names
-from anequant.checkpoints.manifest import ROTATED, rotation_keys, write_manifest
-from anequant.checkpoints.online_config import build_config, weights_stem
+from anequant.checkpoints.layout import list_entries, list_projections
+from anequant.checkpoints.manifest import ROTATED, read_rotation_keys, write_manifest
+from anequant.checkpoints.online_config import build_config, choose_stem
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.rotation_files import write_rotations
 from anequant.checkpoints.source import Source
@@ -95,7 +95,7 @@ def _rotate_into(
     journal: Journal,
 ) -> RotateResult:
     checkpoint = open_checkpoint(source.folder)
-    if rotation_keys(source.folder) is not None:
+    if read_rotation_keys(source.folder) is not None:
         raise InputError(
             f"'{source.folder}' is already rotated",
             remedy="quantize it, or start from the original float checkpoint",
@@ -111,9 +111,9 @@ def _rotate_into(
     choosing = journal.part(progress, "rotations", ROTATING)
     rotations = kept_rotations(journal, checkpoint, recipe, tokens, rotations_file, choosing)
     model = RotatedModel(checkpoint, rotations.plan, False, online)
-    bits = dict.fromkeys(projection_names(checkpoint.spec), 16)
-    entries = checkpoint_entries(checkpoint.spec, plain, bits, torch.float32)
-    with CheckpointWriter(folder, entries, stem=weights_stem(online)) as writer:
+    bits = dict.fromkeys(list_projections(checkpoint.spec), 16)
+    entries = list_entries(checkpoint.spec, plain, bits, torch.float32)
+    with CheckpointWriter(folder, entries, stem=choose_stem(online)) as writer:
         step = step_of(progress, "rotate")
         passed = QuantizePass(model, plain, bits, writer, journal, step, None, torch.float32).run()
     config = build_config(checkpoint.spec, plain, online, writer.first_file, dtype="float32")

@@ -14,7 +14,7 @@ from anequant.checkpoints.quantized import store
 from anequant.checkpoints.writer import CheckpointWriter
 from anequant.errors import UnsupportedError
 from anequant.quantization.calibrated import Rounding, quantize_calibrated
-from anequant.quantization.codebook import integer_codebook
+from anequant.quantization.codebook import round_to_integers
 from anequant.quantization.fold_scales import premultiply_scales
 from anequant.quantization.linear import relative_error
 from anequant.quantization.nearest import quantize_linear
@@ -169,7 +169,7 @@ def round_linear(task: RoundingTask) -> RoundedLinear:
     if recipe.premultiply_scales and projection:
         quantized = premultiply_scales(quantized, task.name)
     if recipe.static_activations and projection:
-        quantized = replace(quantized, codebook=integer_codebook(quantized.codebook))
+        quantized = replace(quantized, codebook=round_to_integers(quantized.codebook))
     tensors = store(task.name, quantized, bias=projection)
     relative = relative_error(tensors[f"{task.name}.weight"], task.weight)
     dead = None if task.statistics is None else task.statistics.dead_inputs

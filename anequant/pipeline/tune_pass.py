@@ -14,7 +14,7 @@ from anequant.checkpoints.writer import CheckpointWriter
 from anequant.jobs.control import Progress, part_of
 from anequant.quantization.tune import start_tuning
 from anequant.recipe import Calibration
-from anequant.reference.forward import final_hidden_states
+from anequant.reference.forward import run_to_final_states
 
 MOST_WINDOWS = 96
 HELD_OUT = 16
@@ -41,7 +41,7 @@ def tune_checkpoint(
     tokens = calibration_tokens(source, original, part_of(progress, "tune", 0.0, 0.2))
     progress("tune: float model", 0.2)
     lesson = Lesson(
-        quantized.read(f"{EMBEDDING}.weight")[tokens].float(), final_hidden_states(original, tokens)
+        quantized.read(f"{EMBEDDING}.weight")[tokens].float(), run_to_final_states(original, tokens)
     )
     layers = []
     for number in range(spec.num_layers):

@@ -30,7 +30,7 @@ from anequant.planning.work import Speed, measure_speed
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.reference.open_float import open_float
-from anequant.reference.windows import RANGE_TOKENS, probe_tokens
+from anequant.reference.windows import RANGE_TOKENS, choose_probe_tokens
 from anequant.targets.shared.lowerable import check_lowering
 
 
@@ -91,7 +91,7 @@ def make_plan(
         if 16 in recipe.widths:
             problem = "recipe key 'bits' is 16, and packages hold palettized weights"
             raise UsageError(problem, remedy="use fewer")
-        probe_tokens(checkpoint, RANGE_TOKENS)
+        choose_probe_tokens(checkpoint, RANGE_TOKENS)
     written = planned_checkpoint(checkpoint, recipe)
     jobs = list(quantizing(checkpoint, written, recipe, calibration, base, max_memory))
     kept = kept_in_float(checkpoint, recipe, options)

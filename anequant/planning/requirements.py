@@ -9,7 +9,7 @@ from typing import Any
 from anequant.calibration.equivalence import PROBE_LENGTH
 from anequant.calibration.rotation_choice import check_rotations, matrices_from_file
 from anequant.calibration.tokens import check_calibration
-from anequant.checkpoints.manifest import rotation_keys
+from anequant.checkpoints.manifest import read_rotation_keys
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import read_rotations
 from anequant.checkpoints.source import Source
@@ -24,7 +24,7 @@ UNROTATED: dict[str, Any] = {"r1": "none", "r2": "none", "restarts": 1, "learn":
 
 def calibrates(source: Source, recipe: Recipe) -> bool:
     """Whether quantizing needs calibration tokens; a source that is rotated already needs none for that."""
-    rotated = rotation_keys(source.folder) is not None
+    rotated = read_rotation_keys(source.folder) is not None
     return (replace(recipe, **UNROTATED) if rotated else recipe).calibrated
 
 
@@ -38,7 +38,7 @@ def check_job(
     `check_calibration` do.
     """
     check_window(checkpoint.spec, PROBE_LENGTH)
-    keys = rotation_keys(source.folder)
+    keys = read_rotation_keys(source.folder)
     if keys is None:
         check_rotations(checkpoint.spec, recipe, rotations)
         if rotations is not None:

@@ -12,7 +12,7 @@ import torch
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
 from anequant.calibration.tokens import SELF
 from anequant.checkpoints.header import BITS, TensorInfo
-from anequant.checkpoints.layout import checkpoint_entries, projection_names
+from anequant.checkpoints.layout import list_entries, list_projections
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.source import has_tokenizer
 from anequant.checkpoints.writer import DTYPE_NAMES
@@ -80,7 +80,7 @@ def planned_checkpoint(
     """The checkpoint that quantizing writes, as its headers will say; `dtype` of what is not quantized."""
     spec = replace(checkpoint.spec, tied=False)
     width = recipe.bits if not recipe.target_bits else max(recipe.widths)
-    entries = checkpoint_entries(spec, recipe, dict.fromkeys(projection_names(spec), width), dtype)
+    entries = list_entries(spec, recipe, dict.fromkeys(list_projections(spec), width), dtype)
     tensors = {
         entry.name: TensorInfo(Path("model.safetensors"), DTYPE_NAMES[entry.dtype], entry.shape, 0)
         for entry in entries

@@ -44,7 +44,7 @@ def round_activations(x: Tensor, format_: ActivationFormat) -> Tensor:
     return x + (result - x).detach() if x.requires_grad else result
 
 
-def static_scale(histogram: Tensor, largest: float, bits: int, kind: str) -> float:
+def choose_static_scale(histogram: Tensor, largest: float, bits: int, kind: str) -> float:
     """Choose the scale for magnitudes counted in histogram [BINS], bins of equal width up to `largest`.
 
     `kind` is absmax, percentile or mse. The scale is a normal number of float16.

@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from anequant.errors import UnsupportedError
-from anequant.quantization.codebook import nearest_codes
+from anequant.quantization.codebook import find_nearest_codes
 from anequant.quantization.gptq import Grid, Rounded, damp, descend, evaluate_codes, gptq
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import FittedCore, bound_bias, fit_core, round_bias
 from anequant.quantization.products import product
 from anequant.quantization.refine import refit
-from anequant.quantization.statistics import InputStatistics, Moments, output_loss
+from anequant.quantization.statistics import InputStatistics, Moments, measure_output_loss
 from anequant.quantization.weight_format import WeightFormat
 
 DAMPINGS = (0.2, 1.0)
@@ -74,7 +74,7 @@ def quantize_calibrated(
     fitted = fit_core(target.values, rounding.format, name, input_scale)
     damping = _choose_damping(weight, fitted, statistics, rounding)
     if damping is None:
-        codes = nearest_codes(fitted.core(target.values), fitted.codebook)
+        codes = find_nearest_codes(fitted.core(target.values), fitted.codebook)
         return bound_bias(fitted.linear(codes, bias), name), None
     grid = _grid(target.values, fitted)
     factor = moments.factor(damping)
@@ -125,10 +125,12 @@ def _choose_damping(
 
     def loss(damping: float | None) -> float:
         if damping is None:
-            codes = nearest_codes(trial.core(target), trial.codebook)
+            codes = find_nearest_codes(trial.core(target), trial.codebook)
         else:
             codes = gptq(_grid(target, trial), statistics.fit.factor(damping)).T
-        return output_loss(trial.linear(codes, None).dequantize(), wanted, statistics.held_out.hessian)
+        return measure_output_loss(
+            trial.linear(codes, None).dequantize(), wanted, statistics.held_out.hessian
+        )
 
     return min((None, *DAMPINGS), key=loss)
 

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from anequant.quantization.codebook_kernels import count_values, lloyd_rounds, nearest_entries
+from anequant.quantization.codebook_kernels import count_values, find_nearest_entries, run_lloyd_rounds
 
 STEPS = 100
 LLOYD_ROUNDS = 300
@@ -25,18 +25,18 @@ RELATIVE_GAP = 2.0**-8
 ABSOLUTE_GAP = 2.0**-10
 
 
-def uniform_codebook(bits: int) -> Tensor:
+def make_uniform_codebook(bits: int) -> Tensor:
     """The integers -2**(bits-1) ... 2**(bits-1) - 1, float32."""
     half = 2 ** (bits - 1)
     return torch.arange(-half, half, dtype=torch.float32)
 
 
-def codebook_bits(entries: int) -> int:
+def count_code_bits(entries: int) -> int:
     """The width of a code that chooses from so many entries."""
     return (entries - 1).bit_length()
 
 
-def best_uniform_step(core: Tensor, bits: int) -> float:
+def find_uniform_step(core: Tensor, bits: int) -> float:
     """The step of the integer grid with the least squared error on `core`, by a line search.
 
     Searches from rms / 2**bits, a quarter or less of what is best for a Gaussian, up to the step that
@@ -99,7 +99,7 @@ class _Cells:
     def lloyd(self, entries: Tensor) -> tuple[Tensor, float]:
         """Alternate boundaries and means until they rest: the entries and their squared error."""
         tolerance = LLOYD_TOLERANCE * float(self._centres[-1] - self._centres[0])
-        entries = lloyd_rounds(entries, self._centres, self._sums, LLOYD_ROUNDS, tolerance)
+        entries = run_lloyd_rounds(entries, self._centres, self._sums, LLOYD_ROUNDS, tolerance)
         edges = self._edges(entries)
         return entries, float(self._error(edges[:-1], edges[1:]).sum())
 
@@ -142,9 +142,9 @@ class _Cells:
         return errors
 
 
-def nearest_codes(core: Tensor, codebook: Tensor) -> Tensor:
+def find_nearest_codes(core: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest entry for every value: uint8, shape of `core`."""
-    return nearest_entries(core.reshape(-1), codebook).view(core.shape)
+    return find_nearest_entries(core.reshape(-1), codebook).view(core.shape)
 
 
 def _histogram(core: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ def _histogram(core: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return centres, count_values(values, bins, low, high)
 
 
-def integer_codebook(codebook: Tensor) -> Tensor:
+def round_to_integers(codebook: Tensor) -> Tensor:
     """codebook [K] as multiples from -128 to 127 of one power of two, still ascending.
 
     What an int8 machine can hold; see `codebook_step`. At 4 bits it costs 0.4% more squared error; at 8 bits

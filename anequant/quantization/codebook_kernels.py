@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anequant.quantization.kernels import TILE, compile_kernel, find_boundaries, find_nearest, on_threads
+from anequant.quantization.kernels import TILE, compile_kernel, find_boundaries, find_nearest, run_on_threads
 
 
 def count_values(values: Tensor, bins: int, low: float, high: float) -> Tensor:
@@ -24,10 +24,10 @@ def count_values(values: Tensor, bins: int, low: float, high: float) -> Tensor:
         _count(flat[begin:end], np.float32(low), width, np.float32(bins), counts)
         return counts
 
-    return torch.from_numpy(sum(on_threads(count, len(flat)))).double()
+    return torch.from_numpy(sum(run_on_threads(count, len(flat)))).double()
 
 
-def lloyd_rounds(entries: Tensor, centres: Tensor, sums: Tensor, rounds: int, tolerance: float) -> Tensor:
+def run_lloyd_rounds(entries: Tensor, centres: Tensor, sums: Tensor, rounds: int, tolerance: float) -> Tensor:
     """Move ascending entries [K] to the means of their cells until none moves by more than `tolerance`.
 
     centres [bins] and sums [3, bins + 1], of which the first two rows are prefix sums of the weights and of
@@ -38,11 +38,11 @@ def lloyd_rounds(entries: Tensor, centres: Tensor, sums: Tensor, rounds: int, to
     return moved
 
 
-def nearest_entries(values: Tensor, codebook: Tensor) -> Tensor:
+def find_nearest_entries(values: Tensor, codebook: Tensor) -> Tensor:
     """Return the index of the nearest entry of codebook [K] for every value [n]: uint8 [n]."""
     flat, boundaries = values.numpy(), find_boundaries(codebook.numpy())
     codes = np.empty(len(flat), np.uint8)
-    on_threads(lambda begin, end: _codes(flat[begin:end], boundaries, codes[begin:end]), len(flat))
+    run_on_threads(lambda begin, end: _codes(flat[begin:end], boundaries, codes[begin:end]), len(flat))
     return torch.from_numpy(codes)
 
 
@@ -50,7 +50,7 @@ def look_up(table: Tensor, places: Tensor) -> Tensor:
     """Return table[places] for a table [K] and places of any shape, uint8 or uint16, below K."""
     values, flat = table.numpy(), places.reshape(-1).numpy()
     found = np.empty(len(flat), values.dtype)
-    on_threads(lambda begin, end: _look_up(values, flat[begin:end], found[begin:end]), len(flat))
+    run_on_threads(lambda begin, end: _look_up(values, flat[begin:end], found[begin:end]), len(flat))
     return torch.from_numpy(found).view(places.shape)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from anequant.architectures.spec import ATTENDED, Linear, ModelSpec
 from anequant.errors import UnsupportedError
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.scales import balanced_scales
+from anequant.quantization.scales import balance_scales
 
 
 def fold_input_scales(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -42,7 +42,7 @@ def fold_input_scales(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[st
         heads = _readers(spec, group[0])
         stacked = torch.cat([result[f"{linear.name}.weight"].float() for linear in group])
         by_head = stacked.view(len(stacked), *heads).transpose(1, 2).reshape(-1, heads[0] * heads[2])
-        scale = balanced_scales(by_head)[1].half().float()
+        scale = balance_scales(by_head)[1].half().float()
         repeated = scale.view(heads[0], 1, heads[2]).expand(heads).reshape(-1)
         for linear in group:
             result[f"{linear.name}.weight"] = result[f"{linear.name}.weight"] / repeated

@@ -84,7 +84,7 @@ def _run(kernel: Kernel, values: Tensor, matrix: Tensor, block: Block) -> None:
     """Run the kernel on all rows."""
     arrays = Block(*(part.numpy() for part in block))
     given = values.numpy(), matrix.numpy(), arrays, find_boundaries(arrays.codebook)
-    on_threads(lambda begin, end: kernel(begin, end, *given), arrays.error.shape[1])
+    run_on_threads(lambda begin, end: kernel(begin, end, *given), arrays.error.shape[1])
 
 
 def find_boundaries(codebook: Any) -> Any:
@@ -92,7 +92,7 @@ def find_boundaries(codebook: Any) -> Any:
     return (codebook[1:] + codebook[:-1]) / 2
 
 
-def on_threads(run: Callable[[int, int], T], size: int) -> list[T]:
+def run_on_threads(run: Callable[[int, int], T], size: int) -> list[T]:
     """Call run(begin, end) for every share of 0 to `size`, in whole tiles, on as many threads as torch
     uses."""
     threads = torch.get_num_threads()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from anequant.quantization.codebook import codebook_bits
+from anequant.quantization.codebook import count_code_bits
 from anequant.quantization.scales import spread
 
 ROWS = 1024
@@ -64,7 +64,7 @@ class QuantizedLinear:
 
     @property
     def bits(self) -> int:
-        return codebook_bits(self.codebook.numel())
+        return count_code_bits(self.codebook.numel())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight it stands for, [out, in]: computed in float32, some rows after the other."""

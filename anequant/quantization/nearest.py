@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from anequant.errors import UnsupportedError
-from anequant.quantization.codebook import best_uniform_step, lloyd_max, nearest_codes, uniform_codebook
+from anequant.quantization.codebook import (
+    find_nearest_codes,
+    find_uniform_step,
+    lloyd_max,
+    make_uniform_codebook,
+)
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.scales import (
-    balanced_scales,
-    float16_scales,
+    balance_scales,
     group_scale,
     output_scale,
+    round_scales,
     spread,
     tensor_scale,
 )
@@ -65,7 +70,7 @@ def quantize_linear(
     """
     bias = round_bias(bias, name)
     fitted = fit_core(weight, format_, name, input_scale)
-    codes = nearest_codes(fitted.core(weight), fitted.codebook)
+    codes = find_nearest_codes(fitted.core(weight), fitted.codebook)
     return bound_bias(fitted.linear(codes, bias), name)
 
 
@@ -87,10 +92,10 @@ def fit_core(
     else:
         rows, columns = output_scale(weight / input_scale, "rms"), input_scale
     if format_.codebook == "uniform" and format_.scales == "balanced":
-        rows = rows * best_uniform_step(divide_by_scales(weight, rows, columns), format_.bits)
-    rows, columns = float16_scales(rows, columns)
+        rows = rows * find_uniform_step(divide_by_scales(weight, rows, columns), format_.bits)
+    rows, columns = round_scales(rows, columns)
     if format_.codebook == "uniform":
-        return FittedCore(uniform_codebook(format_.bits), columns, rows)
+        return FittedCore(make_uniform_codebook(format_.bits), columns, rows)
     return FittedCore(lloyd_max(divide_by_scales(weight, rows, columns), format_.bits), columns, rows)
 
 
@@ -110,7 +115,7 @@ def round_bias(bias: Tensor | None, name: str) -> Tensor | None:
 def _fit_scales(weight: Tensor, format_: WeightFormat) -> tuple[Tensor, Tensor]:
     uniform = format_.codebook == "uniform"
     if format_.scales == "balanced":
-        return balanced_scales(weight)
+        return balance_scales(weight)
     measure = "absmax" if uniform else "rms"
     if format_.scales == "group":
         rows = group_scale(weight, measure, format_.group)

@@ -10,7 +10,7 @@ from anequant.errors import UsageError
 from anequant.quantization.activations import ActivationFormat
 from anequant.recipe import Recipe
 from anequant.rotation.orthogonal import Rotation
-from anequant.rotation.rotation_plan import online_rotation
+from anequant.rotation.rotation_plan import make_online_rotation
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ NOTHING = Online()
 def plan_online(spec: ModelSpec, recipe: Recipe) -> Online:
     """Plan what a recipe makes the model do while it runs, static scales still missing.
 
-    Raises UsageError for an override of an unknown projection, and what `online_rotation` raises.
+    Raises UsageError for an override of an unknown projection, and what `make_online_rotation` raises.
     """
     bits = {linear.name: recipe.activation_bits for linear in spec.architecture.linears}
     short = {name.rpartition(".")[2]: name for name in bits}
@@ -68,8 +68,8 @@ def plan_online(spec: ModelSpec, recipe: Recipe) -> Online:
         if width < 16
     }
     return Online(
-        r3=online_rotation(spec.head_dim, recipe.r3, spec.head_dim),
-        r4=online_rotation(spec.intermediate_size, recipe.r4, recipe.r4_block),
+        r3=make_online_rotation(spec.head_dim, recipe.r3, spec.head_dim),
+        r4=make_online_rotation(spec.intermediate_size, recipe.r4, recipe.r4_block),
         activations={
             layer_prefix(layer) + name: format_
             for layer in range(spec.num_layers)

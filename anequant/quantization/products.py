@@ -53,7 +53,7 @@ def mirror(total: Tensor) -> None:
 
 
 @contextmanager
-def bfloat16_products() -> Iterator[None]:
+def allow_bfloat16() -> Iterator[None]:
     """In here torch's products of float32, `add_product` and `add_square` among them, are oneDNN's where that
     is faster: because it rounds factors to bfloat16 and adds up in float32 (`has_bfloat16`), or because its
     float32 kernels, which take over where it does not round, outrun the BLAS (`has_slow_blas`). `product` is

@@ -25,7 +25,7 @@ from anequant.quantization.codebook import separate
 from anequant.quantization.codebook_kernels import look_up
 from anequant.quantization.nearest import FittedCore
 from anequant.quantization.products import add_square, product
-from anequant.quantization.scales import SMALLEST_INPUT_SCALE, float16_scales, spread
+from anequant.quantization.scales import SMALLEST_INPUT_SCALE, round_scales, spread
 from anequant.quantization.weight_format import WeightFormat
 
 RIDGE = 1e-6
@@ -64,7 +64,7 @@ def refit(
         gauge = columns.log().mean().exp()
         columns = (columns / gauge).clamp_min(SMALLEST_INPUT_SCALE)
         rows = rows * gauge
-    rows, columns = float16_scales(rows, columns)
+    rows, columns = round_scales(rows, columns)
     return FittedCore(separate(entries.double()) if free else entries, columns, rows)
 
 

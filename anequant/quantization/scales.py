@@ -59,7 +59,7 @@ def spread(scale: Tensor, columns: int) -> Tensor:
     return scale.repeat_interleave(columns // scale.shape[1], dim=1)
 
 
-def balanced_scales(weight: Tensor, rounds: int = SINKHORN_ROUNDS) -> tuple[Tensor, Tensor]:
+def balance_scales(weight: Tensor, rounds: int = SINKHORN_ROUNDS) -> tuple[Tensor, Tensor]:
     """Sinkhorn scales of weight [out, in]: (output_scale [out], input_scale [in]), float32, positive.
 
     Rows and columns of zeros (columns of a millionth of the largest, too) take no part: a dead column
@@ -82,7 +82,7 @@ def balanced_scales(weight: Tensor, rounds: int = SINKHORN_ROUNDS) -> tuple[Tens
     return mean_squares.sqrt().masked_fill_(dead, SMALLEST_PRODUCT), input_scale
 
 
-def float16_scales(output: Tensor, input_: Tensor) -> tuple[Tensor, Tensor]:
+def round_scales(output: Tensor, input_: Tensor) -> tuple[Tensor, Tensor]:
     """Round both vectors to numbers float16 holds exactly; outputs and products stay at 2**-14 or more.
 
     The floor keeps `output_scale` and `output_scale * input_scale` normal float16 numbers, so that a

@@ -92,7 +92,7 @@ class InputStatistics:
         return int((energy <= UNIT_FLOOR).sum())
 
 
-def output_loss(rounded: Tensor, wanted: Tensor, hessian: Tensor) -> float:
+def measure_output_loss(rounded: Tensor, wanted: Tensor, hessian: Tensor) -> float:
     """E||W x_float - Q x||^2 up to a constant that does not depend on Q: tr(Q H Q^T) - 2 tr(W C Q^T).
 
     rounded is Q [out, in], wanted W C [out, in] as of `Moments.wanted`, hessian H [in, in].

@@ -17,7 +17,7 @@ from torch import Tensor
 from anequant.quantization.codebook import separate
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import bound_bias, round_bias
-from anequant.quantization.scales import float16_scales
+from anequant.quantization.scales import round_scales
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TunableLinear:
         linear = self.current()
         order = linear.codebook.argsort(stable=True)
         codes = order.argsort().to(torch.uint8)[linear.codes.int()]
-        rows, columns = float16_scales(linear.output_scale, linear.input_scale)
+        rows, columns = round_scales(linear.output_scale, linear.input_scale)
         codebook = separate(linear.codebook.double())
         bias = round_bias(linear.bias, name)
         return bound_bias(QuantizedLinear(codes, codebook, columns, rows, bias), name)

@@ -15,7 +15,7 @@ from anequant.architectures.config import translate_errors
 from anequant.architectures.spec import ModelSpec
 
 
-def transformers_config(spec: ModelSpec) -> Any:
+def build_transformers_config(spec: ModelSpec) -> Any:
     """The checkpoint's config as transformers' own class; custom code named in it is never looked at.
 
     Raises InputError for values that transformers does not take.
@@ -35,7 +35,7 @@ def empty_model(spec: ModelSpec) -> tuple[Any, Any]:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    config = transformers_config(spec)
+    config = build_transformers_config(spec)
     MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # imports its module
     with translate_errors("config.json"):
         with torch.device("meta"):

@@ -225,7 +225,7 @@ class ReferenceModel:
         return result
 
 
-def final_hidden_states(
+def run_to_final_states(
     weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32, progress: Progress = silent
 ) -> Tensor:
     """Normalised hidden states [n, length, hidden_size] for tokens [n, length], layer by layer."""
@@ -239,7 +239,7 @@ def final_hidden_states(
         return model.final_norm(hidden, weights.final_gain())
 
 
-def head_logits(head: Tensor, hidden: Tensor) -> Tensor:
+def compute_logits(head: Tensor, hidden: Tensor) -> Tensor:
     """Logits [..., vocab] of hidden states [..., hidden_size]; the head is widened in row blocks."""
     parts = [hidden @ rows.to(hidden.dtype).T for rows in torch.split(head, HEAD_ROWS)]
     return torch.cat(parts, dim=-1)
@@ -249,22 +249,22 @@ def logits(
     weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32, progress: Progress = silent
 ) -> Iterator[Tensor]:
     """Logits [length, vocab] of one window after the other."""
-    hidden = final_hidden_states(weights, tokens, dtype, progress)
+    hidden = run_to_final_states(weights, tokens, dtype, progress)
     head = weights.read(weights.head_name)
     for window in hidden:
-        yield head_logits(head, window)
+        yield compute_logits(head, window)
 
 
-def head_loss(model: ReferenceModel, hidden: Tensor, gain: Tensor, targets: Tensor, loss: Loss) -> float:
+def sum_head_loss(model: ReferenceModel, hidden: Tensor, gain: Tensor, targets: Tensor, loss: Loss) -> float:
     """The sum over hidden [n, length, hidden_size] and targets [n, length, ...]."""
     with torch.no_grad():
         return sum(float(loss(model.final_norm(states, gain), t)) for states, t in _pieces(hidden, targets))
 
 
-def head_gradients(
+def differentiate_head(
     model: ReferenceModel, hidden: Tensor, gain: Tensor, targets: Tensor, loss: Loss
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `head_loss` for hidden and for the final norm's gain [hidden_size]."""
+    """Gradients of `sum_head_loss` for hidden and for the final norm's gain [hidden_size]."""
     parts, total = [], torch.zeros_like(gain)
     weight = gain.detach().requires_grad_()
     for states, part_targets in _pieces(hidden, targets):

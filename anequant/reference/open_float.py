@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, read_kind, rotation_keys
+from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, read_kind, read_rotation_keys
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.side_files import check_side_files
 from anequant.checkpoints.source import Source
@@ -27,7 +27,8 @@ def open_float(source: Source) -> Checkpoint:
     reasons = {
         "it has output scales": checkpoint.is_quantized,
         f"{MANIFEST} says so": read_kind(source.folder) == CHECKPOINT,
-        "it has a quantization_config": checkpoint.online.active and rotation_keys(source.folder) is None,
+        "it has a quantization_config": checkpoint.online.active
+        and read_rotation_keys(source.folder) is None,
     }
     for reason, holds in reasons.items():
         if holds:

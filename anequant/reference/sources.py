@@ -107,7 +107,7 @@ def read_source(path: Path) -> Texts | list[Ids]:
     return Texts(path, (content,))
 
 
-def source_text(path: Path, tokenizer: Any) -> str:
+def read_source_text(path: Path, tokenizer: Any) -> str:
     """The text of a file of prose, texts or conversations.
 
     Raises UsageError as `read_source`, and for token ids.

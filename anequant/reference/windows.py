@@ -14,7 +14,7 @@ from torch import Tensor
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, TOKENIZER_FILES, has_tokenizer
 from anequant.errors import InputError, UsageError
-from anequant.reference.sources import read_text, source_text
+from anequant.reference.sources import read_source_text, read_text
 
 PROBE_SEED = 7
 RANGE_TOKENS = 128
@@ -39,7 +39,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise InputError(f"the tokenizer of '{folder}' cannot be read: {reason}") from error
 
 
-def start_token(tokenizer: Any, config: Mapping[str, Any]) -> int:
+def find_start_token(tokenizer: Any, config: Mapping[str, Any]) -> int:
     """The token a window starts with: the tokenizer's BOS, else the config's, else EOS.
 
     Models without a BOS (Qwen) put their massive activation on whatever comes first; starting every
@@ -69,10 +69,10 @@ def read_text_windows(
     """Cut windows from a text by the tokenizer in a model's folder: int64 [at most count, length].
 
     `config` is the model's config.json; `text` is a file of prose, texts or conversations, or the text
-    itself. Raises what `load_tokenizer`, `source_text` and `cut_model_windows` raise.
+    itself. Raises what `load_tokenizer`, `read_source_text` and `cut_model_windows` raise.
     """
     tokenizer = load_tokenizer(folder)
-    content = text if isinstance(text, str) else source_text(text, tokenizer)
+    content = text if isinstance(text, str) else read_source_text(text, tokenizer)
     return cut_model_windows(tokenizer, config, content, count=count, length=length)
 
 
@@ -81,9 +81,9 @@ def cut_model_windows(
 ) -> Tensor:
     """Cut windows as `cut_windows` does, after the start token of a tokenizer and its model's config.json.
 
-    Raises as `start_token`, `require_known` and `cut_windows` do.
+    Raises as `find_start_token`, `require_known` and `cut_windows` do.
     """
-    windows = cut_windows(text, tokenizer, start_token(tokenizer, config), count=count, length=length)
+    windows = cut_windows(text, tokenizer, find_start_token(tokenizer, config), count=count, length=length)
     require_known(windows.flatten().tolist(), config.get("vocab_size"))
     return windows
 
@@ -117,7 +117,7 @@ def _before(tokens: Tensor, first: int, place: int) -> int:
     return place
 
 
-def probe_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
+def choose_probe_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
     """Return the start of the bundled text, or random tokens for a checkpoint without a tokenizer:
     [length]."""
     if has_tokenizer(checkpoint.folder):

@@ -60,7 +60,7 @@ class Rotation:
         return (x.to(dtype) @ (matrix.T if transpose else matrix)).to(x.dtype)
 
 
-def hadamard_rotation(n: int, generator: torch.Generator) -> Rotation:
+def draw_hadamard(n: int, generator: torch.Generator) -> Rotation:
     """Draw a Hadamard matrix over the whole width n, rows given random signs (QuaRot, Ashkboos et al. 2024).
 
     Raises UnsupportedError when no Hadamard matrix of order n can be built.
@@ -69,7 +69,7 @@ def hadamard_rotation(n: int, generator: torch.Generator) -> Rotation:
     return Rotation(n, signs=_random_signs(n, generator), order=n)
 
 
-def block_hadamard_rotation(n: int, block: int, generator: torch.Generator) -> Rotation:
+def draw_block_hadamard(n: int, block: int, generator: torch.Generator) -> Rotation:
     """Draw one Sylvester matrix per block of the width n, rows given random signs.
 
     Raises UsageError unless `block` is a power of two that divides n.
@@ -78,7 +78,7 @@ def block_hadamard_rotation(n: int, block: int, generator: torch.Generator) -> R
     return Rotation(n, signs=_random_signs(n, generator), order=block)
 
 
-def plain_hadamard(n: int, order: int) -> Rotation:
+def make_plain_hadamard(n: int, order: int) -> Rotation:
     """Return Hadamard matrices without signs: one over the whole width n, or a Sylvester matrix per block.
 
     Raises UnsupportedError when no Hadamard matrix of order n can be built, UsageError unless a smaller
@@ -100,7 +100,7 @@ def _check_block(n: int, block: int) -> None:
         )
 
 
-def random_rotation(n: int, generator: torch.Generator) -> Rotation:
+def draw_random_rotation(n: int, generator: torch.Generator) -> Rotation:
     """Draw a dense orthogonal matrix, uniform by Haar's measure.
 
     Q of the QR decomposition of a Gaussian matrix; making R's diagonal positive makes Q unique, hence uniform

@@ -14,10 +14,10 @@ from anequant.errors import UsageError
 from anequant.recipe import Recipe
 from anequant.rotation.orthogonal import (
     Rotation,
-    block_hadamard_rotation,
-    hadamard_rotation,
-    plain_hadamard,
-    random_rotation,
+    draw_block_hadamard,
+    draw_hadamard,
+    draw_random_rotation,
+    make_plain_hadamard,
 )
 
 R1, R2 = "r1", "r2"
@@ -46,7 +46,7 @@ class RotationPlan:
         return self.r4 if space is Space.FFN else self.output_rotation(space, layer)
 
     def matrices(self) -> dict[str, Tensor]:
-        """R1 and every R2 by the names of `matrix_sizes`, float64 [size, size]."""
+        """R1 and every R2 by the names of `list_matrix_sizes`, float64 [size, size]."""
         rotations = {} if self.r1 is None else {R1: self.r1}
         rotations |= {f"{R2}.{layer}": rotation for layer, rotation in enumerate(self.r2)}
         return {name: rotation.dense() for name, rotation in rotations.items()}
@@ -66,7 +66,7 @@ class RotationPlan:
         return self.with_matrices(self.matrices())
 
 
-def matrix_sizes(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
+def list_matrix_sizes(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
     """The matrices that the recipe's words r1 and r2 stand for, r1 and r2.0, r2.1, ..., with their sizes."""
     sizes = {} if recipe.r1 == "none" else {R1: spec.hidden_size}
     if recipe.r2 != "none":
@@ -83,8 +83,8 @@ def plan_rotations(
 ) -> RotationPlan:
     """Draw the recipe's rotations from its seed.
 
-    What no seed tells is handed in: `matrices` by the names of `matrix_sizes` where r1 or r2 is file, and
-    for pca the `basis` float64 [hidden_size, hidden_size] that a random Hadamard matrix follows.
+    What no seed tells is handed in: `matrices` by the names of `list_matrix_sizes` where r1 or r2 is file,
+    and for pca the `basis` float64 [hidden_size, hidden_size] that a random Hadamard matrix follows.
 
     Raises UnsupportedError where a width has no Hadamard matrix, UsageError where the block does not
     divide the width, or for an R1 or R2 that is not handed in.
@@ -93,8 +93,10 @@ def plan_rotations(
     r1 = _residual_rotation(spec.hidden_size, recipe, generator, basis)
     r2: tuple[Rotation, ...] = ()
     if recipe.r2 == "hadamard":
-        r2 = tuple(hadamard_rotation(spec.head_dim, generator) for _ in range(spec.num_layers))
-    given = [name for name in matrix_sizes(spec, recipe) if getattr(recipe, name.partition(".")[0]) == "file"]
+        r2 = tuple(draw_hadamard(spec.head_dim, generator) for _ in range(spec.num_layers))
+    given = [
+        name for name in list_matrix_sizes(spec, recipe) if getattr(recipe, name.partition(".")[0]) == "file"
+    ]
     if not all(name in matrices for name in given):
         raise UsageError(
             f"r1 is '{recipe.r1}' and r2 '{recipe.r2}', which no seed tells",
@@ -105,17 +107,17 @@ def plan_rotations(
     if recipe.r2 == "file":
         names = (f"{R2}.{layer}" for layer in range(spec.num_layers))
         r2 = tuple(Rotation(spec.head_dim, matrix=matrices[name]) for name in names)
-    return RotationPlan(r1, r2, online_rotation(spec.intermediate_size, recipe.r4, recipe.r4_block))
+    return RotationPlan(r1, r2, make_online_rotation(spec.intermediate_size, recipe.r4, recipe.r4_block))
 
 
-def online_rotation(size: int, kind: str, block: int) -> Rotation | None:
+def make_online_rotation(size: int, kind: str, block: int) -> Rotation | None:
     """R3 or R4 of the recipe's word `kind`: a Hadamard matrix without signs, over the width or blocks.
 
     Raises as `plan_rotations`.
     """
     if kind == "none":
         return None
-    return plain_hadamard(size, block if kind == "block-hadamard" else size)
+    return make_plain_hadamard(size, block if kind == "block-hadamard" else size)
 
 
 def _residual_rotation(
@@ -124,11 +126,11 @@ def _residual_rotation(
     if recipe.r1 == "pca":
         if basis is None:
             raise UsageError("r1 is 'pca', which no seed tells", remedy="quantize or rotate, which calibrate")
-        return Rotation(size, matrix=hadamard_rotation(size, generator).apply(basis))
+        return Rotation(size, matrix=draw_hadamard(size, generator).apply(basis))
     if recipe.r1 == "hadamard":
-        return hadamard_rotation(size, generator)
+        return draw_hadamard(size, generator)
     if recipe.r1 == "block-hadamard":
-        return block_hadamard_rotation(size, recipe.r1_block, generator)
+        return draw_block_hadamard(size, recipe.r1_block, generator)
     if recipe.r1 == "random":
-        return random_rotation(size, generator)
+        return draw_random_rotation(size, generator)
     return None

@@ -29,7 +29,7 @@ from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.tune import start_tuning
-from anequant.reference.forward import ReferenceModel, final_hidden_states, head_gradients, head_loss
+from anequant.reference.forward import ReferenceModel, differentiate_head, run_to_final_states, sum_head_loss
 from anequant.reference.sources import read_text
 from anequant.reference.windows import cut_windows, load_tokenizer
 
@@ -70,9 +70,9 @@ def test_gradients_through_layers_and_head_are_autograds(
 
     gain = checkpoint.final_gain().float()
     last = hidden.pop()
-    value = head_loss(model, last, gain, last, loss)
+    value = sum_head_loss(model, last, gain, last, loss)
     assert value == pytest.approx(float(-logits.detach().log_softmax(-1)[..., 0].sum()), rel=1e-5)
-    gradient, gain_gradient = head_gradients(model, last, gain, last, loss)
+    gradient, gain_gradient = differentiate_head(model, last, gain, last, loss)
     expected = whole.get_parameter("model.norm.weight").grad
     assert float((gain_gradient - expected).norm()) <= 1e-4 * float(expected.norm())
     for layer in reversed(range(spec.num_layers)):
@@ -151,7 +151,7 @@ def lessons(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> dict[str, A
     quantized = open_quantized(folder)
     tokenizer = load_tokenizer(tiny_qwen2)
     tokens = cut_windows(read_text(SAMPLE_TEXT), tokenizer, 8189, count=10, length=64)
-    taught = final_hidden_states(original, tokens)
+    taught = run_to_final_states(original, tokens)
     embedded = quantized.read("model.embed_tokens.weight").float()[tokens]
     return {
         "spec": quantized.spec,
@@ -230,7 +230,7 @@ def test_an_exact_model_is_left_alone(lessons: dict[str, Any]) -> None:
     """It is taught by itself: nothing is to be gained, whatever the optimizer makes of rounding noise."""
     quantized = lessons["quantized"]
     embedded = quantized.read("model.embed_tokens.weight").float()[lessons["tokens"]]
-    taught = final_hidden_states(quantized, lessons["tokens"])
+    taught = run_to_final_states(quantized, lessons["tokens"])
     own = {
         **lessons,
         "lesson": Lesson(embedded[3:], taught[3:]),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import UsageError
 from anequant.evaluation.divergence import evaluate
-from anequant.reference.windows import cut_windows, load_tokenizer, start_token
+from anequant.reference.windows import cut_windows, find_start_token, load_tokenizer
 
 STORY = (
     "The old house stood at the end of the lane, and nobody in the village could say who had built it. In "
@@ -28,7 +28,7 @@ STORY = (
 @pytest.fixture(scope="module")
 def tokens(tiny_qwen2: Path) -> Tensor:
     tokenizer = load_tokenizer(tiny_qwen2)
-    start = start_token(tokenizer, open_checkpoint(tiny_qwen2).spec.config)
+    start = find_start_token(tokenizer, open_checkpoint(tiny_qwen2).spec.config)
     return cut_windows(STORY, tokenizer, start, count=5, length=64)
 
 

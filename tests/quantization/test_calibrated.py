@@ -19,11 +19,11 @@ from anequant.quantization.calibrated import (
     correct_target,
     quantize_calibrated,
 )
-from anequant.quantization.codebook import nearest_codes
+from anequant.quantization.codebook import find_nearest_codes
 from anequant.quantization.gptq import Grid, Rounded, damp, factorize
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import fit_core, quantize_linear
-from anequant.quantization.statistics import InputStatistics, Moments, output_loss
+from anequant.quantization.statistics import InputStatistics, Moments, measure_output_loss
 from anequant.quantization.weight_format import WeightFormat
 
 BALANCED = WeightFormat(4, "lut", "balanced")
@@ -101,7 +101,7 @@ def test_the_damping_is_the_best_on_held_out_tokens(
 
     def codes(damping: float | None, of: Moments, passes: int) -> Tensor:
         if damping is None:
-            return nearest_codes(fitted.core(weight()), fitted.codebook)
+            return find_nearest_codes(fitted.core(weight()), fitted.codebook)
         hessian = damp(of.hessian, factorize(of.hessian, damping).ridge)
         result = gptq_codes(weight(), fitted.codebook, hessian, fitted.step)
         for _ in range(passes):
@@ -206,7 +206,7 @@ def test_output_loss_is_the_squared_error_up_to_a_constant() -> None:
     candidates = [weight() + 0.1 * torch.randn(ROWS, COLUMNS, generator=generator) for _ in range(3)]
     literal = [float((x_float @ weight().T - x @ q.T).square().sum(1).mean()) for q in candidates]
     seen = moments(x, x_float)
-    ours = [output_loss(q, seen.project(weight()), seen.hessian) for q in candidates]
+    ours = [measure_output_loss(q, seen.project(weight()), seen.hessian) for q in candidates]
     constant = float((x_float @ weight().T).square().sum(1).mean())
     assert ours == pytest.approx([value - constant for value in literal], rel=1e-4)
 

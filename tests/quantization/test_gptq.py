@@ -13,7 +13,7 @@ from rounding import descended, gptq_codes
 from torch import Tensor
 
 from anequant.quantization import gptq
-from anequant.quantization.codebook import nearest_codes
+from anequant.quantization.codebook import find_nearest_codes
 from anequant.quantization.gptq import DAMPING_GROWTH, damp, factorize
 
 BLOCK = 16
@@ -91,10 +91,10 @@ def test_every_step_is_the_best_given_those_before(columns: int, seed: int) -> N
 def test_independent_inputs_are_rounded_to_nearest() -> None:
     core, codebook, _ = problem(9, 150, 16)
     hessian = torch.diag(torch.rand(150, generator=torch.Generator().manual_seed(1)) + 0.1)
-    assert torch.equal(gptq_codes(core, codebook, hessian), nearest_codes(core, codebook))
+    assert torch.equal(gptq_codes(core, codebook, hessian), find_nearest_codes(core, codebook))
     assert torch.equal(
         descended(core, codebook, hessian, torch.zeros(9, 150, dtype=torch.uint8)),
-        nearest_codes(core, codebook),
+        find_nearest_codes(core, codebook),
     )
 
 
@@ -108,7 +108,7 @@ def test_the_order_of_inputs_does_not_matter() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_error_feedback_beats_nearest_rounding(seed: int) -> None:
     core, codebook, hessian = problem(16, 96, 16, seed)
-    nearest = objective(core, codebook, hessian, nearest_codes(core, codebook))
+    nearest = objective(core, codebook, hessian, find_nearest_codes(core, codebook))
     fed = gptq_codes(core, codebook, hessian)
     assert objective(core, codebook, hessian, fed) < 0.9 * nearest
     assert objective(core, codebook, hessian, descended(core, codebook, hessian, fed)) < objective(
@@ -191,7 +191,7 @@ def test_a_hessian_of_zeros_becomes_a_multiple_of_the_identity() -> None:
     result = damp(torch.zeros(30, 30), factor.ridge)
     assert factor.damping == 0.05
     assert torch.equal(result, 0.05 * torch.eye(30))
-    assert torch.equal(gptq_codes(core, codebook, result), nearest_codes(core, codebook))
+    assert torch.equal(gptq_codes(core, codebook, result), find_nearest_codes(core, codebook))
 
 
 def test_dead_inputs_are_rounded_to_nearest() -> None:
@@ -201,5 +201,5 @@ def test_dead_inputs_are_rounded_to_nearest() -> None:
     hessian[:, dead] = 0
     used = damp(hessian, factorize(hessian, 0.05).ridge)
     codes = gptq_codes(core, codebook, used)
-    assert torch.equal(codes[:, dead], nearest_codes(core[:, dead].contiguous(), codebook))
+    assert torch.equal(codes[:, dead], find_nearest_codes(core[:, dead].contiguous(), codebook))
     assert torch.equal(descended(core, codebook, used, codes)[:, dead], codes[:, dead])

@@ -12,8 +12,8 @@ from anequant.quantization.activations import (
     BINS,
     SMALLEST_SCALE,
     ActivationFormat,
+    choose_static_scale,
     round_activations,
-    static_scale,
 )
 
 
@@ -90,18 +90,18 @@ def histogram(x: Tensor) -> Tensor:
 def test_absmax_covers_the_largest() -> None:
     x = values(1, 2.0)
     largest = float(x.abs().max())
-    scale = static_scale(histogram(x), largest, 8, "absmax")
+    scale = choose_static_scale(histogram(x), largest, 8, "absmax")
     assert scale == float(torch.tensor(largest / 127).half())
-    assert static_scale(torch.zeros(BINS), 0.0, 8, "absmax") == SMALLEST_SCALE
+    assert choose_static_scale(torch.zeros(BINS), 0.0, 8, "absmax") == SMALLEST_SCALE
 
 
 def test_a_percentile_leaves_out_one_in_a_hundred_thousand() -> None:
     x = torch.linspace(-1, 1, 1_000_000, dtype=torch.float64)
     x[:5] = 80.0
-    scale = static_scale(histogram(x), 80.0, 8, "percentile")
+    scale = choose_static_scale(histogram(x), 80.0, 8, "percentile")
     assert 1.0 <= scale * 127 <= 1.0 + 2 * 80 / BINS
     x[:50] = 80.0
-    assert static_scale(histogram(x), 80.0, 8, "percentile") * 127 == pytest.approx(80, rel=1e-3)
+    assert choose_static_scale(histogram(x), 80.0, 8, "percentile") * 127 == pytest.approx(80, rel=1e-3)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -112,6 +112,6 @@ def test_mse_is_the_best_of_all_ranges(bits: int) -> None:
     def loss(scale: float) -> float:
         return float((round_activations(x, ActivationFormat(bits, scale=scale)) - x).square().mean())
 
-    found = loss(static_scale(histogram(x), largest, bits, "mse"))
+    found = loss(choose_static_scale(histogram(x), largest, bits, "mse"))
     best = min(loss(largest * share / (2 ** (bits - 1) - 1)) for share in torch.linspace(0.02, 1, 400))
     assert best <= found < 1.02 * best

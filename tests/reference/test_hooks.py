@@ -16,7 +16,7 @@ from anequant.quantization.activations import ActivationFormat, round_activation
 from anequant.quantization.kv_cache import round_states
 from anequant.quantization.online import Online
 from anequant.reference.hooks import attach_all, set_input_scale
-from anequant.rotation.orthogonal import plain_hadamard
+from anequant.rotation.orthogonal import make_plain_hadamard
 
 WINDOW = 12
 
@@ -68,7 +68,7 @@ def arriving(model: Any, tokens: Tensor, name: str) -> Tensor:
 
 def test_r3_alone_changes_nothing(stock: Any, attached: Callable[..., Any], tokens: Tensor) -> None:
     head_dim = stock.model.layers[0].self_attn.head_dim
-    turned = attached(Online(r3=plain_hadamard(head_dim, head_dim)))
+    turned = attached(Online(r3=make_plain_hadamard(head_dim, head_dim)))
     cache, plain = DynamicCache(config=stock.config), DynamicCache(config=stock.config)
     torch.testing.assert_close(
         logits(turned, tokens, cache), logits(stock, tokens, plain), rtol=0, atol=1e-10
@@ -80,7 +80,7 @@ def test_r3_alone_changes_nothing(stock: Any, attached: Callable[..., Any], toke
 def test_r4_alone_changes_nothing_once_it_is_folded(
     stock: Any, attached: Callable[..., Any], tokens: Tensor
 ) -> None:
-    r4 = plain_hadamard(192, 64)
+    r4 = make_plain_hadamard(192, 64)
     turned = attached(Online(r4=r4))
     for layer in turned.model.layers:
         layer.mlp.down_proj.weight.data = r4.apply(layer.mlp.down_proj.weight.data)

@@ -27,11 +27,11 @@ from anequant.quantization.online import plan_online
 from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe import Recipe
 from anequant.recipe_files import load_recipe
-from anequant.reference.forward import final_hidden_states
+from anequant.reference.forward import run_to_final_states
 from anequant.reference.sources import read_text
 from anequant.reference.windows import cut_windows, load_tokenizer
 from anequant.rotation.cayley import cayley_step
-from anequant.rotation.orthogonal import hadamard_rotation, random_rotation
+from anequant.rotation.orthogonal import draw_hadamard, draw_random_rotation
 from anequant.rotation.rotation_plan import RotationPlan, plan_rotations
 
 W4A4 = {"activation_bits": 4, "r4": "block-hadamard"}
@@ -58,7 +58,7 @@ def tiny(tiny_qwen2: Path) -> Checkpoint:
 
 def lesson_of(checkpoint: Checkpoint, tokens: Tensor) -> Lesson:
     embedding = checkpoint.read("model.embed_tokens.weight").float()
-    return Lesson(embedding[tokens], final_hidden_states(checkpoint, tokens))
+    return Lesson(embedding[tokens], run_to_final_states(checkpoint, tokens))
 
 
 def student_of(checkpoint: Checkpoint, recipe: Recipe) -> RotatedStudent:
@@ -67,7 +67,7 @@ def student_of(checkpoint: Checkpoint, recipe: Recipe) -> RotatedStudent:
 
 def test_a_cayley_step_descends_and_stays_orthogonal() -> None:
     """Towards the rotation Q that a linear loss -<Q, X> has its least value at."""
-    x, target = torch.eye(12, dtype=torch.float64), random_rotation(12, seeded(0)).dense()
+    x, target = torch.eye(12, dtype=torch.float64), draw_random_rotation(12, seeded(0)).dense()
     target = target if torch.linalg.det(target) > 0 else target[:, [1, 0, *range(2, 12)]]
     momentum, losses = torch.zeros_like(x), []
     for _ in range(300):
@@ -242,7 +242,7 @@ def test_pca_diagonalises_the_second_moment(tiny_qwen2: Path, tiny: Checkpoint, 
     moment = rows.T @ rows / len(rows)
 
     width = tiny.spec.hidden_size
-    basis = r1 @ hadamard_rotation(width, seeded(3)).dense().T
+    basis = r1 @ draw_hadamard(width, seeded(3)).dense().T
     diagonal = basis.T @ moment @ basis
     off = diagonal - diagonal.diagonal().diag()
     assert float(off.abs().max()) <= 1e-4 * float(diagonal.diagonal().max())

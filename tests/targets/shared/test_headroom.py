@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from anequant.calibration.ranges import measure_ranges, power_of_two_below
+from anequant.calibration.ranges import find_power_of_two, measure_ranges
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.errors import AnequantError, UnsupportedError, VerificationError
 from anequant.pipeline.lower import lower
@@ -146,7 +146,7 @@ def test_a_loud_stream_is_scaled_exactly(
     recorded = json.loads((tmp_path / "out" / "anequant.json").read_text())["headroom"]
     assert recorded["residual_scale"] == result.headroom.residual_scale < 1
 
-    monkeypatch.setattr(headroom, "power_of_two_below", lambda value, most: 1.0)
+    monkeypatch.setattr(headroom, "find_power_of_two", lambda value, most: 1.0)
     lower(folder, tmp_path / "unscaled", SIZES)
     assert not bool(run(tmp_path / "unscaled").isfinite().all())
     assert bool(run(tmp_path / "out").isfinite().all())
@@ -241,4 +241,4 @@ def test_scores_too_coarse_for_float16_are_named(
     ("value", "most", "factor"), [(1, 2, 1), (2, 2, 1), (2.1, 2, 0.5), (9, 2, 0.125), (1e9, 1, 2.0**-30)]
 )
 def test_powers_of_two(value: float, most: float, factor: float) -> None:
-    assert power_of_two_below(value, most) == factor
+    assert find_power_of_two(value, most) == factor
