@@ -42,7 +42,9 @@ def learn_rotations(
         chosen, queue = queue[:WINDOWS_A_STEP], queue[WINDOWS_A_STEP:]
         _, gradients = student.gradients(current, course.lesson.windows(chosen))
         for name, gradient in gradients.items():
-            matrices[name] = cayley_step(matrices[name], gradient, momenta[name], rate, MOMENTUM)
+            matrices[name], momenta[name] = cayley_step(
+                matrices[name], gradient, momenta[name], rate, MOMENTUM
+            )
         current = current.with_matrices(matrices)
         if step % EVALUATE_EVERY == 0 or step == steps:
             loss = student.divergence(current, course.held_out)

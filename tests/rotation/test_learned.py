@@ -72,7 +72,7 @@ def test_a_cayley_step_descends_and_stays_orthogonal() -> None:
     momentum, losses = torch.zeros_like(x), []
     for _ in range(300):
         losses.append(-float((target * x).sum()))
-        x = cayley_step(x, -target, momentum, 0.1, 0.5)
+        x, momentum = cayley_step(x, -target, momentum, 0.1, 0.5)
         assert off_orthogonal(x) <= 1e-12
     assert losses[1] < losses[0]
     assert float((x - target).abs().max()) < 1e-4
