@@ -17,7 +17,7 @@ from torch import Tensor
 from anequant.architectures.spec import ModelSpec
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.online import NOTHING, Online
-from anequant.quantization.tune import TunableLinear
+from anequant.quantization.tunable_linear import TunableLinear
 from anequant.reference.forward import ReferenceModel, differentiate_head, sum_head_loss
 
 WINDOWS_A_STEP = 2

@@ -16,7 +16,7 @@ from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefi
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError
 from anequant.jobs.control import Progress, silent
-from anequant.reference.empty_model import OnDemand, borrow, empty_model
+from anequant.reference.empty_model import OnDemand, borrow, build_empty_model
 from anequant.reference.hooks import attach_all
 
 
@@ -37,7 +37,7 @@ def sample_windows(
     Raises InputError when the logits are not finite.
     """
     spec = checkpoint.spec
-    model, _ = empty_model(spec)
+    model, _ = build_empty_model(spec)
     attach_all(model, spec, checkpoint.online)
     names = [f"{EMBEDDING}.weight", f"{FINAL_NORM}.weight"]
     names += [layer_prefix(layer) + name for layer in range(spec.num_layers) for name in spec.layer_tensors()]

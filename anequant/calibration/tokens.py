@@ -32,7 +32,7 @@ PREVIEW = 500
 """Characters of a window's text that are written beside its tokens."""
 
 
-def calibration_tokens(
+def read_calibration_tokens(
     calibration: Calibration, checkpoint: Checkpoint, progress: Progress = silent, *, resident: bool = True
 ) -> Tensor:
     """Token windows int64 [samples, length], each starting with the model's start token.
@@ -63,12 +63,12 @@ def calibration_tokens(
 
 
 def check_calibration(calibration: Calibration, checkpoint: Checkpoint) -> None:
-    """Refuse what `calibration_tokens` would, but for what is known only of texts that are yet to be written
-    or fetched."""
+    """Refuse what `read_calibration_tokens` would, but for what is known only of texts that are yet to be
+    written or fetched."""
     if calibration.source in (SELF, WIKITEXT2):
         _start(checkpoint, calibration.source)
     else:
-        calibration_tokens(calibration, checkpoint)
+        read_calibration_tokens(calibration, checkpoint)
 
 
 def save_calibration(output: Path, model: Path, source: str, *, count: int, length: int) -> int:

@@ -51,18 +51,16 @@ def build_published_config(
     }
 
 
-def manifest(kind: str, contents: Mapping[str, Any]) -> dict[str, Any]:
-    """anequant.json: what `contents` says, with the format and the versions that made it.
+def write_manifest(folder: Path, kind: str, contents: Mapping[str, Any]) -> None:
+    """Write the folder's anequant.json: `contents`, the format, the versions that made it, and the hashes of
+    all other files.
 
     Measured numbers are kept to six digits: the last ones depend on how many threads summed them.
     """
-    return {"format": FORMAT, "kind": kind, "versions": installed_versions(), **keep_six_digits(contents)}
-
-
-def write_manifest(folder: Path, kind: str, contents: Mapping[str, Any]) -> None:
-    """Write the folder's anequant.json: `contents` and the hashes of all other files."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    write_json(folder / MANIFEST, manifest(kind, {**contents, "files": file_hashes(folder)}))
+    head = {"format": FORMAT, "kind": kind, "versions": installed_versions()}
+    own = keep_six_digits({**contents, "files": file_hashes(folder)})
+    write_json(folder / MANIFEST, {**head, **own})
 
 
 def hash_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anequant.calibration.rotation_choice import RotationChoice, Rotations, choose_rotations
-from anequant.calibration.tokens import calibration_tokens
+from anequant.calibration.tokens import read_calibration_tokens
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import ROTATIONS, read_rotations, write_rotations
 from anequant.jobs.control import Progress
@@ -30,9 +30,9 @@ TOKENS = "tokens"
 def collect_tokens(
     calibration: Calibration, checkpoint: Checkpoint, progress: Progress, max_memory: int | None = None
 ) -> Tensor:
-    """`calibration_tokens`, the model in memory where there is room. Raises what it does."""
+    """`read_calibration_tokens`, the model in memory where there is room. Raises what it does."""
     resident = samples_resident(checkpoint, calibration, max_memory, resident_bytes())
-    return calibration_tokens(calibration, checkpoint, progress, resident=resident)
+    return read_calibration_tokens(calibration, checkpoint, progress, resident=resident)
 
 
 def kept_tokens(

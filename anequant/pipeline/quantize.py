@@ -42,7 +42,7 @@ from anequant.planning.plan import base_of, make_plan
 from anequant.planning.requirements import calibrates, check_job
 from anequant.planning.schedule import CALIBRATION_TOKENS, SENSITIVITY, TUNING, units_of
 from anequant.planning.steps import ROTATING
-from anequant.quantization.mixed import allocate_bits
+from anequant.quantization.bit_allocation import allocate_bits
 from anequant.quantization.online import plan_online
 from anequant.quantization.weight_format import linear_format
 from anequant.recipe import Calibration, Recipe

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
 from anequant.calibration.distill import Course, Heads, LearnResult, Lesson, Student, TunableLayer, distill
-from anequant.calibration.tokens import SELF, calibration_tokens
+from anequant.calibration.tokens import SELF, read_calibration_tokens
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.quantized import store
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.writer import CheckpointWriter
 from anequant.jobs.control import Progress, part_of
-from anequant.quantization.tune import start_tuning
+from anequant.quantization.tunable_linear import start_tuning
 from anequant.recipe import Calibration
 from anequant.reference.forward import run_to_final_states
 
@@ -38,7 +38,7 @@ def tune_checkpoint(
     spec = quantized.spec
     windows = min(MOST_WINDOWS, HELD_OUT + 2 * steps)
     source = Calibration(SELF, windows, calibration.length, calibration.seed + 1)
-    tokens = calibration_tokens(source, original, part_of(progress, "tune", 0.0, 0.2))
+    tokens = read_calibration_tokens(source, original, part_of(progress, "tune", 0.0, 0.2))
     progress("tune: float model", 0.2)
     lesson = Lesson(
         quantized.read(f"{EMBEDDING}.weight")[tokens].float(), run_to_final_states(original, tokens)

@@ -28,7 +28,7 @@ def build_transformers_config(spec: ModelSpec) -> Any:
         return config_class.from_dict(values)
 
 
-def empty_model(spec: ModelSpec) -> tuple[Any, Any]:
+def build_empty_model(spec: ModelSpec) -> tuple[Any, Any]:
     """transformers' model on the meta device, its rotary module real, and its config.
 
     Raises InputError for a config that transformers makes no model of.

@@ -20,7 +20,7 @@ from anequant.architectures.spec import EMBEDDING, INPUT_SCALES, ModelSpec
 from anequant.errors import UnsupportedError
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.online import NOTHING, Online
-from anequant.reference.empty_model import borrow, empty_model
+from anequant.reference.empty_model import borrow, build_empty_model
 from anequant.reference.hooks import ATTENTION_MODULE, attach_all, set_input_scale
 from anequant.reference.windows import require_known
 
@@ -79,7 +79,7 @@ class ReferenceModel:
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, online: Online = NOTHING) -> None:
-        self._model, _ = empty_model(spec)
+        self._model, _ = build_empty_model(spec)
         attach_all(self._model, spec, online)
         self._linears = [linear.name for linear in spec.architecture.linears]
         self._norms = {

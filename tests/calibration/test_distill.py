@@ -28,7 +28,7 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.jobs.control import Progress, silent
-from anequant.quantization.tune import start_tuning
+from anequant.quantization.tunable_linear import start_tuning
 from anequant.reference.forward import ReferenceModel, differentiate_head, run_to_final_states, sum_head_loss
 from anequant.reference.sources import read_text
 from anequant.reference.windows import cut_windows, load_tokenizer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from anequant.calibration.tokens import calibrate_on_whole_file, calibration_tokens
+from anequant.calibration.tokens import calibrate_on_whole_file, read_calibration_tokens
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.errors import InputError, ResourceError, UsageError
@@ -36,7 +36,7 @@ def bare(make_model: Callable[..., Path], tmp_path: Path) -> Checkpoint:
 
 
 def windows(checkpoint: Checkpoint, source: object, samples: int, length: int, seed: int = 0) -> Tensor:
-    return calibration_tokens(Calibration(str(source), samples, length, seed), checkpoint)
+    return read_calibration_tokens(Calibration(str(source), samples, length, seed), checkpoint)
 
 
 # --- a text -------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_tokens_are_collected_once_and_the_float_model_runs_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    for place, name in ((kept, "calibration_tokens"), (module, "refer")):
+    for place, name in ((kept, "read_calibration_tokens"), (module, "refer")):
         own = getattr(place, name)
 
         def counted(*args: Any, own: Any = own, name: str = name, **options: Any) -> Any:
@@ -132,7 +132,7 @@ def test_tokens_are_collected_once_and_the_float_model_runs_once(
     recipes = {"one": load_recipe(static), "other": load_recipe(static, {"bits": 4})}
     calibration = Calibration("self", 2, 32)
     result = module.compare(SOURCE, recipes, calibration, windows=1, length=32, output=tmp_path / "kept")
-    assert sorted(calls) == ["calibration_tokens", "refer"]
+    assert sorted(calls) == ["read_calibration_tokens", "refer"]
     assert result.exit_code == 0 and result.calibration is not None
     quantize(SOURCE, tmp_path / "alone", recipes["other"], calibration)
     assert file_hashes(tmp_path / "alone") == file_hashes(tmp_path / "kept" / "other")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
-from anequant.quantization.tune import TunableLinear, start_tuning
+from anequant.quantization.tunable_linear import TunableLinear, start_tuning
 from anequant.quantization.weight_format import WeightFormat
 
 
