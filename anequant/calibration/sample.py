@@ -16,6 +16,7 @@ from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefi
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError
 from anequant.jobs.control import Progress, silent
+from anequant.recipe import Calibration
 from anequant.reference.empty_model import OnDemand, borrow, build_empty_model
 from anequant.reference.hooks import attach_all
 
@@ -24,14 +25,13 @@ from anequant.reference.hooks import attach_all
 def sample_windows(
     checkpoint: Checkpoint,
     first: int,
+    calibration: Calibration,
     *,
-    count: int,
-    length: int,
-    seed: int,
     resident: bool = True,
     progress: Progress = silent,
 ) -> Tensor:
-    """`count` independent texts at temperature 1, each starting with token `first`: int64 [count, length].
+    """Let the model write independent texts at temperature 1, each starting with token `first`: int64
+    [samples, length], drawn by the seed of `calibration`, whose source does not matter.
 
     Unless the model is `resident`, its weights are read again for every token: slow, and the same texts.
     Raises InputError when the logits are not finite.
@@ -45,8 +45,9 @@ def sample_windows(
     dtype = torch.bfloat16 if stored == "BF16" else torch.float32
     (_load if resident else _stream)(model, checkpoint, names, dtype)
 
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.full((count, length), first)
+    generator = torch.Generator().manual_seed(calibration.seed)
+    length = calibration.length
+    tokens = torch.full((calibration.samples, length), first)
     cache = None
     for position in range(1, length):
         progress(f"sample token {position} of {length}", position / length)

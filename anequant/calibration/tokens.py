@@ -47,15 +47,7 @@ def read_calibration_tokens(
         return _cut_listed_windows(Path(source), content, checkpoint, count, length)
     tokenizer, first = _start(checkpoint, source)
     if source == SELF:
-        return sample_windows(
-            checkpoint,
-            first,
-            count=count,
-            length=length,
-            seed=calibration.seed,
-            resident=resident,
-            progress=progress,
-        )
+        return sample_windows(checkpoint, first, calibration, resident=resident, progress=progress)
     text = read_wikitext2("train") if content is None else content.write_out(tokenizer)
     windows = cut_windows(text, tokenizer, first, count=count, length=length, seed=calibration.seed)
     require_known(windows.flatten().tolist(), checkpoint.spec.vocab_size)
