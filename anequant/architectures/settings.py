@@ -70,7 +70,8 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_size(config: Mapping[str, Any], key: str, where: str) -> int:
-    """The number under one of SIZES; raises InputError for what is not a positive whole one, or too large."""
+    """Return the number under one of SIZES; raises InputError for what is not a positive whole one, or too
+    large."""
     value = config.get(key)
     if type(value) is not int or not 0 < value <= SIZES[key]:
         raise InputError(

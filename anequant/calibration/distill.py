@@ -41,7 +41,7 @@ class TunableLayer:
         ]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The layer's float tensors as transformers' module takes them."""
+        """Return the layer's float tensors as transformers' module takes them."""
         result = {f"{name}.weight": gain.detach() for name, gain in self.gains.items()}
         for name, linear in self.linears.items():
             current = linear.current()
@@ -168,7 +168,8 @@ class Student:
             layer.set_gradients(gradients)
 
     def _divergence(self, normed: Tensor, taught: Tensor) -> Tensor:
-        """Sum of KL(float || quantized) over positions; both are normalised states [positions, hidden]."""
+        """Return the sum of KL(float || quantized) over positions; both are normalised states [positions,
+        hidden]."""
         ours = (normed @ self._heads.own.T).log_softmax(-1)
         theirs = (taught @ self._heads.taught.T).log_softmax(-1)
         return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")

@@ -61,8 +61,8 @@ class EquivalenceProbe:
         self._difference = torch.maximum(self._difference, difference)
 
     def relative_error(self) -> float:
-        """Largest logit difference over the largest logit; raises VerificationError above 1e-5, InputError
-        for a model whose own logits are not finite or all zero."""
+        """Return the largest logit difference over the largest logit; raises VerificationError above 1e-5,
+        InputError for a model whose own logits are not finite or all zero."""
         if not 0 < float(self._largest) < float("inf"):
             what = "all zero" if not self._largest else "not finite"
             raise InputError(

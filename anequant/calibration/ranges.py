@@ -134,7 +134,7 @@ def _largest_sum(checkpoint: Checkpoint, name: str, weight: Tensor, inputs: Tens
 
 
 def _largest_norm(inputs: Tensor, rotation: Rotation) -> float:
-    """The largest Euclidean norm of what one Hadamard matrix rotates, for inputs [tokens, in]."""
+    """Return the largest Euclidean norm of what one Hadamard matrix rotates, for inputs [tokens, in]."""
     blocks = inputs.view(-1, rotation.order or rotation.size)
     return float(torch.linalg.vector_norm(blocks, dim=1).max())
 

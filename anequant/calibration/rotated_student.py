@@ -43,7 +43,7 @@ class RotatedStudent:
 
     @torch.no_grad()
     def divergence(self, plan: RotationPlan, lesson: Lesson) -> float:
-        """Mean KL over all positions of a lesson whose `embedded` are not rotated."""
+        """Return the mean KL over all positions of a lesson whose `embedded` are not rotated."""
         hidden = rotate_axis(lesson.embedded, plan.r1)
         for layer in range(self._spec.num_layers):
             rotated = self._rotate(plan, layer)
@@ -56,7 +56,7 @@ class RotatedStudent:
         return total / back[..., 0].numel()
 
     def gradients(self, plan: RotationPlan, lesson: Lesson) -> tuple[float, dict[str, Tensor]]:
-        """The mean KL, and its gradients for the plan's `matrices`, by name.
+        """Return the mean KL, and its gradients for the plan's `matrices`, by name.
 
         The lesson has at most WINDOWS_AT_ONCE windows.
         """
@@ -91,7 +91,7 @@ class RotatedStudent:
         return fold_and_rotate_layer(self._spec, self._weights.layer(layer), plan, layer)
 
     def _round(self, rotated: Mapping[str, Tensor], layer: int) -> dict[str, QuantizedLinear]:
-        """The layer's projections, rounded; none at 16 bits."""
+        """Return the layer's projections, rounded; none at 16 bits."""
         if self._bits == 16:
             return {}
         format_, prefix = unfolded_format(self._recipe, self._bits), layer_prefix(layer)
@@ -103,7 +103,7 @@ class RotatedStudent:
         }
 
     def _end(self, hidden: Tensor, taught: Tensor, r1: Tensor | None) -> tuple[float, Tensor, Tensor | None]:
-        """Mean KL, and its gradients for hidden [n, length, hidden_size] and for R1."""
+        """Return the mean KL, and its gradients for hidden [n, length, hidden_size] and for R1."""
         count = hidden[..., 0].numel()
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
@@ -123,15 +123,15 @@ class RotatedStudent:
         return total / count, gradient, others[0] if others else None
 
     def _loss(self, states: Tensor, taught: Tensor) -> Tensor:
-        """Sum of KL(float || quantized) over positions, from states [positions, hidden_size] that lack the
-        final gain and `taught` that have it."""
+        """Return the sum of KL(float || quantized) over positions, from states [positions, hidden_size] that
+        lack the final gain and `taught` that have it."""
         ours = ((states * self._gain) @ self._head.T).log_softmax(-1)
         theirs = (taught @ self._head.T).log_softmax(-1)
         return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
 
 
 def _tensors(rotated: Mapping[str, Tensor], rounded: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
-    """The layer's float32 tensors with the weights that `rounded` stands for."""
+    """Return the layer's float32 tensors with the weights that `rounded` stands for."""
     weights = {f"{name}.weight": linear.dequantize() for name, linear in rounded.items()}
     kept = {name: tensor.detach().float() for name, tensor in rotated.items() if name not in weights}
     return {**kept, **weights}

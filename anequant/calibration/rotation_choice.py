@@ -49,7 +49,7 @@ class RotationChoice:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> RotationChoice:
-        """The inverse of `to_dict`."""
+        """Return the choice that `to_dict` turned into these values."""
         restarts = {tried["seed"]: tried["kl"] for tried in values["restarts"]}
         learned = None if values["learned"] is None else LearnResult(**values["learned"])
         return RotationChoice(values["seed"], restarts, learned)
@@ -87,7 +87,7 @@ def check_rotations(spec: ModelSpec, recipe: Recipe, file: Path | None) -> None:
 
 
 def matrices_from_file(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
-    """The names and sizes of the matrices that the recipe takes from a file of rotations."""
+    """Return the names and sizes of the matrices that the recipe takes from a file of rotations."""
     sizes = list_matrix_sizes(spec, recipe)
     return {name: size for name, size in sizes.items() if getattr(recipe, name.partition(".")[0]) == "file"}
 
@@ -95,7 +95,7 @@ def matrices_from_file(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
 def choose_rotations(
     checkpoint: Checkpoint, recipe: Recipe, tokens: Tensor | None, file: Path | None, progress: Progress
 ) -> Rotations:
-    """The rotations of `recipe` for a float checkpoint; `tokens` [n, length] calibrate, None where the
+    """Return the rotations of `recipe` for a float checkpoint; `tokens` [n, length] calibrate, None where the
     recipe needs none.
 
     What the seed alone does not tell is made dense, so that the matrices, read back, rotate the same.
@@ -152,7 +152,8 @@ def _compare_and_learn(
     tokens: Tensor,
     progress: Progress,
 ) -> Rotations:
-    """The best plan by the KL of its quantized model, then learned from there if the recipe says so."""
+    """Return the best plan by the KL of its quantized model, then learned from there if the recipe says
+    so."""
     progress("float model", 0.0)
     lesson = Lesson(
         checkpoint.read(f"{EMBEDDING}.weight")[tokens].float(), run_to_final_states(checkpoint, tokens)

@@ -35,7 +35,7 @@ PREVIEW = 500
 def read_calibration_tokens(
     calibration: Calibration, checkpoint: Checkpoint, progress: Progress = silent, *, resident: bool = True
 ) -> Tensor:
-    """Token windows int64 [samples, length], each starting with the model's start token.
+    """Return token windows int64 [samples, length], each starting with the model's start token.
 
     Unless it is `resident`, a model that writes them is read again for every token.
     A text shorter than asked yields as many whole windows as it holds; raises UsageError when a source
@@ -85,8 +85,8 @@ def save_calibration(output: Path, model: Path, source: str, *, count: int, leng
 
 
 def calibrate_on_whole_file(source: str) -> Calibration:
-    """The Calibration that sees all rows of a file of token ids, cut to the shortest; the default sizes for
-    any other source.
+    """Return the Calibration that sees all rows of a file of token ids, cut to the shortest; the default
+    sizes for any other source.
 
     Raises UsageError for a JSON file that is not understood or holds no windows.
     """
@@ -100,7 +100,7 @@ def calibrate_on_whole_file(source: str) -> Calibration:
 
 
 def _start(checkpoint: Checkpoint, source: str) -> tuple[Any, int]:
-    """The model's tokenizer, None without one, and the token that its texts start with."""
+    """Return the model's tokenizer, None without one, and the token that its texts start with."""
     config, tokenizer = checkpoint.spec.config, None
     if has_tokenizer(checkpoint.folder):
         tokenizer = load_tokenizer(checkpoint.folder)
@@ -117,7 +117,7 @@ def _start(checkpoint: Checkpoint, source: str) -> tuple[Any, int]:
 
 
 def read_wikitext2(split: str) -> str:
-    """A split of WikiText-2 (Merity et al. 2016) through `datasets`, from the network or its cache."""
+    """Return a split of WikiText-2 (Merity et al. 2016) through `datasets`, from the network or its cache."""
     from datasets import load_dataset
 
     try:
@@ -143,7 +143,7 @@ def _read_file(source: str) -> Texts | list[Ids]:
 def _cut_listed_windows(
     path: Path, rows: list[Ids], checkpoint: Checkpoint, count: int, length: int
 ) -> Tensor:
-    """Windows from the rows of a file of token ids, as they stand."""
+    """Return windows from the rows of a file of token ids, as they stand."""
     vocab = checkpoint.spec.vocab_size
     windows = []
     for number, ids in enumerate(rows):

@@ -46,7 +46,7 @@ class Violation:
 
 
 def require_contract(folder: Path) -> int:
-    """The number of projections that keep the contract: all of them.
+    """Return the number of projections that keep the contract: all of them.
 
     Raises VerificationError with the first violation and their count, and what `check_contract` raises.
     """
@@ -62,7 +62,7 @@ def require_contract(folder: Path) -> int:
 
 
 def check_contract(folder: Path) -> list[Violation]:
-    """Every violation in a checkpoint folder, in file order.
+    """Return every violation in a checkpoint folder, in file order.
 
     Raises InputError, naming the tensor, for a folder that stock transformers could not read either.
     """
@@ -106,7 +106,8 @@ def _check_projection(checkpoint: Checkpoint, name: str) -> list[Violation]:
 
 
 def _check_weight(name: str, parts: Mapping[str, Tensor], codebook: Tensor | None) -> list[Violation]:
-    """Whether the weight divided by both scales lies on the codebook, or on few levels without one."""
+    """Return the violations of a weight that, divided by both scales, is off the codebook, or without one
+    takes too many levels."""
     weight, input_scales, output_scales = parts["weight"], parts["input_scales"], parts["output_scales"]
     smallest = float(output_scales.abs().min() * input_scales.abs().min())
     largest = float(output_scales.abs().max() * input_scales.abs().max())

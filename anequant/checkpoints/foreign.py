@@ -21,7 +21,7 @@ ROWS = 1024
 
 
 def find_codebook(name: str, weight: Tensor, input_scales: Tensor, output_scales: Tensor) -> Tensor:
-    """The entries that weight [out, in] was made from: float32, ascending, float16 numbers.
+    """Return the entries that weight [out, in] was made from: float32, ascending, float16 numbers.
 
     Raises InputError naming the tensor when there are more than 256.
     """
@@ -46,12 +46,13 @@ def find_codebook(name: str, weight: Tensor, input_scales: Tensor, output_scales
 
 
 def count_stored_bits(entries: int) -> int:
-    """The width of codes into a stored codebook of 2 to 256 entries, filled up to one of WIDTHS."""
+    """Return the width of codes into a stored codebook of 2 to 256 entries, filled up to one of WIDTHS."""
     return min(bits for bits in WIDTHS if 2**bits >= entries)
 
 
 def complete_codebook(name: str, entries: Tensor) -> Tensor:
-    """A codebook of any order and length as an ascending one of 2**bits entries; what is added is not used.
+    """Return a codebook of any order and length as an ascending one of 2**bits entries; what is added is not
+    used.
 
     Raises InputError naming the tensor for too few or too many entries, or one that is not finite.
     """

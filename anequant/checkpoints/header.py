@@ -59,7 +59,7 @@ class TensorInfo:
 
 
 def read_header(shard: Path) -> dict[str, TensorInfo]:
-    """The tensors a safetensors file announces, checked against each other and the file's size.
+    """Return the tensors a safetensors file announces, checked against each other and the file's size.
 
     Raises InputError naming the file, and the tensor where one is to blame.
     """
@@ -92,7 +92,7 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
 
 
 def _parse(shard: Path, size: int) -> tuple[Any, int]:
-    """The header's JSON and where the tensors begin."""
+    """Return the header's JSON and where the tensors begin."""
     with shard.open("rb") as file:
         beginning = file.read(32)
         for magic, what in IMPOSTORS.items():

@@ -31,9 +31,9 @@ _SHARD = re.compile(r"[\w.-]+\.safetensors")
 
 @contextmanager
 def fetch_headers(model: str | None) -> Iterator[Source]:
-    """As `resolve_source`, but of a hub id nothing is downloaded except config.json, what belongs to the
-    tokenizer and the shards' headers, into a folder that is gone afterwards. Offline, the cache has to hold
-    the model.
+    """Resolve a source as `resolve_source` does, but download nothing of a hub id except config.json, what
+    belongs to the tokenizer and the shards' headers, into a folder that is gone afterwards. Offline, the
+    cache has to hold the model.
 
     Raises InputError as `resolve_source` does, and for a repository without safetensors.
     """
@@ -75,8 +75,8 @@ def _fetch(folder: Path, repo: str, revision: str | None) -> Source:
 
 
 def _shards(api: Any, repo: str, revision: str | None, folder: Path, *, single: bool) -> list[str]:
-    """The names of the weights' files: the `single` one, else those of the index, which is then in `folder`
-    and not in a cache below the user's home.
+    """Return the names of the weights' files: the `single` one, else those of the index, which is then in
+    `folder` and not in a cache below the user's home.
 
     Raises InputError for an index that names anything but safetensors files beside it.
     """
@@ -92,7 +92,7 @@ def _shards(api: Any, repo: str, revision: str | None, folder: Path, *, single: 
 
 
 def _write_header(path: Path, shard: Any) -> None:
-    """A safetensors file of this header, and a hole in the place of its tensors."""
+    """Write a safetensors file of this header, and a hole in the place of its tensors."""
     header = {
         name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
         for name, info in shard.tensors.items()

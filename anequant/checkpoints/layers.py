@@ -61,7 +61,7 @@ def load_layer(checkpoint: Checkpoint, layer: int) -> QuantizedLayer:
 
 
 def load_table(checkpoint: Checkpoint, name: str) -> QuantizedLinear | FloatTable:
-    """The embedding or the head: quantized where it has a codebook, else float16, yet to be read."""
+    """Return the embedding or the head: quantized where it has a codebook, else float16, yet to be read."""
     if f"{name}.codebook" in checkpoint.tensors:
         return load(name, checkpoint.read, checkpoint.tensors)
     rows, columns = checkpoint.tensors[f"{name}.weight"].shape
@@ -69,7 +69,8 @@ def load_table(checkpoint: Checkpoint, name: str) -> QuantizedLinear | FloatTabl
 
 
 def read_projection_bits(checkpoint: Checkpoint) -> dict[str, int]:
-    """Width of every projection by full name: from the shape of its codebook, else from its weight."""
+    """Return the width of every projection by full name: from the shape of its codebook, else from its
+    weight."""
     bits = {}
     for name in list_projections(checkpoint.spec):
         codebook = checkpoint.tensors.get(f"{name}.codebook")

@@ -21,7 +21,7 @@ from anequant.recipe import Recipe
 
 
 def list_projections(spec: ModelSpec) -> list[str]:
-    """Full names of the linears of all layers, in file order."""
+    """Return the full names of the linears of all layers, in file order."""
     layers = range(spec.num_layers)
     return [layer_prefix(layer) + linear.name for layer in layers for linear in spec.architecture.linears]
 
@@ -56,7 +56,7 @@ def list_entries(
 
 
 def list_norms(spec: ModelSpec) -> list[str]:
-    """A layer's norm tensors in file order: the folded ones, then those of the heads."""
+    """Return a layer's norm tensors in file order: the folded ones, then those of the heads."""
     return [f"{name}.weight" for name in (*spec.norms, *spec.architecture.head_norms)]
 
 

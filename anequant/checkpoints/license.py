@@ -30,7 +30,8 @@ class License:
 
 
 def read_license(folder: Path) -> License:
-    """The licence of the model in a folder: its card's, or else the file that lies beside the weights."""
+    """Return the licence of the model in a folder: its card's, or else the file that lies beside the
+    weights."""
     try:
         metadata = _front_matter(folder / CARD)
     except (OSError, ValueError) as error:
@@ -49,7 +50,7 @@ def read_license(folder: Path) -> License:
 
 
 def find_license_files(folder: Path) -> list[str]:
-    """The files of LICENSE_FILES that a folder holds."""
+    """Return the files of LICENSE_FILES that a folder holds."""
     return [name for name in LICENSE_FILES if (folder / name).is_file()]
 
 
@@ -59,7 +60,8 @@ def copy_license(source: Path, folder: Path) -> None:
 
 
 def _front_matter(card: Path) -> dict[str, str]:
-    """The card's KEYS that are short words; raises OSError, and ValueError for YAML that cannot be read."""
+    """Return the card's KEYS that are short words; raises OSError, and ValueError for YAML that cannot be
+    read."""
     if not card.is_file():
         return {}
     first, *lines = read_plain(card, LARGEST_CARD).splitlines() or [""]

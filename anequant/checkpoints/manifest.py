@@ -69,7 +69,7 @@ def hash_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def keep_six_digits(value: Any) -> Any:
-    """The value with every float in it rounded to six digits."""
+    """Return the value with every float in it rounded to six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
@@ -80,7 +80,7 @@ def keep_six_digits(value: Any) -> Any:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The anequant.json of a folder that anequant wrote; raises InputError when there is none."""
+    """Return the anequant.json of a folder that anequant wrote; raises InputError when there is none."""
     value = read_json(folder / MANIFEST)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise InputError(f"'{MANIFEST}' is not one this version reads", where=str(folder))

@@ -101,8 +101,8 @@ DROPPED = ("quantization_config", "auto_map")
 
 
 def build_plain_config(config: Mapping[str, Any], dtype: str = "float16") -> dict[str, Any]:
-    """The source's config, as transformers resolves it, with an untied head, weights of `dtype` and RoPE in
-    both generations' keys."""
+    """Return the source's config, as transformers resolves it, with an untied head, weights of `dtype` and
+    RoPE in both generations' keys."""
     rope = config["rope_parameters"]
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {

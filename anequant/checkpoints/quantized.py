@@ -43,7 +43,8 @@ def list_quantized_tensors(
 
 
 def store(name: str, quantized: QuantizedLinear, *, bias: bool) -> dict[str, Tensor]:
-    """The tensors of `list_quantized_tensors`, in the same order; checks that the codes can be recovered.
+    """Return the tensors of `list_quantized_tensors`, in the same order; checks that the codes can be
+    recovered.
 
     Raises VerificationError naming the tensor when a reader would not get the codes back.
     """
@@ -99,8 +100,8 @@ def load(
 
 
 def check_scales(name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Input scales [in] and output scales [out] or [out, groups], float32, of a linear of which `tensors` has
-    the weight, the scales and, if there is one, the codebook.
+    """Return input scales [in] and output scales [out] or [out, groups], float32, of a linear of which
+    `tensors` has the weight, the scales and, if there is one, the codebook.
 
     Raises InputError naming the tensor for a wrong shape or a zero.
     """

@@ -140,8 +140,9 @@ def _tie(spec: ModelSpec, tensors: dict[str, TensorInfo]) -> tuple[ModelSpec, di
 
 
 def _bytes_of(info: TensorInfo, rows: slice | None) -> Tensor:
-    """A tensor, or some consecutive rows, in memory of its own: a mapped shard stays as long as any of its
-    tensors. Raises OSError, and ValueError for a dtype that is not in torch or a file that ends too early."""
+    """Return a tensor, or some consecutive rows, in memory of its own: a mapped shard stays as long as any of
+    its tensors. Raises OSError, and ValueError for a dtype that is not in torch or a file that ends too
+    early."""
     if info.dtype not in DTYPES:
         raise ValueError(f"{info.dtype} is no dtype to compute with")
     shape, start = info.shape, info.start
@@ -206,7 +207,8 @@ def read_json(path: Path) -> Any:
 
 
 def _first_file(folder: Path, stem: str) -> str:
-    """The file that transformers opens first: the weights in one file, and only without them an index."""
+    """Return the file that transformers opens first: the weights in one file, and only without them an
+    index."""
     single, index_file = f"{stem}{SUFFIX}", f"{stem}{INDEX_SUFFIX}"
     return single if (folder / single).is_file() else index_file
 

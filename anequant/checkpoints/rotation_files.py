@@ -40,7 +40,8 @@ def write_rotations(folder: Path, matrices: Mapping[str, Tensor]) -> None:
 
 
 def read_rotations(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """The matrices of those names and sizes, float64 [size, size]; others in the file are not looked at.
+    """Return the matrices of those names and sizes, float64 [size, size]; others in the file are not looked
+    at.
 
     Raises UsageError when there is no such file, InputError naming file and tensor when it is no safetensors
     file, lacks a matrix, or holds one of another size or dtype, or one that is not orthogonal to 1e-6. A
@@ -88,8 +89,8 @@ def _make_orthogonal(stored: Tensor, name: str, where: str) -> Tensor:
 
 
 def read_written_rotations(checkpoint: Checkpoint, recipe: Recipe) -> RotationPlan:
-    """The plan of a checkpoint that anequant wrote with `recipe`: read from its rotations.safetensors, or
-    drawn again where the seed tells it.
+    """Return the plan of a checkpoint that anequant wrote with `recipe`: read from its rotations.safetensors,
+    or drawn again where the seed tells it.
 
     Raises InputError when a file that no seed replaces is missing, and what `read_rotations` raises.
     """

@@ -45,7 +45,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def format_json(value: object) -> str:
-    """JSON with sorted keys and a final newline, the same bytes for the same value."""
+    """Return JSON with sorted keys and a final newline, the same bytes for the same value."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -102,7 +102,7 @@ class CheckpointWriter:
         return name in self._places
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """An entry that is written whole, or some of its rows."""
+        """Return an entry that is written whole, or some of its rows."""
         self.flush()
         place = self._places[name]
         assert place < self._position, f"{name} is not written yet"

@@ -60,7 +60,8 @@ def choose_static_scale(histogram: Tensor, largest: float, bits: int, kind: str)
 
 
 def _best_share(histogram: Tensor, top: int) -> float:
-    """The share of the largest magnitude whose scale rounds the histogram with the least squared error."""
+    """Return the share of the largest magnitude whose scale rounds the histogram with the least squared
+    error."""
     middles = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
     steps = CANDIDATES.double()[:, None] / top
     rounded = (middles / steps).round().clamp(max=top) * steps

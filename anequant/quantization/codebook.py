@@ -26,18 +26,18 @@ ABSOLUTE_GAP = 2.0**-10
 
 
 def make_uniform_codebook(bits: int) -> Tensor:
-    """The integers -2**(bits-1) ... 2**(bits-1) - 1, float32."""
+    """Return the integers -2**(bits-1) ... 2**(bits-1) - 1, float32."""
     half = 2 ** (bits - 1)
     return torch.arange(-half, half, dtype=torch.float32)
 
 
 def count_code_bits(entries: int) -> int:
-    """The width of a code that chooses from so many entries."""
+    """Return the width of a code that chooses from so many entries."""
     return (entries - 1).bit_length()
 
 
 def find_uniform_step(core: Tensor, bits: int) -> float:
-    """The step of the integer grid with the least squared error on `core`, by a line search.
+    """Return the step of the integer grid with the least squared error on `core`, by a line search.
 
     Searches from rms / 2**bits, a quarter or less of what is best for a Gaussian, up to the step that
     clips nothing, on the histogram of the values.
@@ -62,7 +62,7 @@ def find_uniform_step(core: Tensor, bits: int) -> float:
 
 
 def lloyd_max(core: Tensor, bits: int) -> Tensor:
-    """The codebook of 2**bits entries with the least squared error on `core`: float32, ascending.
+    """Return the codebook of 2**bits entries with the least squared error on `core`: float32, ascending.
 
     Entries are float16 numbers, far enough apart (a 256th of their size) that a reader that divides
     the weight by its scales in float16 still finds the right one.
@@ -87,7 +87,7 @@ class _Cells:
         torch.cumsum(powers, dim=1, out=self._sums[:, 1:])
 
     def companding_start(self, size: int) -> Tensor:
-        """Entries spaced by the cube root of the density, smoothed over a 64th of the range."""
+        """Return entries spaced by the cube root of the density, smoothed over a 64th of the range."""
         width = self._centres.numel() // 64 | 1
         smooth = torch.nn.functional.avg_pool1d(
             self._counts[None, None], width, stride=1, padding=width // 2, count_include_pad=False
@@ -123,7 +123,7 @@ class _Cells:
         return torch.cat([entries[kept], halves, together]).sort().values
 
     def _edges(self, entries: Tensor) -> Tensor:
-        """Bin numbers at which the cells of ascending entries begin and end: [K + 1]."""
+        """Return bin numbers at which the cells of ascending entries begin and end: [K + 1]."""
         inner = torch.searchsorted(self._centres, (entries[1:] + entries[:-1]) / 2)
         return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), self._centres.numel())])
 
@@ -143,12 +143,12 @@ class _Cells:
 
 
 def find_nearest_codes(core: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest entry for every value: uint8, shape of `core`."""
+    """Return the index of the nearest entry for every value: uint8, shape of `core`."""
     return find_nearest_entries(core.reshape(-1), codebook).view(core.shape)
 
 
 def _histogram(core: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Bin centres and counts, float64; 64k bins for 8 bits, 16k below."""
+    """Return bin centres and counts, float64; 64k bins for 8 bits, 16k below."""
     bins = 65536 if bits > 6 else 16384
     values = core.reshape(-1)
     low, high = float(values.min()), float(values.max())
@@ -176,7 +176,7 @@ def round_to_integers(codebook: Tensor) -> Tensor:
 
 
 def codebook_step(codebook: Tensor) -> float:
-    """The least power of two of which all entries are between -128 and 127 times."""
+    """Return the least power of two of which all entries are between -128 and 127 times."""
     low, high = (float(end) for end in codebook.aminmax())
     return 2.0 ** math.ceil(math.log2(max(high / 127, low / -128)))
 

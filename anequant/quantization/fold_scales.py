@@ -33,7 +33,7 @@ from anequant.quantization.scales import balance_scales
 
 
 def fold_input_scales(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The layer (tensors by name relative to it) with balanced columns and the same output.
+    """Return the layer (tensors by name relative to it) with balanced columns and the same output.
 
     Only input scales that float16 holds are used, so that a gain of ones becomes one that can be stored.
     """
@@ -62,7 +62,7 @@ def _readers(spec: ModelSpec, linear: Linear) -> tuple[int, int, int]:
 
 
 def premultiply_scales(quantized: QuantizedLinear, name: str) -> QuantizedLinear:
-    """The same weight with scales of one and the scaled codebook, rounded to float16 as the weight is.
+    """Return the same weight with scales of one and the scaled codebook, rounded to float16 as the weight is.
 
     Raises UnsupportedError, naming the tensor, when the scales are not one number or float16 cannot tell
     the scaled entries apart.

@@ -26,7 +26,7 @@ inline_kernel: Callable[[Kernel], Kernel] = numba.njit(inline="always")
 
 
 def compile_kernel(kernel: Kernel) -> Kernel:
-    """The kernel as machine code, which later runs find again where numba has a folder to keep it in.
+    """Compile the kernel to machine code, which later runs find again where numba has a folder to keep it in.
 
     Of what fastmath allows, only that a product and a sum are rounded once.
     """

@@ -67,7 +67,7 @@ class QuantizedLinear:
         return count_code_bits(self.codebook.numel())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight it stands for, [out, in]: computed in float32, some rows after the other."""
+        """Return the weight it stands for, [out, in]: computed in float32, some rows after the other."""
         weight = torch.empty(self.codes.shape, dtype=dtype)
         for start in range(0, weight.shape[0], ROWS):
             rows = slice(start, start + ROWS)

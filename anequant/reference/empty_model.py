@@ -16,7 +16,7 @@ from anequant.architectures.spec import ModelSpec
 
 
 def build_transformers_config(spec: ModelSpec) -> Any:
-    """The checkpoint's config as transformers' own class; custom code named in it is never looked at.
+    """Return the checkpoint's config as transformers' own class; custom code named in it is never looked at.
 
     Raises InputError for values that transformers does not take.
     """

@@ -90,7 +90,8 @@ class ReferenceModel:
         self._rotary = self._model.model.rotary_emb
 
     def rope_tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions 0 ... length - 1, each [1, length, head_dim], from the model's module."""
+        """Return cos and sin for positions 0 ... length - 1, each [1, length, head_dim], from the model's
+        module."""
         with torch.no_grad():
             probe = torch.empty(1, dtype=self._dtype)
             cos, sin = self._rotary(probe, torch.arange(length)[None])
@@ -98,7 +99,7 @@ class ReferenceModel:
 
     @torch.no_grad()
     def run_layer(self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """Hidden states [n, length, hidden_size] after decoder layer `layer` with these weights."""
+        """Return hidden states [n, length, hidden_size] after decoder layer `layer` with these weights."""
         with self._loaded(layer, tensors, hidden.shape[1]) as run:
             return torch.cat([run(part) for part in torch.split(hidden, WINDOWS_AT_ONCE)])
 
@@ -136,8 +137,8 @@ class ReferenceModel:
     def every_input(
         self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The input [tokens, in] of each of the layer's linears, rotated and rounded, by name; and the hidden
-        states [n, length, hidden_size] after the layer, for at most WINDOWS_AT_ONCE windows."""
+        """Return the input [tokens, in] of each of the layer's linears, rotated and rounded, by name; and the
+        hidden states [n, length, hidden_size] after the layer, for at most WINDOWS_AT_ONCE windows."""
         found: dict[str, Tensor] = {}
 
         def keep(name: str, linear: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -152,8 +153,8 @@ class ReferenceModel:
     def gradients(
         self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor, output_gradient: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of <output_gradient, layer(hidden)>: for hidden [n, length, hidden_size], n at most
-        WINDOWS_AT_ONCE, and for each of the layer's tensors."""
+        """Return gradients of <output_gradient, layer(hidden)>: for hidden [n, length, hidden_size], n at
+        most WINDOWS_AT_ONCE, and for each of the layer's tensors."""
         with self._loaded(layer, tensors, hidden.shape[1], whole=True) as run, torch.enable_grad():
             parameters = dict(self._model.model.layers[layer].named_parameters())
             leaves = [
@@ -174,8 +175,8 @@ class ReferenceModel:
         but: str | None = None,
         half: str | None = None,
     ) -> Iterator[Callable[[Tensor], Tensor]]:
-        """The layer with these weights, or the half of it of that name without the sum that ends it, as a
-        function of hidden states; on meta again afterwards.
+        """Provide the layer with these weights, or the half of it of that name without the sum that ends it,
+        as a function of hidden states; on meta again afterwards.
 
         A linear's weight comes when it runs and goes after it, that of the linear `but` never; with `whole`
         all are there from the start.
@@ -240,7 +241,7 @@ def run_to_final_states(
 
 
 def compute_logits(head: Tensor, hidden: Tensor) -> Tensor:
-    """Logits [..., vocab] of hidden states [..., hidden_size]; the head is widened in row blocks."""
+    """Return logits [..., vocab] of hidden states [..., hidden_size]; the head is widened in row blocks."""
     parts = [hidden @ rows.to(hidden.dtype).T for rows in torch.split(head, HEAD_ROWS)]
     return torch.cat(parts, dim=-1)
 
@@ -248,7 +249,7 @@ def compute_logits(head: Tensor, hidden: Tensor) -> Tensor:
 def logits(
     weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32, progress: Progress = silent
 ) -> Iterator[Tensor]:
-    """Logits [length, vocab] of one window after the other."""
+    """Yield logits [length, vocab] of one window after the other."""
     hidden = run_to_final_states(weights, tokens, dtype, progress)
     head = weights.read(weights.head_name)
     for window in hidden:
@@ -256,7 +257,7 @@ def logits(
 
 
 def sum_head_loss(model: ReferenceModel, hidden: Tensor, gain: Tensor, targets: Tensor, loss: Loss) -> float:
-    """The sum over hidden [n, length, hidden_size] and targets [n, length, ...]."""
+    """Return the sum over hidden [n, length, hidden_size] and targets [n, length, ...]."""
     with torch.no_grad():
         return sum(float(loss(model.final_norm(states, gain), t)) for states, t in _pieces(hidden, targets))
 
@@ -264,7 +265,7 @@ def sum_head_loss(model: ReferenceModel, hidden: Tensor, gain: Tensor, targets: 
 def differentiate_head(
     model: ReferenceModel, hidden: Tensor, gain: Tensor, targets: Tensor, loss: Loss
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `sum_head_loss` for hidden and for the final norm's gain [hidden_size]."""
+    """Return gradients of `sum_head_loss` for hidden and for the final norm's gain [hidden_size]."""
     parts, total = [], torch.zeros_like(gain)
     weight = gain.detach().requires_grad_()
     for states, part_targets in _pieces(hidden, targets):

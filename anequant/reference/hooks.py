@@ -50,7 +50,7 @@ def attach(layer: torch.nn.Module, number: int, spec: ModelSpec, online: Online)
 
 
 def set_input_scale(linear: torch.nn.Module, scale: Tensor | None) -> None:
-    """The vector [1, in] that multiplies a linear's input before it is rounded, and divides it after."""
+    """Set the vector [1, in] that multiplies a linear's input before it is rounded, and divides it after."""
     setattr(linear, INPUT_SCALES, scale)
 
 

@@ -127,7 +127,7 @@ def _write_tensors(checkpoint: Checkpoint, place: Path) -> list[Stored]:
 
 
 def _names(file: Path) -> list[str]:
-    """The tensors in a file; none in one that is damaged, which transformers then must not need."""
+    """Return the tensors in a file; none in one that is damaged, which transformers then must not need."""
     try:
         return list(read_header(file))
     except InputError:
@@ -135,7 +135,8 @@ def _names(file: Path) -> list[str]:
 
 
 def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """The miniature's tensors: vocabulary and head size are the model's, every other width is small."""
+    """Return the miniature's tensors: vocabulary and head size are the model's, every other width is
+    small."""
     small = replace(spec, hidden_size=WIDTH, intermediate_size=WIDTH, num_heads=1, num_key_value_heads=1)
     return {f"{HEAD}.weight": (spec.vocab_size, WIDTH), **small.tensors()}
 
@@ -147,7 +148,7 @@ def _origin(tensor: Tensor, stored: list[Stored]) -> Stored | None:
 
 
 def _record_layer_arguments(model: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """cos and sin, and every layer's mask: what is given beside the hidden states."""
+    """Return cos and sin, and every layer's mask: what is given beside the hidden states."""
     given: list[dict[str, Any]] = []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(
@@ -164,8 +165,8 @@ def _record_layer_arguments(model: Any) -> tuple[Tensor, Tensor, tuple[Tensor, .
 
 
 def _as_booleans(mask: Tensor | None, is_causal: bool) -> Tensor:
-    """A mask of sdpa's, boolean or to be added, as booleans [TOKENS, TOKENS]; without one a causal layer sees
-    what came before, and any other sees all."""
+    """Return a mask of sdpa's, boolean or to be added, as booleans [TOKENS, TOKENS]; without one a causal
+    layer sees what came before, and any other sees all."""
     if mask is None:
         everything = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
         return everything.tril() if is_causal else everything

@@ -18,7 +18,7 @@ from anequant.reference.judge import check_reading
 
 
 def open_float(source: Source) -> Checkpoint:
-    """The checkpoint of a float model, rotated or not, read as stock transformers reads it.
+    """Return the checkpoint of a float model, rotated or not, read as stock transformers reads it.
 
     Raises InputError for a quantized one, and what `check_side_files` and `check_reading` raise.
     """

@@ -36,8 +36,8 @@ class RotatedModel:
         return self.checkpoint.spec
 
     def layer(self, layer: int) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """A layer's tensors as stored and, in float64, as rotated; both by name relative to the layer, read
-        and made one at a time, since all of them in float64 take four times the layer's place on disk.
+        """Return a layer's tensors as stored and, in float64, as rotated; both by name relative to the layer,
+        read and made one at a time, since all of them in float64 take four times the layer's place on disk.
 
         Input scales move within what float32 holds, so that a rotated checkpoint gives the same; this takes
         all of the rotated layer at once.

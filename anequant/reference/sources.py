@@ -74,7 +74,7 @@ class Texts:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; raises UsageError for anything else."""
+    """Return the text of a UTF-8 file; raises UsageError for anything else."""
     try:
         text = read_plain(path)
         if "\0" in text:
@@ -88,7 +88,7 @@ def read_text(path: Path) -> str:
 
 
 def has_rows(path: Path) -> bool:
-    """Whether the name is one of a JSON file."""
+    """Return whether the name is one of a JSON file."""
     return path.suffix.lower() in JSON
 
 
@@ -108,7 +108,7 @@ def read_source(path: Path) -> Texts | list[Ids]:
 
 
 def read_source_text(path: Path, tokenizer: Any) -> str:
-    """The text of a file of prose, texts or conversations.
+    """Return the text of a file of prose, texts or conversations.
 
     Raises UsageError as `read_source`, and for token ids.
     """
@@ -175,7 +175,7 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _strip_padding(ids: Ids, mask: Any, where: str) -> Ids:
-    """The ids that the mask keeps: all from the first 1 to the last."""
+    """Return the ids that the mask keeps: all from the first 1 to the last."""
     bits = mask if isinstance(mask, list) else []
     if len(bits) != len(ids) or not all(type(bit) is int and bit in (0, 1) for bit in bits):
         raise UsageError(f"the {MASK} of {where} is no list of {len(ids)} zeros and ones")
@@ -191,7 +191,8 @@ def _strip_padding(ids: Ids, mask: Any, where: str) -> Ids:
 
 
 def _parse_rows(path: Path, content: str) -> Sequence[Any]:
-    """The rows of a JSON file: a list of them, columns, or one row in each line, whatever its name says."""
+    """Return the rows of a JSON file: a list of them, columns, or one row in each line, whatever its name
+    says."""
     by_lines = path.suffix.lower() in LINES
     first, second = (_lines, parse_json) if by_lines else (parse_json, _lines)
     try:
@@ -224,7 +225,7 @@ def _rows(path: Path, value: Any, by_lines: bool) -> Sequence[Any]:
 
 
 def _columns(path: Path, table: dict[str, Any]) -> Sequence[Any] | None:
-    """The rows of an object that holds columns, or is the only row; None when it is neither."""
+    """Return the rows of an object that holds columns, or is the only row; None when it is neither."""
     key = next((key for key in COLUMNS if key in table), None)
     if key is None:
         return None
@@ -238,8 +239,8 @@ def _columns(path: Path, table: dict[str, Any]) -> Sequence[Any] | None:
 
 
 def _is_json(content: str) -> bool:
-    """Whether a file without such a name holds a list of lists or objects, or an object, or one in its first
-    line."""
+    """Return whether a file without such a name holds a list of lists or objects, or an object, or one in its
+    first line."""
     begin = content.lstrip()
     if begin[:1] not in ("[", "{"):
         return False

@@ -25,7 +25,7 @@ PREFILL_TOKENS, DECODE_TOKENS = 64, 64
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's own tokenizer, without remote code. Raises InputError naming the folder."""
+    """Return the checkpoint's own tokenizer, without remote code. Raises InputError naming the folder."""
     from transformers import AutoTokenizer
 
     for name in TOKENIZER_FILES:
@@ -40,7 +40,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def find_start_token(tokenizer: Any, config: Mapping[str, Any]) -> int:
-    """The token a window starts with: the tokenizer's BOS, else the config's, else EOS.
+    """Return the token a window starts with: the tokenizer's BOS, else the config's, else EOS.
 
     Models without a BOS (Qwen) put their massive activation on whatever comes first; starting every
     window with the document separator keeps that where training had it.
@@ -89,7 +89,7 @@ def cut_model_windows(
 
 
 def cut_windows(text: str, tokenizer: Any, first: int, *, count: int, length: int, seed: int = 0) -> Tensor:
-    """Evenly spaced windows of a text: int64 [count, length], each starting with token `first`.
+    """Return evenly spaced windows of a text: int64 [count, length], each starting with token `first`.
 
     Every seed but 0 moves all windows by another share of their spacing, and a window that would start with
     `first` twice starts before it. Fewer than `count` rows when the text holds fewer whole windows; raises

@@ -34,7 +34,7 @@ class RotationPlan:
     r4: Rotation | None = None
 
     def output_rotation(self, space: Space, layer: int | None) -> Rotation | None:
-        """The rotation of the output of a linear that writes to `space`; None where there is none."""
+        """Return the rotation of the output of a linear that writes to `space`; None where there is none."""
         if space is Space.RESIDUAL:
             return self.r1
         if space is Space.VALUE and layer is not None and self.r2:
@@ -42,7 +42,7 @@ class RotationPlan:
         return None
 
     def input_rotation(self, space: Space, layer: int | None) -> Rotation | None:
-        """The rotation of the input of a linear that reads `space`; None where there is none."""
+        """Return the rotation of the input of a linear that reads `space`; None where there is none."""
         return self.r4 if space is Space.FFN else self.output_rotation(space, layer)
 
     def matrices(self) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ class RotationPlan:
         return {name: rotation.dense() for name, rotation in rotations.items()}
 
     def with_matrices(self, matrices: Mapping[str, Tensor]) -> RotationPlan:
-        """The same plan with dense R1 and R2 in the place of its own, by name."""
+        """Return the same plan with dense R1 and R2 in the place of its own, by name."""
         r1 = Rotation(len(matrices[R1]), matrix=matrices[R1]) if R1 in matrices else self.r1
         names = [f"{R2}.{layer}" for layer in range(len(self.r2))]
         r2 = [
@@ -62,12 +62,13 @@ class RotationPlan:
         return replace(self, r1=r1, r2=tuple(r2))
 
     def dense(self) -> RotationPlan:
-        """The same rotations, R1 and R2 as matrices."""
+        """Return the same rotations, R1 and R2 as matrices."""
         return self.with_matrices(self.matrices())
 
 
 def list_matrix_sizes(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
-    """The matrices that the recipe's words r1 and r2 stand for, r1 and r2.0, r2.1, ..., with their sizes."""
+    """Return the matrices that the recipe's words r1 and r2 stand for, r1 and r2.0, r2.1, ..., with their
+    sizes."""
     sizes = {} if recipe.r1 == "none" else {R1: spec.hidden_size}
     if recipe.r2 != "none":
         sizes |= {f"{R2}.{layer}": spec.head_dim for layer in range(spec.num_layers)}
