@@ -198,7 +198,7 @@ class ModelSpec:
         return bool(self.config[linear.bias]) if isinstance(linear.bias, str) else linear.bias
 
     def layer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return shapes of one float layer's tensors, by name relative to the layer."""
+        """Return the shapes of one float layer's tensors, by name relative to the layer."""
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (self.hidden_size,) for name in self.norms}
         for linear in self.architecture.linears:
             shapes[f"{linear.name}.weight"] = self.shape(linear)
@@ -209,7 +209,7 @@ class ModelSpec:
         return shapes
 
     def outer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return shapes of the tensors outside the layers; a tied head has none of its own."""
+        """Return the shapes of the tensors outside the layers; a tied head has none of its own."""
         shapes: dict[str, tuple[int, ...]] = {
             f"{EMBEDDING}.weight": (self.vocab_size, self.hidden_size),
             f"{FINAL_NORM}.weight": (self.hidden_size,),
@@ -231,7 +231,7 @@ class ModelSpec:
         return ("head_dim",) if stem.endswith(self.architecture.head_norms) else ("hidden_size",)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return shapes of all of a float model's tensors by full name."""
+        """Return the shapes of all of a float model's tensors by full name."""
         layer = self.layer_tensors()
         layers = {layer_prefix(i) + name: layer[name] for i in range(self.num_layers) for name in layer}
         return {**self.outer_tensors(), **layers}
