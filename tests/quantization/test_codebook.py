@@ -16,7 +16,7 @@ from anequant.quantization.codebook import (
     lloyd_max,
     make_uniform_codebook,
 )
-from anequant.quantization.codebook_kernels import counted
+from anequant.quantization.codebook_kernels import count_values
 
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -251,7 +251,7 @@ def test_counts_are_those_of_torch(bins: int) -> None:
     values = torch.cat([sample(gaussian, 1000), torch.linspace(-5, 5, 129)])
     low, high = float(values.min()), float(values.max())
     expected = torch.histc(values, bins=bins, min=low, max=high).double()
-    assert torch.equal(counted(values, bins, low, high), expected) and expected.sum() == 1129
+    assert torch.equal(count_values(values, bins, low, high), expected) and expected.sum() == 1129
 
 
 def test_the_number_of_threads_does_not_matter() -> None:
