@@ -110,15 +110,12 @@ def _run_peer(row: Row, settings: Settings, output: Path) -> float:
 
     from anequant.checkpoints.reader import open_checkpoint
     from anequant.comparison.peers import GROUP
-    from anequant.reference.sources import read_text
-    from anequant.reference.windows import cut_windows, find_start_token, load_tokenizer
+    from anequant.reference.windows import read_text_windows
 
     assert row.peer is not None
     folder = Path(settings.model)
-    tokenizer = load_tokenizer(folder)
-    first = find_start_token(tokenizer, open_checkpoint(folder).spec.config)
-    text = read_text(settings.calibration)
-    windows = cut_windows(text, tokenizer, first, count=row.windows, length=settings.length)
+    config, text = open_checkpoint(folder).spec.config, settings.calibration
+    windows = read_text_windows(folder, config, text, count=row.windows, length=settings.length)
     PEERS[row.peer](folder, output, windows)
     return 4 + 32 / GROUP if row.peer.endswith("groups") else 4.0
 
