@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from anequant.checkpoints.manifest import load_recipe_for
-from anequant.checkpoints.side_files import custom_code
+from anequant.checkpoints.side_files import find_custom_code
 from anequant.checkpoints.source import Source, resolve_source
 from anequant.evaluation import LENGTH, WINDOWS
 from anequant.evaluation.evaluate import Evaluation, evaluate_checkpoint
@@ -201,7 +201,7 @@ def _open(
     """Return the model's folder and its recipe; a wrong recipe is noticed before a model is downloaded."""
     load_recipe(recipe, keys)
     source = resolve_source(model)
-    code = custom_code(source.folder)
+    code = find_custom_code(source.folder)
     if code:
         LOG.warning("ignored, no code of a checkpoint is run: %s", ", ".join(code))
     return source, load_recipe_for(source.folder, recipe, keys)

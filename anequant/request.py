@@ -17,9 +17,9 @@ from anequant.calibration.equivalence import PROBE_LENGTH
 from anequant.calibration.rotation_choice import check_rotations, matrices_from_file
 from anequant.calibration.tokens import check_calibration
 from anequant.checkpoints.layers import open_quantized
-from anequant.checkpoints.layout import projection_names
+from anequant.checkpoints.layout import list_projections
 from anequant.checkpoints.license import CARD, LICENSE_FILES
-from anequant.checkpoints.manifest import MANIFEST, rotation_keys
+from anequant.checkpoints.manifest import MANIFEST, read_rotation_keys
 from anequant.checkpoints.quantized import require_parts
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import ROTATIONS, read_rotations
@@ -58,7 +58,7 @@ class Request:
     @cached_property
     def rotated_with(self) -> Mapping[str, Any] | None:
         """The recipe's keys that the source was rotated with already, None for any other source."""
-        return rotation_keys(self.source.folder)
+        return read_rotation_keys(self.source.folder)
 
     @property
     def calibrates(self) -> bool:
@@ -125,7 +125,7 @@ class LowerRequest:
         cannot be read."""
         checkpoint = self.checkpoint
         check_side_files(self.folder)
-        for projection in projection_names(checkpoint.spec):
+        for projection in list_projections(checkpoint.spec):
             require_parts(projection, checkpoint.tensors)
 
     def fingerprint(self) -> dict[str, Any]:

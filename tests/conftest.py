@@ -25,6 +25,7 @@ from anequant.quantization.calibrated import Rounding, quantize_calibrated
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.statistics import InputStatistics
+from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import load_recipe
 from anequant.request import Request
@@ -129,9 +130,15 @@ def quantize_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Qu
         weights: dict[str, Tensor] = {}
         chosen: dict[str, QuantizedLinear] = {}
 
-        def spy(weight: Tensor, bias: Tensor | None, *, name: str, **options: Any) -> QuantizedLinear:
+        def spy(
+            weight: Tensor,
+            bias: Tensor | None,
+            format_: WeightFormat,
+            name: str,
+            input_scale: Tensor | None = None,
+        ) -> QuantizedLinear:
             weights[name] = weight
-            chosen[name] = quantize_linear(weight, bias, name=name, **options)
+            chosen[name] = quantize_linear(weight, bias, format_, name, input_scale)
             return chosen[name]
 
         def calibrated_spy(
@@ -140,13 +147,10 @@ def quantize_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Qu
             statistics: InputStatistics,
             rounding: Rounding,
             name: str,
-            *,
             input_scale: Tensor | None = None,
         ) -> tuple[QuantizedLinear, float | None]:
             weights[name] = weight
-            chosen[name], damping = quantize_calibrated(
-                weight, bias, statistics, rounding, name, input_scale=input_scale
-            )
+            chosen[name], damping = quantize_calibrated(weight, bias, statistics, rounding, name, input_scale)
             return chosen[name], damping
 
         with pytest.MonkeyPatch.context() as patch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anequant.quantization.gptq import Grid, descend, factorize, gptq, rounded
+from anequant.quantization.gptq import Grid, descend, evaluate_codes, factorize, gptq
 
 
 def gptq_codes(core: Tensor, codebook: Tensor, hessian: Tensor, step: Tensor | None = None) -> Tensor:
@@ -17,9 +17,9 @@ def descended(
 ) -> Tensor:
     """One pass. The error and its product with the Hessian, which go along, are right afterwards."""
     grid = _grid(core, codebook, step)
-    current = rounded(grid, hessian, codes.T.contiguous())
+    current = evaluate_codes(grid, hessian, codes.T.contiguous())
     descend(grid, hessian, current)
-    after = rounded(grid, hessian, current.codes)
+    after = evaluate_codes(grid, hessian, current.codes)
     torch.testing.assert_close(current.error, after.error)
     largest = float(hessian.abs().max() * grid.target.abs().max())
     torch.testing.assert_close(current.pull, after.pull, rtol=1e-4, atol=1e-5 * largest)

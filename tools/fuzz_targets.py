@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 
 from anequant.architectures import read_spec
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.saved import whole_calibration
-from anequant.calibration.tokens import calibration_tokens
+from anequant.calibration.tokens import calibrate_on_whole_file, read_calibration_tokens
 from anequant.checkpoints.contract import check_contract
 from anequant.checkpoints.header import read_header
 from anequant.checkpoints.layers import load_layer, load_table, open_quantized
@@ -29,7 +28,7 @@ from anequant.cli import main
 from anequant.errors import AnequantError
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
-from anequant.reference.empty_model import empty_model
+from anequant.reference.empty_model import build_empty_model
 from anequant.targets.coreml.graph import package_graphs
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.lint.rules import lint_package
@@ -138,13 +137,13 @@ def _model_targets(model: Path) -> dict[str, Target]:
 
     def read_ids() -> None:
         checkpoint = open_checkpoint(calibrated)
-        calibration_tokens(Calibration(str(ids), samples=2, length=4), checkpoint)
-        whole_calibration(str(ids))
+        read_calibration_tokens(Calibration(str(ids), samples=2, length=4), checkpoint)
+        calibrate_on_whole_file(str(ids))
 
     return {
         "header": Target(body, read_body),
         "safetensors": Target(single, lambda: read_header(single)),
-        "config": Target(config / "config.json", lambda: empty_model(open_checkpoint(config).spec)),
+        "config": Target(config / "config.json", lambda: build_empty_model(open_checkpoint(config).spec)),
         "index": Target(sharded / INDEX, lambda: open_checkpoint(sharded)),
         "calibration": Target(ids, read_ids),
         "rotations": Target(rotations, lambda: read_rotations(rotations, {"r1": 4, "r2.0": 2})),

@@ -55,7 +55,7 @@ def run(
     cache are left out of the name."""
     from dataclasses import replace
 
-    from anequant.calibration.saved import whole_calibration
+    from anequant.calibration.tokens import calibrate_on_whole_file
     from anequant.checkpoints.source import resolve_source
     from anequant.compat.quarot_hooks import make_hooked_recipe, quantize_hooked
     from anequant.report.terminal import results as text
@@ -69,7 +69,7 @@ def run(
         rotation_method=rotation_method,
         seed=seed,
     )
-    calibration = replace(whole_calibration(calib), seed=seed)
+    calibration = replace(calibrate_on_whole_file(calib), seed=seed)
     if not recipe.calibrated:
         console.note("Hadamard rotations and nearest rounding: no use for calibration data")
     with console.progress("quantize") as progress:
@@ -102,7 +102,7 @@ def quark(
     force: bool,
 ) -> None:
     """Quantize by a scheme of AMD Quark, after QuaRot's rotations if asked for."""
-    from anequant.calibration.saved import whole_calibration
+    from anequant.calibration.tokens import calibrate_on_whole_file
     from anequant.checkpoints.source import resolve_source
     from anequant.compat.quark import WHOLE, translate_recipe
     from anequant.jobs.control import Run
@@ -111,7 +111,7 @@ def quark(
     from anequant.request import Request
 
     chosen = translate_recipe(scheme, optimization, config, model, rotated=WHOLE)
-    calibration = whole_calibration(calib)
+    calibration = calibrate_on_whole_file(calib)
     for note in chosen.notes:
         console.note(note)
     with console.progress("quantize") as progress:

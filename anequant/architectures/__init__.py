@@ -18,7 +18,8 @@ ARCHITECTURES = {table.model_type: table for table in (LLAMA, MISTRAL, QWEN2, QW
 
 
 def read_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
-    """The ModelSpec of a parsed config.json, read as transformers does; `where` names the file in errors.
+    """Return the ModelSpec of a parsed config.json, read as transformers does; `where` names the file in
+    errors.
 
     Raises UnsupportedError for an unknown model_type (listing the known ones), and what `check_settings`,
     `resolve_config` and `build_spec` raise.

@@ -25,7 +25,7 @@ KEPT = ("quantization_config", "transformers_version")
 
 
 def resolve_config(config: Mapping[str, Any], model_type: str, where: str) -> dict[str, Any]:
-    """The keys of config.json with the values that transformers gives them, those left out included.
+    """Return the keys of config.json with the values that transformers gives them, those left out included.
 
     KEPT and keys that transformers does not know stay as they are. Raises InputError naming the key for
     values that transformers refuses.
@@ -35,8 +35,8 @@ def resolve_config(config: Mapping[str, Any], model_type: str, where: str) -> di
     config_class = CONFIG_MAPPING[model_type]
     general = PreTrainedConfig().to_dict().keys()
     given = {key: copy.deepcopy(value) for key, value in config.items() if key not in UNREAD}
-    with refusing(where):
-        resolved = settle(config_class.from_dict(given).to_dict())
+    with translate_errors(where):
+        resolved = settle_rope(config_class.from_dict(given).to_dict())
     stated = {
         key: value
         for key, value in resolved.items()
@@ -45,15 +45,16 @@ def resolve_config(config: Mapping[str, Any], model_type: str, where: str) -> di
     return {**stated, **{key: config[key] for key in KEPT if key in config}}
 
 
-def settle(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers has resolved, without RoPE's `type`: it has decided between that and `rope_type`."""
+def settle_rope(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what transformers has resolved without RoPE's `type`: it has decided between that and
+    `rope_type`."""
     rope = {key: value for key, value in resolved["rope_parameters"].items() if key != "type"}
     return {**resolved, "rope_parameters": rope}
 
 
 @contextmanager
-def refusing(where: str, what: str = "'config.json'") -> Iterator[None]:
-    """InputError for whatever transformers raises of `what`: of what others wrote it checks some by use."""
+def translate_errors(where: str, what: str = "'config.json'") -> Iterator[None]:
+    """Raise InputError for whatever transformers raises about `what`, some of which it checks only by use."""
     try:
         yield
     except Exception as error:

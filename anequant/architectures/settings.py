@@ -8,7 +8,7 @@ from typing import Any
 from anequant.errors import InputError, UnsupportedError, quote
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-"""Those of transformers. A length that RoPE changes with is refused where it matters."""
+"""The types that transformers knows. A length that RoPE changes with is refused where it matters."""
 
 MOST_LAYERS = 10_000
 """transformers lists the type of every layer, so their number is bounded before it does."""
@@ -70,7 +70,8 @@ def check_settings(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_size(config: Mapping[str, Any], key: str, where: str) -> int:
-    """The number under one of SIZES; raises InputError for what is not a positive whole one, or too large."""
+    """Return the number under one of SIZES; raises InputError for what is not a positive whole one, or too
+    large."""
     value = config.get(key)
     if type(value) is not int or not 0 < value <= SIZES[key]:
         raise InputError(

@@ -11,6 +11,7 @@ Folding, rotation, the checkpoint's layout and the lowering all read this table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -98,7 +99,7 @@ class Architecture:
 def decoder_layer(
     *, query_key_value_bias: bool | str, output_bias: bool | str, mlp_bias: bool | str
 ) -> tuple[Linear, ...]:
-    """The seven projections of a pre-norm decoder layer with grouped-query attention and SwiGLU."""
+    """Return the seven projections of a pre-norm decoder layer with grouped-query attention and SwiGLU."""
     attention_norm, mlp_norm = "input_layernorm", "post_attention_layernorm"
     return (
         Linear("self_attn.q_proj", QUERY, RESIDUAL, attention_norm, query_key_value_bias),
@@ -183,11 +184,21 @@ class ModelSpec:
             "vocab_size": self.vocab_size,
         }
 
+    @property
+    def linear_weights(self) -> dict[str, int]:
+        """How many weights each linear of a layer has, by name relative to the layer, in order of use."""
+        return {linear.name: math.prod(self.shape(linear)) for linear in self.architecture.linears}
+
+    @property
+    def layer_weights(self) -> int:
+        """How many weights the linears of one layer have together."""
+        return sum(self.linear_weights.values())
+
     def has_bias(self, linear: Linear) -> bool:
         return bool(self.config[linear.bias]) if isinstance(linear.bias, str) else linear.bias
 
     def layer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of one float layer's tensors, by name relative to the layer."""
+        """Return the shapes of one float layer's tensors, by name relative to the layer."""
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (self.hidden_size,) for name in self.norms}
         for linear in self.architecture.linears:
             shapes[f"{linear.name}.weight"] = self.shape(linear)
@@ -198,7 +209,7 @@ class ModelSpec:
         return shapes
 
     def outer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors outside the layers; a tied head has none of its own."""
+        """Return the shapes of the tensors outside the layers; a tied head has none of its own."""
         shapes: dict[str, tuple[int, ...]] = {
             f"{EMBEDDING}.weight": (self.vocab_size, self.hidden_size),
             f"{FINAL_NORM}.weight": (self.hidden_size,),
@@ -208,7 +219,7 @@ class ModelSpec:
         return shapes
 
     def keys_of(self, tensor: str) -> tuple[str, ...]:
-        """The keys of config.json that make the shape of a tensor, by its full name."""
+        """Return the keys of config.json that make the shape of a tensor, by its full name."""
         outer = {EMBEDDING: ("vocab_size", "hidden_size"), HEAD: ("vocab_size", "hidden_size")}
         stem = tensor.rpartition(".")[0]
         if stem in outer:
@@ -220,12 +231,12 @@ class ModelSpec:
         return ("head_dim",) if stem.endswith(self.architecture.head_norms) else ("hidden_size",)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all of a float model's tensors by full name."""
+        """Return the shapes of all of a float model's tensors by full name."""
         layer = self.layer_tensors()
         layers = {layer_prefix(i) + name: layer[name] for i in range(self.num_layers) for name in layer}
         return {**self.outer_tensors(), **layers}
 
 
 def layer_prefix(layer: int) -> str:
-    """The name of a layer's tensors up to and including the dot."""
+    """Return the name of a layer's tensors up to and including the dot."""
     return f"model.layers.{layer}."

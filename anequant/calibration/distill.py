@@ -17,9 +17,8 @@ from torch import Tensor
 from anequant.architectures.spec import ModelSpec
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.online import NOTHING, Online
-from anequant.quantization.tune import TunableLinear
-from anequant.reference.forward import ReferenceModel
-from anequant.reference.head import head_gradients, head_loss
+from anequant.quantization.tunable_linear import TunableLinear
+from anequant.reference.forward import ReferenceModel, differentiate_head, sum_head_loss
 
 WINDOWS_A_STEP = 2
 LEARNING_RATE = 5e-4
@@ -42,7 +41,7 @@ class TunableLayer:
         ]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The layer's float tensors as transformers' module takes them."""
+        """Return the layer's float tensors as transformers' module takes them."""
         result = {f"{name}.weight": gain.detach() for name, gain in self.gains.items()}
         for name, linear in self.linears.items():
             current = linear.current()
@@ -66,6 +65,9 @@ class Lesson:
     embedded: Tensor
     taught: Tensor
 
+    def windows(self, chosen: slice | list[int]) -> Lesson:
+        return Lesson(self.embedded[chosen], self.taught[chosen])
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -77,7 +79,18 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class TuneResult:
+class Course:
+    """What a student learns from, and for how many steps: each is on a few windows of `lesson` that `seed`
+    draws, and the state that is best on `held_out` stays."""
+
+    lesson: Lesson
+    held_out: Lesson
+    steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class LearnResult:
     """KL on the held-out windows before and after; `steps` were taken until the best state."""
 
     steps: int
@@ -85,24 +98,13 @@ class TuneResult:
     held_out_after: float
 
 
-def distill(
-    spec: ModelSpec,
-    layers: Sequence[TunableLayer],
-    heads: Heads,
-    lesson: Lesson,
-    held_out: Lesson,
-    *,
-    steps: int,
-    seed: int,
-    online: Online = NOTHING,
-    progress: Progress = silent,
-) -> TuneResult:
-    """Train `layers` and the final gain in place; they end in the state that was best on `held_out`."""
-    student = _Student(spec, layers, heads, online)
-    leaves = [leaf for layer in layers for leaf in layer.parameters] + [heads.gain]
+def distill(student: Student, course: Course, progress: Progress = silent) -> LearnResult:
+    """Train the student's layers and its final gain, which end in the state that was best on the held-out
+    windows."""
+    leaves, steps = student.parameters, course.steps
     optimizer = torch.optim.Adam(leaves, betas=(0.9, 0.95), eps=1e-12)
-    generator = torch.Generator().manual_seed(seed)
-    first = least = student.divergence(held_out)
+    generator = torch.Generator().manual_seed(course.seed)
+    first = least = student.divergence(course.held_out)
     kept, best_step = [leaf.detach().clone() for leaf in leaves], 0
     queue: list[int] = []
     for step in range(1, steps + 1):
@@ -110,12 +112,12 @@ def distill(
         rate = LEARNING_RATE * min(1.0, step / WARM_UP) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         optimizer.param_groups[0]["lr"] = rate
         if len(queue) < WINDOWS_A_STEP:
-            queue = torch.randperm(len(lesson.taught), generator=generator).tolist()
+            queue = torch.randperm(len(course.lesson.taught), generator=generator).tolist()
         chosen, queue = queue[:WINDOWS_A_STEP], queue[WINDOWS_A_STEP:]
-        student.set_gradients(Lesson(lesson.embedded[chosen], lesson.taught[chosen]))
+        student.set_gradients(course.lesson.windows(chosen))
         optimizer.step()
         if step % EVALUATE_EVERY == 0 or step == steps:
-            loss = student.divergence(held_out)
+            loss = student.divergence(course.held_out)
             if loss < least:
                 least, best_step, kept = loss, step, [leaf.detach().clone() for leaf in leaves]
             elif step - best_step >= PATIENCE * EVALUATE_EVERY:
@@ -123,33 +125,40 @@ def distill(
     with torch.no_grad():
         for leaf, value in zip(leaves, kept, strict=True):
             leaf.copy_(value)
-    return TuneResult(best_step, first, least)
+    return LearnResult(best_step, first, least)
 
 
-class _Student:
-    """The quantized model, run and differentiated one layer at a time."""
+class Student:
+    """The quantized model in training, run and differentiated one layer at a time; `online` are the rotations
+    that run."""
 
-    def __init__(self, spec: ModelSpec, layers: Sequence[TunableLayer], heads: Heads, online: Online) -> None:
+    def __init__(
+        self, spec: ModelSpec, layers: Sequence[TunableLayer], heads: Heads, online: Online = NOTHING
+    ) -> None:
         self._model = ReferenceModel(spec, torch.float32, online)
         self._layers = layers
         self._heads = heads
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [leaf for layer in self._layers for leaf in layer.parameters] + [self._heads.gain]
+
     def divergence(self, lesson: Lesson) -> float:
-        """Mean KL over all positions."""
+        """Return the mean KL over all positions."""
         hidden = lesson.embedded
         for number, layer in enumerate(self._layers):
             hidden = self._model.run_layer(number, layer.tensors(), hidden)
-        total = head_loss(self._model, hidden, self._heads.gain, lesson.taught, self._divergence)
+        total = sum_head_loss(self._model, hidden, self._heads.gain, lesson.taught, self._divergence)
         return total / hidden[..., 0].numel()
 
     def set_gradients(self, lesson: Lesson) -> None:
-        """Of the mean KL, into the `grad` of every leaf."""
+        """Set the `grad` of every parameter to the gradient of the mean KL."""
         hidden, inputs = lesson.embedded, []
         for number, layer in enumerate(self._layers):
             inputs.append(hidden)
             hidden = self._model.run_layer(number, layer.tensors(), hidden)
         gain = self._heads.gain
-        gradient, gain.grad = head_gradients(self._model, hidden, gain, lesson.taught, self._divergence)
+        gradient, gain.grad = differentiate_head(self._model, hidden, gain, lesson.taught, self._divergence)
         count = hidden[..., 0].numel()
         gradient /= count
         gain.grad /= count
@@ -159,7 +168,8 @@ class _Student:
             layer.set_gradients(gradients)
 
     def _divergence(self, normed: Tensor, taught: Tensor) -> Tensor:
-        """Sum of KL(float || quantized) over positions; both are normalised states [positions, hidden]."""
+        """Return the sum of KL(float || quantized) over positions; both are normalised states [positions,
+        hidden]."""
         ours = (normed @ self._heads.own.T).log_softmax(-1)
         theirs = (taught @ self._heads.taught.T).log_softmax(-1)
         return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from anequant.architectures import read_spec
 from anequant.architectures.spec import EMBEDDING
-from anequant.checkpoints.online_config import plain_config
+from anequant.checkpoints.online_config import build_plain_config
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError, VerificationError
 from anequant.quantization.online import NOTHING, Online
@@ -36,31 +36,33 @@ class EquivalenceProbe:
         name = f"{EMBEDDING}.weight"
         embedded = torch.cat([checkpoint.read(name, slice(token, token + 1)) for token in tokens])[None]
         self._model = ReferenceModel(checkpoint.spec, torch.float64, checkpoint.online)
-        written = read_spec(plain_config(checkpoint.spec.config), str(checkpoint.folder / "config.json"))
-        self._turning = ReferenceModel(written, torch.float64, online.rotations)
+        written = read_spec(
+            build_plain_config(checkpoint.spec.config), str(checkpoint.folder / "config.json")
+        )
+        self._rotated_model = ReferenceModel(written, torch.float64, online.rotations)
         self._where = str(checkpoint.folder)
         self._original = embedded.double()
-        self._turned = rotate_embedding(embedded, plan)
+        self._rotated = rotate_embedding(embedded, plan)
         self._largest = self._difference = torch.zeros((), dtype=torch.float64)
 
-    def layer(self, layer: int, original: Mapping[str, Tensor], turned: Mapping[str, Tensor]) -> None:
+    def layer(self, layer: int, original: Mapping[str, Tensor], rotated: Mapping[str, Tensor]) -> None:
         self._original = self._model.run_layer(layer, original, self._original)
-        self._turned = self._turning.run_layer(layer, turned, self._turned)
+        self._rotated = self._rotated_model.run_layer(layer, rotated, self._rotated)
 
     def final_norm(self, gain: Tensor) -> None:
         self._original = self._model.final_norm(self._original, gain)
-        self._turned = self._turning.final_norm(self._turned, torch.ones_like(gain))
+        self._rotated = self._rotated_model.final_norm(self._rotated, torch.ones_like(gain))
 
-    def head(self, original: Tensor, turned: Tensor) -> None:
+    def head(self, original: Tensor, rotated: Tensor) -> None:
         """Compare the logits of some rows of the head, each [rows, hidden_size]."""
         logits = self._original @ original.double().T
         self._largest = torch.maximum(self._largest, logits.abs().max())
-        difference = (logits - self._turned @ turned.double().T).abs().max()
+        difference = (logits - self._rotated @ rotated.double().T).abs().max()
         self._difference = torch.maximum(self._difference, difference)
 
     def relative_error(self) -> float:
-        """Largest logit difference over the largest logit; raises VerificationError above 1e-5, InputError
-        for a model whose own logits are not finite or all zero."""
+        """Return the largest logit difference over the largest logit; raises VerificationError above 1e-5,
+        InputError for a model whose own logits are not finite or all zero."""
         if not 0 < float(self._largest) < float("inf"):
             what = "all zero" if not self._largest else "not finite"
             raise InputError(

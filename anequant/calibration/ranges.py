@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, Space, layer_prefix
-from anequant.checkpoints.quantized import load, scales_of
+from anequant.checkpoints.quantized import check_scales, load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.quantization.nearest import LARGEST_FLOAT16
 from anequant.quantization.scales import spread
@@ -38,7 +38,7 @@ from anequant.rotation.orthogonal import Rotation
 
 LOUDEST_TOKENS = 32
 WEIGHT_ROUNDING = 2.0**-9
-"""Of bfloat16, in which checkpoints made elsewhere are stored; float16 rounds to a quarter of it."""
+"""The rounding of bfloat16, in which checkpoints made elsewhere are stored; that of float16 is a quarter."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class LayerRange:
     attention: float = 0.0
 
 
-def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
-    """Ranges of every layer of a quantized checkpoint for tokens [n, length], in float32.
+def measure_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
+    """Measure the ranges of every layer of a quantized checkpoint for tokens [n, length], in float32.
 
-    `sums` look at the 32 tokens with the largest inputs only. Raises InputError as `scales_of` does.
+    `sums` look at the 32 tokens with the largest inputs only. Raises InputError as `check_scales` does.
     """
     spec = checkpoint.spec
     online = checkpoint.online
@@ -100,8 +100,8 @@ def layer_ranges(checkpoint: Checkpoint, tokens: Tensor) -> list[LayerRange]:
     return ranges
 
 
-def power_of_two_below(value: float, most: float) -> float:
-    """1, or the largest power of two that brings `value` to at most `most`."""
+def find_power_of_two(value: float, most: float) -> float:
+    """Return 1, or the largest power of two that brings `value` to at most `most`."""
     return 1.0 if value <= most else 2.0 ** -math.ceil(math.log2(value / most))
 
 
@@ -112,12 +112,14 @@ def _output(tensors: dict[str, Tensor], name: str, inputs: Tensor) -> Tensor:
 
 
 def _largest_sum(checkpoint: Checkpoint, name: str, weight: Tensor, inputs: Tensor) -> float:
-    """What is stored is the entries times both scales, rounded, so |weight| |x| / |output_scale| tells which
-    rows can have the largest sum; only of those the codes are recovered."""
+    """Return the largest partial sum of a linear for inputs [tokens, in].
+
+    What is stored is the entries times both scales, rounded, so |weight| |x| / |output_scale| tells which
+    rows can have the largest sum; only their codes are recovered."""
     parts = [f"{name}.{part}" for part in ("input_scales", "output_scales", "codebook")]
     stored = {part: checkpoint.read(part) for part in parts if part in checkpoint.tensors}
     stored[f"{name}.weight"] = weight
-    input_scale, output_scale = (scale.abs() for scale in scales_of(name, stored))
+    input_scale, output_scale = (scale.abs() for scale in check_scales(name, stored))
     scaled = inputs.abs() * input_scale
     loudest = scaled.sum(1).topk(min(LOUDEST_TOKENS, len(scaled))).indices
     near = (inputs[loudest].abs() @ weight.abs().T).amax(0)
@@ -132,7 +134,7 @@ def _largest_sum(checkpoint: Checkpoint, name: str, weight: Tensor, inputs: Tens
 
 
 def _largest_norm(inputs: Tensor, rotation: Rotation) -> float:
-    """The largest Euclidean norm of what one Hadamard matrix turns, for inputs [tokens, in]."""
+    """Return the largest Euclidean norm of what one Hadamard matrix rotates, for inputs [tokens, in]."""
     blocks = inputs.view(-1, rotation.order or rotation.size)
     return float(torch.linalg.vector_norm(blocks, dim=1).max())
 

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, ModelSpec
-from anequant.calibration.distill import Lesson
-from anequant.calibration.learn_rotations import LearnResult, learn_rotations
-from anequant.calibration.quantized_twin import RotatedStudent
-from anequant.calibration.residual import residual_moment
+from anequant.calibration.distill import Course, LearnResult, Lesson
+from anequant.calibration.learn_rotations import learn_rotations
+from anequant.calibration.rotated_student import RotatedStudent
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import read_rotations
 from anequant.errors import UsageError
-from anequant.jobs.control import Progress
+from anequant.jobs.control import Progress, silent
 from anequant.quantization.online import plan_online
 from anequant.recipe import Recipe
-from anequant.reference.forward import final_hidden_states
-from anequant.rotation.rotation_plan import RotationPlan, matrix_sizes, plan_rotations
+from anequant.reference.forward import ReferenceModel, Weights, run_to_final_states
+from anequant.rotation.rotation_plan import RotationPlan, list_matrix_sizes, plan_rotations
 
 MEASURED_WINDOWS = 8
 """Windows that candidates are measured on; learning sees the others."""
@@ -50,7 +49,7 @@ class RotationChoice:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> RotationChoice:
-        """The inverse of `to_dict`."""
+        """Return the choice that `to_dict` turned into these values."""
         restarts = {tried["seed"]: tried["kl"] for tried in values["restarts"]}
         learned = None if values["learned"] is None else LearnResult(**values["learned"])
         return RotationChoice(values["seed"], restarts, learned)
@@ -88,15 +87,15 @@ def check_rotations(spec: ModelSpec, recipe: Recipe, file: Path | None) -> None:
 
 
 def matrices_from_file(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
-    """The names and sizes of the matrices that the recipe takes from a file of rotations."""
-    sizes = matrix_sizes(spec, recipe)
+    """Return the names and sizes of the matrices that the recipe takes from a file of rotations."""
+    sizes = list_matrix_sizes(spec, recipe)
     return {name: size for name, size in sizes.items() if getattr(recipe, name.partition(".")[0]) == "file"}
 
 
 def choose_rotations(
     checkpoint: Checkpoint, recipe: Recipe, tokens: Tensor | None, file: Path | None, progress: Progress
 ) -> Rotations:
-    """The rotations of `recipe` for a float checkpoint; `tokens` [n, length] calibrate, None where the
+    """Return the rotations of `recipe` for a float checkpoint; `tokens` [n, length] calibrate, None where the
     recipe needs none.
 
     What the seed alone does not tell is made dense, so that the matrices, read back, rotate the same.
@@ -108,7 +107,7 @@ def choose_rotations(
     basis = None
     if recipe.r1 == "pca":
         assert tokens is not None
-        moment = residual_moment(checkpoint, tokens, progress.part("pca", 0.0, 0.2))
+        moment = _measure_residual_moment(checkpoint, tokens, progress.part("pca", 0.0, 0.2))
         basis = torch.linalg.eigh(moment).eigenvectors
     plans = {
         seed: plan_rotations(spec, replace(recipe, seed=seed), matrices=matrices, basis=basis)
@@ -121,23 +120,46 @@ def choose_rotations(
         dense = plan.dense()
         return Rotations(dense, RotationChoice(recipe.seed, {}, None), dense.matrices())
     assert tokens is not None
-    return _measured(checkpoint, recipe, plans, tokens, progress.part("rotations", 0.2, 1.0))
+    return _compare_and_learn(checkpoint, recipe, plans, tokens, progress.part("rotations", 0.2, 1.0))
 
 
-def _measured(
+def _measure_residual_moment(weights: Weights, tokens: Tensor, progress: Progress = silent) -> Tensor:
+    """Return the mean of x x^T over the tokens [n, length] and over where layers and head read the stream:
+    float64 [hidden_size, hidden_size].
+
+    x is the stream as it enters each layer and leaves the last one, over its root mean square, as the
+    linears see it once the norms' gains are folded: layers weigh alike, though the stream grows.
+    """
+    spec = weights.spec
+    model = ReferenceModel(spec, torch.float32, weights.online)
+    ones = torch.ones(spec.hidden_size)
+    hidden = weights.read(f"{EMBEDDING}.weight")[tokens].float()
+    moment = torch.zeros(spec.hidden_size, spec.hidden_size, dtype=torch.float64)
+    for layer in range(spec.num_layers + 1):
+        with torch.no_grad():
+            rows = model.final_norm(hidden, ones).flatten(0, 1)
+        moment += rows.T @ rows
+        if layer < spec.num_layers:
+            progress(f"layer {layer + 1}", layer / spec.num_layers)
+            hidden = model.run_layer(layer, weights.layer(layer), hidden)
+    return moment / (tokens.numel() * (spec.num_layers + 1))
+
+
+def _compare_and_learn(
     checkpoint: Checkpoint,
     recipe: Recipe,
     plans: Mapping[int, RotationPlan],
     tokens: Tensor,
     progress: Progress,
 ) -> Rotations:
-    """The best plan by the KL of its quantized model, then learned from there if the recipe says so."""
+    """Return the best plan by the KL of its quantized model, then learned from there if the recipe says
+    so."""
     progress("float model", 0.0)
     lesson = Lesson(
-        checkpoint.read(f"{EMBEDDING}.weight")[tokens].float(), final_hidden_states(checkpoint, tokens)
+        checkpoint.read(f"{EMBEDDING}.weight")[tokens].float(), run_to_final_states(checkpoint, tokens)
     )
     count = min(MEASURED_WINDOWS, max(1, len(tokens) // 2))
-    measured = Lesson(lesson.embedded[:count], lesson.taught[:count])
+    measured = lesson.windows(slice(count))
     student = RotatedStudent(checkpoint, recipe, plan_online(checkpoint.spec, recipe))
     restarts: dict[int, float] = {}
     end = 0.3 if recipe.learn else 1.0
@@ -147,9 +169,7 @@ def _measured(
     best = min(restarts, key=lambda seed: restarts[seed], default=recipe.seed)
     plan, learned = plans[best].dense(), None
     if recipe.learn:
-        rest = Lesson(lesson.embedded[count:], lesson.taught[count:]) if count < len(tokens) else lesson
-        step = progress.part("learn", end, 1.0)
-        plan, learned = learn_rotations(
-            student, plan, rest, measured, steps=recipe.learn, seed=recipe.seed, progress=step
-        )
+        rest = lesson.windows(slice(count, None)) if count < len(tokens) else lesson
+        course = Course(rest, measured, recipe.learn, recipe.seed)
+        plan, learned = learn_rotations(student, plan, course, progress.part("learn", end, 1.0))
     return Rotations(plan, RotationChoice(best, restarts, learned), plan.matrices())

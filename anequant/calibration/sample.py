@@ -16,29 +16,28 @@ from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefi
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError
 from anequant.jobs.control import Progress, silent
-from anequant.reference.empty_model import empty_model
+from anequant.recipe import Calibration
+from anequant.reference.empty_model import OnDemand, borrow, build_empty_model
 from anequant.reference.hooks import attach_all
-from anequant.reference.on_demand import OnDemand, borrow
 
 
 @torch.no_grad()
 def sample_windows(
     checkpoint: Checkpoint,
     first: int,
+    calibration: Calibration,
     *,
-    count: int,
-    length: int,
-    seed: int,
     resident: bool = True,
     progress: Progress = silent,
 ) -> Tensor:
-    """`count` independent texts at temperature 1, each starting with token `first`: int64 [count, length].
+    """Let the model write independent texts at temperature 1, each starting with token `first`: int64
+    [samples, length], drawn by the seed of `calibration`, whose source does not matter.
 
     Unless the model is `resident`, its weights are read again for every token: slow, and the same texts.
     Raises InputError when the logits are not finite.
     """
     spec = checkpoint.spec
-    model, _ = empty_model(spec)
+    model, _ = build_empty_model(spec)
     attach_all(model, spec, checkpoint.online)
     names = [f"{EMBEDDING}.weight", f"{FINAL_NORM}.weight"]
     names += [layer_prefix(layer) + name for layer in range(spec.num_layers) for name in spec.layer_tensors()]
@@ -46,8 +45,9 @@ def sample_windows(
     dtype = torch.bfloat16 if stored == "BF16" else torch.float32
     (_load if resident else _stream)(model, checkpoint, names, dtype)
 
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.full((count, length), first)
+    generator = torch.Generator().manual_seed(calibration.seed)
+    length = calibration.length
+    tokens = torch.full((calibration.samples, length), first)
     cache = None
     for position in range(1, length):
         progress(f"sample token {position} of {length}", position / length)

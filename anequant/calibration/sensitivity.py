@@ -12,6 +12,7 @@ are measured together. A window is one draw of a square, so many short windows t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,62 +21,69 @@ from anequant.architectures.spec import ModelSpec, layer_prefix
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import NOTHING, Online
-from anequant.reference.forward import ReferenceModel
-from anequant.reference.head import head_gradients
+from anequant.quantization.weight_format import WeightFormat
+from anequant.reference.forward import ReferenceModel, differentiate_head
 
 Losses = dict[str, dict[int, float]]
 """KL per token by tensor name and bits."""
 
 
-def rounding_losses(
-    spec: ModelSpec,
-    layer_tensors: Callable[[int], Mapping[str, Tensor]],
-    head: Tensor,
+@dataclass(frozen=True)
+class FloatModel:
+    """The folded and rotated float model that costs are measured in.
+
+    layer_tensors  the float32 tensors of a layer, by name relative to it
+    head           float32 [vocab, hidden_size], with the final norm's gain
+    online         the rotations that run
+    """
+
+    spec: ModelSpec
+    layer_tensors: Callable[[int], Mapping[str, Tensor]]
+    head: Tensor
+    online: Online = NOTHING
+
+
+def measure_rounding_losses(
+    model: FloatModel,
     embedded: Tensor,
+    formats: Sequence[WeightFormat],
     *,
-    widths: Sequence[int],
-    codebook: str,
-    scales: str,
-    group: int = 0,
     seed: int,
-    online: Online = NOTHING,
     progress: Progress = silent,
 ) -> Losses:
-    """KL per token that rounding each projection to the nearest entries would cost, at each of `widths`.
+    """Measure the KL per token that rounding each projection to the nearest entries would cost, in each of
+    `formats`, which differ in bits.
 
-    layer_tensors(i) are the float tensors of layer i, folded and rotated; head [vocab, hidden_size] is
-    folded and rotated too; embedded [n, length, hidden_size] are the windows to measure on; online are the
-    rotations that run.
+    embedded float32 [n, length, hidden_size] are the windows to measure on; `seed` draws the tokens.
     """
-    model = ReferenceModel(spec, torch.float32, online)
+    spec = model.spec
+    runner = ReferenceModel(spec, torch.float32, model.online)
     inputs = [embedded]
     for layer in range(spec.num_layers):
         progress(f"layer {layer + 1} forward", 0.3 * layer / spec.num_layers)
-        inputs.append(model.run_layer(layer, layer_tensors(layer), inputs[-1]))
+        inputs.append(runner.run_layer(layer, model.layer_tensors(layer), inputs[-1]))
     generator = torch.Generator().manual_seed(seed)
 
     def surprise(states: Tensor, _: Tensor) -> Tensor:
-        log_p = (states @ head.T).log_softmax(-1)
+        log_p = (states @ model.head.T).log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         return -log_p.gather(-1, drawn).sum()
 
     final = inputs.pop()
-    gradient, _ = head_gradients(model, final, torch.ones(spec.hidden_size), final, surprise)
+    gradient, _ = differentiate_head(runner, final, torch.ones(spec.hidden_size), final, surprise)
     losses: Losses = {}
     for layer in reversed(range(spec.num_layers)):
         progress(f"layer {layer + 1} backward", 1 - 0.7 * layer / spec.num_layers)
-        tensors, hidden = layer_tensors(layer), inputs.pop()
+        tensors, hidden = model.layer_tensors(layer), inputs.pop()
         errors = {
-            (linear.name, bits): _error(
-                tensors[f"{linear.name}.weight"], bits, codebook, scales, group, linear.name
-            )
+            (linear.name, format_.bits): _error(tensors[f"{linear.name}.weight"], format_, linear.name)
             for linear in spec.architecture.linears
-            for bits in widths
+            for format_ in formats
         }
         squares = dict.fromkeys(errors, 0.0)
         for window in range(len(hidden)):
             one = slice(window, window + 1)
-            gradient[one], gradients = model.gradients(layer, tensors, hidden[one], gradient[one])
+            gradient[one], gradients = runner.gradients(layer, tensors, hidden[one], gradient[one])
             for (name, bits), error in errors.items():
                 squares[name, bits] += float((gradients[f"{name}.weight"] * error).sum()) ** 2
         for (name, bits), square in squares.items():
@@ -84,8 +92,5 @@ def rounding_losses(
     return losses
 
 
-def _error(weight: Tensor, bits: int, codebook: str, scales: str, group: int, name: str) -> Tensor:
-    rounded = quantize_linear(
-        weight, None, bits=bits, codebook=codebook, scales=scales, group=group, name=name
-    )
-    return rounded.dequantize() - weight
+def _error(weight: Tensor, format_: WeightFormat, name: str) -> Tensor:
+    return quantize_linear(weight, None, format_, name).dequantize() - weight

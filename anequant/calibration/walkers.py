@@ -28,7 +28,7 @@ from torch.nn.functional import linear
 
 from anequant.architectures.spec import Linear, ModelSpec
 from anequant.quantization.online import NOTHING, Online
-from anequant.quantization.products import add_product, add_square, bfloat16_products, mirror
+from anequant.quantization.products import add_product, add_square, allow_bfloat16, mirror
 from anequant.quantization.statistics import InputStatistics, Moments
 from anequant.reference.forward import WINDOWS_AT_ONCE, ReferenceModel
 
@@ -65,7 +65,7 @@ class Walkers:
         exact: bool = False,
     ) -> None:
         self._spec = spec
-        self._precision = nullcontext if exact else bfloat16_products
+        self._precision = nullcontext if exact else allow_bfloat16
         self._float, self._quantized = (
             _Walker(ReferenceModel(spec, torch.float32, online.rotations), start.float().clone())
             for start in (embedded, quantized)

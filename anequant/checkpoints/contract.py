@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anequant.checkpoints.foreign import found_codebook, whole_codebook
-from anequant.checkpoints.layout import projection_names
+from anequant.checkpoints.foreign import complete_codebook, find_codebook
+from anequant.checkpoints.layout import list_projections
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import InputError, VerificationError
 
@@ -46,7 +46,7 @@ class Violation:
 
 
 def require_contract(folder: Path) -> int:
-    """The number of projections that keep the contract: all of them.
+    """Return the number of projections that keep the contract: all of them.
 
     Raises VerificationError with the first violation and their count, and what `check_contract` raises.
     """
@@ -58,18 +58,18 @@ def require_contract(folder: Path) -> int:
             where=str(folder),
             remedy="quantize the model again",
         )
-    return len(projection_names(open_checkpoint(folder).spec))
+    return len(list_projections(open_checkpoint(folder).spec))
 
 
 def check_contract(folder: Path) -> list[Violation]:
-    """Every violation in a checkpoint folder, in file order.
+    """Return every violation in a checkpoint folder, in file order.
 
     Raises InputError, naming the tensor, for a folder that stock transformers could not read either.
     """
     checkpoint = open_checkpoint(folder)
     return [
         violation
-        for name in projection_names(checkpoint.spec)
+        for name in list_projections(checkpoint.spec)
         for violation in _check_projection(checkpoint, name)
     ]
 
@@ -106,7 +106,8 @@ def _check_projection(checkpoint: Checkpoint, name: str) -> list[Violation]:
 
 
 def _check_weight(name: str, parts: Mapping[str, Tensor], codebook: Tensor | None) -> list[Violation]:
-    """Whether the weight divided by both scales lies on the codebook, or on few levels without one."""
+    """Return the violations of a weight that, divided by both scales, is off the codebook, or without one
+    takes too many levels."""
     weight, input_scales, output_scales = parts["weight"], parts["input_scales"], parts["output_scales"]
     smallest = float(output_scales.abs().min() * input_scales.abs().min())
     largest = float(output_scales.abs().max() * input_scales.abs().max())
@@ -114,9 +115,9 @@ def _check_weight(name: str, parts: Mapping[str, Tensor], codebook: Tensor | Non
         return [Violation(f"{name}.output_scales", "times the input scales leaves float16")]
     try:
         if codebook is None:
-            found_codebook(name, weight, input_scales, output_scales)
+            find_codebook(name, weight, input_scales, output_scales)
             return []
-        whole_codebook(name, codebook)
+        complete_codebook(name, codebook)
     except InputError as error:
         return [Violation(name, f"is not palettized: {error.what}")]
     levels = torch.empty(0)

@@ -20,8 +20,8 @@ MOST_ENTRIES = 256
 ROWS = 1024
 
 
-def found_codebook(name: str, weight: Tensor, input_scales: Tensor, output_scales: Tensor) -> Tensor:
-    """The entries that weight [out, in] was made from: float32, ascending, float16 numbers.
+def find_codebook(name: str, weight: Tensor, input_scales: Tensor, output_scales: Tensor) -> Tensor:
+    """Return the entries that weight [out, in] was made from: float32, ascending, float16 numbers.
 
     Raises InputError naming the tensor when there are more than 256.
     """
@@ -42,17 +42,23 @@ def found_codebook(name: str, weight: Tensor, input_scales: Tensor, output_scale
             remedy="a per-tensor checkpoint has at most 256; quantize the float model",
         )
     sums = torch.zeros(count).index_add_(0, group, values)
-    return whole_codebook(name, (sums / group.bincount()).half().float())
+    return complete_codebook(name, (sums / group.bincount()).half().float())
 
 
-def whole_codebook(name: str, entries: Tensor) -> Tensor:
-    """A codebook of any order and length as an ascending one of 2**bits entries; what is added is not used.
+def count_stored_bits(entries: int) -> int:
+    """Return the width of codes into a stored codebook of 2 to 256 entries, filled up to one of WIDTHS."""
+    return min(bits for bits in WIDTHS if 2**bits >= entries)
+
+
+def complete_codebook(name: str, entries: Tensor) -> Tensor:
+    """Return a codebook of any order and length as an ascending one of 2**bits entries; what is added is not
+    used.
 
     Raises InputError naming the tensor for too few or too many entries, or one that is not finite.
     """
     entries = torch.unique(entries.reshape(-1).float())
     if not (2 <= len(entries) <= MOST_ENTRIES and bool(entries.isfinite().all())):
         raise InputError(f"'{name}.codebook' must hold 2 to {MOST_ENTRIES} different finite entries")
-    length = min(2**bits for bits in WIDTHS if 2**bits >= len(entries))
+    length = 2 ** count_stored_bits(len(entries))
     last, step = entries[-1], (entries[-1] - entries[0]).clamp_min(1e-3)
     return torch.cat([entries, last + step * torch.arange(1, length - len(entries) + 1)])

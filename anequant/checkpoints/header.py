@@ -59,7 +59,7 @@ class TensorInfo:
 
 
 def read_header(shard: Path) -> dict[str, TensorInfo]:
-    """The tensors a safetensors file announces, checked against each other and the file's size.
+    """Return the tensors a safetensors file announces, checked against each other and the file's size.
 
     Raises InputError naming the file, and the tensor where one is to blame.
     """
@@ -92,7 +92,7 @@ def read_header(shard: Path) -> dict[str, TensorInfo]:
 
 
 def _parse(shard: Path, size: int) -> tuple[Any, int]:
-    """The header's JSON and where the tensors begin."""
+    """Return the header's JSON and where the tensors begin."""
     with shard.open("rb") as file:
         beginning = file.read(32)
         for magic, what in IMPOSTORS.items():
@@ -119,7 +119,7 @@ def _require_few(count: int, shard: Path) -> None:
 
 
 def _problem(name: str, entry: Any) -> str | None:
-    """What is wrong with one tensor's entry by itself."""
+    """Return what is wrong with one tensor's entry by itself, None where nothing is."""
     if not 0 < len(name) <= LONGEST_NAME or not name.isprintable() or ".." in name.split("/"):
         return "has an impossible name"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -141,7 +141,7 @@ def _counts(value: Any) -> bool:
 
 
 def _gaps(spans: list[tuple[int, int, str]], size: int) -> Iterator[str]:
-    """Where the tensors do not fill the file; spans are (begin, end, name), sorted."""
+    """Yield where the tensors do not fill the file; spans are (begin, end, name), sorted."""
     end = 0
     for begin, stop, name in spans:
         if begin != end:

@@ -16,7 +16,13 @@ from typing import Any
 
 from anequant.checkpoints.online_config import INDEX_SUFFIX, STEM, SUFFIX
 from anequant.checkpoints.reader import read_object
-from anequant.checkpoints.source import TOKENIZER_FILES, Source, hub_id, local_source, resolve_source
+from anequant.checkpoints.source import (
+    TOKENIZER_FILES,
+    Source,
+    find_local_source,
+    parse_hub_id,
+    resolve_source,
+)
 from anequant.errors import InputError, first_line
 
 SINGLE, INDEX = f"{STEM}{SUFFIX}", f"{STEM}{INDEX_SUFFIX}"
@@ -24,21 +30,21 @@ _SHARD = re.compile(r"[\w.-]+\.safetensors")
 
 
 @contextmanager
-def headers_only(model: str | None) -> Iterator[Source]:
-    """As `resolve_source`, but of a hub id nothing is downloaded except config.json, what belongs to the
-    tokenizer and the shards' headers, into a folder that is gone afterwards. Offline, the cache has to hold
-    the model.
+def fetch_headers(model: str | None) -> Iterator[Source]:
+    """Resolve a source as `resolve_source` does, but download nothing of a hub id except config.json, what
+    belongs to the tokenizer and the shards' headers, into a folder that is gone afterwards. Offline, the
+    cache has to hold the model.
 
     Raises InputError as `resolve_source` does, and for a repository without safetensors.
     """
     from huggingface_hub import constants
 
-    local = local_source(model)
+    local = find_local_source(model)
     if local is not None or constants.HF_HUB_OFFLINE:
         yield local or resolve_source(model)
         return
     with tempfile.TemporaryDirectory(prefix="anequant-headers-") as folder:
-        yield _fetch(Path(folder), *hub_id(str(model)))
+        yield _fetch(Path(folder), *parse_hub_id(str(model)))
 
 
 def _fetch(folder: Path, repo: str, revision: str | None) -> Source:
@@ -69,8 +75,8 @@ def _fetch(folder: Path, repo: str, revision: str | None) -> Source:
 
 
 def _shards(api: Any, repo: str, revision: str | None, folder: Path, *, single: bool) -> list[str]:
-    """The names of the weights' files: the `single` one, else those of the index, which is then in `folder`
-    and not in a cache below the user's home.
+    """Return the names of the weights' files: the `single` one, else those of the index, which is then in
+    `folder` and not in a cache below the user's home.
 
     Raises InputError for an index that names anything but safetensors files beside it.
     """
@@ -86,7 +92,7 @@ def _shards(api: Any, repo: str, revision: str | None, folder: Path, *, single: 
 
 
 def _write_header(path: Path, shard: Any) -> None:
-    """A safetensors file of this header, and a hole in the place of its tensors."""
+    """Write a safetensors file of this header, and a hole in the place of its tensors."""
     header = {
         name: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
         for name, info in shard.tensors.items()

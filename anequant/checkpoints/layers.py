@@ -11,12 +11,12 @@ from pathlib import Path
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, HEAD, layer_prefix
-from anequant.checkpoints.layout import projection_names
+from anequant.checkpoints.foreign import MOST_ENTRIES, count_stored_bits
+from anequant.checkpoints.layout import list_projections
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import InputError
 from anequant.quantization.linear import FloatTable, QuantizedLinear
-from anequant.recipe import WIDTHS
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def open_quantized(folder: Path) -> Checkpoint:
     Raises InputError too where no projection is quantized.
     """
     checkpoint = open_checkpoint(folder)
-    names = projection_names(checkpoint.spec)
+    names = list_projections(checkpoint.spec)
     if not any(f"{name}.output_scales" in checkpoint.tensors for name in names):
         raise InputError(f"'{folder}' is not quantized", remedy="run `anequant quantize` on the float model")
     return _with_head(checkpoint) if checkpoint.spec.tied else checkpoint
@@ -50,7 +50,7 @@ def _with_head(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def load_layer(checkpoint: Checkpoint, layer: int) -> QuantizedLayer:
-    """One layer's codes, codebooks, scales and norm gains."""
+    """Read one layer's codes, codebooks, scales and norm gains."""
     spec, prefix = checkpoint.spec, layer_prefix(layer)
     linears = {
         linear.name: load(prefix + linear.name, checkpoint.read, checkpoint.tensors)
@@ -61,19 +61,22 @@ def load_layer(checkpoint: Checkpoint, layer: int) -> QuantizedLayer:
 
 
 def load_table(checkpoint: Checkpoint, name: str) -> QuantizedLinear | FloatTable:
-    """The embedding or the head: quantized where it has a codebook, else float16, yet to be read."""
+    """Return the embedding or the head: quantized where it has a codebook, else float16, yet to be read."""
     if f"{name}.codebook" in checkpoint.tensors:
         return load(name, checkpoint.read, checkpoint.tensors)
     rows, columns = checkpoint.tensors[f"{name}.weight"].shape
     return FloatTable(range(rows), columns, partial(checkpoint.read, f"{name}.weight"))
 
 
-def projection_bits(checkpoint: Checkpoint) -> dict[str, int]:
-    """Width of every projection by full name: from the shape of its codebook, else from its weight."""
+def read_projection_bits(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the width of every projection by full name: from the shape of its codebook, else from its
+    weight."""
     bits = {}
-    for name in projection_names(checkpoint.spec):
+    for name in list_projections(checkpoint.spec):
         codebook = checkpoint.tensors.get(f"{name}.codebook")
         entries = 0 if codebook is None else math.prod(codebook.shape)
-        wider = [width for width in WIDTHS if 2**width >= entries > 1]
-        bits[name] = wider[0] if wider else load(name, checkpoint.read, checkpoint.tensors).bits
+        known = 1 < entries <= MOST_ENTRIES
+        bits[name] = (
+            count_stored_bits(entries) if known else load(name, checkpoint.read, checkpoint.tensors).bits
+        )
     return bits

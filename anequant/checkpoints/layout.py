@@ -15,18 +15,18 @@ from anequant.architectures.spec import (
     Space,
     layer_prefix,
 )
-from anequant.checkpoints.quantized import quantized_tensors
+from anequant.checkpoints.quantized import list_quantized_tensors
 from anequant.checkpoints.writer import Entry
 from anequant.recipe import Recipe
 
 
-def projection_names(spec: ModelSpec) -> list[str]:
-    """Full names of the linears of all layers, in file order."""
+def list_projections(spec: ModelSpec) -> list[str]:
+    """Return the full names of the linears of all layers, in file order."""
     layers = range(spec.num_layers)
     return [layer_prefix(layer) + linear.name for layer in layers for linear in spec.architecture.linears]
 
 
-def checkpoint_entries(
+def list_entries(
     spec: ModelSpec, recipe: Recipe, bits: Mapping[str, int], dtype: torch.dtype = torch.float16
 ) -> list[Entry]:
     """Names, dtypes and shapes of everything `anequant quantize` writes; `bits` are the projections'.
@@ -37,7 +37,7 @@ def checkpoint_entries(
     entries = _table_entries(EMBEDDING, table, recipe.embedding_bits, dtype)
     for layer in range(spec.num_layers):
         prefix = layer_prefix(layer)
-        for name in norm_names(spec):
+        for name in list_norms(spec):
             size = spec.layer_tensors()[name]
             entries.append(Entry(prefix + name, dtype, size))
         for linear in spec.architecture.linears:
@@ -55,8 +55,8 @@ def checkpoint_entries(
     return entries + _table_entries(HEAD, table, recipe.head_bits, dtype)
 
 
-def norm_names(spec: ModelSpec) -> list[str]:
-    """A layer's norm tensors in file order: the folded ones, then those of the heads."""
+def list_norms(spec: ModelSpec) -> list[str]:
+    """Return a layer's norm tensors in file order: the folded ones, then those of the heads."""
     return [f"{name}.weight" for name in (*spec.norms, *spec.architecture.head_norms)]
 
 
@@ -69,5 +69,5 @@ def _table_entries(name: str, shape: tuple[int, int], bits: int, dtype: torch.dt
 def _quantized_entries(
     name: str, shape: tuple[int, int], bits: int, *, bias: bool, groups: int = 1
 ) -> list[Entry]:
-    tensors = quantized_tensors(name, shape, bits, bias=bias, groups=groups)
+    tensors = list_quantized_tensors(name, shape, bits, bias=bias, groups=groups)
     return [Entry(tensor, dtype, size) for tensor, (dtype, size) in tensors.items()]

@@ -29,8 +29,9 @@ class License:
     said: str
 
 
-def model_license(folder: Path) -> License:
-    """The licence of the model in a folder: its card's, or else the file that lies beside the weights."""
+def read_license(folder: Path) -> License:
+    """Return the licence of the model in a folder: its card's, or else the file that lies beside the
+    weights."""
     try:
         metadata = _front_matter(folder / CARD)
     except (OSError, ValueError) as error:
@@ -39,7 +40,7 @@ def model_license(folder: Path) -> License:
         problem = f"its {CARD} names none" if (folder / CARD).is_file() else f"it has no {CARD}"
     if "license" in metadata:
         return License(metadata, f"`{metadata['license']}`, as the base model's card says.")
-    files = license_files(folder)
+    files = find_license_files(folder)
     if files:
         named = {"license": "other", "license_name": "as-the-base-model", "license_link": files[0]}
         return License(named, f"that of the base model, in `{files[0]}`.")
@@ -48,18 +49,19 @@ def model_license(folder: Path) -> License:
     )
 
 
-def license_files(folder: Path) -> list[str]:
-    """The files of LICENSE_FILES that a folder holds."""
+def find_license_files(folder: Path) -> list[str]:
+    """Return the files of LICENSE_FILES that a folder holds."""
     return [name for name in LICENSE_FILES if (folder / name).is_file()]
 
 
 def copy_license(source: Path, folder: Path) -> None:
-    for name in license_files(source):
+    for name in find_license_files(source):
         shutil.copyfile(source / name, folder / name)
 
 
 def _front_matter(card: Path) -> dict[str, str]:
-    """The card's KEYS that are short words; raises OSError, and ValueError for YAML that cannot be read."""
+    """Return the card's KEYS that are short words; raises OSError, and ValueError for YAML that cannot be
+    read."""
     if not card.is_file():
         return {}
     first, *lines = read_plain(card, LARGEST_CARD).splitlines() or [""]

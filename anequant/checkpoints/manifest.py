@@ -21,7 +21,7 @@ CHECKPOINT, ROTATED = "checkpoint", "rotated"
 FORMAT = 1
 
 
-def published_config(
+def build_published_config(
     spec: ModelSpec, recipe: Recipe, layers_quantized: int, quality: Mapping[str, float]
 ) -> dict[str, Any]:
     """quantization_config.json: ANEMLL's published keys with true values.
@@ -47,54 +47,53 @@ def published_config(
             "r4": recipe.r4,
             "seed": recipe.seed,
         },
-        "quality_metrics": six_digits(quality),
+        "quality_metrics": keep_six_digits(quality),
     }
 
 
-def manifest(kind: str, contents: Mapping[str, Any]) -> dict[str, Any]:
-    """anequant.json: what `contents` says, with the format and the versions that made it.
+def write_manifest(folder: Path, kind: str, contents: Mapping[str, Any]) -> None:
+    """Write the folder's anequant.json: `contents`, the format, the versions that made it, and the hashes of
+    all other files.
 
     Measured numbers are kept to six digits: the last ones depend on how many threads summed them.
     """
-    return {"format": FORMAT, "kind": kind, "versions": installed_versions(), **six_digits(contents)}
-
-
-def write_manifest(folder: Path, kind: str, contents: Mapping[str, Any]) -> None:
-    """Write the folder's anequant.json: `contents` and the hashes of all other files."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    write_json(folder / MANIFEST, manifest(kind, {**contents, "files": file_hashes(folder)}))
+    head = {"format": FORMAT, "kind": kind, "versions": installed_versions()}
+    own = keep_six_digits({**contents, "files": file_hashes(folder)})
+    write_json(folder / MANIFEST, {**head, **own})
 
 
-def checkpoint_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """What identifies the checkpoint that packages were made from: its config and weights."""
+def hash_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the hashes of a checkpoint's config and weights, which identify it in packages made from it."""
     return file_hashes(checkpoint.folder, checkpoint.files)
 
 
-def six_digits(value: Any) -> Any:
-    """The value with every float in it rounded to six digits."""
+def keep_six_digits(value: Any) -> Any:
+    """Return the value with every float in it rounded to six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
-        return {key: six_digits(item) for key, item in value.items()}
+        return {key: keep_six_digits(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [six_digits(item) for item in value]
+        return [keep_six_digits(item) for item in value]
     return value
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The anequant.json of a folder that anequant wrote; raises InputError when there is none."""
+    """Return the anequant.json of a folder that anequant wrote; raises InputError when there is none."""
     value = read_json(folder / MANIFEST)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise InputError(f"'{MANIFEST}' is not one this version reads", where=str(folder))
     return value
 
 
-def rotation_keys(folder: Path) -> dict[str, Any] | None:
-    """What `anequant rotate` says it rotated the model in a folder with; None for any other folder.
+def read_rotation_keys(folder: Path) -> dict[str, Any] | None:
+    """Return the recipe keys that `anequant rotate` rotated the model in a folder with; None for any other
+    folder.
 
     Raises InputError for an anequant.json that is damaged.
     """
-    if made_as(folder) != ROTATED:
+    if read_kind(folder) != ROTATED:
         return None
     values = read_manifest(folder).get("recipe")
     if not isinstance(values, dict) or values.keys() != set(ROTATION_KEYS):
@@ -108,13 +107,13 @@ def load_recipe_for(
     """Load a recipe for the model in `folder`: the keys that `anequant rotate` rotated it with stand in the
     place of the recipe's, not of `overrides`.
 
-    Raises what `load_recipe` and `rotation_keys` raise.
+    Raises what `load_recipe` and `read_rotation_keys` raise.
     """
-    return load_recipe(recipe, {**(rotation_keys(folder) or {}), **overrides})
+    return load_recipe(recipe, {**(read_rotation_keys(folder) or {}), **overrides})
 
 
-def made_as(folder: Path) -> str | None:
-    """The kind of folder that anequant wrote, None for one that it did not."""
+def read_kind(folder: Path) -> str | None:
+    """Return the kind of folder that anequant wrote, None for one that it did not."""
     if not (folder / MANIFEST).is_file():
         return None
     return str(read_manifest(folder).get("kind"))

@@ -43,11 +43,11 @@ KEYS = (
 )
 
 
-def weights_stem(online: Online) -> str:
+def choose_stem(online: Online) -> str:
     return ONLINE_STEM if online.active else STEM
 
 
-def quantized_config(
+def build_config(
     spec: ModelSpec, recipe: Recipe, online: Online, weights: str, dtype: str = "float16"
 ) -> dict[str, Any]:
     """config.json of what `recipe` makes of a model; `weights` is the file to open first, `dtype` theirs.
@@ -55,7 +55,7 @@ def quantized_config(
     quantization_config, only where `online` is active, holds the recipe's online choices, and the static
     scales by the linear's name.
     """
-    config = plain_config(spec.config, dtype)
+    config = build_plain_config(spec.config, dtype)
     if not online.active:
         return config
     scales = {name: format_.scale for name, format_ in online.activations.items() if format_.scale}
@@ -65,7 +65,7 @@ def quantized_config(
 
 
 def read_online(config: Mapping[str, Any], spec: ModelSpec, where: str) -> Online:
-    """What config.json says; nothing without a quantization_config, or with ANEMLL's.
+    """Read `Online` from config.json: NOTHING without a quantization_config, or with ANEMLL's.
 
     Raises InputError for any other method or format, or values that are missing or impossible.
     """
@@ -100,9 +100,9 @@ def read_online(config: Mapping[str, Any], spec: ModelSpec, where: str) -> Onlin
 DROPPED = ("quantization_config", "auto_map")
 
 
-def plain_config(config: Mapping[str, Any], dtype: str = "float16") -> dict[str, Any]:
-    """The source's config, as transformers resolves it, with an untied head, weights of `dtype` and RoPE in
-    both generations' keys."""
+def build_plain_config(config: Mapping[str, Any], dtype: str = "float16") -> dict[str, Any]:
+    """Return the source's config, as transformers resolves it, with an untied head, weights of `dtype` and
+    RoPE in both generations' keys."""
     rope = config["rope_parameters"]
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return {

@@ -12,8 +12,8 @@ REPORTS = {f"{place}{name}" for place in ("", f"{CHECKPOINT_FOLDER}/") for name 
 """Beside what an output promises: they hold times, so they are no part of its hashes."""
 
 
-def packages_folder(folder: Path) -> Path:
-    """Where the packages of an output are: below it for convert's, itself for lower's.
+def find_packages(folder: Path) -> Path:
+    """Return the folder of an output's packages: one below it for convert's, itself for lower's.
 
     Raises InputError when the folder does not exist.
     """

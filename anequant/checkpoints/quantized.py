@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anequant.checkpoints.foreign import found_codebook, whole_codebook
+from anequant.checkpoints.foreign import complete_codebook, find_codebook
 from anequant.errors import InputError, VerificationError
-from anequant.quantization.codebook import nearest_codes
-from anequant.quantization.codebook_kernels import looked_up
+from anequant.quantization.codebook import find_nearest_codes
+from anequant.quantization.codebook_kernels import look_up
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.scales import spread
 
@@ -26,7 +26,7 @@ ROWS = 1024
 BY_ROW = {"weight", "output_scales", "bias"}
 
 
-def quantized_tensors(
+def list_quantized_tensors(
     name: str, shape: tuple[int, int], bits: int, *, bias: bool, groups: int = 1
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Names, dtypes and shapes that `store` yields for a QuantizedLinear called `name`."""
@@ -43,7 +43,8 @@ def quantized_tensors(
 
 
 def store(name: str, quantized: QuantizedLinear, *, bias: bool) -> dict[str, Tensor]:
-    """The tensors of `quantized_tensors`, in the same order; checks that the codes can be recovered.
+    """Return the tensors of `list_quantized_tensors`, in the same order; checks that the codes can be
+    recovered.
 
     Raises VerificationError naming the tensor when a reader would not get the codes back.
     """
@@ -80,11 +81,11 @@ def load(
     if rows is not None:
         for suffix in BY_ROW & {key.removeprefix(f"{name}.") for key in tensors}:
             tensors[f"{name}.{suffix}"] = tensors[f"{name}.{suffix}"][rows]
-    input_scale, output_scale = scales_of(name, tensors)
+    input_scale, output_scale = check_scales(name, tensors)
     if f"{name}.codebook" in tensors:
-        codebook = whole_codebook(name, tensors[f"{name}.codebook"])
+        codebook = complete_codebook(name, tensors[f"{name}.codebook"])
     else:
-        codebook = found_codebook(
+        codebook = find_codebook(
             name, *(tensors[f"{name}.{suffix}"] for suffix in ("weight", "input_scales", "output_scales"))
         )
     tensors[f"{name}.codebook"] = codebook
@@ -98,9 +99,9 @@ def load(
     )
 
 
-def scales_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Input scales [in] and output scales [out] or [out, groups], float32, of a linear of which `tensors` has
-    the weight, the scales and, if there is one, the codebook.
+def check_scales(name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return input scales [in] and output scales [out] or [out, groups], float32, of a linear of which
+    `tensors` has the weight, the scales and, if there is one, the codebook.
 
     Raises InputError naming the tensor for a wrong shape or a zero.
     """
@@ -122,7 +123,7 @@ def require_parts(name: str, names: Mapping[str, object]) -> None:
 
 
 def _groups(output_scales: Tensor, columns: int) -> int:
-    """How many groups of columns have scales of their own; one where the shape makes no sense."""
+    """Return how many groups of columns have scales of their own; one where the shape makes no sense."""
     groups = output_scales.shape[1] if output_scales.ndim == 2 else 1
     return groups if groups and columns % groups == 0 else 1
 
@@ -137,10 +138,10 @@ def _recover_codes(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     output_scales = tensors[f"{name}.output_scales"].half()
     codebook = tensors[f"{name}.codebook"].half().float().reshape(-1)
     every_float16 = torch.from_numpy(np.arange(65536, dtype=np.uint16).view(np.float16))
-    code_of = nearest_codes(every_float16.float(), codebook)
+    code_of = find_nearest_codes(every_float16.float(), codebook)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     for start in range(0, len(codes), ROWS):
         rows = slice(start, start + ROWS)
         core = weight[rows] / (input_scales * spread(output_scales[rows], weight.shape[1]))
-        codes[rows] = looked_up(code_of, core.view(torch.uint16))
+        codes[rows] = look_up(code_of, core.view(torch.uint16))
     return codes

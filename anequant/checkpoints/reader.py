@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anequant.architectures import read_spec
@@ -25,7 +27,7 @@ from anequant.architectures.spec import (
     layer_prefix,
 )
 from anequant.checkpoints.header import TensorInfo, read_header
-from anequant.checkpoints.online_config import INDEX_SUFFIX, SUFFIX, read_online, weights_stem
+from anequant.checkpoints.online_config import INDEX_SUFFIX, SUFFIX, choose_stem, read_online
 from anequant.errors import InputError, quote
 from anequant.quantization.online import NOTHING, Online
 from anequant.strict import parse_json, read_plain
@@ -63,11 +65,11 @@ class Checkpoint:
     def files(self) -> list[str]:
         """The names of the files that make it up: its config, the index if it is read, and the weights."""
         names = [shard.name for shard in self.shards]
-        first = _first_file(self.folder, weights_stem(self.online))
+        first = _first_file(self.folder, choose_stem(self.online))
         return ["config.json", *([] if first in names else [first]), *names]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, or some of its rows, as stored. Raises InputError naming file and tensor."""
+        """Read one tensor, or some of its rows, as stored. Raises InputError naming file and tensor."""
         info = self.tensors[name]
         try:
             tensor = _bytes_of(info, rows)
@@ -88,7 +90,7 @@ class Checkpoint:
         return any(name.endswith(".output_scales") for name in self.tensors)
 
     def layer(self, layer: int) -> dict[str, Tensor]:
-        """One layer's float tensors, by name relative to the layer, as stored.
+        """Read one layer's float tensors, by name relative to the layer, as stored.
 
         Where activations are rounded, the input scales that they are rounded with are among them.
         """
@@ -118,16 +120,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     where = str(folder / "config.json")
     spec = read_spec(config, where)
     online = read_online(config, spec, where)
-    spec, tensors = _tie(spec, _read_headers(folder, weights_stem(online)))
+    spec, tensors = _tie(spec, _read_headers(folder, choose_stem(online)))
     checkpoint = Checkpoint(folder, spec, tensors, online)
     _check_tensors(checkpoint)
     return checkpoint
 
 
 def _tie(spec: ModelSpec, tensors: dict[str, TensorInfo]) -> tuple[ModelSpec, dict[str, TensorInfo]]:
-    """What config.json's tie_word_embeddings means for these tensors (transformers 5, `tie_weights`).
+    """Apply what config.json's tie_word_embeddings means for these tensors (transformers 5, `tie_weights`).
 
-    Of a tied model that stores both tables each is its own; one that stores the head alone embeds with it.
+    A tied model that stores both tables has two; one that stores the head alone embeds with it.
     """
     embedding, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
     if not spec.tied or head not in tensors:
@@ -138,8 +140,9 @@ def _tie(spec: ModelSpec, tensors: dict[str, TensorInfo]) -> tuple[ModelSpec, di
 
 
 def _bytes_of(info: TensorInfo, rows: slice | None) -> Tensor:
-    """A tensor, or some consecutive rows, in memory of its own: a mapped shard stays as long as any of its
-    tensors. Raises OSError, and ValueError for a dtype that is not in torch or a file that ends too early."""
+    """Return a tensor, or some consecutive rows, in memory of its own: a mapped shard stays as long as any of
+    its tensors. Raises OSError, and ValueError for a dtype that is not in torch or a file that ends too
+    early."""
     if info.dtype not in DTYPES:
         raise ValueError(f"{info.dtype} is no dtype to compute with")
     shape, start = info.shape, info.start
@@ -160,6 +163,25 @@ def _bytes_of(info: TensorInfo, rows: slice | None) -> Tensor:
     return tensor
 
 
+def read_stored(tensors: Mapping[str, TensorInfo], names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of `names`, one in memory at a time, file by file so that each is opened once.
+
+    Unlike `Checkpoint.read` it lets values pass that are not finite. Raises InputError naming file and
+    tensor for a dtype that torch does not have, or a file that cannot be read.
+    """
+    by_shard: dict[Path, list[str]] = {}
+    for name in names:
+        by_shard.setdefault(tensors[name].shard, []).append(name)
+    for shard, wanted in by_shard.items():
+        name = wanted[0]
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for name in wanted:
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError, KeyError) as error:
+            raise InputError(f"{quote(name)} cannot be read: {error}", where=str(shard)) from error
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"model folder '{folder}' does not exist")
@@ -167,7 +189,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """As `read_json`; raises InputError too for JSON that is not an object."""
+    """Parse a JSON file as `read_json` does; raises InputError too for JSON that is not an object."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"'{path.name}' holds no object", where=str(path.parent))
@@ -185,7 +207,8 @@ def read_json(path: Path) -> Any:
 
 
 def _first_file(folder: Path, stem: str) -> str:
-    """The file that transformers opens first: the weights in one file, and only without them an index."""
+    """Return the file that transformers opens first: the weights in one file, and only without them an
+    index."""
     single, index_file = f"{stem}{SUFFIX}", f"{stem}{INDEX_SUFFIX}"
     return single if (folder / single).is_file() else index_file
 
@@ -206,7 +229,7 @@ def _read_headers(folder: Path, stem: str) -> dict[str, TensorInfo]:
         raise InputError(f"'{index_file}' has no weight_map of names", where=str(folder))
     tensors: dict[str, TensorInfo] = {}
     for shard_name in sorted(set(weight_map.values())):
-        shard = read_header(_contained(folder, shard_name, index_file))
+        shard = read_header(_check_contained(folder, shard_name, index_file))
         for name in sorted(tensors.keys() & shard.keys()):
             both = f"'{tensors[name].shard.name}' and '{shard_name}'"
             raise InputError(f"tensor {quote(name)} is in {both}", where=str(folder))
@@ -217,7 +240,7 @@ def _read_headers(folder: Path, stem: str) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _contained(folder: Path, shard_name: str, index_file: str) -> Path:
+def _check_contained(folder: Path, shard_name: str, index_file: str) -> Path:
     where = str(folder / index_file)
     for path in (PurePosixPath(shard_name), PureWindowsPath(shard_name)):
         if len(path.parts) != 1 or path.anchor or shard_name in ("", ".", ".."):

@@ -20,7 +20,7 @@ from anequant.checkpoints.header import TensorInfo, read_header
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError, UsageError, quote
 from anequant.recipe import Recipe
-from anequant.rotation.rotation_plan import R1, RotationPlan, is_drawn, matrix_sizes, plan_rotations
+from anequant.rotation.rotation_plan import R1, RotationPlan, is_drawn, list_matrix_sizes, plan_rotations
 
 ROTATIONS = "rotations.safetensors"
 METADATA = {
@@ -40,7 +40,8 @@ def write_rotations(folder: Path, matrices: Mapping[str, Tensor]) -> None:
 
 
 def read_rotations(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """The matrices of those names and sizes, float64 [size, size]; others in the file are not looked at.
+    """Return the matrices of those names and sizes, float64 [size, size]; others in the file are not looked
+    at.
 
     Raises UsageError when there is no such file, InputError naming file and tensor when it is no safetensors
     file, lacks a matrix, or holds one of another size or dtype, or one that is not orthogonal to 1e-6. A
@@ -57,7 +58,7 @@ def read_rotations(path: Path, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in sizes:
-                matrices[name] = _orthogonal(file.get_tensor(name), name, where)
+                matrices[name] = _make_orthogonal(file.get_tensor(name), name, where)
     except (SafetensorError, OSError) as error:
         raise InputError(f"'{path.name}' cannot be read: {error}", where=where) from error
     return matrices
@@ -73,7 +74,7 @@ def _problem(info: TensorInfo | None, size: int) -> str | None:
     return None
 
 
-def _orthogonal(stored: Tensor, name: str, where: str) -> Tensor:
+def _make_orthogonal(stored: Tensor, name: str, where: str) -> Tensor:
     matrix: Tensor = stored.double()
     off = float((matrix.T @ matrix - torch.eye(len(matrix), dtype=torch.float64)).abs().max())
     if not off <= TOLERANCE:
@@ -87,13 +88,13 @@ def _orthogonal(stored: Tensor, name: str, where: str) -> Tensor:
     return nearest
 
 
-def written_rotations(checkpoint: Checkpoint, recipe: Recipe) -> RotationPlan:
-    """The plan of a checkpoint that anequant wrote with `recipe`: read from its rotations.safetensors, or
-    drawn again where the seed tells it.
+def read_written_rotations(checkpoint: Checkpoint, recipe: Recipe) -> RotationPlan:
+    """Return the plan of a checkpoint that anequant wrote with `recipe`: read from its rotations.safetensors,
+    or drawn again where the seed tells it.
 
     Raises InputError when a file that no seed replaces is missing, and what `read_rotations` raises.
     """
-    sizes = matrix_sizes(checkpoint.spec, recipe)
+    sizes = list_matrix_sizes(checkpoint.spec, recipe)
     if (checkpoint.folder / ROTATIONS).is_file():
         matrices = read_rotations(checkpoint.folder / ROTATIONS, sizes)
         r1, r2 = ("none" if kind == "none" else "file" for kind in (recipe.r1, recipe.r2))

@@ -11,7 +11,7 @@ from anequant.checkpoints.source import TOKENIZER_FILES
 from anequant.errors import InputError
 
 OBJECTS = ("generation_config.json", "tokenizer_config.json")
-"""Those that are read here; the others are transformers' to read."""
+"""The files that are read here; the others are transformers' to read."""
 
 
 def check_side_files(folder: Path) -> None:
@@ -36,8 +36,8 @@ KEYS = ("auto_map", "custom_pipelines", "custom_generate", "model_file")
 FILES = ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json")
 
 
-def custom_code(folder: Path) -> tuple[str, ...]:
-    """What in a model folder asks for code to be run: Python files, and keys of JSON files that name some.
+def find_custom_code(folder: Path) -> tuple[str, ...]:
+    """Return what in a model folder asks for code to be run: Python files, and keys of JSON that name some.
 
     Files that cannot be read name nothing.
     """

@@ -48,15 +48,15 @@ class Source:
 
 
 def resolve_source(model: str | None) -> Source:
-    """The folder of MODEL; None is the bundled model. An existing folder wins over a hub id.
+    """Return the folder of MODEL; None is the bundled model. An existing folder wins over a hub id.
 
     Raises InputError when there is no such folder and the hub has, or can be asked for, no such model.
     """
-    return local_source(model) or _download(*hub_id(str(model)))
+    return find_local_source(model) or _download(*parse_hub_id(str(model)))
 
 
-def local_source(model: str | None) -> Source | None:
-    """The folder of MODEL, None where it is no path; raises InputError for a path to anything else."""
+def find_local_source(model: str | None) -> Source | None:
+    """Return the folder of MODEL, None where it is no path; raises InputError for a path to anything else."""
     if model is None:
         return Source(BUNDLED_MODEL, BUNDLED_MODEL.name)
     try:
@@ -72,12 +72,12 @@ def local_source(model: str | None) -> Source | None:
 
 
 def _as_text(name: str) -> str:
-    """The name of a file without bytes that are no UTF-8, which no text file holds."""
+    """Return the name of a file without bytes that are no UTF-8, which no text file holds."""
     return name.encode(errors="replace").decode()
 
 
-def hub_id(model: str) -> tuple[str, str | None]:
-    """The repository and the revision, if one is named; raises InputError for what is no hub id."""
+def parse_hub_id(model: str) -> tuple[str, str | None]:
+    """Return the repository and the revision, if one is named; raises InputError for what is no hub id."""
     match = _HUB_ID.fullmatch(model)
     if match is None or model.startswith("."):
         raise InputError(
@@ -87,7 +87,8 @@ def hub_id(model: str) -> tuple[str, str | None]:
 
 
 def _download(repo: str, revision: str | None) -> Source:
-    """The hub's snapshot in the local cache; its folder is named after the commit, also when offline."""
+    """Return the hub's snapshot in the local cache; its folder is named after the commit, also when
+    offline."""
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 

@@ -1,7 +1,7 @@
 """Writing safetensors in one pass: the header first, from shapes known in advance, then the bytes.
 
-Deterministic: the same tensors in the same order give the same bytes. So a run can go on in the files that an
-earlier one left, after the last tensor that is known to be whole.
+Deterministic: the same tensors in the same order give the same bytes. So a run can resume in the files that
+an earlier one left, after the last tensor that is known to be whole.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Entry:
 
 
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json_text(value), encoding="utf-8")
+    path.write_text(format_json(value), encoding="utf-8")
 
 
-def json_text(value: object) -> str:
-    """JSON with sorted keys and a final newline, the same bytes for the same value."""
+def format_json(value: object) -> str:
+    """Return JSON with sorted keys and a final newline, the same bytes for the same value."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -83,7 +83,7 @@ class CheckpointWriter:
         """How many entries are written whole."""
         return self._position
 
-    def go_on(self, position: int) -> None:
+    def resume_at(self, position: int) -> None:
         """Take the first `position` entries from the files that are there; what follows them is overwritten.
 
         Raises DamagedWork naming a file that is too short for that.
@@ -102,7 +102,7 @@ class CheckpointWriter:
         return name in self._places
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """An entry that is written whole, or some of its rows."""
+        """Return an entry that is written whole, or some of its rows."""
         self.flush()
         place = self._places[name]
         assert place < self._position, f"{name} is not written yet"
@@ -186,7 +186,7 @@ def _split(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
 
 
 def _starts(entries: Sequence[Entry], first: int) -> list[int]:
-    """Where each entry begins, the first one at `first`."""
+    """Return where each entry begins, the first one at `first`."""
     return list(itertools.accumulate((entry.nbytes for entry in entries[:-1]), initial=first))
 
 

@@ -168,12 +168,12 @@ def read_request(console: Console, model: str | None, options: dict[str, Any]) -
     """MODEL's folder and what `recipe_options` or `rotation_options`, and `calibration_options` say of it;
     a wrong recipe is noticed before anything heavy is imported. Code in the folder is told, and not run."""
     read_recipe(options)
-    from anequant.checkpoints.side_files import custom_code
+    from anequant.checkpoints.side_files import find_custom_code
     from anequant.checkpoints.source import resolve_source
     from anequant.request import Request
 
     source = resolve_source(model)
-    code = custom_code(source.folder)
+    code = find_custom_code(source.folder)
     if code:
         console.note(f"ignored, no code of a checkpoint is run: {', '.join(code)}")
     recipe = read_recipe(options, source.folder)

@@ -37,12 +37,12 @@ def plan(console: Console, model: str | None, max_memory: int | None, **options:
     anequant plan FOLDER --recipe w8a8-ane --max-memory 8GB
     """
     read_recipe(options)
-    from anequant.checkpoints.hub_headers import headers_only
+    from anequant.checkpoints.hub_headers import fetch_headers
     from anequant.pipeline.plan import plan_conversion
     from anequant.report.terminal.tables import tabulate_plan
     from anequant.request import Request
 
-    with headers_only(model) as source:
+    with fetch_headers(model) as source:
         recipe = read_recipe(options, source.folder)
         calibration, sizes = read_calibration(options), read_lowering(options)
         request = Request(source, recipe, calibration, options["rotations"], sizes)

@@ -251,5 +251,4 @@ def _run_peer(
 
 def _weights(spec: ModelSpec) -> tuple[int, int]:
     """Those of all projections; those of embedding and head, which packages always hold both."""
-    shapes = [spec.shape(linear) for linear in spec.architecture.linears]
-    return spec.num_layers * sum(map(math.prod, shapes)), 2 * spec.vocab_size * spec.hidden_size
+    return spec.num_layers * spec.layer_weights, 2 * spec.vocab_size * spec.hidden_size

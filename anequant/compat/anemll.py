@@ -13,9 +13,8 @@ from anequant.checkpoints.layers import open_quantized
 from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import UsageError, VerificationError
 from anequant.evaluation.divergence import measure_quality
-from anequant.evaluation.evaluate import read_text_windows
 from anequant.jobs.control import Progress, silent
-from anequant.reference.windows import load_tokenizer
+from anequant.reference.windows import load_tokenizer, read_text_windows
 from anequant.runtime.continue_text import TextModel, continue_text, open_text_model, stop_tokens
 from anequant.runtime.sampling import Sampling
 from anequant.runtime.snapped_backend import SnappedModel, SnappedWeights
@@ -64,7 +63,7 @@ def check_sp(folder: Path, *, progress: Progress = silent) -> SpCheck:
     projections = require_contract(folder)
     if not has_tokenizer(folder):
         return SpCheck(projections, None, None, None)
-    tokens = read_text_windows(folder, checkpoint.spec.config, None, WINDOWS, LENGTH)
+    tokens = read_text_windows(folder, checkpoint.spec.config, count=WINDOWS, length=LENGTH)
     stored = measure_quality(checkpoint, tokens, progress=progress.part("stored weights", 0.1, 0.4))
     rebuilt = measure_quality(
         SnappedWeights(checkpoint), tokens, progress=progress.part("rebuilt weights", 0.4, 0.8)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anequant.errors import UsageError
 from anequant.recipe import Recipe
-from anequant.rotation.in_memory import turn_model
+from anequant.rotation.model_in_memory import rotate_in_memory
 
 PROBE = "anequant_probe"
 PROBE_TOKENS = 32
@@ -19,13 +19,13 @@ PROBE_SEED = 7
 def fuse_model(model: torch.nn.Module, recipe: Recipe) -> dict[str, Any]:
     """Fold and rotate a transformers model in place; return what was done, by ANEMLL's keys.
 
-    The model keeps its logits on a few random tokens, for `measure_fusion`. Raises what `turn_model` does.
+    The model keeps its logits on a few random tokens, for `measure_fusion`. Raises as `rotate_in_memory`.
     """
     generator = torch.Generator().manual_seed(PROBE_SEED)
     config: Any = model.config
     tokens = torch.randint(config.vocab_size, (1, PROBE_TOKENS), generator=generator)
     logits = _logits(model, tokens)
-    spec = turn_model(model, recipe)
+    spec = rotate_in_memory(model, recipe)
     setattr(model, PROBE, (tokens, logits))
     rotates = recipe.r1 != "none" or recipe.r2 != "none"
     return {

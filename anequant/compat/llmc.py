@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from anequant.calibration.tokens import WIKITEXT2
-from anequant.checkpoints.manifest import rotation_keys
+from anequant.checkpoints.manifest import read_rotation_keys
 from anequant.checkpoints.reader import read_config
 from anequant.checkpoints.source import Source, resolve_source
 from anequant.compat.words import LLMC_GPTQ, LLMC_QUAROT, LLMC_REQUIRED, LLMC_WORDS, check_words
@@ -106,7 +106,7 @@ def plan_llmc(path: Path) -> LlmcRun:
     model_type, wanted = read_config(source.folder).get("model_type"), file.values.get("model.type")
     if wanted is not None and wanted.lower() != model_type:
         raise UsageError(f"key 'model.type' in '{path}' is '{wanted}', and the model is a {model_type}")
-    keys, notes = make_llmc_recipe(file, rotation_keys(source.folder))
+    keys, notes = make_llmc_recipe(file, read_rotation_keys(source.folder))
     recipe, calibration = recipe_from_dict(keys), make_llmc_calibration(file)
     if calibration is None and recipe.calibrated and file.quantizes:
         raise UsageError(f"'{path}' has no section 'calib', which its method and scales need")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING
 from anequant.jobs.control import Progress, silent
-from anequant.reference.forward import ReferenceModel, Weights, final_hidden_states, head_logits, logits
+from anequant.reference.forward import ReferenceModel, Weights, compute_logits, logits, run_to_final_states
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Reference:
 
     def logits(self) -> Iterator[Tensor]:
         """Return logits [length, vocab] of one window after the other, as `logits` of the base gives them."""
-        return (head_logits(self.head, window) for window in self.hidden)
+        return (compute_logits(self.head, window) for window in self.hidden)
 
 
 def record_reference(base: Weights, tokens: Tensor, *, progress: Progress = silent) -> Reference:
-    return Reference(final_hidden_states(base, tokens, progress=progress), base.read(base.head_name))
+    return Reference(run_to_final_states(base, tokens, progress=progress), base.read(base.head_name))
 
 
 def measure_quality_against(

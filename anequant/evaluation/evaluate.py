@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from anequant.calibration.sources import source_text
-from anequant.calibration.tokens import WIKITEXT2, wikitext2
-from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, made_as, read_manifest, rotation_keys
+from anequant.calibration.tokens import WIKITEXT2, read_wikitext2
+from anequant.checkpoints.manifest import (
+    CHECKPOINT,
+    MANIFEST,
+    ROTATED,
+    read_kind,
+    read_manifest,
+    read_rotation_keys,
+)
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
-from anequant.checkpoints.rotation_files import written_rotations
-from anequant.checkpoints.source import SAMPLE_TEXT, resolve_source
+from anequant.checkpoints.rotation_files import read_written_rotations
+from anequant.checkpoints.source import resolve_source
 from anequant.errors import InputError, UsageError
 from anequant.evaluation.divergence import (
     LayerError,
@@ -27,7 +33,7 @@ from anequant.evaluation.task_scores import TaskScores, run_tasks
 from anequant.jobs.control import Progress, silent
 from anequant.recipe import Recipe
 from anequant.recipe_files import recipe_from_dict
-from anequant.reference.windows import load_tokenizer, model_windows, start_token
+from anequant.reference.windows import find_start_token, read_text_windows
 from anequant.targets.coreml.meta import META
 
 LAYER_WINDOWS = 8
@@ -111,7 +117,7 @@ def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | No
         )
     if original.is_quantized:
         return "the base is quantized itself"
-    if original.online.active or rotation_keys(original.folder) is not None:
+    if original.online.active or read_rotation_keys(original.folder) is not None:
         return "the base is rotated itself"
     if checkpoint.is_quantized and _recipe(checkpoint) is None:
         return f"the checkpoint has no {MANIFEST} that tells its rotation"
@@ -120,7 +126,7 @@ def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | No
 
 def _recipe(checkpoint: Checkpoint) -> Recipe | None:
     """Return the recipe of a checkpoint that anequant wrote; None for one made elsewhere."""
-    if made_as(checkpoint.folder) not in (CHECKPOINT, ROTATED):
+    if read_kind(checkpoint.folder) not in (CHECKPOINT, ROTATED):
         return None
     values = read_manifest(checkpoint.folder).get("recipe")
     return recipe_from_dict(values) if isinstance(values, dict) else None
@@ -132,7 +138,7 @@ def _rotation(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
     recipe = _recipe(checkpoint)
     if recipe is None or recipe.r1 == "none":
         return lambda hidden: hidden
-    r1 = written_rotations(checkpoint, recipe).r1
+    r1 = read_written_rotations(checkpoint, recipe).r1
     assert r1 is not None
     return r1.apply
 
@@ -151,7 +157,7 @@ def evaluate_tasks(model: str, tasks: str, backend: str, progress: Progress = si
     from anequant.runtime.continue_text import open_text_model  # imports coremltools
 
     opened = open_text_model(folder, backend)
-    first = start_token(opened.tokenizer, read_json(opened.folder / "config.json"))
+    first = find_start_token(opened.tokenizer, read_json(opened.folder / "config.json"))
     return run_tasks(opened.decoder, opened.tokenizer, first, opened.stop, tasks, progress)
 
 
@@ -169,18 +175,6 @@ def _open(model: str, base: str | None) -> tuple[Checkpoint, Checkpoint | None]:
 
 def read_windows(checkpoint: Checkpoint, text: Path | str, windows: int, length: int) -> Tensor:
     """Read token windows [at most `windows`, length] of a text file, or of the test split of wikitext2."""
+    content = read_wikitext2("test") if str(text) == WIKITEXT2 else Path(text)
     config = checkpoint.spec.config
-    if str(text) != WIKITEXT2:
-        return read_text_windows(checkpoint.folder, config, Path(text), windows, length)
-    tokenizer = load_tokenizer(checkpoint.folder)
-    return model_windows(tokenizer, config, wikitext2("test"), count=windows, length=length)
-
-
-def read_text_windows(
-    folder: Path, config: Mapping[str, Any], text: Path | None, windows: int, length: int
-) -> Tensor:
-    """Read token windows [at most `windows`, length] of a text file, None for the bundled text, with the
-    tokenizer in `folder`. Raises what `source_text` and `model_windows` raise."""
-    tokenizer = load_tokenizer(folder)
-    content = source_text(SAMPLE_TEXT if text is None else text, tokenizer)
-    return model_windows(tokenizer, config, content, count=windows, length=length)
+    return read_text_windows(checkpoint.folder, config, content, count=windows, length=length)

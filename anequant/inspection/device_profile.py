@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anequant.checkpoints.places import packages_folder
+from anequant.checkpoints.places import find_packages
 from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 from anequant.errors import UsageError
 from anequant.jobs.control import Progress, silent
-from anequant.reference.windows import load_tokenizer, read_text
+from anequant.reference.sources import read_text
+from anequant.reference.windows import load_tokenizer
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.runtime.generate import Decoder
 from anequant.targets.coreml.device import DevicePackage
@@ -79,7 +80,7 @@ def profile(folder: Path, tokens: int, *, progress: Progress = silent) -> Device
     when the context holds no `tokens` after a batch.
     """
     DevicePackage.open(folder)
-    part = packages_folder(folder)
+    part = find_packages(folder)
     packages = read_meta(part)
     if packages.batch + tokens > packages.context:
         raise UsageError(

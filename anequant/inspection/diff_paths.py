@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
-from anequant.checkpoints.source import has_tokenizer
+from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 from anequant.errors import InputError, UnsupportedError, UsageError
 from anequant.evaluation.divergence import summarise
-from anequant.evaluation.evaluate import read_text_windows
 from anequant.inspection.diff_checkpoints import CheckpointDifferences, diff_checkpoints, diff_keys
 from anequant.inspection.diff_packages import PackageDifferences, diff_packages, pair_packages
 from anequant.inspection.inspect import PACKAGE, Parts, find_parts
 from anequant.jobs.control import Progress, silent
 from anequant.reference.forward import logits
-from anequant.reference.probe import probe_tokens
+from anequant.reference.windows import choose_probe_tokens, read_text_windows
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.targets.coreml.meta import META, read_meta
 
@@ -129,7 +128,9 @@ def _logits(a: Parts, b: Parts, text: Path | None, progress: Progress) -> Logits
     if not all(model.tells_all_logits for model in models):
         raise UnsupportedError("packages with an arg-max head tell no logits to compare")
     length = min(PACKAGE_TOKENS, *(model.context for model in models))
-    tokens = read_text_windows(folders[0], read_json(folders[0] / "config.json"), text, 1, length)
+    tokens = read_text_windows(
+        folders[0], read_json(folders[0] / "config.json"), text or SAMPLE_TEXT, count=1, length=length
+    )
     base_logits, our_logits = ([model.feed_each(tokens[0].tolist())] for model in models)
     if base_logits[0].shape != our_logits[0].shape:
         raise InputError("vocabularies of two sizes have no logits to compare")
@@ -159,5 +160,7 @@ def diff_logits(tokens: Tensor, base: Iterable[Tensor], ours: Iterable[Tensor]) 
 
 def _tokens(checkpoint: Checkpoint, text: Path | None) -> Tensor:
     if text is None and not has_tokenizer(checkpoint.folder):
-        return torch.stack([probe_tokens(checkpoint, LENGTH)])
-    return read_text_windows(checkpoint.folder, checkpoint.spec.config, text, WINDOWS, LENGTH)
+        return torch.stack([choose_probe_tokens(checkpoint, LENGTH)])
+    return read_text_windows(
+        checkpoint.folder, checkpoint.spec.config, text or SAMPLE_TEXT, count=WINDOWS, length=LENGTH
+    )

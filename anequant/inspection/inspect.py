@@ -17,8 +17,7 @@ from torch import Tensor
 from anequant.checkpoints.header import LONGEST_NAME, TensorInfo, read_header
 from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.quantized import load
-from anequant.checkpoints.reader import Checkpoint, open_checkpoint
-from anequant.checkpoints.stored import read_stored
+from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_stored
 from anequant.errors import InputError, UnsupportedError, UsageError, quote
 from anequant.evaluation.distribution import Distribution, measure_distribution
 from anequant.inspection.inspect_checkpoint import (

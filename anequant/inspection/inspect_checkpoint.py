@@ -17,10 +17,10 @@ from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, HEAD
 from anequant.checkpoints.header import BITS, TensorInfo
-from anequant.checkpoints.layout import projection_names
-from anequant.checkpoints.manifest import MANIFEST, ROTATED, made_as, read_manifest
-from anequant.checkpoints.reader import Checkpoint
-from anequant.checkpoints.stored import read_stored
+from anequant.checkpoints.layout import list_projections
+from anequant.checkpoints.manifest import MANIFEST, ROTATED, read_kind, read_manifest
+from anequant.checkpoints.reader import Checkpoint, read_stored
+from anequant.quantization.codebook import count_code_bits
 from anequant.quantization.online import Online
 
 FLOAT, ROTATED_FLOAT, QUANTIZED = "float checkpoint", "rotated float checkpoint", "quantized checkpoint"
@@ -104,10 +104,10 @@ class CheckpointFacts:
 def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointFacts:
     """Return what a checkpoint is. Raises InputError for an anequant.json that is damaged, and what
     `read_stored` raises."""
-    kind = ROTATED_FLOAT if made_as(checkpoint.folder) == ROTATED else FLOAT
+    kind = ROTATED_FLOAT if read_kind(checkpoint.folder) == ROTATED else FLOAT
     recorded = read_manifest(checkpoint.folder) if (checkpoint.folder / MANIFEST).is_file() else {}
     spec = checkpoint.spec
-    linears = [*projection_names(spec), *PARTS]
+    linears = [*list_projections(spec), *PARTS]
     quantized = [name for name in linears if f"{name}.output_scales" in checkpoint.tensors]
     scales, codebooks = _scales_and_codebooks(checkpoint, quantized)
     version = recorded.get("versions", {}).get("anequant")
@@ -171,7 +171,7 @@ def _linear_bits(checkpoint: Checkpoint, name: str) -> tuple[int, float | None, 
         return weights, plain, plain
     if "codebook" not in counts:
         return weights, None, None
-    codes = float(weights * max((counts["codebook"] - 1).bit_length(), 1))
+    codes = float(weights * max(count_code_bits(counts["codebook"]), 1))
     return weights, codes, codes + 16 * sum(counts[part] for part in counts if part != "weight")
 
 

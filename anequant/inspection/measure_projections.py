@@ -24,19 +24,21 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import Linear, layer_prefix
-from anequant.checkpoints.manifest import rotation_keys
+from anequant.checkpoints.manifest import read_rotation_keys
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
-from anequant.checkpoints.rotation_files import written_rotations
+from anequant.checkpoints.rotation_files import read_written_rotations
 from anequant.errors import UnsupportedError
 from anequant.evaluation.distribution import measure_distribution
 from anequant.jobs.control import Progress, silent
+from anequant.quantization.codebook import count_code_bits
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import NOTHING, plan_online
+from anequant.quantization.weight_format import unfolded_format
 from anequant.recipe import Recipe
 from anequant.reference.forward import ReferenceModel
-from anequant.reference.rotated_model import TurnedModel
+from anequant.reference.rotated_model import RotatedModel
 from anequant.rotation.rotation_plan import RotationPlan
 
 
@@ -108,16 +110,16 @@ def measure_projections(
     """Compare a quantized `checkpoint` with the float model that `recipe` made it from, on tokens [n,
     length].
 
-    It holds one projection, the inputs of one layer and both hidden states. Raises what `written_rotations`
-    raises.
+    It holds one projection, the inputs of one layer and both hidden states. Raises what
+    `read_written_rotations` raises.
     """
-    came_rotated = rotation_keys(original.folder) is not None
-    plan = RotationPlan() if came_rotated else written_rotations(checkpoint, recipe)
+    came_rotated = read_rotation_keys(original.folder) is not None
+    plan = RotationPlan() if came_rotated else read_written_rotations(checkpoint, recipe)
     online = plan_online(original.spec, recipe).rotations
-    after = _Walker(TurnedModel(original, plan, recipe.fold_input_scales, online), recipe, tokens)
+    after = _Walker(RotatedModel(original, plan, recipe.fold_input_scales, online), recipe, tokens)
     before = None
     if not came_rotated:
-        before = _Walker(TurnedModel(original, RotationPlan(), False, NOTHING), recipe, tokens)
+        before = _Walker(RotatedModel(original, RotationPlan(), False, NOTHING), recipe, tokens)
     embedded = None if before is None else before.largest, after.largest
     layers = []
     for layer in range(original.spec.num_layers):
@@ -167,7 +169,7 @@ class _Seen:
 class _Walker:
     """One of the two float models with its hidden states [n, length, hidden_size]."""
 
-    def __init__(self, model: TurnedModel, recipe: Recipe, tokens: Tensor) -> None:
+    def __init__(self, model: RotatedModel, recipe: Recipe, tokens: Tensor) -> None:
         self._model = model
         self._recipe = recipe
         self._runner = ReferenceModel(model.spec, torch.float32, model.online)
@@ -194,19 +196,10 @@ class _Walker:
 
     def _nearest(self, weight: Tensor, bits: int, name: str) -> Tensor | None:
         """Round the weight to nearest with the recipe's codebook and scales; None where that cannot be."""
-        recipe = self._recipe
         if bits == 16:
             return None
         try:
-            rounded = quantize_linear(
-                weight,
-                None,
-                bits=bits,
-                codebook=recipe.codebook,
-                scales=recipe.scales,
-                group=recipe.group_size,
-                name=name,
-            )
+            rounded = quantize_linear(weight, None, unfolded_format(self._recipe, bits), name)
         except UnsupportedError:
             return None
         return rounded.dequantize()
@@ -214,7 +207,7 @@ class _Walker:
 
 def _bits(checkpoint: Checkpoint, layer: int, linear: Linear) -> int:
     codebook = checkpoint.tensors.get(f"{layer_prefix(layer)}{linear.name}.codebook")
-    return 16 if codebook is None else (math.prod(codebook.shape) - 1).bit_length()
+    return 16 if codebook is None else count_code_bits(math.prod(codebook.shape))
 
 
 def _weight(stored: QuantizedLinear | Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anequant.checkpoints.license import CARD, copy_license, model_license
-from anequant.checkpoints.manifest import read_manifest, rotation_keys
+from anequant.checkpoints.license import CARD, copy_license, read_license
+from anequant.checkpoints.manifest import read_manifest, read_rotation_keys
 from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import read_object
 from anequant.checkpoints.source import Source
@@ -106,7 +106,7 @@ def _write(
     sections: Mapping[str, Sequence[str]],
 ) -> None:
     copy_license(source.folder, folder)
-    licence, base, name = model_license(source.folder), _base_model(source), plain(source.name)
+    licence, base, name = read_license(source.folder), _base_model(source), plain(source.name)
     metadata = {
         **({"base_model": base, **relation} if HUB_NAME.fullmatch(base) else {}),
         "library_name": library,
@@ -122,7 +122,7 @@ def _write(
 
 
 def _is_rotated(source: Source) -> bool:
-    return rotation_keys(source.folder) is not None
+    return read_rotation_keys(source.folder) is not None
 
 
 def _is_online(folder: Path) -> bool:

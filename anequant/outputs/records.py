@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anequant.checkpoints.side_files import custom_code
+from anequant.checkpoints.side_files import find_custom_code
 from anequant.checkpoints.source import TOKENIZER_FILES, Source
 from anequant.jobs.output_folder import file_hashes
 from anequant.recipe import Calibration
@@ -30,7 +30,7 @@ def source_record(source: Source, files: list[str]) -> dict[str, Any]:
         "name": source.name,
         "repo": source.repo,
         "revision": source.revision,
-        "ignored": list(custom_code(source.folder)),
+        "ignored": list(find_custom_code(source.folder)),
         "files": file_hashes(source.folder, files),
     }
 

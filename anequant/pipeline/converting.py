@@ -10,10 +10,10 @@ from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.evaluation import SAMPLE_LENGTH, SAMPLE_WINDOWS
 from anequant.evaluation.divergence import Quality, measure_quality
-from anequant.evaluation.evaluate import read_text_windows
 from anequant.jobs.control import Progress
 from anequant.pipeline.lowering import LowerResult
 from anequant.pipeline.quantizing import QuantizeResult
+from anequant.reference.windows import read_text_windows
 from anequant.request import Request
 from anequant.targets.coreml.lint.rules import Finding
 from anequant.verification.verify import CheckpointCheck, PackageCheck
@@ -72,5 +72,5 @@ class Converting:
 def measure_sample(original: Checkpoint, checkpoint: Path, progress: Progress) -> Quality:
     """Measure a checkpoint against its float model, which has a tokenizer, on the bundled text."""
     config = original.spec.config
-    tokens = read_text_windows(original.folder, config, None, SAMPLE_WINDOWS, SAMPLE_LENGTH)
+    tokens = read_text_windows(original.folder, config, count=SAMPLE_WINDOWS, length=SAMPLE_LENGTH)
     return measure_quality(open_checkpoint(checkpoint), tokens, original, progress=progress)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from anequant.architectures.spec import EMBEDDING, HEAD
-from anequant.checkpoints.foreign import whole_codebook
-from anequant.checkpoints.layers import projection_bits
-from anequant.checkpoints.manifest import checkpoint_hashes, write_manifest
+from anequant.checkpoints.foreign import complete_codebook
+from anequant.checkpoints.layers import read_projection_bits
+from anequant.checkpoints.manifest import hash_checkpoint, write_manifest
 from anequant.checkpoints.reader import Checkpoint, read_object
 from anequant.checkpoints.source import TOKENIZER_FILES
 from anequant.checkpoints.writer import write_json
@@ -61,7 +61,7 @@ class Lowering:
         """Hash the checkpoint beside the first steps; raises as `check_lowering`."""
         check_lowering(self.checkpoint.spec, self.request.lowering, self.checkpoint.online)
         beside = self._open.enter_context(ThreadPoolExecutor(1))
-        self._hashes = beside.submit(checkpoint_hashes, self.checkpoint)
+        self._hashes = beside.submit(hash_checkpoint, self.checkpoint)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -90,7 +90,7 @@ class Lowering:
             chunks=self.chunks,
             head_parts=head_parts(spec),
             lut_embeddings=_table_bits(self.checkpoint, EMBEDDING),
-            lut_ffn=min(projection_bits(self.checkpoint).values()),
+            lut_ffn=min(read_projection_bits(self.checkpoint).values()),
             lut_head=_table_bits(self.checkpoint, HEAD),
             vocab_size=spec.vocab_size,
             argmax=options.argmax,
@@ -158,7 +158,7 @@ def _table_bits(checkpoint: Checkpoint, name: str) -> int | None:
     """The width of the embedding or the head, None for float16."""
     if f"{name}.codebook" not in checkpoint.tensors:
         return None
-    entries = whole_codebook(name, checkpoint.read(f"{name}.codebook")).numel()
+    entries = complete_codebook(name, checkpoint.read(f"{name}.codebook")).numel()
     return (entries - 1).bit_length()
 
 

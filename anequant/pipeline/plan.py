@@ -16,7 +16,7 @@ import torch
 from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec
 from anequant.calibration.tokens import SELF
 from anequant.checkpoints.header import TensorInfo
-from anequant.checkpoints.layout import checkpoint_entries, projection_names
+from anequant.checkpoints.layout import list_entries, list_projections
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.source import has_tokenizer
 from anequant.checkpoints.writer import DTYPE_NAMES
@@ -43,10 +43,11 @@ from anequant.pipeline.steps.tuning import Tune
 from anequant.pipeline.steps.widths import ChooseWidths
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import plan_online
+from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe import LowerOptions, Recipe
 from anequant.recipe_files import ROTATION_KEYS, recipe_from_dict
 from anequant.reference.forward import ReferenceModel
-from anequant.reference.probe import RANGE_TOKENS, probe_tokens
+from anequant.reference.windows import RANGE_TOKENS, choose_probe_tokens
 from anequant.request import LowerRequest, Request
 from anequant.rotation.rotation_plan import is_drawn
 from anequant.targets.shared.geometry import chunk_ranges, least_chunks
@@ -141,7 +142,7 @@ def plan_request(request: Request, max_memory: int | None = None, base: int | No
         if 16 in recipe.widths:
             problem = "recipe key 'bits' is 16, and packages hold palettized weights"
             raise UsageError(problem, remedy="use fewer")
-        probe_tokens(checkpoint, RANGE_TOKENS)
+        choose_probe_tokens(checkpoint, RANGE_TOKENS)
     if base is None:
         base = base_for(checkpoint.spec, max_memory)
     facts = Facts(checkpoint, foresee_checkpoint(checkpoint, recipe), recipe, request.calibration)
@@ -198,7 +199,7 @@ def foresee_checkpoint(
     `dtype`."""
     spec = replace(checkpoint.spec, tied=False)
     width = recipe.bits if not recipe.target_bits else max(recipe.widths)
-    entries = checkpoint_entries(spec, recipe, dict.fromkeys(projection_names(spec), width), dtype)
+    entries = list_entries(spec, recipe, dict.fromkeys(list_projections(spec), width), dtype)
     tensors = {
         entry.name: TensorInfo(Path("model.safetensors"), DTYPE_NAMES[entry.dtype], entry.shape, 0)
         for entry in entries
@@ -219,7 +220,7 @@ def measure_base(spec: ModelSpec) -> int:
         square = torch.ones(SMALL, SMALL, dtype=dtype)
         _ = square @ square
     small = torch.linspace(-1, 1, SMALL * SMALL).view(SMALL, SMALL)
-    quantize_linear(small, None, bits=4, codebook="lut", scales="balanced", name="none")
+    quantize_linear(small, None, WeightFormat(4, "lut", "balanced"), "none")
     return resident_bytes()
 
 

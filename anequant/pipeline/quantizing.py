@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import ModelSpec
-from anequant.calibration.distill import TuneResult
+from anequant.calibration.distill import LearnResult
 from anequant.calibration.rotation_choice import RotationChoice, Rotations
-from anequant.checkpoints.layout import checkpoint_entries, projection_names
-from anequant.checkpoints.online_config import quantized_config, weights_stem
+from anequant.checkpoints.layout import list_entries, list_projections
+from anequant.checkpoints.online_config import build_config, choose_stem
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import ROTATIONS, write_rotations
 from anequant.checkpoints.writer import CheckpointWriter, Entry, write_json
@@ -26,7 +26,7 @@ from anequant.pipeline.rounder import PassResult
 from anequant.pipeline.rounding_pass import RoundingPass
 from anequant.quantization.online import Online, plan_online
 from anequant.recipe import Recipe
-from anequant.reference.rotated_model import TurnedModel
+from anequant.reference.rotated_model import RotatedModel
 from anequant.request import Request
 from anequant.rotation.rotation_plan import RotationPlan, is_drawn, plan_rotations
 
@@ -42,7 +42,7 @@ class QuantizeResult:
     """
 
     rounding: PassResult
-    tuning: TuneResult | None
+    tuning: LearnResult | None
     rotations: RotationChoice | None = None
     rotated_before: bool = False
 
@@ -87,13 +87,13 @@ class Quantizing:
     tokens: Tensor | None = None
     rotations: Rotations = field(default_factory=lambda: Rotations(RotationPlan()))
     bits: Mapping[str, int] = field(default_factory=dict)
-    tuning: TuneResult | None = None
+    tuning: LearnResult | None = None
     _open: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         if self.request.rotated_with is None and is_drawn(self.recipe):
             self.rotations = Rotations(plan_rotations(self.spec, self.recipe))
-        self.bits = dict.fromkeys(projection_names(self.spec), self.recipe.bits)
+        self.bits = dict.fromkeys(list_projections(self.spec), self.recipe.bits)
 
     def __enter__(self) -> Quantizing:
         return self
@@ -115,10 +115,10 @@ class Quantizing:
         return plan_online(self.spec, self.recipe)
 
     @cached_property
-    def model(self) -> TurnedModel:
+    def model(self) -> RotatedModel:
         """The float model as it is rotated; the rotations are chosen by then."""
         fold = self.recipe.fold_input_scales
-        return TurnedModel(self.checkpoint, self.rotations.plan, fold, self.online)
+        return RotatedModel(self.checkpoint, self.rotations.plan, fold, self.online)
 
     @property
     def untuned(self) -> Path:
@@ -139,7 +139,7 @@ class Quantizing:
     @cached_property
     def entries(self) -> list[Entry]:
         """The tensors of the checkpoint, in their order."""
-        return checkpoint_entries(self.spec, self.recipe, self.bits, self.dtype)
+        return list_entries(self.spec, self.recipe, self.bits, self.dtype)
 
     @cached_property
     def writer(self) -> CheckpointWriter:
@@ -158,7 +158,7 @@ class Quantizing:
 
     def new_writer(self, folder: Path) -> CheckpointWriter:
         """A writer of the checkpoint's tensors to a folder, to be entered."""
-        return CheckpointWriter(folder, self.entries, stem=weights_stem(self.online))
+        return CheckpointWriter(folder, self.entries, stem=choose_stem(self.online))
 
     def close_files(self) -> None:
         """Finish the files that the pass writes; called once its last part is accepted."""
@@ -168,7 +168,7 @@ class Quantizing:
         """Write config.json beside the weights; the pass is complete."""
         online = self.online.with_scales(self.rounding.result.static_scales)
         name = str(self.dtype).removeprefix("torch.")
-        config = quantized_config(self.spec, self.recipe, online, self.writer.first_file, dtype=name)
+        config = build_config(self.spec, self.recipe, online, self.writer.first_file, dtype=name)
         write_json(folder / "config.json", config)
 
     def write_rotations(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,13 +13,13 @@ from anequant.checkpoints.quantized import store
 from anequant.checkpoints.writer import CheckpointWriter
 from anequant.errors import UnsupportedError
 from anequant.quantization.calibrated import Rounding, quantize_calibrated
-from anequant.quantization.codebook import integer_codebook
+from anequant.quantization.codebook import round_to_integers
+from anequant.quantization.fold_scales import premultiply_scales
+from anequant.quantization.linear import relative_error
 from anequant.quantization.nearest import quantize_linear
-from anequant.quantization.premultiply import premultiply_scales
 from anequant.quantization.statistics import InputStatistics
+from anequant.quantization.weight_format import linear_format, table_format
 from anequant.recipe import Recipe
-
-ERROR_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -153,31 +152,21 @@ class Rounder:
 def round_linear(task: RoundingTask) -> RoundedLinear:
     """Quantize one linear or table."""
     recipe, projection = task.recipe, task.name not in (EMBEDDING, HEAD)
-    codebook, scales = recipe.codebook, recipe.linear_scales if projection else "output"
+    format_ = (linear_format if projection else table_format)(recipe, task.bits)
     damping: float | None = None
     if task.statistics is None:
-        quantized = quantize_linear(
-            task.weight,
-            task.bias,
-            bits=task.bits,
-            codebook=codebook,
-            scales=scales,
-            group=recipe.group_size,
-            name=task.name,
-            input_scale=task.input_scale,
-        )
+        quantized = quantize_linear(task.weight, task.bias, format_, task.name, task.input_scale)
     else:
-        steps = (recipe.correction, recipe.descent, recipe.refinement)
-        rounding = Rounding(task.bits, codebook, scales, *steps, recipe.group_size)
+        rounding = Rounding(format_, recipe.correction, recipe.descent, recipe.refinement)
         quantized, damping = quantize_calibrated(
-            task.weight, task.bias, task.statistics, rounding, task.name, input_scale=task.input_scale
+            task.weight, task.bias, task.statistics, rounding, task.name, task.input_scale
         )
     if recipe.premultiply_scales and projection:
         quantized = premultiply_scales(quantized, task.name)
     if recipe.static_activations and projection:
-        quantized = replace(quantized, codebook=integer_codebook(quantized.codebook))
+        quantized = replace(quantized, codebook=round_to_integers(quantized.codebook))
     tensors = store(task.name, quantized, bias=projection)
-    relative = _relative_error(tensors[f"{task.name}.weight"], task.weight)
+    relative = relative_error(tensors[f"{task.name}.weight"], task.weight)
     dead = None if task.statistics is None else task.statistics.dead_inputs
     error = TensorError(task.name, task.bits, task.weight.numel(), relative, damping, dead)
     return RoundedLinear(tensors, quantized.input_scale, error)
@@ -192,14 +181,3 @@ def tell_errors(errors: Sequence[TensorError]) -> tuple[str, ...]:
         return (f"error {mean:.2%}",)
     worst = max(errors, key=lambda error: error.relative_error)
     return f"error {mean:.2%}", f"worst {worst.name.rpartition('.')[2]} {worst.relative_error:.2%}"
-
-
-def _relative_error(stored: Tensor, weight: Tensor) -> float:
-    """||stored - weight|| / ||weight||, squares summed in float64 over blocks of rows so small that their
-    copies do not count."""
-    difference = size = 0.0
-    blocks = (torch.split(tensor, ERROR_ROWS) for tensor in (stored, weight))
-    for ours, original in zip(*blocks, strict=True):
-        difference += float((ours.float() - original).square_().sum(dtype=torch.float64))
-        size += float(original.square().sum(dtype=torch.float64))
-    return math.sqrt(difference / max(size, 1e-60))

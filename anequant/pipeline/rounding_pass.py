@@ -21,17 +21,17 @@ from anequant.architectures.spec import (
     Linear,
     layer_prefix,
 )
+from anequant.calibration.activation_scales import choose_input_scale, measure_static_scales
 from anequant.calibration.equivalence import EquivalenceProbe
-from anequant.calibration.static_scales import measured, smoothed
 from anequant.calibration.walkers import GroupInputs, Walkers
-from anequant.checkpoints.layout import norm_names
+from anequant.checkpoints.layout import list_norms
 from anequant.checkpoints.writer import CheckpointWriter
 from anequant.jobs.process import give_back_memory
 from anequant.jobs.tasks import Scheduler
 from anequant.pipeline.rounder import PassResult, Rounder, RoundingTask, TensorError, round_linear
 from anequant.quantization.statistics import InputStatistics
 from anequant.recipe import Recipe
-from anequant.reference.rotated_model import ROWS, TurnedModel
+from anequant.reference.rotated_model import ROWS, RotatedModel
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class RoundingPass:
 
     def __init__(
         self,
-        model: TurnedModel,
+        model: RotatedModel,
         recipe: Recipe,
         bits: Mapping[str, int],
         writer: CheckpointWriter,
@@ -129,7 +129,7 @@ class RoundingPass:
 
     def skip(self, part: RoundedPart) -> None:
         """Leave out a part that an earlier run wrote."""
-        self._writer.go_on(part.entries)
+        self._writer.resume_at(part.entries)
         self._rounder.go_on(part.bits, part.weights)
 
     def write_embedding(self) -> RoundedPart:
@@ -140,7 +140,7 @@ class RoundingPass:
         walkers = None if self._tokens is None else self._walk(self._tokens)
         hand = self._rotate_layer(layer)
         give_back_memory()
-        for name in norm_names(self._spec):
+        for name in list_norms(self._spec):
             self._rounder.write(layer_prefix(layer) + name, hand.floats[name])
         if walkers is None:
             self._write_linears(layer, self._spec.architecture.linears, hand, None)
@@ -150,7 +150,9 @@ class RoundingPass:
         for inputs in walkers.layer(layer, hand.floats, hand.stored, moments=moments):
             self._write_linears(layer, inputs.group, hand, inputs)
             quantized = inputs.quantized
-            scales |= measured(self._recipe, self._model.online, layer, inputs.group, hand.stored, quantized)
+            scales |= measure_static_scales(
+                self._recipe, self._model.online, layer, inputs.group, hand.stored, quantized
+            )
             give_back_memory()
         return self._finish_part(scales)
 
@@ -203,7 +205,7 @@ class RoundingPass:
         if inputs is not None:
             for linear in linears:
                 weight = hand.floats[f"{linear.name}.weight"]
-                scales[linear] = smoothed(self._recipe, linear, weight, inputs.quantized)
+                scales[linear] = choose_input_scale(self._recipe, linear, weight, inputs.quantized)
 
         def tasks() -> Iterator[RoundingTask]:
             for linear, name in names.items():

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
-from anequant.calibration.distill import Heads, Lesson, TunableLayer, TuneResult, distill
-from anequant.calibration.tokens import SELF, calibration_tokens
+from anequant.calibration.distill import Course, Heads, LearnResult, Lesson, Student, TunableLayer, distill
+from anequant.calibration.tokens import SELF, read_calibration_tokens
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.quantized import store
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.writer import CheckpointWriter
 from anequant.jobs.control import Progress
-from anequant.quantization.tune import tunable
+from anequant.quantization.tunable_linear import start_tuning
 from anequant.recipe import Calibration
-from anequant.reference.forward import final_hidden_states
+from anequant.reference.forward import run_to_final_states
 
 MOST_WINDOWS = 96
 HELD_OUT = 16
@@ -27,7 +27,7 @@ def tune_checkpoint(
     steps: int,
     calibration: Calibration,
     progress: Progress,
-) -> TuneResult:
+) -> LearnResult:
     """Write the quantized checkpoint `untuned` of the float model `original` again, distilled.
 
     The text is what the float model writes itself, never what rounding was calibrated on: to those tokens
@@ -38,15 +38,15 @@ def tune_checkpoint(
     spec = quantized.spec
     windows = min(MOST_WINDOWS, HELD_OUT + 2 * steps)
     source = Calibration(SELF, windows, calibration.length, calibration.seed + 1)
-    tokens = calibration_tokens(source, original, progress.part("tune", 0.0, 0.2))
+    tokens = read_calibration_tokens(source, original, progress.part("tune", 0.0, 0.2))
     progress("tune: float model", 0.2)
     lesson = Lesson(
-        quantized.read(f"{EMBEDDING}.weight")[tokens].float(), final_hidden_states(original, tokens)
+        quantized.read(f"{EMBEDDING}.weight")[tokens].float(), run_to_final_states(original, tokens)
     )
     layers = []
     for number in range(spec.num_layers):
         loaded = load_layer(quantized, number)
-        linears = {name: tunable(linear) for name, linear in loaded.linears.items()}
+        linears = {name: start_tuning(linear) for name, linear in loaded.linears.items()}
         gains = {name: gain.float().requires_grad_() for name, gain in loaded.gains.items()}
         layers.append(TunableLayer(linears, gains))
     heads = Heads(
@@ -54,18 +54,11 @@ def tune_checkpoint(
         quantized.read(f"{HEAD}.weight").float(),
         quantized.read(f"{FINAL_NORM}.weight").float().requires_grad_(),
     )
-    held_out = Lesson(lesson.embedded[:HELD_OUT], lesson.taught[:HELD_OUT])
-    rest = Lesson(lesson.embedded[HELD_OUT:], lesson.taught[HELD_OUT:])
+    held_out, rest = lesson.windows(slice(HELD_OUT)), lesson.windows(slice(HELD_OUT, None))
     result = distill(
-        spec,
-        layers,
-        heads,
-        rest,
-        held_out,
-        steps=steps,
-        seed=calibration.seed,
-        online=quantized.online.rotations,
-        progress=progress.part("tune", 0.2, 1.0),
+        Student(spec, layers, heads, quantized.online.rotations),
+        Course(rest, held_out, steps, calibration.seed),
+        progress.part("tune", 0.2, 1.0),
     )
     _copy(quantized, EMBEDDING, writer)
     for number, layer in enumerate(layers):
@@ -73,7 +66,7 @@ def tune_checkpoint(
         for name, gain in layer.gains.items():
             writer.write(f"{prefix}{name}.weight", gain.detach().half())
         for name, linear in layer.linears.items():
-            for tensor, value in store(prefix + name, linear.finished(prefix + name), bias=True).items():
+            for tensor, value in store(prefix + name, linear.finish(prefix + name), bias=True).items():
                 writer.write(tensor, value)
     writer.write(f"{FINAL_NORM}.weight", heads.gain.detach().half())
     _copy(quantized, HEAD, writer)

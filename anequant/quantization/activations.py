@@ -32,8 +32,8 @@ class ActivationFormat:
     scale: float | None = None
 
 
-def rounded_activations(x: Tensor, format_: ActivationFormat) -> Tensor:
-    """x [..., in] as it is after rounding, in x's dtype; gradients pass straight through."""
+def round_activations(x: Tensor, format_: ActivationFormat) -> Tensor:
+    """Round x [..., in] and return it in its dtype; gradients pass straight through."""
     with torch.no_grad():
         if format_.scale is not None:
             result = _static(x, format_.scale, format_.bits)
@@ -44,10 +44,10 @@ def rounded_activations(x: Tensor, format_: ActivationFormat) -> Tensor:
     return x + (result - x).detach() if x.requires_grad else result
 
 
-def static_scale(histogram: Tensor, largest: float, bits: int, kind: str) -> float:
-    """The scale for magnitudes counted in histogram [BINS], bins of equal width up to `largest`.
+def choose_static_scale(histogram: Tensor, largest: float, bits: int, kind: str) -> float:
+    """Choose the scale for magnitudes counted in histogram [BINS], bins of equal width up to `largest`.
 
-    kind: absmax, percentile or mse. A number that float16 holds, and one of its normal numbers.
+    `kind` is absmax, percentile or mse. The scale is a normal number of float16.
     """
     top = 2 ** (bits - 1) - 1
     if kind == "percentile":
@@ -60,7 +60,8 @@ def static_scale(histogram: Tensor, largest: float, bits: int, kind: str) -> flo
 
 
 def _best_share(histogram: Tensor, top: int) -> float:
-    """The share of the largest magnitude whose scale rounds the histogram with the least squared error."""
+    """Return the share of the largest magnitude whose scale rounds the histogram with the least squared
+    error."""
     middles = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
     steps = CANDIDATES.double()[:, None] / top
     rounded = (middles / steps).round().clamp(max=top) * steps

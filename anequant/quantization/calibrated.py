@@ -19,13 +19,14 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from anequant.errors import UnsupportedError
-from anequant.quantization.codebook import nearest_codes
-from anequant.quantization.gptq import Grid, Rounded, damped, descend, gptq, rounded
+from anequant.quantization.codebook import find_nearest_codes
+from anequant.quantization.gptq import Grid, Rounded, damp, descend, evaluate_codes, gptq
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.nearest import FittedCore, bound_bias, checked_bias, fit_core
+from anequant.quantization.nearest import FittedCore, bound_bias, fit_core, round_bias
 from anequant.quantization.products import product
 from anequant.quantization.refine import refit
-from anequant.quantization.statistics import InputStatistics, Moments, output_loss
+from anequant.quantization.statistics import InputStatistics, Moments, measure_output_loss
+from anequant.quantization.weight_format import WeightFormat
 
 DAMPINGS = (0.2, 1.0)
 TARGET_DAMPING = 0.2
@@ -36,19 +37,16 @@ TRIAL_ROWS = 256
 class Rounding:
     """A recipe's choices for calibrated rounding.
 
+    format      what weights are rounded to
     correction  share of the target correction
     descent     passes of coordinate descent after gptq, or after every least squares
     refinement  rounds of least squares and such passes, at least one, at most
-    group       columns that share a scale where scales is group
     """
 
-    bits: int
-    codebook: str
-    scales: str
+    format: WeightFormat
     correction: float
     descent: int
     refinement: int
-    group: int = 0
 
 
 def quantize_calibrated(
@@ -65,36 +63,28 @@ def quantize_calibrated(
 
     Raises UnsupportedError as `quantize_linear` does, and for moments that are not finite.
     """
-    bias = checked_bias(bias, name)
+    bias = round_bias(bias, name)
     moments = statistics.everything
     if not moments.finite:
         raise UnsupportedError(
             f"the inputs of '{name}' during calibration are not all finite",
             remedy="check the checkpoint for a damaged tensor",
         )
-    target = corrected_target(weight, moments, rounding.correction)
-    fitted = fit_core(
-        target.values,
-        rounding.bits,
-        rounding.codebook,
-        rounding.scales,
-        name,
-        group=rounding.group,
-        input_scale=input_scale,
-    )
+    target = correct_target(weight, moments, rounding.correction)
+    fitted = fit_core(target.values, rounding.format, name, input_scale)
     damping = _choose_damping(weight, fitted, statistics, rounding)
     if damping is None:
-        codes = nearest_codes(fitted.core(target.values), fitted.codebook)
+        codes = find_nearest_codes(fitted.core(target.values), fitted.codebook)
         return bound_bias(fitted.linear(codes, bias), name), None
     grid = _grid(target.values, fitted)
     factor = moments.factor(damping)
-    hessian = damped(moments.hessian, factor.ridge)
-    current = rounded(grid, hessian, gptq(grid, factor))
+    hessian = damp(moments.hessian, factor.ridge)
+    current = evaluate_codes(grid, hessian, gptq(grid, factor))
     if not rounding.refinement:
         _descend(grid, hessian, current, rounding.descent)
         return bound_bias(fitted.linear(current.codes.T.contiguous(), bias), name), damping
-    if input_scale is not None and rounding.scales == "balanced":
-        rounding = replace(rounding, scales="output")
+    if input_scale is not None and rounding.format.scales == "balanced":
+        rounding = replace(rounding, format=replace(rounding.format, scales="output"))
     pull = product(weight, moments.hessian) if target.pull is None else target.pull
     weight_pull = pull.add_(target.values, alpha=factor.ridge)
     fitted, codes = _refine(grid, fitted, hessian, weight_pull, current, rounding)
@@ -109,15 +99,15 @@ class Target:
     pull: Tensor | None
 
 
-def corrected_target(weight: Tensor, moments: Moments, share: float, rows: slice = slice(None)) -> Target:
-    """W + share * S with S = W (C - H) (H + ridge)^-1, for some rows of weight [out, in].
+def correct_target(weight: Tensor, moments: Moments, share: float, rows: slice = slice(None)) -> Target:
+    """Return W + share * S with S = W (C - H) (H + ridge)^-1, for some rows of weight [out, in].
 
     S H is W (C - H) - ridge * S, so the target's product with H takes only that of W.
     """
     if share == 0:
         return Target(weight[rows], None)
     pull = product(weight[rows], moments.hessian)
-    missing = moments.wanted(weight, rows) - pull
+    missing = moments.project(weight, rows) - pull
     factor = moments.factor(TARGET_DAMPING)
     step = factor.solve(missing.T).T.mul_(share)
     pull.add_(missing, alpha=share).sub_(step, alpha=factor.ridge)
@@ -127,17 +117,20 @@ def corrected_target(weight: Tensor, moments: Moments, share: float, rows: slice
 def _choose_damping(
     weight: Tensor, fitted: FittedCore, statistics: InputStatistics, rounding: Rounding
 ) -> float | None:
-    """The damping with the least output error on held-out windows, tried with the fit windows' moments."""
+    """Return the damping, None for nearest rounding, with the least output error on held-out windows when
+    the moments of the fit windows decide the codes."""
     rows = slice(0, None, max(1, weight.shape[0] // TRIAL_ROWS))
-    target = corrected_target(weight, statistics.fit, rounding.correction, rows).values
-    wanted, trial = statistics.held_out.wanted(weight, rows), fitted.rows(rows)
+    target = correct_target(weight, statistics.fit, rounding.correction, rows).values
+    wanted, trial = statistics.held_out.project(weight, rows), fitted.rows(rows)
 
     def loss(damping: float | None) -> float:
         if damping is None:
-            codes = nearest_codes(trial.core(target), trial.codebook)
+            codes = find_nearest_codes(trial.core(target), trial.codebook)
         else:
             codes = gptq(_grid(target, trial), statistics.fit.factor(damping)).T
-        return output_loss(trial.linear(codes, None).dequantize(), wanted, statistics.held_out.hessian)
+        return measure_output_loss(
+            trial.linear(codes, None).dequantize(), wanted, statistics.held_out.hessian
+        )
 
     return min((None, *DAMPINGS), key=loss)
 
@@ -159,21 +152,13 @@ def _refine(
     current: Rounded,
     rounding: Rounding,
 ) -> tuple[FittedCore, Tensor]:
-    """Better scales and codebook and codes uint8 [in, out], for the damped Hessian that gptq saw and the
+    """Improve scales, codebook and codes uint8 [in, out], for the damped Hessian that gptq saw and the
     weight's product with it [out, in]."""
     target = grid.target.T
     for _ in range(rounding.refinement):
-        refitted = refit(
-            weight_pull,
-            current.pull.T,
-            current.codes.T,
-            fitted,
-            hessian,
-            codebook=rounding.codebook,
-            scales=rounding.scales,
-        )
+        refitted = refit(weight_pull, current.pull.T, current.codes.T, fitted, hessian, rounding.format)
         grid = _grid(target, refitted)
-        moved = rounded(grid, hessian, current.codes)
+        moved = evaluate_codes(grid, hessian, current.codes)
         _descend(grid, hessian, moved, max(1, rounding.descent))
         if moved.loss >= current.loss:
             break

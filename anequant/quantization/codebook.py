@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from anequant.quantization.codebook_kernels import counted, lloyd_rounds, nearest_entries
+from anequant.quantization.codebook_kernels import count_values, find_nearest_entries, run_lloyd_rounds
 
 STEPS = 100
 LLOYD_ROUNDS = 300
@@ -25,14 +25,19 @@ RELATIVE_GAP = 2.0**-8
 ABSOLUTE_GAP = 2.0**-10
 
 
-def uniform_codebook(bits: int) -> Tensor:
-    """The integers -2**(bits-1) ... 2**(bits-1) - 1, float32."""
+def make_uniform_codebook(bits: int) -> Tensor:
+    """Return the integers -2**(bits-1) ... 2**(bits-1) - 1, float32."""
     half = 2 ** (bits - 1)
     return torch.arange(-half, half, dtype=torch.float32)
 
 
-def best_uniform_step(core: Tensor, bits: int) -> float:
-    """The step of the integer grid with the least squared error on `core`, by a line search.
+def count_code_bits(entries: int) -> int:
+    """Return the width of a code that chooses from so many entries."""
+    return (entries - 1).bit_length()
+
+
+def find_uniform_step(core: Tensor, bits: int) -> float:
+    """Return the step of the integer grid with the least squared error on `core`, by a line search.
 
     Searches from rms / 2**bits, a quarter or less of what is best for a Gaussian, up to the step that
     clips nothing, on the histogram of the values.
@@ -57,7 +62,7 @@ def best_uniform_step(core: Tensor, bits: int) -> float:
 
 
 def lloyd_max(core: Tensor, bits: int) -> Tensor:
-    """The codebook of 2**bits entries with the least squared error on `core`: float32, ascending.
+    """Return the codebook of 2**bits entries with the least squared error on `core`: float32, ascending.
 
     Entries are float16 numbers, far enough apart (a 256th of their size) that a reader that divides
     the weight by its scales in float16 still finds the right one.
@@ -82,7 +87,7 @@ class _Cells:
         torch.cumsum(powers, dim=1, out=self._sums[:, 1:])
 
     def companding_start(self, size: int) -> Tensor:
-        """Entries spaced by the cube root of the density, smoothed over a 64th of the range."""
+        """Return entries spaced by the cube root of the density, smoothed over a 64th of the range."""
         width = self._centres.numel() // 64 | 1
         smooth = torch.nn.functional.avg_pool1d(
             self._counts[None, None], width, stride=1, padding=width // 2, count_include_pad=False
@@ -94,7 +99,7 @@ class _Cells:
     def lloyd(self, entries: Tensor) -> tuple[Tensor, float]:
         """Alternate boundaries and means until they rest: the entries and their squared error."""
         tolerance = LLOYD_TOLERANCE * float(self._centres[-1] - self._centres[0])
-        entries = lloyd_rounds(entries, self._centres, self._sums, LLOYD_ROUNDS, tolerance)
+        entries = run_lloyd_rounds(entries, self._centres, self._sums, LLOYD_ROUNDS, tolerance)
         edges = self._edges(entries)
         return entries, float(self._error(edges[:-1], edges[1:]).sum())
 
@@ -118,7 +123,7 @@ class _Cells:
         return torch.cat([entries[kept], halves, together]).sort().values
 
     def _edges(self, entries: Tensor) -> Tensor:
-        """Bin numbers at which the cells of ascending entries begin and end: [K + 1]."""
+        """Return bin numbers at which the cells of ascending entries begin and end: [K + 1]."""
         inner = torch.searchsorted(self._centres, (entries[1:] + entries[:-1]) / 2)
         return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), self._centres.numel())])
 
@@ -137,13 +142,13 @@ class _Cells:
         return errors
 
 
-def nearest_codes(core: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest entry for every value: uint8, shape of `core`."""
-    return nearest_entries(core.reshape(-1), codebook).view(core.shape)
+def find_nearest_codes(core: Tensor, codebook: Tensor) -> Tensor:
+    """Return the index of the nearest entry for every value: uint8, shape of `core`."""
+    return find_nearest_entries(core.reshape(-1), codebook).view(core.shape)
 
 
 def _histogram(core: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Bin centres and counts, float64; 64k bins for 8 bits, 16k below."""
+    """Return bin centres and counts, float64; 64k bins for 8 bits, 16k below."""
     bins = 65536 if bits > 6 else 16384
     values = core.reshape(-1)
     low, high = float(values.min()), float(values.max())
@@ -151,10 +156,10 @@ def _histogram(core: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         high = low + max(abs(low), 1.0) * 1e-3
     width = (high - low) / bins
     centres = low + width * (torch.arange(bins, dtype=torch.float64) + 0.5)
-    return centres, counted(values, bins, low, high)
+    return centres, count_values(values, bins, low, high)
 
 
-def integer_codebook(codebook: Tensor) -> Tensor:
+def round_to_integers(codebook: Tensor) -> Tensor:
     """codebook [K] as multiples from -128 to 127 of one power of two, still ascending.
 
     What an int8 machine can hold; see `codebook_step`. At 4 bits it costs 0.4% more squared error; at 8 bits
@@ -171,7 +176,7 @@ def integer_codebook(codebook: Tensor) -> Tensor:
 
 
 def codebook_step(codebook: Tensor) -> float:
-    """The least power of two of which all entries are between -128 and 127 times."""
+    """Return the least power of two of which all entries are between -128 and 127 times."""
     low, high = (float(end) for end in codebook.aminmax())
     return 2.0 ** math.ceil(math.log2(max(high / 127, low / -128)))
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anequant.quantization.kernels import TILE, between, compiled, nearest, on_threads
+from anequant.quantization.kernels import TILE, compile_kernel, find_boundaries, find_nearest, run_on_threads
 
 
-def counted(values: Tensor, bins: int, low: float, high: float) -> Tensor:
-    """How many of values float32 [n] lie in each of so many equal bins from low to high: float64 [bins].
+def count_values(values: Tensor, bins: int, low: float, high: float) -> Tensor:
+    """Count the values float32 [n] in each of so many equal bins from low to high: float64 [bins].
 
     Bins are half open, but for the last; no value lies beyond them.
     """
@@ -24,10 +24,10 @@ def counted(values: Tensor, bins: int, low: float, high: float) -> Tensor:
         _count(flat[begin:end], np.float32(low), width, np.float32(bins), counts)
         return counts
 
-    return torch.from_numpy(sum(on_threads(count, len(flat)))).double()
+    return torch.from_numpy(sum(run_on_threads(count, len(flat)))).double()
 
 
-def lloyd_rounds(entries: Tensor, centres: Tensor, sums: Tensor, rounds: int, tolerance: float) -> Tensor:
+def run_lloyd_rounds(entries: Tensor, centres: Tensor, sums: Tensor, rounds: int, tolerance: float) -> Tensor:
     """Move ascending entries [K] to the means of their cells until none moves by more than `tolerance`.
 
     centres [bins] and sums [3, bins + 1], of which the first two rows are prefix sums of the weights and of
@@ -38,29 +38,29 @@ def lloyd_rounds(entries: Tensor, centres: Tensor, sums: Tensor, rounds: int, to
     return moved
 
 
-def nearest_entries(values: Tensor, codebook: Tensor) -> Tensor:
-    """The index of the nearest entry of codebook [K] for every value [n]: uint8 [n]."""
-    flat, boundaries = values.numpy(), between(codebook.numpy())
+def find_nearest_entries(values: Tensor, codebook: Tensor) -> Tensor:
+    """Return the index of the nearest entry of codebook [K] for every value [n]: uint8 [n]."""
+    flat, boundaries = values.numpy(), find_boundaries(codebook.numpy())
     codes = np.empty(len(flat), np.uint8)
-    on_threads(lambda begin, end: _codes(flat[begin:end], boundaries, codes[begin:end]), len(flat))
+    run_on_threads(lambda begin, end: _codes(flat[begin:end], boundaries, codes[begin:end]), len(flat))
     return torch.from_numpy(codes)
 
 
-def looked_up(table: Tensor, places: Tensor) -> Tensor:
-    """table[places] for a table [K] and places of any shape, uint8 or uint16, below K."""
+def look_up(table: Tensor, places: Tensor) -> Tensor:
+    """Return table[places] for a table [K] and places of any shape, uint8 or uint16, below K."""
     values, flat = table.numpy(), places.reshape(-1).numpy()
     found = np.empty(len(flat), values.dtype)
-    on_threads(lambda begin, end: _look_up(values, flat[begin:end], found[begin:end]), len(flat))
+    run_on_threads(lambda begin, end: _look_up(values, flat[begin:end], found[begin:end]), len(flat))
     return torch.from_numpy(found).view(places.shape)
 
 
-@compiled
+@compile_kernel
 def _look_up(table: Any, places: Any, found: Any) -> None:
     for number in range(len(places)):
         found[number] = table[places[number]]
 
 
-@compiled
+@compile_kernel
 def _count(values: Any, low: Any, width: Any, bins: Any, counts: Any) -> None:
     last, places = np.int32(len(counts) - 1), np.empty(TILE, np.int32)
     for start in range(0, len(values), TILE):
@@ -71,7 +71,7 @@ def _count(values: Any, low: Any, width: Any, bins: Any, counts: Any) -> None:
             counts[places[row]] += 1
 
 
-@compiled
+@compile_kernel
 def _lloyd(entries: Any, centres: Any, sums: Any, rounds: int, tolerance: float) -> None:
     last = len(entries) - 1
     for _ in range(rounds):
@@ -89,11 +89,11 @@ def _lloyd(entries: Any, centres: Any, sums: Any, rounds: int, tolerance: float)
             break
 
 
-@compiled
+@compile_kernel
 def _codes(values: Any, boundaries: Any, codes: Any) -> None:
     chosen = np.empty(TILE, np.int32)
     for start in range(0, len(values), TILE):
         count = min(TILE, len(values) - start)
-        nearest(values[start : start + count], count, boundaries, chosen)
+        find_nearest(values[start : start + count], count, boundaries, chosen)
         for row in range(count):
             codes[start + row] = chosen[row]

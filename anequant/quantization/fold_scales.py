@@ -1,4 +1,4 @@
-"""Input scales that cost nothing at run time: moved into what comes before.
+"""Scales that cost nothing at run time: folded into what comes before, or into the codebook.
 
 A balanced input scale d multiplies a linear's input at run time. Where several linears read the same input
 and share one d, the multiplication commutes with what made that input:
@@ -10,6 +10,13 @@ and share one d, the multiplication commutes with what made that input:
 
 Either way the linear's own columns are divided by d. The layer computes what it did, and its weights have
 columns of equal size, so that scales on rows alone then balance them.
+
+The one scale of a tensor moves into its codebook,
+
+    s * codebook[codes] = (s codebook)[codes],
+
+so the weight stays what it is in float16, and a reader that divides by scales of one finds it in the
+codebook. Only one scale for the whole tensor can move: a codebook holds no row and no column.
 """
 
 from __future__ import annotations
@@ -20,11 +27,13 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import ATTENDED, Linear, ModelSpec
-from anequant.quantization.scales import balanced_scales
+from anequant.errors import UnsupportedError
+from anequant.quantization.linear import QuantizedLinear
+from anequant.quantization.scales import balance_scales
 
 
 def fold_input_scales(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The layer (tensors by name relative to it) with balanced columns and the same output.
+    """Return the layer (tensors by name relative to it) with balanced columns and the same output.
 
     Only input scales that float16 holds are used, so that a gain of ones becomes one that can be stored.
     """
@@ -33,7 +42,7 @@ def fold_input_scales(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[st
         heads = _readers(spec, group[0])
         stacked = torch.cat([result[f"{linear.name}.weight"].float() for linear in group])
         by_head = stacked.view(len(stacked), *heads).transpose(1, 2).reshape(-1, heads[0] * heads[2])
-        scale = balanced_scales(by_head)[1].half().float()
+        scale = balance_scales(by_head)[1].half().float()
         repeated = scale.view(heads[0], 1, heads[2]).expand(heads).reshape(-1)
         for linear in group:
             result[f"{linear.name}.weight"] = result[f"{linear.name}.weight"] / repeated
@@ -50,3 +59,26 @@ def _readers(spec: ModelSpec, linear: Linear) -> tuple[int, int, int]:
     if linear.input == ATTENDED:
         return spec.num_key_value_heads, spec.num_heads // spec.num_key_value_heads, spec.head_dim
     return 1, 1, spec.width(linear.input)
+
+
+def premultiply_scales(quantized: QuantizedLinear, name: str) -> QuantizedLinear:
+    """Return the same weight with scales of one and the scaled codebook, rounded to float16 as the weight is.
+
+    Raises UnsupportedError, naming the tensor, when the scales are not one number or float16 cannot tell
+    the scaled entries apart.
+    """
+    rows, columns = quantized.output_scale, quantized.input_scale
+    if not (bool((rows == rows[0]).all()) and bool((columns == columns[0]).all())):
+        raise UnsupportedError(
+            f"'{name}' has more than one scale, its codebook cannot hold them",
+            remedy="premultiply scales only with scales = 'tensor'",
+        )
+    codebook = (quantized.codebook * rows[0] * columns[0]).half().float()
+    if bool((codebook.diff() <= 0).any()):
+        raise UnsupportedError(
+            f"the scaled codebook of '{name}' has entries that float16 cannot tell apart",
+            remedy="keep the scales beside the weight",
+        )
+    return QuantizedLinear(
+        quantized.codes, codebook, torch.ones_like(columns), torch.ones_like(rows), quantized.bias
+    )

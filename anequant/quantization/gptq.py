@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from anequant.quantization import kernels
-from anequant.quantization.codebook_kernels import looked_up
+from anequant.quantization.codebook_kernels import look_up
 from anequant.quantization.products import add_product, product
 
 BLOCK = 256
@@ -58,8 +58,8 @@ class Factor:
 
 
 def factorize(hessian: Tensor, damping: float = 0.0) -> Factor:
-    """The factor of hessian [in, in] with the least damping of `damping` times a power of ten for which
-    there is one.
+    """Factorize hessian [in, in] with the least damping, of `damping` times a power of ten, that makes it
+    positive definite.
 
     Inputs that never fired have a zero diagonal; damping makes them independent of all others, so they
     are rounded to the nearest entry.
@@ -77,8 +77,8 @@ def factorize(hessian: Tensor, damping: float = 0.0) -> Factor:
         damping = damping * DAMPING_GROWTH or SMALLEST_DAMPING
 
 
-def damped(hessian: Tensor, ridge: float) -> Tensor:
-    """hessian [in, in] with `ridge` on its diagonal."""
+def damp(hessian: Tensor, ridge: float) -> Tensor:
+    """Return hessian [in, in] with `ridge` added to its diagonal."""
     result = hessian.clone()
     result.diagonal().add_(ridge)
     return result
@@ -118,28 +118,27 @@ def gptq(grid: Grid, factor: Factor) -> Tensor:
         if end < len(target):
             wanted += product(factor.lower[end:, block].T, error[end:]) / diagonal[block, None]
         unit = (factor.lower[block, block] / diagonal[block]).T.contiguous()
-        kernels.feed_back(wanted, target[block], step[block], unit, grid.codebook, codes[block], error[block])
+        kernels.feed_back(
+            wanted, unit, kernels.Block(target[block], step[block], grid.codebook, codes[block], error[block])
+        )
     return codes[factor.order.argsort()]
 
 
-def rounded(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
-    """What codes uint8 [in, out] leave, with hessian [in, in]."""
-    error = grid.target - looked_up(grid.codebook, codes) * grid.step
+def evaluate_codes(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
+    """Return codes uint8 [in, out] with the error that they leave and its product with hessian [in, in]."""
+    error = grid.target - look_up(grid.codebook, codes) * grid.step
     return Rounded(codes.clone(), error, product(hessian, error))
 
 
 def descend(grid: Grid, hessian: Tensor, current: Rounded) -> None:
-    """One pass of coordinate descent over the columns, in place."""
+    """Improve `current` in place by one pass of coordinate descent over the columns."""
     for start in range(0, len(grid.target), BLOCK):
         block = slice(start, start + BLOCK)
         before = current.error[block].clone()
+        codes, error = current.codes[block], current.error[block]
         kernels.descend(
             current.pull[block],
-            grid.target[block],
-            grid.step[block],
             hessian[block, block].contiguous(),
-            grid.codebook,
-            current.codes[block],
-            current.error[block],
+            kernels.Block(grid.target[block], grid.step[block], grid.codebook, codes, error),
         )
         add_product(current.pull, hessian[:, block], current.error[block] - before)

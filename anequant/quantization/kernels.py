@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 Kernel = Callable[..., None]
 
-inlined: Callable[[Kernel], Kernel] = numba.njit(inline="always")
+inline_kernel: Callable[[Kernel], Kernel] = numba.njit(inline="always")
 
 
-def compiled(kernel: Kernel) -> Kernel:
-    """The kernel as machine code, which later runs find again where numba has a folder to keep it in.
+def compile_kernel(kernel: Kernel) -> Kernel:
+    """Compile the kernel to machine code, which later runs find again where numba has a folder to keep it in.
 
     Of what fastmath allows, only that a product and a sum are rounded once.
     """
@@ -41,56 +41,60 @@ MOST_COUNTED = 31
 """Up to so many boundaries, comparing with all of them is faster than a search."""
 
 
-def feed_back(
-    wanted: Tensor, target: Tensor, step: Tensor, unit: Tensor, codebook: Tensor, codes: Tensor, error: Tensor
-) -> None:
+class Block(NamedTuple):
+    """A block of columns while it is rounded; torch's tensors outside of the kernels, numpy's arrays inside.
+
+    target    float32 [b, rows]  what codebook entries times `step` are to meet
+    step      float32 [b, rows]
+    codebook  float32 [K]        ascending
+    codes     uint8 [b, rows]    overwritten with the entries that were chosen
+    error     float32 [b, rows]  overwritten with target minus what the codes stand for
+
+    All are contiguous.
+    """
+
+    target: Any
+    step: Any
+    codebook: Any
+    codes: Any
+    error: Any
+
+
+def feed_back(wanted: Tensor, unit: Tensor, block: Block) -> None:
     """Round the columns of a block from the last to the first, each with the errors of those after it.
 
-    wanted    [b, rows]  target plus the feedback from beyond the block
-    target    [b, rows]  what codebook entries times `step` [b, rows] are to meet
-    unit      [b, b]     unit upper triangular: what a column takes of the errors of those after it
-    codes     [b, rows]  uint8, written: of the nearest entries
-    error     [b, rows]  written: target minus what the codes stand for
-
-    All but codes are float32 and contiguous.
+    wanted  float32 [b, rows]  target plus the feedback from beyond the block
+    unit    float32 [b, b]     unit upper triangular: what a column takes of the errors of those after it
     """
-    _run(_feed_back, wanted, target, step, unit, codebook, codes, error)
+    _run(_feed_back, wanted, unit, block)
 
 
-def descend(
-    pull: Tensor,
-    target: Tensor,
-    step: Tensor,
-    hessian: Tensor,
-    codebook: Tensor,
-    codes: Tensor,
-    error: Tensor,
-) -> None:
+def descend(pull: Tensor, hessian: Tensor, block: Block) -> None:
     """Give the columns of a block from the first to the last the entries that are best while all others stay.
 
-    pull      [b, rows]  Hessian times error
-    hessian   [b, b]     of the block's columns
-    codes, error         as in `feed_back`, of before; overwritten with those of after
+    pull     float32 [b, rows]  Hessian times error
+    hessian  float32 [b, b]     of the block's columns
+
+    Codes and error of the block are those of before, and overwritten with those of after.
     """
-    _run(_descend, pull, target, step, hessian, codebook, codes, error)
+    _run(_descend, pull, hessian, block)
 
 
-def _run(kernel: Kernel, *arguments: Tensor) -> None:
-    """The kernel on all rows."""
-    *given, codebook, codes, error = (argument.numpy() for argument in arguments)
-    boundaries = between(codebook)
-    on_threads(
-        lambda begin, end: kernel(begin, end, *given, boundaries, codebook, codes, error), error.shape[1]
-    )
+def _run(kernel: Kernel, values: Tensor, matrix: Tensor, block: Block) -> None:
+    """Run the kernel on all rows."""
+    arrays = Block(*(part.numpy() for part in block))
+    given = values.numpy(), matrix.numpy(), arrays, find_boundaries(arrays.codebook)
+    run_on_threads(lambda begin, end: kernel(begin, end, *given), arrays.error.shape[1])
 
 
-def between(codebook: Any) -> Any:
-    """Where one entry of codebook [K], ascending, is as near as the next: [K - 1]."""
+def find_boundaries(codebook: Any) -> Any:
+    """Return the values at which one entry of codebook [K], ascending, is as near as the next: [K - 1]."""
     return (codebook[1:] + codebook[:-1]) / 2
 
 
-def on_threads(run: Callable[[int, int], T], size: int) -> list[T]:
-    """run(begin, end) of every share of 0 to `size`, in whole tiles, on as many threads as torch uses."""
+def run_on_threads(run: Callable[[int, int], T], size: int) -> list[T]:
+    """Call run(begin, end) for every share of 0 to `size`, in whole tiles, on as many threads as torch
+    uses."""
     threads = torch.get_num_threads()
     share = -(-size // (threads * TILE)) * TILE
     if share >= size:
@@ -104,9 +108,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-@inlined
-def nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
-    """How many boundaries lie below each value."""
+@inline_kernel
+def find_nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
+    """Set each code to the number of boundaries below its value, the index of the nearest entry."""
     if len(boundaries) <= MOST_COUNTED:
         for row in range(count):
             codes[row] = 0
@@ -118,18 +122,19 @@ def nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
             codes[row] = np.searchsorted(boundaries, values[row])
 
 
-@inlined
-def left_over(values: Any, count: int, target: Any, step: Any, codebook: Any, chosen: Any) -> None:
-    """values = target - step * codebook[chosen]."""
+@inline_kernel
+def subtract_rounded(values: Any, count: int, target: Any, step: Any, codebook: Any, chosen: Any) -> None:
+    """Set values to target - step * codebook[chosen]."""
     for row in range(count):
         values[row] = codebook[chosen[row]]
     for row in range(count):
         values[row] = target[row] - values[row] * step[row]
 
 
-@inlined
+@inline_kernel
 def add_up(values: Any, count: int, shares: Any, rows: Any, begin: int, end: int) -> None:
-    """values += shares[begin:end] @ rows[begin:end], four rows at once, to load and store each value less."""
+    """Add shares[begin:end] @ rows[begin:end] to values, four rows at once, to load and store each value
+    less."""
     at = begin
     while at + 4 <= end:
         one, two, three, four = shares[at], shares[at + 1], shares[at + 2], shares[at + 3]
@@ -144,19 +149,9 @@ def add_up(values: Any, count: int, shares: Any, rows: Any, begin: int, end: int
             values[row] += share * rows[last, row]
 
 
-@compiled
-def _feed_back(
-    begin: int,
-    end: int,
-    wanted: Any,
-    target: Any,
-    step: Any,
-    unit: Any,
-    boundaries: Any,
-    codebook: Any,
-    codes: Any,
-    error: Any,
-) -> None:
+@compile_kernel
+def _feed_back(begin: int, end: int, wanted: Any, unit: Any, block: Block, boundaries: Any) -> None:
+    target, step, codebook, codes, error = block
     columns = len(wanted)
     for start in range(begin, end, TILE):
         count = min(TILE, end - start)
@@ -168,8 +163,8 @@ def _feed_back(
             add_up(value, count, unit[column], errors, column + 1, columns)
             for row in range(count):
                 value[row] /= step[column, start + row]
-            nearest(value, count, boundaries, chosen)
-            left_over(value, count, target[column, start:], step[column, start:], codebook, chosen)
+            find_nearest(value, count, boundaries, chosen)
+            subtract_rounded(value, count, target[column, start:], step[column, start:], codebook, chosen)
             for row in range(count):
                 errors[column, row] = value[row]
             for row in range(count):
@@ -178,19 +173,9 @@ def _feed_back(
                 codes[column, start + row] = chosen[row]
 
 
-@compiled
-def _descend(
-    begin: int,
-    end: int,
-    pull: Any,
-    target: Any,
-    step: Any,
-    hessian: Any,
-    boundaries: Any,
-    codebook: Any,
-    codes: Any,
-    error: Any,
-) -> None:
+@compile_kernel
+def _descend(begin: int, end: int, pull: Any, hessian: Any, block: Block, boundaries: Any) -> None:
+    target, step, codebook, codes, error = block
     columns = len(pull)
     for start in range(begin, end, TILE):
         count = min(TILE, end - start)
@@ -205,8 +190,8 @@ def _descend(
                 at = start + row
                 wanted = value[row] / weight + target[column, at] - error[column, at]
                 value[row] = wanted / step[column, at]
-            nearest(value, count, boundaries, chosen)
-            left_over(value, count, target[column, start:], step[column, start:], codebook, chosen)
+            find_nearest(value, count, boundaries, chosen)
+            subtract_rounded(value, count, target[column, start:], step[column, start:], codebook, chosen)
             for row in range(count):
                 moves[column, row] = value[row] - error[column, start + row]
             for row in range(count):
@@ -216,6 +201,6 @@ def _descend(
 
 
 def cache_folder() -> str | None:
-    """Where machine code is kept for later runs; None where numba found no folder that can be written to."""
+    """Return where machine code is kept for later runs; None where numba can write to no folder."""
     folder: str | None = cast(Any, _feed_back).stats.cache_path
     return folder

@@ -29,7 +29,7 @@ class QuantizedStates:
 
 
 def quantize_states(x: Tensor, bits: int) -> QuantizedStates:
-    """x [n, heads, tokens, head_dim], head_dim even, to 8 or 4 bits."""
+    """Round x [n, heads, tokens, head_dim], head_dim even, to 8 or 4 bits."""
     low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
     low, levels = low.half(), 2**bits - 1
     scale = ((high - low.float()) / levels).clamp_min(torch.finfo(torch.float16).tiny).half()
@@ -40,15 +40,15 @@ def quantize_states(x: Tensor, bits: int) -> QuantizedStates:
 
 
 def dequantize_states(states: QuantizedStates, dtype: torch.dtype) -> Tensor:
-    """What `states` stand for, [n, heads, tokens, head_dim]."""
+    """Return the numbers that `states` stand for: [n, heads, tokens, head_dim] in `dtype`."""
     codes = states.codes
     if states.bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
     return (codes * states.scale.float() + states.low.float()).to(dtype)
 
 
-def rounded_states(x: Tensor, bits: int) -> Tensor:
-    """x as it comes back from the cache; gradients pass straight through."""
+def round_states(x: Tensor, bits: int) -> Tensor:
+    """Return x as it comes back from the cache; gradients pass straight through."""
     with torch.no_grad():
         result = dequantize_states(quantize_states(x, bits), x.dtype)
     return x + (result - x).detach() if x.requires_grad else result

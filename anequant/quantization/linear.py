@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from anequant.quantization.codebook import count_code_bits
 from anequant.quantization.scales import spread
 
 ROWS = 1024
+ERROR_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,10 @@ class QuantizedLinear:
 
     @property
     def bits(self) -> int:
-        return (self.codebook.numel() - 1).bit_length()
+        return count_code_bits(self.codebook.numel())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight it stands for, [out, in]: computed in float32, some rows after the other."""
+        """Return the weight it stands for, [out, in]: computed in float32, some rows after the other."""
         weight = torch.empty(self.codes.shape, dtype=dtype)
         for start in range(0, weight.shape[0], ROWS):
             rows = slice(start, start + ROWS)
@@ -73,3 +76,16 @@ class QuantizedLinear:
             values.mul_(spread(self.output_scale[rows], weight.shape[1])).mul_(self.input_scale)
             weight[rows] = values
         return weight
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """||ours - theirs|| / ||theirs|| of two tensors of one shape, `theirs` float32.
+
+    Squares are summed in float64, over blocks of rows so small that their copies do not count.
+    """
+    difference = size = 0.0
+    blocks = (torch.split(tensor, ERROR_ROWS) for tensor in (ours, theirs))
+    for mine, original in zip(*blocks, strict=True):
+        difference += float((mine.float() - original).square_().sum(dtype=torch.float64))
+        size += float(original.square().sum(dtype=torch.float64))
+    return math.sqrt(difference / max(size, 1e-60))

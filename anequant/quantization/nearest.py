@@ -8,16 +8,22 @@ import torch
 from torch import Tensor
 
 from anequant.errors import UnsupportedError
-from anequant.quantization.codebook import best_uniform_step, lloyd_max, nearest_codes, uniform_codebook
+from anequant.quantization.codebook import (
+    find_nearest_codes,
+    find_uniform_step,
+    lloyd_max,
+    make_uniform_codebook,
+)
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.scales import (
-    balanced_scales,
-    float16_scales,
+    balance_scales,
     group_scale,
     output_scale,
+    round_scales,
     spread,
     tensor_scale,
 )
+from anequant.quantization.weight_format import WeightFormat
 
 LARGEST_FLOAT16 = 65504.0
 BIAS_BOUND = LARGEST_FLOAT16 / 2
@@ -36,8 +42,8 @@ class FittedCore:
     output_scale: Tensor
 
     def core(self, weight: Tensor) -> Tensor:
-        """weight [out, in] divided by both scales."""
-        return divided(weight, self.output_scale, self.input_scale)
+        """Return weight [out, in] divided by both scales."""
+        return divide_by_scales(weight, self.output_scale, self.input_scale)
 
     @property
     def step(self) -> Tensor:
@@ -54,35 +60,24 @@ class FittedCore:
 def quantize_linear(
     weight: Tensor,
     bias: Tensor | None,
-    *,
-    bits: int,
-    codebook: str,
-    scales: str,
+    format_: WeightFormat,
     name: str,
-    group: int = 0,
     input_scale: Tensor | None = None,
 ) -> QuantizedLinear:
     """Round weight [out, in] (float32) to the nearest entries, with codebook and scales as `fit_core`.
 
     Raises UnsupportedError, naming the tensor, when a weight or bias does not fit float16.
     """
-    bias = checked_bias(bias, name)
-    fitted = fit_core(weight, bits, codebook, scales, name, group=group, input_scale=input_scale)
-    codes = nearest_codes(fitted.core(weight), fitted.codebook)
+    bias = round_bias(bias, name)
+    fitted = fit_core(weight, format_, name, input_scale)
+    codes = find_nearest_codes(fitted.core(weight), fitted.codebook)
     return bound_bias(fitted.linear(codes, bias), name)
 
 
 def fit_core(
-    weight: Tensor,
-    bits: int,
-    codebook: str,
-    scales: str,
-    name: str,
-    *,
-    group: int = 0,
-    input_scale: Tensor | None = None,
+    weight: Tensor, format_: WeightFormat, name: str, input_scale: Tensor | None = None
 ) -> FittedCore:
-    """Codebook and scales for weight [out, in], as the recipe's words say.
+    """Fit codebook and scales to weight [out, in].
 
     The uniform codebook with one scale per tensor, row or group of `group` columns uses
     absmax / (2**(bits-1) - 1), the published meaning of `w_int4_per_tensor`; with balanced scales its step
@@ -93,39 +88,40 @@ def fit_core(
     """
     _check_range(weight, name)
     if input_scale is None:
-        rows, columns = _fit_scales(weight, codebook, scales, bits, group)
+        rows, columns = _fit_scales(weight, format_)
     else:
         rows, columns = output_scale(weight / input_scale, "rms"), input_scale
-    if codebook == "uniform" and scales == "balanced":
-        rows = rows * best_uniform_step(divided(weight, rows, columns), bits)
-    rows, columns = float16_scales(rows, columns)
-    if codebook == "uniform":
-        return FittedCore(uniform_codebook(bits), columns, rows)
-    return FittedCore(lloyd_max(divided(weight, rows, columns), bits), columns, rows)
+    if format_.codebook == "uniform" and format_.scales == "balanced":
+        rows = rows * find_uniform_step(divide_by_scales(weight, rows, columns), format_.bits)
+    rows, columns = round_scales(rows, columns)
+    if format_.codebook == "uniform":
+        return FittedCore(make_uniform_codebook(format_.bits), columns, rows)
+    return FittedCore(lloyd_max(divide_by_scales(weight, rows, columns), format_.bits), columns, rows)
 
 
-def divided(weight: Tensor, output_scale: Tensor, input_scale: Tensor) -> Tensor:
-    """The core of weight [out, in]."""
+def divide_by_scales(weight: Tensor, output_scale: Tensor, input_scale: Tensor) -> Tensor:
+    """Return weight [out, in] divided by its output scales [out] or [out, groups] and input scales [in]."""
     return (weight / spread(output_scale, weight.shape[1])).div_(input_scale)
 
 
-def checked_bias(bias: Tensor | None, name: str) -> Tensor | None:
-    """The bias as float16 holds it, in float32; raises UnsupportedError when it does not fit."""
+def round_bias(bias: Tensor | None, name: str) -> Tensor | None:
+    """Round the bias to what float16 holds, in float32; raises UnsupportedError when it does not fit."""
     if bias is None:
         return None
     _check_range(bias, name)
     return bias.half().float()
 
 
-def _fit_scales(weight: Tensor, codebook: str, scales: str, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    if scales == "balanced":
-        return balanced_scales(weight)
-    measure = "absmax" if codebook == "uniform" else "rms"
-    if scales == "group":
-        rows = group_scale(weight, measure, group)
+def _fit_scales(weight: Tensor, format_: WeightFormat) -> tuple[Tensor, Tensor]:
+    uniform = format_.codebook == "uniform"
+    if format_.scales == "balanced":
+        return balance_scales(weight)
+    measure = "absmax" if uniform else "rms"
+    if format_.scales == "group":
+        rows = group_scale(weight, measure, format_.group)
     else:
-        rows = (tensor_scale if scales == "tensor" else output_scale)(weight, measure)
-    return rows / (2 ** (bits - 1) - 1 if codebook == "uniform" else 1), torch.ones(weight.shape[1])
+        rows = (tensor_scale if format_.scales == "tensor" else output_scale)(weight, measure)
+    return rows / (2 ** (format_.bits - 1) - 1 if uniform else 1), torch.ones(weight.shape[1])
 
 
 def bound_bias(quantized: QuantizedLinear, name: str) -> QuantizedLinear:

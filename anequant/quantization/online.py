@@ -10,12 +10,12 @@ from anequant.errors import UsageError
 from anequant.quantization.activations import ActivationFormat
 from anequant.recipe import Recipe
 from anequant.rotation.orthogonal import Rotation
-from anequant.rotation.rotation_plan import online_rotation
+from anequant.rotation.rotation_plan import make_online_rotation
 
 
 @dataclass(frozen=True)
 class Online:
-    """R3 turns q and k after RoPE, R4 turns down's input; None where nothing does.
+    """R3 rotates q and k after RoPE, R4 rotates down's input; None where nothing does.
 
     activations  how inputs are rounded, by the linear's full name; the others stay float
     prefix       first positions that stay in float throughout: activations, keys and values
@@ -39,7 +39,7 @@ class Online:
         return Online(self.r3, self.r4)
 
     def with_scales(self, scales: Mapping[str, float]) -> Online:
-        """With static scales by the linear's full name; what is not named stays dynamic."""
+        """Return the same with static scales by the linear's full name; what is not named stays dynamic."""
         formats = self.activations.items()
         return replace(
             self, activations={name: replace(own, scale=scales.get(name)) for name, own in formats}
@@ -50,9 +50,9 @@ NOTHING = Online()
 
 
 def plan_online(spec: ModelSpec, recipe: Recipe) -> Online:
-    """The recipe's share of `Online`, static scales still missing.
+    """Plan what a recipe makes the model do while it runs, static scales still missing.
 
-    Raises UsageError for an override of an unknown projection, and what `online_rotation` raises.
+    Raises UsageError for an override of an unknown projection, and what `make_online_rotation` raises.
     """
     bits = {linear.name: recipe.activation_bits for linear in spec.architecture.linears}
     short = {name.rpartition(".")[2]: name for name in bits}
@@ -68,8 +68,8 @@ def plan_online(spec: ModelSpec, recipe: Recipe) -> Online:
         if width < 16
     }
     return Online(
-        r3=online_rotation(spec.head_dim, recipe.r3, spec.head_dim),
-        r4=online_rotation(spec.intermediate_size, recipe.r4, recipe.r4_block),
+        r3=make_online_rotation(spec.head_dim, recipe.r3, spec.head_dim),
+        r4=make_online_rotation(spec.intermediate_size, recipe.r4, recipe.r4_block),
         activations={
             layer_prefix(layer) + name: format_
             for layer in range(spec.num_layers)

@@ -25,19 +25,19 @@ PROBE = 256
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left [m, k] @ right [k, n], float32."""
+    """Return left [m, k] @ right [k, n], float32."""
     _share(torch.get_num_threads())
     return torch.from_numpy(left.numpy() @ right.numpy())
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [m, n] += left [m, k] @ right [k, n], float32."""
+    """Add left [m, k] @ right [k, n] to total [m, n], float32."""
     total.addmm_(left, right)
 
 
 def add_square(total: Tensor, rows: Tensor) -> None:
-    """The lower triangle of total [k, k] += that of rows.T @ rows, for rows [n, k], float32. What is above it
-    is of no use until `mirror`."""
+    """Add the lower triangle of rows.T @ rows, for rows [n, k], to that of total [k, k], float32. What is
+    above it is of no use until `mirror`."""
     for start in range(0, rows.shape[1], SQUARE_BLOCK):
         end = start + SQUARE_BLOCK
         add_product(total[start:, start:end], rows[:, start:].T, rows[:, start:end])
@@ -53,7 +53,7 @@ def mirror(total: Tensor) -> None:
 
 
 @contextmanager
-def bfloat16_products() -> Iterator[None]:
+def allow_bfloat16() -> Iterator[None]:
     """In here torch's products of float32, `add_product` and `add_square` among them, are oneDNN's where that
     is faster: because it rounds factors to bfloat16 and adds up in float32 (`has_bfloat16`), or because its
     float32 kernels, which take over where it does not round, outrun the BLAS (`has_slow_blas`). `product` is
@@ -67,9 +67,9 @@ def bfloat16_products() -> Iterator[None]:
 
 @cache
 def has_bfloat16() -> bool:
-    """Whether torch rounds the factors of a float32 product to bfloat16 here once it may, which oneDNN does
-    for some instructions (AMX) and not for others (AVX-512's). Found out by a product: 1 + 2**-12 takes 12
-    bits behind the point, bfloat16 has 7."""
+    """Return whether torch rounds the factors of a float32 product to bfloat16 here once it may, which oneDNN
+    does for some instructions (AMX) and not for others (AVX-512's). Found out by a product: 1 + 2**-12 takes
+    12 bits behind the point, bfloat16 has 7."""
     above_one = torch.full((PROBE, PROBE), 1 + 2.0**-12, dtype=torch.float32)
     with _precision("medium"):
         return bool((above_one @ torch.eye(PROBE, dtype=torch.float32) == 1).all())
@@ -77,8 +77,8 @@ def has_bfloat16() -> bool:
 
 @cache
 def has_slow_blas() -> bool:
-    """Whether torch's BLAS is slow here, as MKL is on processors of AMD: oneDNN's float32 kernels take half
-    its time there. Nothing is timed, so a machine gives the same digits every day."""
+    """Return whether torch's BLAS is slow here, as MKL is on processors of AMD: oneDNN's float32 kernels take
+    half its time there. Nothing is timed, so a machine gives the same digits every day."""
     mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     return mkl and str(get_host_cpu_name()).startswith("znver")
 

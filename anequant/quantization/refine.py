@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from anequant.quantization.codebook import separate
-from anequant.quantization.codebook_kernels import looked_up
+from anequant.quantization.codebook_kernels import look_up
 from anequant.quantization.nearest import FittedCore
 from anequant.quantization.products import add_square, product
-from anequant.quantization.scales import SMALLEST_INPUT_SCALE, float16_scales, spread
+from anequant.quantization.scales import SMALLEST_INPUT_SCALE, round_scales, spread
+from anequant.quantization.weight_format import WeightFormat
 
 RIDGE = 1e-6
 CODEBOOK_WEIGHTS = 1 << 16
@@ -39,47 +40,46 @@ def refit(
     codes: Tensor,
     fitted: FittedCore,
     hessian: Tensor,
-    *,
-    codebook: str,
-    scales: str,
+    format_: WeightFormat,
 ) -> FittedCore:
-    """One round of the three steps for codes [out, in] of a weight, with hessian [in, in].
+    """Take one round of the three steps for codes [out, in] of a weight, with hessian [in, in].
 
     weight_pull [out, in] is the weight times hessian, and error_pull [out, in] that of the weight minus the
     rounded one.
 
-    The recipe's words say what is free: a uniform codebook stays, and so do input scales that are not
+    The format says what is free: a uniform codebook stays, and so do input scales that are not
     balanced and a scale shared by all rows or by a group. A codebook of more than 16 entries stays too: its
     system takes a product with H for every entry, and its error is small already. Numbers come back as
     float16 holds them, so L can rise by its rounding.
     """
     rows, columns, entries = fitted.output_scale, fitted.input_scale, fitted.codebook
-    if scales not in ("tensor", "group"):
+    if format_.scales not in ("tensor", "group"):
         rounded = fitted.linear(codes, None).dequantize()
         rows = refit_output_scale(rounded, weight_pull - error_pull, weight_pull, rows)
-    if codebook == "lut" and len(entries) <= LARGEST_CODEBOOK:
+    free = format_.codebook == "lut"
+    if free and len(entries) <= LARGEST_CODEBOOK:
         entries = refit_codebook(codes, entries, rows, columns, hessian, weight_pull)
-    if scales == "balanced":
-        columns = refit_input_scale(rows[:, None] * looked_up(entries, codes), columns, hessian, weight_pull)
+    if format_.scales == "balanced":
+        columns = refit_input_scale(rows[:, None] * look_up(entries, codes), columns, hessian, weight_pull)
         gauge = columns.log().mean().exp()
         columns = (columns / gauge).clamp_min(SMALLEST_INPUT_SCALE)
         rows = rows * gauge
-    rows, columns = float16_scales(rows, columns)
-    return FittedCore(separate(entries.double()) if codebook == "lut" else entries, columns, rows)
+    rows, columns = round_scales(rows, columns)
+    return FittedCore(separate(entries.double()) if free else entries, columns, rows)
 
 
 def refit_output_scale(
     rounded: Tensor, rounded_pull: Tensor, weight_pull: Tensor, output_scale: Tensor
 ) -> Tensor:
-    """o [out] where `output_scale` gave rounded [out, in]; the pulls [out, in] are products with H. Rows
-    whose best scale is not positive keep theirs."""
+    """Return the best o [out] where `output_scale` gave rounded [out, in]; the pulls [out, in] are products
+    with H. Rows whose best scale is not positive keep theirs."""
     best = output_scale * (rounded * weight_pull).sum(1) / (rounded * rounded_pull).sum(1)
     return torch.where(best > 0, best, output_scale)
 
 
 def refit_input_scale(scaled: Tensor, input_scale: Tensor, hessian: Tensor, weight_pull: Tensor) -> Tensor:
-    """d [in] for scaled = diag(o) codebook[codes] [out, in]. Where the system leaves it free it stays; all of
-    it does if an entry would not be positive."""
+    """Return the best d [in] for scaled = diag(o) codebook[codes] [out, in]. Where the system leaves it free
+    it stays; all of it does if an entry would not be positive."""
     matrix = torch.zeros_like(hessian)
     add_square(matrix, scaled)
     matrix *= hessian
@@ -101,8 +101,8 @@ def refit_codebook(
     hessian: Tensor,
     weight_pull: Tensor,
 ) -> Tensor:
-    """T [K], the best for some evenly spaced rows. Entries that no code uses stay, and all of them where
-    their order would change."""
+    """Return the T [K] that is best for some evenly spaced rows. Entries that no code uses stay, and all of
+    them do where their order would change."""
     most = min(CODEBOOK_ROWS, max(1, CODEBOOK_WEIGHTS // codes.shape[1]))
     rows = slice(0, None, -(-codes.shape[0] // most))
     codes, scale = codes[rows], spread(output_scale[rows], codes.shape[1]) * input_scale

@@ -26,20 +26,20 @@ NEGLIGIBLE = 2.0**-40
 
 
 def tensor_scale(weight: Tensor, measure: str) -> Tensor:
-    """One number for the whole tensor, repeated per row: float32 [out]. `measure` is absmax or rms."""
+    """Return one size for the whole tensor, repeated per row: float32 [out]. `measure` is absmax or rms."""
     size = weight.abs().max() if measure == "absmax" else weight.square().mean().sqrt()
     return size.expand(weight.shape[0]).clone()
 
 
 def output_scale(weight: Tensor, measure: str) -> Tensor:
-    """One number per row: float32 [out]. `measure` is absmax or rms."""
+    """Return one size per row: float32 [out]. `measure` is absmax or rms."""
     order, divisor = (torch.inf, 1.0) if measure == "absmax" else (2, weight.shape[1] ** 0.5)
     size: Tensor = torch.linalg.vector_norm(weight, ord=order, dim=1) / divisor
     return size
 
 
 def group_scale(weight: Tensor, measure: str, group: int) -> Tensor:
-    """One number per row and `group` consecutive columns: float32 [out, in / group].
+    """Return one size per row and `group` consecutive columns: float32 [out, in / group].
 
     Raises UsageError where the groups do not cover the columns.
     """
@@ -53,13 +53,13 @@ def group_scale(weight: Tensor, measure: str, group: int) -> Tensor:
 
 
 def spread(scale: Tensor, columns: int) -> Tensor:
-    """An output scale [out] or [out, groups] as it multiplies a weight: [out, 1] or [out, columns]."""
+    """Return an output scale [out] or [out, groups] as it multiplies a weight: [out, 1] or [out, columns]."""
     if scale.ndim == 1:
         return scale[:, None]
     return scale.repeat_interleave(columns // scale.shape[1], dim=1)
 
 
-def balanced_scales(weight: Tensor, rounds: int = SINKHORN_ROUNDS) -> tuple[Tensor, Tensor]:
+def balance_scales(weight: Tensor, rounds: int = SINKHORN_ROUNDS) -> tuple[Tensor, Tensor]:
     """Sinkhorn scales of weight [out, in]: (output_scale [out], input_scale [in]), float32, positive.
 
     Rows and columns of zeros (columns of a millionth of the largest, too) take no part: a dead column
@@ -82,7 +82,7 @@ def balanced_scales(weight: Tensor, rounds: int = SINKHORN_ROUNDS) -> tuple[Tens
     return mean_squares.sqrt().masked_fill_(dead, SMALLEST_PRODUCT), input_scale
 
 
-def float16_scales(output: Tensor, input_: Tensor) -> tuple[Tensor, Tensor]:
+def round_scales(output: Tensor, input_: Tensor) -> tuple[Tensor, Tensor]:
     """Round both vectors to numbers float16 holds exactly; outputs and products stay at 2**-14 or more.
 
     The floor keeps `output_scale` and `output_scale * input_scale` normal float16 numbers, so that a

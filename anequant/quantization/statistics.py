@@ -33,8 +33,8 @@ class Moments:
     outputs: Tensor | None = None
     paired: Tensor | None = None
 
-    def wanted(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        """E[W x_float x^T] [rows, in] for some rows of weight [out, in]."""
+    def project(self, weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return E[W x_float x^T] [rows, in] for some rows of weight [out, in]."""
         if self.outputs is not None:
             return self.outputs[rows]
         assert self.cross is not None
@@ -49,8 +49,8 @@ class Moments:
         )
 
     def factor(self, damping: float) -> Factor:
-        """Of the Hessian. All are kept where several linears read the input, which is where `cross` is, else
-        the last."""
+        """Return the Hessian's factor. All of them are kept where several linears read the input, which is
+        where `cross` is, else the last one."""
         if damping not in self._factors:
             if self.cross is None:
                 self._factors.clear()
@@ -74,13 +74,13 @@ class InputStatistics:
         total = self.fit.tokens + self.held_out.tokens
         share = self.fit.tokens / total
 
-        def together(part: str) -> Tensor | None:
+        def combine(part: str) -> Tensor | None:
             held_out, fit = getattr(self.held_out, part), getattr(self.fit, part)
             return None if fit is None else torch.lerp(held_out, fit, share)
 
-        hessian = together("hessian")
+        hessian = combine("hessian")
         assert hessian is not None
-        return Moments(hessian, total, together("cross"), together("outputs"), together("paired"))
+        return Moments(hessian, total, combine("cross"), combine("outputs"), combine("paired"))
 
     @property
     def dead_inputs(self) -> int:
@@ -92,7 +92,7 @@ class InputStatistics:
         return int((energy <= UNIT_FLOOR).sum())
 
 
-def output_loss(rounded: Tensor, wanted: Tensor, hessian: Tensor) -> float:
+def measure_output_loss(rounded: Tensor, wanted: Tensor, hessian: Tensor) -> float:
     """E||W x_float - Q x||^2 up to a constant that does not depend on Q: tr(Q H Q^T) - 2 tr(W C Q^T).
 
     rounded is Q [out, in], wanted W C [out, in] as of `Moments.wanted`, hessian H [in, in].

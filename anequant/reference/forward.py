@@ -20,13 +20,17 @@ from anequant.architectures.spec import EMBEDDING, INPUT_SCALES, ModelSpec
 from anequant.errors import UnsupportedError
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.online import NOTHING, Online
-from anequant.reference.empty_model import empty_model
+from anequant.reference.empty_model import borrow, build_empty_model
 from anequant.reference.hooks import ATTENTION_MODULE, attach_all, set_input_scale
-from anequant.reference.on_demand import borrow
 from anequant.reference.windows import require_known
 
 WINDOWS_AT_ONCE = 4
 HEAD_ROWS = 8192
+PIECE = 256
+"""Tokens whose logits, which are wide, are in memory at once while a loss is computed."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Summed loss of normalised states [tokens, hidden_size] and whatever belongs to these tokens."""
 
 
 class Weights(Protocol):
@@ -75,7 +79,7 @@ class ReferenceModel:
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, online: Online = NOTHING) -> None:
-        self._model, _ = empty_model(spec)
+        self._model, _ = build_empty_model(spec)
         attach_all(self._model, spec, online)
         self._linears = [linear.name for linear in spec.architecture.linears]
         self._norms = {
@@ -86,7 +90,8 @@ class ReferenceModel:
         self._rotary = self._model.model.rotary_emb
 
     def rope_tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions 0 ... length - 1, each [1, length, head_dim], from the model's module."""
+        """Return cos and sin for positions 0 ... length - 1, each [1, length, head_dim], from the model's
+        module."""
         with torch.no_grad():
             probe = torch.empty(1, dtype=self._dtype)
             cos, sin = self._rotary(probe, torch.arange(length)[None])
@@ -94,7 +99,7 @@ class ReferenceModel:
 
     @torch.no_grad()
     def run_layer(self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        """Hidden states [n, length, hidden_size] after decoder layer `layer` with these weights."""
+        """Return hidden states [n, length, hidden_size] after decoder layer `layer` with these weights."""
         with self._loaded(layer, tensors, hidden.shape[1]) as run:
             return torch.cat([run(part) for part in torch.split(hidden, WINDOWS_AT_ONCE)])
 
@@ -109,9 +114,12 @@ class ReferenceModel:
         arriving: bool = False,
         within: bool = False,
     ) -> Iterator[Tensor]:
-        """The input [tokens, in] of the layer's linear `name`, for one part [n, length, hidden] after the
-        other; the layer runs no further than that. `arriving`: before it is turned and rounded. `within`: the
-        parts are what enters the half of the layer, attention or MLP, that the linear is in."""
+        """Yield the input [tokens, in] of the layer's linear `name` for each of the parts [n, length,
+        hidden]; the layer runs no further than that.
+
+        arriving  yield it before it is rotated and rounded
+        within    the parts are what enters the half of the layer, attention or MLP, that the linear is in
+        """
         half = name.partition(".")[0] if within else None
         with self._loaded(layer, tensors, parts[0].shape[1], but=name, half=half) as run:
             linear = self._model.model.layers[layer].get_submodule(name)
@@ -129,8 +137,8 @@ class ReferenceModel:
     def every_input(
         self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The input [tokens, in] of each of the layer's linears, turned and rounded, by name; and the hidden
-        states [n, length, hidden_size] after the layer, for at most WINDOWS_AT_ONCE windows."""
+        """Return the input [tokens, in] of each of the layer's linears, rotated and rounded, by name; and the
+        hidden states [n, length, hidden_size] after the layer, for at most WINDOWS_AT_ONCE windows."""
         found: dict[str, Tensor] = {}
 
         def keep(name: str, linear: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -145,8 +153,8 @@ class ReferenceModel:
     def gradients(
         self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor, output_gradient: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of <output_gradient, layer(hidden)>: for hidden [n, length, hidden_size], n at most
-        WINDOWS_AT_ONCE, and for each of the layer's tensors."""
+        """Return gradients of <output_gradient, layer(hidden)>: for hidden [n, length, hidden_size], n at
+        most WINDOWS_AT_ONCE, and for each of the layer's tensors."""
         with self._loaded(layer, tensors, hidden.shape[1], whole=True) as run, torch.enable_grad():
             parameters = dict(self._model.model.layers[layer].named_parameters())
             leaves = [
@@ -167,8 +175,8 @@ class ReferenceModel:
         but: str | None = None,
         half: str | None = None,
     ) -> Iterator[Callable[[Tensor], Tensor]]:
-        """The layer with these weights, or the half of it of that name without the sum that ends it, as a
-        function of hidden states; on meta again afterwards.
+        """Provide the layer with these weights, or the half of it of that name without the sum that ends it,
+        as a function of hidden states; on meta again afterwards.
 
         A linear's weight comes when it runs and goes after it, that of the linear `but` never; with `whole`
         all are there from the start.
@@ -218,7 +226,7 @@ class ReferenceModel:
         return result
 
 
-def final_hidden_states(
+def run_to_final_states(
     weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32, progress: Progress = silent
 ) -> Tensor:
     """Normalised hidden states [n, length, hidden_size] for tokens [n, length], layer by layer."""
@@ -232,8 +240,8 @@ def final_hidden_states(
         return model.final_norm(hidden, weights.final_gain())
 
 
-def head_logits(head: Tensor, hidden: Tensor) -> Tensor:
-    """Logits [..., vocab] of hidden states [..., hidden_size]; the head is widened in row blocks."""
+def compute_logits(head: Tensor, hidden: Tensor) -> Tensor:
+    """Return logits [..., vocab] of hidden states [..., hidden_size]; the head is widened in row blocks."""
     parts = [hidden @ rows.to(hidden.dtype).T for rows in torch.split(head, HEAD_ROWS)]
     return torch.cat(parts, dim=-1)
 
@@ -241,8 +249,34 @@ def head_logits(head: Tensor, hidden: Tensor) -> Tensor:
 def logits(
     weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32, progress: Progress = silent
 ) -> Iterator[Tensor]:
-    """Logits [length, vocab] of one window after the other."""
-    hidden = final_hidden_states(weights, tokens, dtype, progress)
+    """Yield logits [length, vocab] of one window after the other."""
+    hidden = run_to_final_states(weights, tokens, dtype, progress)
     head = weights.read(weights.head_name)
     for window in hidden:
-        yield head_logits(head, window)
+        yield compute_logits(head, window)
+
+
+def sum_head_loss(model: ReferenceModel, hidden: Tensor, gain: Tensor, targets: Tensor, loss: Loss) -> float:
+    """Return the sum over hidden [n, length, hidden_size] and targets [n, length, ...]."""
+    with torch.no_grad():
+        return sum(float(loss(model.final_norm(states, gain), t)) for states, t in _pieces(hidden, targets))
+
+
+def differentiate_head(
+    model: ReferenceModel, hidden: Tensor, gain: Tensor, targets: Tensor, loss: Loss
+) -> tuple[Tensor, Tensor]:
+    """Return gradients of `sum_head_loss` for hidden and for the final norm's gain [hidden_size]."""
+    parts, total = [], torch.zeros_like(gain)
+    weight = gain.detach().requires_grad_()
+    for states, part_targets in _pieces(hidden, targets):
+        leaf = states.detach().requires_grad_()
+        value = loss(model.final_norm(leaf, weight), part_targets)
+        part, gain_part = torch.autograd.grad(value, (leaf, weight))
+        parts.append(part)
+        total += gain_part
+    return torch.cat(parts).view_as(hidden), total
+
+
+def _pieces(hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    pairs = (torch.split(values.flatten(0, 1), PIECE) for values in (hidden, targets))
+    yield from zip(*pairs, strict=True)

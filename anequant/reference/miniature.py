@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anequant.architectures.config import UNREAD, refusing, settle
+from anequant.architectures.config import UNREAD, settle_rope, translate_errors
 from anequant.architectures.spec import HEAD, ModelSpec
 from anequant.checkpoints.header import read_header
 from anequant.checkpoints.online_config import INDEX_SUFFIX, SUFFIX
@@ -53,7 +53,7 @@ class StockReading:
 
     `config` is its config.json resolved. `origins` has a stored tensor for every parameter, None where
     transformers found none and made one up. `cos` and `sin` [1, TOKENS, rotary width] are what the layers
-    turn queries and keys with; `masks` [TOKENS, TOKENS] say for each layer which tokens (columns) every token
+    apply to queries and keys; `masks` [TOKENS, TOKENS] say for each layer which tokens (columns) every token
     (rows) sees, where sliding windows are WINDOW long.
     """
 
@@ -76,15 +76,15 @@ def read_as_stock(checkpoint: Checkpoint) -> StockReading:
         _write_configs(checkpoint, Path(place))
         stored = _write_tensors(checkpoint, Path(place))
         where = str(checkpoint.folder)
-        with refusing(where):
+        with translate_errors(where):
             config = AutoConfig.from_pretrained(Path(place) / WHOLE, trust_remote_code=False)
-        with refusing(where, "the files of the model together"):
+        with translate_errors(where, "the files of the model together"):
             model = AutoModelForCausalLM.from_pretrained(
                 place, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
             ).eval()
-            cos, sin, masks = _given_to_layers(model)
+            cos, sin, masks = _record_layer_arguments(model)
         origins = {name: _origin(tensor, stored) for name, tensor in model.state_dict().items()}
-    return StockReading(settle(config.to_dict()), origins, cos, sin, masks)
+    return StockReading(settle_rope(config.to_dict()), origins, cos, sin, masks)
 
 
 def _write_configs(checkpoint: Checkpoint, place: Path) -> None:
@@ -127,7 +127,7 @@ def _write_tensors(checkpoint: Checkpoint, place: Path) -> list[Stored]:
 
 
 def _names(file: Path) -> list[str]:
-    """The tensors in a file; none in one that is damaged, which transformers then must not need."""
+    """Return the tensors in a file; none in one that is damaged, which transformers then must not need."""
     try:
         return list(read_header(file))
     except InputError:
@@ -135,7 +135,8 @@ def _names(file: Path) -> list[str]:
 
 
 def _shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """The miniature's tensors: vocabulary and head size are the model's, every other width is small."""
+    """Return the miniature's tensors: vocabulary and head size are the model's, every other width is
+    small."""
     small = replace(spec, hidden_size=WIDTH, intermediate_size=WIDTH, num_heads=1, num_key_value_heads=1)
     return {f"{HEAD}.weight": (spec.vocab_size, WIDTH), **small.tensors()}
 
@@ -146,8 +147,8 @@ def _origin(tensor: Tensor, stored: list[Stored]) -> Stored | None:
     return stored[int(first)] if whole else None
 
 
-def _given_to_layers(model: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """cos and sin, and every layer's mask: what is given beside the hidden states."""
+def _record_layer_arguments(model: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Return cos and sin, and every layer's mask: what is given beside the hidden states."""
     given: list[dict[str, Any]] = []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(
@@ -157,15 +158,15 @@ def _given_to_layers(model: Any) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         model(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False)
     cos, sin = given[0]["position_embeddings"]
     masks = [
-        _seen(keywords["attention_mask"], keywords.get("is_causal", layer.self_attn.is_causal))
+        _as_booleans(keywords["attention_mask"], keywords.get("is_causal", layer.self_attn.is_causal))
         for keywords, layer in zip(given, model.model.layers, strict=True)
     ]
     return cos, sin, tuple(masks)
 
 
-def _seen(mask: Tensor | None, is_causal: bool) -> Tensor:
-    """A mask of sdpa's, boolean or to be added, as booleans [TOKENS, TOKENS]; without one a causal layer sees
-    what came before, and any other sees all."""
+def _as_booleans(mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Return a mask of sdpa's, boolean or to be added, as booleans [TOKENS, TOKENS]; without one a causal
+    layer sees what came before, and any other sees all."""
     if mask is None:
         everything = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
         return everything.tril() if is_causal else everything

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, made_as, rotation_keys
+from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, read_kind, read_rotation_keys
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.side_files import check_side_files
 from anequant.checkpoints.source import Source
@@ -18,7 +18,7 @@ from anequant.reference.judge import check_reading
 
 
 def open_float(source: Source) -> Checkpoint:
-    """The checkpoint of a float model, rotated or not, read as stock transformers reads it.
+    """Return the checkpoint of a float model, rotated or not, read as stock transformers reads it.
 
     Raises InputError for a quantized one, and what `check_side_files` and `check_reading` raise.
     """
@@ -26,8 +26,9 @@ def open_float(source: Source) -> Checkpoint:
     check_side_files(source.folder)
     reasons = {
         "it has output scales": checkpoint.is_quantized,
-        f"{MANIFEST} says so": made_as(source.folder) == CHECKPOINT,
-        "it has a quantization_config": checkpoint.online.active and rotation_keys(source.folder) is None,
+        f"{MANIFEST} says so": read_kind(source.folder) == CHECKPOINT,
+        "it has a quantization_config": checkpoint.online.active
+        and read_rotation_keys(source.folder) is None,
     }
     for reason, holds in reasons.items():
         if holds:

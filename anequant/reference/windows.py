@@ -1,4 +1,5 @@
-"""Token windows from text, each starting as the model's training windows did."""
+"""Token windows from text, each starting as the model's training windows did; and what a check runs on when
+nobody names a text."""
 
 from __future__ import annotations
 
@@ -10,13 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anequant.checkpoints.source import TOKENIZER_FILES
+from anequant.checkpoints.reader import Checkpoint
+from anequant.checkpoints.source import SAMPLE_TEXT, TOKENIZER_FILES, has_tokenizer
 from anequant.errors import InputError, UsageError, first_line
-from anequant.strict import read_plain
+from anequant.reference.sources import read_source_text, read_text
+
+PROBE_SEED = 7
+RANGE_TOKENS = 128
+"""The tokens on which magnitudes are looked at, for what packages have to hold."""
+
+PREFILL_TOKENS, DECODE_TOKENS = 64, 64
+"""The most tokens that packages are compared on, at once and one by one, as batch and context allow."""
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's own tokenizer, without remote code. Raises InputError naming the folder."""
+    """Return the checkpoint's own tokenizer, without remote code. Raises InputError naming the folder."""
     from transformers import AutoTokenizer
 
     for name in TOKENIZER_FILES:
@@ -30,8 +39,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise InputError(f"the tokenizer of '{folder}' cannot be read: {reason}") from error
 
 
-def start_token(tokenizer: Any, config: Mapping[str, Any]) -> int:
-    """The token a window starts with: the tokenizer's BOS, else the config's, else EOS.
+def find_start_token(tokenizer: Any, config: Mapping[str, Any]) -> int:
+    """Return the token a window starts with: the tokenizer's BOS, else the config's, else EOS.
 
     Models without a BOS (Qwen) put their massive activation on whatever comes first; starting every
     window with the document separator keeps that where training had it.
@@ -44,20 +53,6 @@ def start_token(tokenizer: Any, config: Mapping[str, Any]) -> int:
     raise InputError("neither the tokenizer nor config.json names a token that starts a text")
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; raises UsageError for anything else."""
-    try:
-        text = read_plain(path)
-        if "\0" in text:
-            raise ValueError("it holds NUL, as binary files do")
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.object[error.start]:#04x} at {error.start} is no UTF-8"
-        raise UsageError(f"text file '{path}' cannot be read: {reason}") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"text file '{path}' cannot be read: {error}") from error
-    return text
-
-
 def require_known(tokens: Sequence[int], vocab_size: int | None) -> None:
     """Raises InputError for tokens that the embedding has no row for; None: it is not known how many."""
     unknown = [] if vocab_size is None else [token for token in tokens if not 0 <= token < vocab_size]
@@ -68,18 +63,33 @@ def require_known(tokens: Sequence[int], vocab_size: int | None) -> None:
         )
 
 
-def model_windows(tokenizer: Any, config: Mapping[str, Any], text: str, *, count: int, length: int) -> Tensor:
-    """As `text_windows`, after the start token of a tokenizer and its model's config.json.
+def read_text_windows(
+    folder: Path, config: Mapping[str, Any], text: Path | str = SAMPLE_TEXT, *, count: int, length: int
+) -> Tensor:
+    """Cut windows from a text by the tokenizer in a model's folder: int64 [at most count, length].
 
-    Raises as `start_token`, `require_known` and `text_windows` do.
+    `config` is the model's config.json; `text` is a file of prose, texts or conversations, or the text
+    itself. Raises what `load_tokenizer`, `read_source_text` and `cut_model_windows` raise.
     """
-    windows = text_windows(text, tokenizer, start_token(tokenizer, config), count=count, length=length)
+    tokenizer = load_tokenizer(folder)
+    content = text if isinstance(text, str) else read_source_text(text, tokenizer)
+    return cut_model_windows(tokenizer, config, content, count=count, length=length)
+
+
+def cut_model_windows(
+    tokenizer: Any, config: Mapping[str, Any], text: str, *, count: int, length: int
+) -> Tensor:
+    """Cut windows as `cut_windows` does, after the start token of a tokenizer and its model's config.json.
+
+    Raises as `find_start_token`, `require_known` and `cut_windows` do.
+    """
+    windows = cut_windows(text, tokenizer, find_start_token(tokenizer, config), count=count, length=length)
     require_known(windows.flatten().tolist(), config.get("vocab_size"))
     return windows
 
 
-def text_windows(text: str, tokenizer: Any, first: int, *, count: int, length: int, seed: int = 0) -> Tensor:
-    """Evenly spaced windows of a text: int64 [count, length], each starting with token `first`.
+def cut_windows(text: str, tokenizer: Any, first: int, *, count: int, length: int, seed: int = 0) -> Tensor:
+    """Return evenly spaced windows of a text: int64 [count, length], each starting with token `first`.
 
     Every seed but 0 moves all windows by another share of their spacing, and a window that would start with
     `first` twice starts before it. Fewer than `count` rows when the text holds fewer whole windows; raises
@@ -105,3 +115,15 @@ def _before(tokens: Tensor, first: int, place: int) -> int:
     while tokens[place] == first:
         place -= 1
     return place
+
+
+def choose_probe_tokens(checkpoint: Checkpoint, length: int) -> Tensor:
+    """Return the start of the bundled text, or random tokens for a checkpoint without a tokenizer:
+    [length]."""
+    if has_tokenizer(checkpoint.folder):
+        text = read_text(SAMPLE_TEXT)
+        text *= length // len(text.split()) + 1
+        tokenizer = load_tokenizer(checkpoint.folder)
+        return cut_model_windows(tokenizer, checkpoint.spec.config, text, count=1, length=length)[0]
+    generator = torch.Generator().manual_seed(PROBE_SEED)
+    return torch.randint(checkpoint.spec.vocab_size, (length,), generator=generator)

@@ -17,18 +17,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LARGEST_TURN = 8.0
-"""Bound on a * ||W||_1, so that no gradient turns the matrix at random."""
+LARGEST_STEP = 8.0
+"""Bound on a * ||W||_1, so that no gradient moves the matrix at random."""
 
 
-def cayley_step(x: Tensor, gradient: Tensor, momentum: Tensor, rate: float, decay: float) -> Tensor:
-    """The next X from an orthogonal x, all float64 [n, n]; `momentum` [n, n] starts at zero, fades by
-    `decay` a step and is changed in place."""
-    momentum.mul_(decay).sub_(gradient)
-    half = 0.5 * momentum @ x.T
+def cayley_step(
+    x: Tensor, gradient: Tensor, momentum: Tensor, rate: float, decay: float
+) -> tuple[Tensor, Tensor]:
+    """Return the X and the momentum that follow an orthogonal x, all float64 [n, n].
+
+    `momentum` starts at zero and fades by `decay` a step; `rate` bounds the step's length.
+    """
+    direction = momentum * decay - gradient
+    half = 0.5 * direction @ x.T
     skew = half - half.T
-    momentum.copy_(skew @ x)
-    size = min(rate, LARGEST_TURN / (float(torch.linalg.matrix_norm(skew, 1)) + 1e-8))
+    momentum = skew @ x
+    size = min(rate, LARGEST_STEP / (float(torch.linalg.matrix_norm(skew, 1)) + 1e-8))
     identity = torch.eye(len(x), dtype=x.dtype)
-    turned: Tensor = torch.linalg.solve(identity - 0.5 * size * skew, momentum.mul(0.5 * size).add_(x))
-    return turned
+    moved: Tensor = torch.linalg.solve(identity - 0.5 * size * skew, momentum * (0.5 * size) + x)
+    return moved, momentum

@@ -7,15 +7,15 @@ RMSNorm(x) = gain * x / rms(x). The gain moves into every linear that reads thro
 and the norm that is left has a gain of ones. Since rms(R^T x) = rms(x) for orthogonal R, such a norm
 commutes with a rotation. Let x' = R^T x be the rotated residual stream (as a row: x'^T = x^T R). Then
 
-    a linear that reads it    y  = W x + b = (W R) x' + b           its input axis turns,
-    a linear that writes it   x' = R^T (W u + b) = (R^T W) u + R^T b   its output axis and its bias turn,
+    a linear that reads it    y  = W x + b = (W R) x' + b           its input axis is rotated,
+    a linear that writes it   x' = R^T (W u + b) = (R^T W) u + R^T b   its output axis and its bias are,
 
 and the embedding, whose rows are values of x, becomes E R. RMSNorm does not centre, so nothing is
 subtracted. R2 does the same between v and o: attention mixes positions, not the coordinates of a value
-head, so each head of v's output (and bias) turns by R2 and each head of o's input by R2 as well. R4 turns
-the SwiGLU product, which nothing writes: the model itself turns it while it runs, and down, which reads it,
-becomes W R4. R3 turns q and k after RoPE, both by the same matrix, so that their products stay; no weight
-follows.
+head, so each head of v's output (and bias) is rotated by R2 and each head of o's input by R2 as well. R4
+rotates the SwiGLU product, which nothing writes: the model itself does so while it runs, and down, which
+reads it, becomes W R4. R3 rotates q and k after RoPE, both by the same matrix, so that their products stay;
+no weight follows.
 
 The final norm's gain goes into the head only, so a tied head is first given its own copy.
 References: QuaRot (Ashkboos et al. 2024, section 4), SpinQuant (Liu et al. 2024, section 3).
@@ -41,19 +41,19 @@ def fold_and_rotate_linear(
     plan: RotationPlan,
     layer: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The linear in the folded and rotated model, in float64.
+    """Return weight and bias of the linear in the folded and rotated model, in float64.
 
-    weight [out, in], bias [out] or None, gain [in] or None; returns weight and bias of the same shapes. Both
-    are contiguous, since products of float32 are not the same for every memory layout.
+    weight [out, in], bias [out] or None, gain [in] or None; what is returned has the same shapes. Both are
+    contiguous, since products of float32 are not the same for every memory layout.
     """
-    turned = None if bias is None else _rotated_bias(linear, bias, plan, layer)
-    return _rotated_weight(linear, weight, gain, plan, layer), turned
+    rotated = None if bias is None else _rotate_bias(linear, bias, plan, layer)
+    return _rotate_weight(linear, weight, gain, plan, layer), rotated
 
 
 def fold_and_rotate_tensor(
     spec: ModelSpec, tensors: Mapping[str, Tensor], plan: RotationPlan, layer: int, name: str
 ) -> Tensor:
-    """One of a layer's tensors, by name relative to the layer, folded and rotated in float64.
+    """Fold and rotate one of a layer's tensors, by name relative to the layer, in float64.
 
     Beside `tensors` it holds at most two float64 copies of the one that it is asked for.
     """
@@ -64,38 +64,39 @@ def fold_and_rotate_tensor(
     if linear is None:
         return tensors[name].double()
     if kind == "bias":
-        return _rotated_bias(linear, tensors[name], plan, layer)
+        return _rotate_bias(linear, tensors[name], plan, layer)
     gain = tensors[f"{linear.norm}.weight"] if linear.norm else None
-    return _rotated_weight(linear, tensors[name], gain, plan, layer)
+    return _rotate_weight(linear, tensors[name], gain, plan, layer)
 
 
 def fold_and_rotate_layer(
     spec: ModelSpec, tensors: Mapping[str, Tensor], plan: RotationPlan, layer: int
 ) -> dict[str, Tensor]:
-    """All tensors of one layer, by name relative to the layer, folded and rotated in float64."""
+    """Fold and rotate all tensors of one layer, by name relative to the layer, in float64."""
     return {name: fold_and_rotate_tensor(spec, tensors, plan, layer, name) for name in spec.layer_tensors()}
 
 
-def _rotated_weight(
+def _rotate_weight(
     linear: Linear, weight: Tensor, gain: Tensor | None, plan: RotationPlan, layer: int | None
 ) -> Tensor:
     weight = weight.double() if gain is None else weight * gain.double()
-    weight = rotate_axis(weight, plan.read(linear.input.space, layer))
-    weight = rotate_axis(weight.T, plan.written(linear.output.space, layer))
+    weight = rotate_axis(weight, plan.input_rotation(linear.input.space, layer))
+    weight = rotate_axis(weight.T, plan.output_rotation(linear.output.space, layer))
     return weight.T.contiguous()
 
 
-def _rotated_bias(linear: Linear, bias: Tensor, plan: RotationPlan, layer: int | None) -> Tensor:
-    return rotate_axis(bias.double(), plan.written(linear.output.space, layer))
+def _rotate_bias(linear: Linear, bias: Tensor, plan: RotationPlan, layer: int | None) -> Tensor:
+    return rotate_axis(bias.double(), plan.output_rotation(linear.output.space, layer))
 
 
 def rotate_embedding(rows: Tensor, plan: RotationPlan) -> Tensor:
-    """Embedding rows [n, hidden_size] in the rotated residual stream, in float64."""
-    return rotate_axis(rows.double(), plan.written(RESIDUAL.space, None))
+    """Rotate embedding rows [n, hidden_size] into the rotated residual stream, in float64."""
+    return rotate_axis(rows.double(), plan.output_rotation(RESIDUAL.space, None))
 
 
 def rotate_axis(values: Tensor, rotation: Rotation | None) -> Tensor:
-    """values @ R along the last axis, [..., k * R.size]: each of the k heads turns by the same R."""
+    """Return values @ R along the last axis, [..., k * R.size]: each of the k heads is rotated by the same
+    R."""
     if rotation is None:
         return values
     return rotation.apply(values.reshape(*values.shape[:-1], -1, rotation.size)).flatten(-2)

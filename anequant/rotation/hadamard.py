@@ -39,12 +39,12 @@ _ELEMENTS_PER_SLICE = 2**18
 
 
 def power_of_two_divisors(n: int) -> tuple[int, ...]:
-    """All powers of two that divide n >= 1, in increasing order: the block sizes that fit a width of n."""
+    """Return the powers of two that divide n >= 1, ascending: the block sizes that fit a width of n."""
     return tuple(2**k for k in range((n & -n).bit_length()))
 
 
 def factor_order(n: int) -> tuple[int, ...]:
-    """Orders whose Kronecker product is the Hadamard matrix of order n: Paley orders first, then 2s.
+    """Return orders whose Kronecker product is the Hadamard matrix of order n: Paley orders first, then 2s.
 
     Of all decompositions the one with the smallest sum of Paley orders, which is the cheapest to apply.
     Raises UnsupportedError when no decomposition exists, ValueError when n < 1.
@@ -64,12 +64,14 @@ def factor_order(n: int) -> tuple[int, ...]:
 
 
 def hadamard(n: int) -> Tensor:
-    """The dense Hadamard matrix of order n: int8 [n, n], entries +1 and -1. Errors: see factor_order."""
+    """Return the dense Hadamard matrix of order n: int8 [n, n], entries +1 and -1. Errors: see
+    factor_order."""
     return _kronecker(factor_order(n))
 
 
 def orthonormal_factors(order: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Orthonormal matrices whose Kronecker product, in this order, is H / sqrt(order). Errors: factor_order.
+    """Return orthonormal matrices whose Kronecker product, in this order, is H / sqrt(order). Errors:
+    factor_order.
 
     None is wider than 128, unless a Paley matrix is.
     """
@@ -77,7 +79,7 @@ def orthonormal_factors(order: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def apply_hadamard_(x: Tensor, order: int, *, transpose: bool = False) -> Tensor:
-    """In place x <- x @ kron(I, H) / sqrt(order) along the last axis; with `transpose`, H.T in place of H.
+    """Set x to x @ kron(I, H) / sqrt(order) along the last axis, with `transpose` H.T in the place of H.
 
     x: floating, contiguous, [..., n] with n a multiple of `order`: order == n mixes the whole width, a
     smaller order each block of that size on its own. Computed in x's dtype, but at least float32. Returns x.
@@ -150,7 +152,8 @@ def _paley_orders(n: int) -> tuple[int, ...] | None:
 
 
 def _paley_field(order: int) -> int | None:
-    """The q of Paley's construction of this order: q = 3 (mod 4) is the first, q = 1 (mod 4) the second."""
+    """Return the q of Paley's construction of this order: q = 3 (mod 4) is the first, q = 1 (mod 4) the
+    second."""
     if order % 4 == 0 and _prime_power(order - 1):
         return order - 1
     if order % 8 == 4 and _prime_power(order // 2 - 1):
@@ -160,7 +163,7 @@ def _paley_field(order: int) -> int | None:
 
 @lru_cache(maxsize=16)
 def _paley(order: int) -> Tensor:
-    """Paley's matrix: int8 [order, order]."""
+    """Return Paley's matrix: int8 [order, order]."""
     q = _paley_field(order)
     assert q is not None
     skew = q % 4 == 3
@@ -180,7 +183,7 @@ def _sylvester() -> Tensor:
 
 
 def _character_of_differences(q: int) -> Tensor:
-    """Paley's Q[a, b] = chi(a - b) over GF(q), q odd: int8 [q, q].
+    """Return Paley's Q[a, b] = chi(a - b) over GF(q), q odd: int8 [q, q].
 
     Element number i has the base-p digits of i as its coefficients.
     """

@@ -1,6 +1,6 @@
 """Orthogonal matrices in the form that is cheapest to apply.
 
-A rotation belongs to one space of the model and turns every activation row x of it into x @ R. A linear that
+A rotation belongs to one space of the model and maps every activation row x of it to x @ R. A linear that
 reads the space keeps its output with the weight W @ R; one that writes to it follows with R.T @ W.
 """
 
@@ -60,8 +60,8 @@ class Rotation:
         return (x.to(dtype) @ (matrix.T if transpose else matrix)).to(x.dtype)
 
 
-def hadamard_rotation(n: int, generator: torch.Generator) -> Rotation:
-    """A Hadamard matrix over the whole width n, rows given random signs (QuaRot, Ashkboos et al. 2024).
+def draw_hadamard(n: int, generator: torch.Generator) -> Rotation:
+    """Draw a Hadamard matrix over the whole width n, rows given random signs (QuaRot, Ashkboos et al. 2024).
 
     Raises UnsupportedError when no Hadamard matrix of order n can be built.
     """
@@ -69,8 +69,8 @@ def hadamard_rotation(n: int, generator: torch.Generator) -> Rotation:
     return Rotation(n, signs=_random_signs(n, generator), order=n)
 
 
-def block_hadamard_rotation(n: int, block: int, generator: torch.Generator) -> Rotation:
-    """One Sylvester matrix per block of the width n, rows given random signs.
+def draw_block_hadamard(n: int, block: int, generator: torch.Generator) -> Rotation:
+    """Draw one Sylvester matrix per block of the width n, rows given random signs.
 
     Raises UsageError unless `block` is a power of two that divides n.
     """
@@ -78,8 +78,8 @@ def block_hadamard_rotation(n: int, block: int, generator: torch.Generator) -> R
     return Rotation(n, signs=_random_signs(n, generator), order=block)
 
 
-def plain_hadamard(n: int, order: int) -> Rotation:
-    """Without signs: of order n over the whole width, or one Sylvester matrix per block of `order`.
+def make_plain_hadamard(n: int, order: int) -> Rotation:
+    """Return Hadamard matrices without signs: one over the whole width n, or a Sylvester matrix per block.
 
     Raises UnsupportedError when no Hadamard matrix of order n can be built, UsageError unless a smaller
     order is a power of two that divides n.
@@ -100,8 +100,8 @@ def _check_block(n: int, block: int) -> None:
         )
 
 
-def random_rotation(n: int, generator: torch.Generator) -> Rotation:
-    """A dense orthogonal matrix, uniform by Haar's measure.
+def draw_random_rotation(n: int, generator: torch.Generator) -> Rotation:
+    """Draw a dense orthogonal matrix, uniform by Haar's measure.
 
     Q of the QR decomposition of a Gaussian matrix; making R's diagonal positive makes Q unique, hence uniform
     (Mezzadri 2007).

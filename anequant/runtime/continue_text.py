@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anequant.checkpoints.places import CHECKPOINT_FOLDER, packages_folder
+from anequant.checkpoints.places import CHECKPOINT_FOLDER, find_packages
 from anequant.checkpoints.reader import read_object
 from anequant.errors import InputError, UsageError, first_line, quote
 from anequant.reference.windows import load_tokenizer
@@ -47,7 +47,7 @@ def open_text_model(folder: Path, backend: str) -> TextModel:
         part = folder / CHECKPOINT_FOLDER if (folder / CHECKPOINT_FOLDER).is_dir() else folder
         decoder = TransformersModel(part)
     else:
-        part = packages_folder(folder)
+        part = find_packages(folder)
         decoder = PackageModel(part, DevicePackage.open if backend == "coreml" else Package.open)
     tokenizer = load_tokenizer(part)
     return TextModel(part, decoder, tokenizer, stop_tokens(part))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anequant.architectures.spec import ModelSpec, layer_prefix
 from anequant.checkpoints.layers import open_quantized
-from anequant.checkpoints.layout import projection_names
+from anequant.checkpoints.layout import list_projections
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.quantization.online import Online
@@ -63,5 +63,5 @@ class SnappedModel(TransformersModel):
         weights = SnappedWeights(open_quantized(folder))
         super().__init__(folder)
         with torch.no_grad():
-            for name in projection_names(weights.spec):
+            for name in list_projections(weights.spec):
                 self._model.get_parameter(f"{name}.weight").copy_(weights.weight(name))

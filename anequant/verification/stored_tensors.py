@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import INPUT_SCALES
-from anequant.checkpoints.layout import checkpoint_entries, projection_names
+from anequant.checkpoints.layout import list_entries, list_projections
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.writer import DTYPE_NAMES
@@ -29,8 +29,8 @@ LARGEST_FLOAT16 = 65504.0
 
 def verify_layout(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype) -> None:
     """Raises VerificationError unless the tensors are those that `recipe` writes; floats are of `dtype`."""
-    bits = {name: _bits(checkpoint, name, recipe) for name in projection_names(checkpoint.spec)}
-    entries = checkpoint_entries(checkpoint.spec, recipe, bits, dtype)
+    bits = {name: _bits(checkpoint, name, recipe) for name in list_projections(checkpoint.spec)}
+    entries = list_entries(checkpoint.spec, recipe, bits, dtype)
     for entry in entries:
         info = checkpoint.tensors.get(entry.name)
         wanted = f"{DTYPE_NAMES[entry.dtype]} {list(entry.shape)}"

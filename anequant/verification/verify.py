@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from anequant.checkpoints.layers import open_quantized
-from anequant.checkpoints.manifest import CHECKPOINT, ROTATED, checkpoint_hashes
+from anequant.checkpoints.manifest import CHECKPOINT, ROTATED, hash_checkpoint
 from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import UsageError, VerificationError
 from anequant.jobs.control import Progress, silent
 from anequant.reference.forward import logits
-from anequant.reference.probe import DECODE_TOKENS, PREFILL_TOKENS, probe_tokens
+from anequant.reference.windows import DECODE_TOKENS, PREFILL_TOKENS, choose_probe_tokens
 from anequant.runtime.coreml_backend import package_by_package
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
@@ -133,7 +133,7 @@ def verify_packages(folder: Path, checkpoint_folder: Path, *, progress: Progress
     progress("hashes", 0.0)
     recorded = verify_package_folder(folder)
     checkpoint = open_quantized(checkpoint_folder)
-    if recorded.get("checkpoint") != checkpoint_hashes(checkpoint):
+    if recorded.get("checkpoint") != hash_checkpoint(checkpoint):
         raise VerificationError(f"the packages were not made from '{checkpoint_folder}'", where=str(folder))
     with failing(folder), damage(str(folder)):
         weights = verify_constants(folder, checkpoint, progress)
@@ -162,7 +162,7 @@ def _run_both(folder: Path, checkpoint: Checkpoint, weights: int, progress: Prog
     context, batch = packages.context, packages.batch
     prefill = max(min(PREFILL_TOKENS, context // 2) // batch, 1) * batch
     decode = min(DECODE_TOKENS, context - prefill)
-    tokens = probe_tokens(checkpoint, prefill + decode)
+    tokens = choose_probe_tokens(checkpoint, prefill + decode)
     progress("checkpoint in transformers", 0.5)
     running = progress.part("run", 0.6, 1.0)
     plain = next(logits(replace(checkpoint, online=online.rotations), tokens[None]))[prefill - 1 :]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from anequant.calibration.activation_scales import largest_magnitudes, smoothed_scale
+from anequant.calibration.activation_scales import find_largest_magnitudes, smooth_scale
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import Source
 from anequant.pipeline.quantize import quantize
@@ -115,13 +115,13 @@ def test_smoothed_scale_is_smoothquants_with_the_weights_balance() -> None:
     generator = torch.Generator().manual_seed(0)
     balanced = torch.rand(64, generator=generator) + 0.5
     magnitudes = torch.rand(64, generator=generator) * 10 + 0.1
-    result = smoothed_scale(balanced, magnitudes, 0.5)
+    result = smooth_scale(balanced, magnitudes, 0.5)
     expected = (balanced.double() / magnitudes.double()).sqrt()
     expected /= expected.log().mean().exp()
     assert torch.allclose(result.double(), expected, rtol=1e-3)
     assert torch.equal(result, result.half().float())
     assert torch.allclose(
-        smoothed_scale(balanced, magnitudes, 0.0), balanced / balanced.log().mean().exp(), rtol=1e-3
+        smooth_scale(balanced, magnitudes, 0.0), balanced / balanced.log().mean().exp(), rtol=1e-3
     )
 
 
@@ -129,4 +129,4 @@ def test_largest_magnitudes_leave_the_prefix_out() -> None:
     parts = [torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(k)) for k in range(3)]
     parts[1][0, 0] = 1e4
     expected = torch.cat(parts)[:, 1:].abs().amax((0, 1))
-    assert torch.equal(largest_magnitudes(parts, 1), expected)
+    assert torch.equal(find_largest_magnitudes(parts, 1), expected)

@@ -13,22 +13,31 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.distill import PATIENCE, Heads, Lesson, TunableLayer, TuneResult, distill
+from anequant.calibration.distill import (
+    PATIENCE,
+    Course,
+    Heads,
+    LearnResult,
+    Lesson,
+    Student,
+    TunableLayer,
+    distill,
+)
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.jobs.control import Progress, silent
-from anequant.quantization.tune import tunable
-from anequant.reference.forward import ReferenceModel, final_hidden_states
-from anequant.reference.head import head_gradients, head_loss
-from anequant.reference.windows import load_tokenizer, read_text, text_windows
+from anequant.quantization.tunable_linear import start_tuning
+from anequant.reference.forward import ReferenceModel, differentiate_head, run_to_final_states, sum_head_loss
+from anequant.reference.sources import read_text
+from anequant.reference.windows import cut_windows, load_tokenizer
 
 
 def tunable_layer(checkpoint: Checkpoint, number: int) -> TunableLayer:
     loaded = load_layer(checkpoint, number)
     return TunableLayer(
-        {name: tunable(linear) for name, linear in loaded.linears.items()},
+        {name: start_tuning(linear) for name, linear in loaded.linears.items()},
         {name: gain.float().requires_grad_() for name, gain in loaded.gains.items()},
     )
 
@@ -61,9 +70,9 @@ def test_gradients_through_layers_and_head_are_autograds(
 
     gain = checkpoint.final_gain().float()
     last = hidden.pop()
-    value = head_loss(model, last, gain, last, loss)
+    value = sum_head_loss(model, last, gain, last, loss)
     assert value == pytest.approx(float(-logits.detach().log_softmax(-1)[..., 0].sum()), rel=1e-5)
-    gradient, gain_gradient = head_gradients(model, last, gain, last, loss)
+    gradient, gain_gradient = differentiate_head(model, last, gain, last, loss)
     expected = whole.get_parameter("model.norm.weight").grad
     assert float((gain_gradient - expected).norm()) <= 1e-4 * float(expected.norm())
     for layer in reversed(range(spec.num_layers)):
@@ -119,7 +128,7 @@ def test_a_step_descends_the_divergence_of_whole_models(
     kl.backward()
 
     lesson = Lesson(embedding.float()[tokens], taught.float())
-    result = distill(quantized.spec, layers, heads, lesson, lesson, steps=1, seed=0)
+    result = distill(Student(quantized.spec, layers, heads), Course(lesson, lesson, steps=1, seed=0))
     assert result.held_out_before == pytest.approx(kl.item(), rel=1e-5)
     ours = [leaf for layer in layers for leaf in layer.parameters] + [heads.gain]
     for leaf, expected in zip(ours, leaves, strict=True):
@@ -141,8 +150,8 @@ def lessons(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> dict[str, A
     folder = quantize_model(tiny_qwen2, "w4-nearest", bits=3).folder
     quantized = open_quantized(folder)
     tokenizer = load_tokenizer(tiny_qwen2)
-    tokens = text_windows(read_text(SAMPLE_TEXT), tokenizer, 8189, count=10, length=64)
-    taught = final_hidden_states(original, tokens)
+    tokens = cut_windows(read_text(SAMPLE_TEXT), tokenizer, 8189, count=10, length=64)
+    taught = run_to_final_states(original, tokens)
     embedded = quantized.read("model.embed_tokens.weight").float()[tokens]
     return {
         "spec": quantized.spec,
@@ -156,7 +165,7 @@ def lessons(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> dict[str, A
 
 def train(
     lessons: dict[str, Any], steps: int, progress: Progress = silent
-) -> tuple[TuneResult, list[TunableLayer], Heads]:
+) -> tuple[LearnResult, list[TunableLayer], Heads]:
     quantized = lessons["quantized"]
     layers = [tunable_layer(quantized, number) for number in range(quantized.spec.num_layers)]
     heads = Heads(
@@ -164,8 +173,8 @@ def train(
         quantized.read("lm_head.weight").float(),
         quantized.read("model.norm.weight").float().requires_grad_(),
     )
-    lesson, held_out = lessons["lesson"], lessons["held_out"]
-    result = distill(lessons["spec"], layers, heads, lesson, held_out, steps=steps, seed=0, progress=progress)
+    course = Course(lessons["lesson"], lessons["held_out"], steps, seed=0)
+    result = distill(Student(lessons["spec"], layers, heads), course, progress)
     return result, layers, heads
 
 
@@ -190,7 +199,7 @@ def test_distillation_lowers_the_divergence_on_held_out_windows(lessons: dict[st
     assert result.held_out_after < 0.97 * result.held_out_before
     assert divergence(lessons, layers, heads) == pytest.approx(result.held_out_after, rel=1e-3)
     untouched, fresh_layers, fresh_heads = train(lessons, 0)
-    assert untouched == TuneResult(0, result.held_out_before, result.held_out_before)
+    assert untouched == LearnResult(0, result.held_out_before, result.held_out_before)
     assert divergence(lessons, fresh_layers, fresh_heads) == pytest.approx(result.held_out_before, rel=1e-3)
 
 
@@ -221,7 +230,7 @@ def test_an_exact_model_is_left_alone(lessons: dict[str, Any]) -> None:
     """It is taught by itself: nothing is to be gained, whatever the optimizer makes of rounding noise."""
     quantized = lessons["quantized"]
     embedded = quantized.read("model.embed_tokens.weight").float()[lessons["tokens"]]
-    taught = final_hidden_states(quantized, lessons["tokens"])
+    taught = run_to_final_states(quantized, lessons["tokens"])
     own = {
         **lessons,
         "lesson": Lesson(embedded[3:], taught[3:]),
@@ -269,7 +278,7 @@ def test_a_tuned_checkpoint_is_closer_to_the_float_model(
     tiny_qwen2: Path, plain_and_tuned: tuple[Any, Any]
 ) -> None:
     """As stock transformers reads it from disk, on a text that it was not trained on."""
-    tokens = text_windows(read_text(SAMPLE_TEXT), load_tokenizer(tiny_qwen2), 8189, count=12, length=64)
+    tokens = cut_windows(read_text(SAMPLE_TEXT), load_tokenizer(tiny_qwen2), 8189, count=12, length=64)
 
     def log_probabilities(folder: Path) -> Tensor:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from anequant.calibration.sensitivity import Losses, rounding_losses
+from anequant.calibration.sensitivity import FloatModel, Losses, measure_rounding_losses
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.quantization.nearest import quantize_linear
-from anequant.reference.windows import load_tokenizer, read_text, text_windows
+from anequant.quantization.weight_format import WeightFormat
+from anequant.reference.sources import read_text
+from anequant.reference.windows import cut_windows, load_tokenizer
 
 WIDTHS = (3, 4, 8)
 MEASURED = (3, 4)
@@ -22,7 +24,7 @@ MEASURED = (3, 4)
 
 @pytest.fixture(scope="module")
 def tokens(tiny_qwen2: Path) -> Tensor:
-    return text_windows(read_text(SAMPLE_TEXT), load_tokenizer(tiny_qwen2), 8189, count=48, length=32)
+    return cut_windows(read_text(SAMPLE_TEXT), load_tokenizer(tiny_qwen2), 8189, count=48, length=32)
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +34,11 @@ def predicted(tiny_qwen2: Path, tokens: Tensor) -> Losses:
     def layer(number: int) -> dict[str, Tensor]:
         return {name: value.float() for name, value in checkpoint.layer(number).items()}
 
-    return rounding_losses(
-        checkpoint.spec,
-        layer,
-        checkpoint.read(checkpoint.head_name).float() * checkpoint.final_gain().float(),
+    head = checkpoint.read(checkpoint.head_name).float() * checkpoint.final_gain().float()
+    return measure_rounding_losses(
+        FloatModel(checkpoint.spec, layer, head),
         checkpoint.read("model.embed_tokens.weight").float()[tokens],
-        widths=WIDTHS,
-        codebook="lut",
-        scales="balanced",
+        [WeightFormat(bits, "lut", "balanced") for bits in WIDTHS],
         seed=0,
     )
 
@@ -58,7 +57,7 @@ def real_losses(checkpoint: Checkpoint, tokens: Tensor, names: list[str], bits: 
     for name in names:
         parameter = model.get_parameter(f"{name}.weight")
         weight = parameter.data
-        rounded = quantize_linear(weight, None, bits=bits, codebook="lut", scales="balanced", name=name)
+        rounded = quantize_linear(weight, None, WeightFormat(bits, "lut", "balanced"), name)
         parameter.data = rounded.dequantize()
         losses[name] = float(cross_entropy(logits(), chances) - entropy)
         parameter.data = weight

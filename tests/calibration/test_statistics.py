@@ -19,7 +19,7 @@ from anequant.checkpoints.source import Source
 from anequant.pipeline import rounder
 from anequant.pipeline.quantize import quantize
 from anequant.quantization import products
-from anequant.quantization.calibrated import quantize_calibrated
+from anequant.quantization.calibrated import Rounding, quantize_calibrated
 from anequant.quantization.statistics import InputStatistics, Moments
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
@@ -162,10 +162,15 @@ def test_the_pass_sees_the_inputs_of_the_model_that_it_writes(
     seen: dict[str, InputStatistics] = {}
 
     def spy(
-        weight: Tensor, bias: Tensor | None, statistics: InputStatistics, *rest: Any, **options: Any
+        weight: Tensor,
+        bias: Tensor | None,
+        statistics: InputStatistics,
+        rounding: Rounding,
+        name: str,
+        input_scale: Tensor | None,
     ) -> Any:
-        seen[rest[-1]] = statistics
-        return quantize_calibrated(weight, bias, statistics, *rest, **options)
+        seen[name] = statistics
+        return quantize_calibrated(weight, bias, statistics, rounding, name, input_scale)
 
     monkeypatch.setattr(rounder, "quantize_calibrated", spy)
     monkeypatch.setattr(products, "has_bfloat16", lambda: False)

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from anequant.architectures import read_spec
-from anequant.checkpoints.online_config import plain_config
+from anequant.checkpoints.online_config import build_plain_config
 
 THETA = 500000.0
 ROPES: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ def source_config(rope: str, generation: str) -> dict[str, Any]:
 
 def written_config(source: dict[str, Any]) -> dict[str, Any]:
     """config.json of what is made from a model with this one."""
-    return plain_config(read_spec(source, "config.json").config)
+    return build_plain_config(read_spec(source, "config.json").config)
 
 
 def rotary_tables(config: dict[str, Any]) -> torch.Tensor:

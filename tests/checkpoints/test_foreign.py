@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anequant.checkpoints.foreign import found_codebook, whole_codebook
+from anequant.checkpoints.foreign import complete_codebook, find_codebook
 from anequant.checkpoints.quantized import load, store
 from anequant.checkpoints.source import Source
 from anequant.errors import InputError
 from anequant.pipeline.lower import lower
 from anequant.quantization.nearest import quantize_linear
+from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe import LowerOptions
 from anequant.reference.open_float import open_float
 from anequant.request import LowerRequest
@@ -105,10 +106,8 @@ def test_a_tied_head_and_anemlls_own_config(folder: Path, tmp_path: Path, quanti
             parts = quantize_linear(
                 tensors["model.embed_tokens.weight"].float(),
                 None,
-                bits=8,
-                codebook="uniform",
-                scales="output",
-                name="model.embed_tokens",
+                WeightFormat(8, "uniform", "output"),
+                "model.embed_tokens",
             )
             tensors.update(store("model.embed_tokens", parts, bias=False))
 
@@ -134,7 +133,7 @@ def test_integers_are_found_without_a_codebook(bits: int, dtype: torch.dtype) ->
     integers = torch.randint(-top, top + 1, (64, 512), generator=generator).float()
     scale = torch.full((64, 1), 0.0123).half().float()
     stored = (integers * scale).to(dtype)
-    entries = found_codebook("p", stored, torch.ones(1, 512), scale)
+    entries = find_codebook("p", stored, torch.ones(1, 512), scale)
     assert len(entries) == 2**bits
     codes = (integers[..., None] - entries).abs().argmin(-1) if bits == 4 else None
     torch.testing.assert_close(entries[: 2 * top + 1], torch.arange(-top, top + 1).float(), rtol=4e-3, atol=0)
@@ -144,7 +143,7 @@ def test_integers_are_found_without_a_codebook(bits: int, dtype: torch.dtype) ->
 def test_a_float_weight_is_no_codebook() -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(InputError, match=r"'p\.weight' divided by its scales takes \d+ values"):
-        found_codebook("p", weight, torch.ones(1, 64), torch.ones(64, 1))
+        find_codebook("p", weight, torch.ones(1, 64), torch.ones(64, 1))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,7 @@ def test_a_float_weight_is_no_codebook() -> None:
 )
 def test_codebooks_are_filled_up(count: int, length: int) -> None:
     entries = torch.linspace(-1, 1, count)
-    book = whole_codebook("p", entries.flip(0))
+    book = complete_codebook("p", entries.flip(0))
     assert len(book) == length and bool((book.diff() > 0).all())
     assert torch.equal(book[:count], entries)
 
@@ -160,7 +159,7 @@ def test_codebooks_are_filled_up(count: int, length: int) -> None:
 @pytest.mark.parametrize("entries", [torch.ones(5), torch.randn(300), torch.tensor([0.0, float("nan")])])
 def test_impossible_codebooks_are_refused(entries: Tensor) -> None:
     with pytest.raises(InputError, match=r"'p\.codebook' must hold 2 to 256"):
-        whole_codebook("p", entries)
+        complete_codebook("p", entries)
 
 
 def drop(suffix: str) -> Callable[[Tensors], object]:

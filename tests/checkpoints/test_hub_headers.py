@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub.errors import HTTPError
 
 from anequant.checkpoints.header import read_header
-from anequant.checkpoints.hub_headers import headers_only
+from anequant.checkpoints.hub_headers import fetch_headers
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import InputError
 
@@ -78,7 +78,7 @@ def test_headers_from_the_hub_open_as_the_folder_does_and_no_weights_are_fetched
     folder = make_model(tmp_path / "model", "llama", False, max_shard_size=shards, vocab_size=8192)
     (folder / "tokenizer.json").write_text("{}")
     hub = serve(folder)
-    with headers_only(f"org/model@{COMMIT}") as source:
+    with fetch_headers(f"org/model@{COMMIT}") as source:
         opened, expected = open_checkpoint(source.folder), open_checkpoint(folder)
         assert {path.name for path in opened.shards} == {path.name for path in expected.shards}
         for name, info in expected.tensors.items():
@@ -95,7 +95,7 @@ def test_headers_from_the_hub_open_as_the_folder_does_and_no_weights_are_fetched
 
 def test_a_folder_is_taken_as_it_is(make_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "llama", False)
-    with headers_only(str(folder)) as source:
+    with fetch_headers(str(folder)) as source:
         assert source.folder == folder
 
 
@@ -108,7 +108,7 @@ def test_what_is_not_on_the_hub_is_an_input_error(
     for name in ("org/model", "org/gone"):
         with (
             pytest.raises(InputError, match=re.escape(f"'{name}' is no folder here")),
-            headers_only(name),
+            fetch_headers(name),
         ):
             pytest.fail("it was let in")
 
@@ -126,7 +126,7 @@ def test_a_shard_with_an_impossible_name_is_refused(
     values["weight_map"]["lm_head.weight"] = name
     index.write_text(json.dumps(values))
     serve(folder)
-    with pytest.raises(InputError, match="impossible name"), headers_only("org/model"):
+    with pytest.raises(InputError, match="impossible name"), fetch_headers("org/model"):
         pytest.fail("it was let in")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from anequant.checkpoints.online_config import quantized_config, read_online, weights_stem
+from anequant.checkpoints.online_config import build_config, choose_stem, read_online
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import InputError
 from anequant.quantization.online import Online, plan_online
@@ -36,7 +36,7 @@ def scaled(recipe: Recipe, model: Path) -> Online:
 
 def config_of(recipe: Recipe, online: Online, model: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(
-        json.dumps(quantized_config(open_checkpoint(model).spec, recipe, online, "anequant.safetensors"))
+        json.dumps(build_config(open_checkpoint(model).spec, recipe, online, "anequant.safetensors"))
     )
     return values
 
@@ -54,14 +54,14 @@ def test_what_is_written_is_read_back(tiny_qwen2: Path, choice: str) -> None:
     )
     for ours, theirs in ((read.r3, online.r3), (read.r4, online.r4)):
         assert (ours is None) == (theirs is None) and (ours is None or ours.size == theirs.size)  # type: ignore[union-attr]
-    assert weights_stem(online) == "anequant" and config["quantization_config"]["quant_method"] == "anequant"
+    assert choose_stem(online) == "anequant" and config["quantization_config"]["quant_method"] == "anequant"
 
 
 def test_weights_alone_need_no_quantization_config(tiny_qwen2: Path) -> None:
     recipe = load_recipe("w4-nearest")
     online = scaled(recipe, tiny_qwen2)
     assert "quantization_config" not in config_of(recipe, online, tiny_qwen2)
-    assert weights_stem(online) == "model"
+    assert choose_stem(online) == "model"
 
 
 @pytest.mark.parametrize(

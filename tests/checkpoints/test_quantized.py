@@ -21,6 +21,7 @@ from anequant.errors import InputError, UsageError, VerificationError
 from anequant.pipeline.quantize import quantize
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
+from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe import Recipe
 from anequant.request import Request
 
@@ -260,7 +261,7 @@ def test_an_existing_output_is_kept(tiny_qwen2: Path, tmp_path: Path) -> None:
 
 def some_linear() -> QuantizedLinear:
     weight = torch.randn(12, 20, generator=torch.Generator().manual_seed(0)) * 0.1
-    return quantize_linear(weight, torch.ones(12), bits=4, codebook="lut", scales="balanced", name="P")
+    return quantize_linear(weight, torch.ones(12), WeightFormat(4, "lut", "balanced"), "P")
 
 
 def test_codes_that_float16_loses_are_refused() -> None:

@@ -121,7 +121,7 @@ def test_tokens_are_collected_once_and_the_float_model_runs_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    for place, name in ((kept, "calibration_tokens"), (module, "record_reference")):
+    for place, name in ((kept, "read_calibration_tokens"), (module, "record_reference")):
         own = getattr(place, name)
 
         def counted(*args: Any, own: Any = own, name: str = name, **options: Any) -> Any:
@@ -134,7 +134,7 @@ def test_tokens_are_collected_once_and_the_float_model_runs_once(
     calibration = Calibration("self", 2, 32)
     request = module.ComparisonRequest(SOURCE, recipes, calibration, windows=1, length=32)
     result = module.compare(request, tmp_path / "kept")
-    assert sorted(calls) == ["calibration_tokens", "record_reference"]
+    assert sorted(calls) == ["read_calibration_tokens", "record_reference"]
     assert result.exit_code == 0 and result.calibration is not None
     quantize(Request(SOURCE, recipes["other"], calibration), tmp_path / "alone")
     assert file_hashes(tmp_path / "alone") == file_hashes(tmp_path / "kept" / "other")

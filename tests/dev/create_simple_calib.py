@@ -16,7 +16,7 @@ from anequant.cli.options import command
 @click.option("--text", default="wikitext2", show_default=True, help="A text file, or wikitext2.")
 @command
 def main(console: Console, nsamples: int, seqlen: int, output: Path, model: str, text: str) -> None:
-    from anequant.calibration.saved import save_calibration
+    from anequant.calibration.tokens import save_calibration
     from anequant.checkpoints.source import resolve_source
 
     folder = resolve_source(model).folder

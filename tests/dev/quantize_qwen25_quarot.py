@@ -21,14 +21,14 @@ PATH = click.Path(path_type=Path)
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
 @command
 def main(console, model, calib, scheme, optimization, config, output, premultiply, force) -> None:
-    from anequant.calibration.saved import whole_calibration
+    from anequant.calibration.tokens import calibrate_on_whole_file
     from anequant.checkpoints.source import resolve_source
     from anequant.compat.quark import BLOCKS, closing_lines, translate_recipe
     from anequant.jobs.control import Run
     from anequant.pipeline.quantize import quantize
 
     chosen = translate_recipe(scheme, optimization, config, model, rotated=BLOCKS, premultiply=premultiply)
-    calibration = whole_calibration(calib)
+    calibration = calibrate_on_whole_file(calib)
     for note in chosen.notes:
         console.note(note)
     with console.progress("quantize") as progress:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import UsageError
 from anequant.evaluation.divergence import measure_quality
-from anequant.reference.windows import load_tokenizer, start_token, text_windows
+from anequant.reference.windows import cut_windows, find_start_token, load_tokenizer
 
 STORY = (
     "The old house stood at the end of the lane, and nobody in the village could say who had built it. In "
@@ -28,8 +28,8 @@ STORY = (
 @pytest.fixture(scope="module")
 def tokens(tiny_qwen2: Path) -> Tensor:
     tokenizer = load_tokenizer(tiny_qwen2)
-    start = start_token(tokenizer, open_checkpoint(tiny_qwen2).spec.config)
-    return text_windows(STORY, tokenizer, start, count=5, length=64)
+    start = find_start_token(tokenizer, open_checkpoint(tiny_qwen2).spec.config)
+    return cut_windows(STORY, tokenizer, start, count=5, length=64)
 
 
 @torch.no_grad()
@@ -125,11 +125,11 @@ def test_windows_spread_over_the_text(tiny_qwen2: Path) -> None:
             return {"input_ids": [int(word) for word in text.split()]}
 
     text = " ".join(map(str, range(1000)))
-    windows = text_windows(text, Words(), 7777, count=4, length=101)
+    windows = cut_windows(text, Words(), 7777, count=4, length=101)
     assert windows[:, 0].tolist() == [7777] * 4
     assert windows[:, 1].tolist() == [0, 200, 400, 600]
     assert all(window[1:].diff().eq(1).all() for window in windows)
-    assert text_windows(text, Words(), 7777, count=50, length=101).shape == (10, 101)
-    assert text_windows(text, Words(), 7777, count=1, length=1001).tolist() == [[7777, *range(1000)]]
+    assert cut_windows(text, Words(), 7777, count=50, length=101).shape == (10, 101)
+    assert cut_windows(text, Words(), 7777, count=1, length=1001).tolist() == [[7777, *range(1000)]]
     with pytest.raises(UsageError, match="1000 tokens, one window needs 1001"):
-        text_windows(text, Words(), 7777, count=1, length=1002)
+        cut_windows(text, Words(), 7777, count=1, length=1002)

@@ -21,9 +21,10 @@ from anequant.cli import main
 from anequant.evaluation.divergence import measure_embedding_error, measure_layer_errors
 from anequant.evaluation.evaluate import evaluate_checkpoint
 from anequant.recipe_files import load_recipe
-from anequant.reference.rotated_model import TurnedModel
-from anequant.reference.windows import load_tokenizer, read_text, text_windows
-from anequant.rotation.in_memory import turn_model
+from anequant.reference.rotated_model import RotatedModel
+from anequant.reference.sources import read_text
+from anequant.reference.windows import cut_windows, load_tokenizer
+from anequant.rotation.model_in_memory import rotate_in_memory
 from anequant.rotation.rotation_plan import plan_rotations
 
 WINDOWS, LENGTH = 3, 48
@@ -57,7 +58,7 @@ def test_errors_are_those_of_rotated_hidden_states(
     result = evaluate_checkpoint(
         str(made.folder), SAMPLE_TEXT, str(tiny_qwen2), windows=WINDOWS, length=LENGTH
     )
-    tokens = text_windows(
+    tokens = cut_windows(
         read_text(SAMPLE_TEXT), load_tokenizer(tiny_qwen2), 8189, count=WINDOWS, length=LENGTH
     )
     spec = open_checkpoint(tiny_qwen2).spec
@@ -121,7 +122,7 @@ def test_a_rotation_that_nothing_tells_is_noticed(
 ) -> None:
     """Turned float weights without a recipe, and a base that the checkpoint was not made from."""
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.float32)
-    turn_model(model, load_recipe("w4-nearest"))
+    rotate_in_memory(model, load_recipe("w4-nearest"))
     model.save_pretrained(tmp_path / "turned")
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
         shutil.copyfile(tiny_qwen2 / name, tmp_path / "turned" / name)
@@ -138,7 +139,7 @@ def test_turning_alone_moves_nothing(tiny_qwen2: Path, r1: str, fold_scales: boo
     """The float model after folding and rotation, read as a model of its own."""
     checkpoint = open_checkpoint(tiny_qwen2)
     plan = plan_rotations(checkpoint.spec, load_recipe("w4-nearest", {"r1": r1}))
-    turned = TurnedWeights(TurnedModel(checkpoint, plan, fold_scales))
+    turned = TurnedWeights(RotatedModel(checkpoint, plan, fold_scales))
     tokens = torch.randint(checkpoint.spec.vocab_size, (2, 32), generator=torch.Generator().manual_seed(1))
     rotate = plan.r1.apply if plan.r1 is not None else lambda hidden: hidden
     errors = measure_layer_errors(turned, checkpoint, tokens, rotate)
@@ -149,11 +150,11 @@ def test_turning_alone_moves_nothing(tiny_qwen2: Path, r1: str, fold_scales: boo
 
 
 class TurnedWeights:
-    """A TurnedModel's Weights up to the head."""
+    """A RotatedModel's Weights up to the head."""
 
     head_name = ""
 
-    def __init__(self, model: TurnedModel) -> None:
+    def __init__(self, model: RotatedModel) -> None:
         self.spec, self.online = model.spec, model.online
         self.layer = model.float_layer
         self._model = model

@@ -31,7 +31,7 @@ from anequant.pipeline.lower import lower
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
-from anequant.reference.probe import probe_tokens
+from anequant.reference.windows import choose_probe_tokens
 from anequant.request import LowerRequest, Request
 from anequant.targets.coreml import graph as graph_module
 from anequant.targets.coreml.graph import package_graphs
@@ -431,7 +431,7 @@ def test_logits_are_those_of_transformers(made: Made, tmp_path: Path) -> None:
             file.unlink()
     result = diff(a, b, compare_logits=True).logits
     assert result is not None
-    tokens = probe_tokens(open_checkpoint(a), LENGTH)
+    tokens = choose_probe_tokens(open_checkpoint(a), LENGTH)
     with torch.no_grad():
         base, ours = (
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens[None]).logits[0].double()

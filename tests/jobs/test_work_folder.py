@@ -16,6 +16,7 @@ import pytest
 from anequant.errors import ResourceError, UsageError
 from anequant.jobs.output_folder import require_space
 from anequant.jobs.work_folder import WorkFolder, is_full, staged_folder, work_folder
+from anequant.quantization.weight_format import WeightFormat
 
 HOLD = """
 import sys
@@ -248,7 +249,7 @@ def test_libraries_say_that_a_disk_is_full_in_their_own_words(small_disk: Path) 
     for path in small_disk.iterdir():
         path.unlink()
     weight = torch.randn(512, 256)
-    table = quantize_linear(weight, None, bits=8, codebook="uniform", scales="output", name="a")
+    table = quantize_linear(weight, None, WeightFormat(8, "uniform", "output"), "a")
     program = embeddings_program(table, 8)
     with pytest.raises(OSError) as full:
         save_package(program, small_disk / "a.mlpackage", {})

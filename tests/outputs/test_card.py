@@ -15,7 +15,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from anequant.checkpoints.license import model_license
+from anequant.checkpoints.license import read_license
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
 from anequant.cli import main
 from anequant.cli.options import read_calibration, read_lowering, read_recipe
@@ -209,7 +209,7 @@ def test_the_licence_is_the_sources(
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    found = model_license(tmp_path)
+    found = read_license(tmp_path)
     assert found.metadata == metadata
     assert said in found.said
 

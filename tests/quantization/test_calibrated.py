@@ -16,17 +16,19 @@ from anequant.quantization.calibrated import (
     DAMPINGS,
     TARGET_DAMPING,
     Rounding,
-    corrected_target,
+    correct_target,
     quantize_calibrated,
 )
-from anequant.quantization.codebook import nearest_codes
-from anequant.quantization.gptq import Grid, Rounded, damped, factorize
+from anequant.quantization.codebook import find_nearest_codes
+from anequant.quantization.gptq import Grid, Rounded, damp, factorize
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import fit_core, quantize_linear
-from anequant.quantization.statistics import InputStatistics, Moments, output_loss
+from anequant.quantization.statistics import InputStatistics, Moments, measure_output_loss
+from anequant.quantization.weight_format import WeightFormat
 
-PLAIN = Rounding(4, "lut", "balanced", correction=0.0, descent=0, refinement=0)
-FULL = Rounding(4, "lut", "balanced", correction=0.5, descent=2, refinement=4)
+BALANCED = WeightFormat(4, "lut", "balanced")
+PLAIN = Rounding(BALANCED, correction=0.0, descent=0, refinement=0)
+FULL = Rounding(BALANCED, correction=0.5, descent=2, refinement=4)
 ROWS, COLUMNS = 48, 64
 
 
@@ -65,7 +67,7 @@ def fresh_error(quantized: QuantizedLinear, drift: float = 0.0) -> float:
 
 
 def test_each_ingredient_pays_on_fresh_tokens() -> None:
-    nearest = quantize_linear(weight(), None, bits=4, codebook="lut", scales="balanced", name="p")
+    nearest = quantize_linear(weight(), None, BALANCED, "p")
     errors = [
         fresh_error(nearest, 0.1),
         fresh_error(run(statistics(3000, 0.1), PLAIN), 0.1),
@@ -79,7 +81,8 @@ def test_each_ingredient_pays_on_fresh_tokens() -> None:
 @pytest.mark.parametrize("scales", ["tensor", "output", "balanced"])
 def test_more_bits_are_closer(codebook: str, scales: str) -> None:
     seen = statistics(1000)
-    errors = [fresh_error(run(seen, Rounding(bits, codebook, scales, 0.5, 1, 2))) for bits in (2, 3, 4, 6, 8)]
+    formats = [WeightFormat(bits, codebook, scales) for bits in (2, 3, 4, 6, 8)]
+    errors = [fresh_error(run(seen, Rounding(format_, 0.5, 1, 2))) for format_ in formats]
     assert all(2 * after < before for before, after in itertools.pairwise(errors))
 
 
@@ -94,12 +97,12 @@ def test_the_damping_is_the_best_on_held_out_tokens(
     rows = slice(0, None, max(1, ROWS // trial_rows))
     seen = statistics(count)
     x, x_float = (value.double() for value in tokens(seen.held_out.tokens, 2))
-    fitted = fit_core(weight(), 4, "lut", "balanced", "p")
+    fitted = fit_core(weight(), BALANCED, "p")
 
     def codes(damping: float | None, of: Moments, passes: int) -> Tensor:
         if damping is None:
-            return nearest_codes(fitted.core(weight()), fitted.codebook)
-        hessian = damped(of.hessian, factorize(of.hessian, damping).ridge)
+            return find_nearest_codes(fitted.core(weight()), fitted.codebook)
+        hessian = damp(of.hessian, factorize(of.hessian, damping).ridge)
         result = gptq_codes(weight(), fitted.codebook, hessian, fitted.step)
         for _ in range(passes):
             result = descended(weight(), fitted.codebook, hessian, result, fitted.step)
@@ -116,7 +119,7 @@ def test_the_damping_is_the_best_on_held_out_tokens(
 
 def test_few_tokens_do_no_harm_on_fresh_ones() -> None:
     """Fewer tokens than inputs, and everything fitted to them."""
-    nearest = quantize_linear(weight(), None, bits=4, codebook="lut", scales="balanced", name="p")
+    nearest = quantize_linear(weight(), None, BALANCED, "p")
     assert fresh_error(run(statistics(24), PLAIN)) < fresh_error(nearest)
 
 
@@ -126,7 +129,7 @@ def test_nearest_is_chosen_where_feedback_would_hurt() -> None:
     alone = torch.eye(COLUMNS)
     seen = InputStatistics(moments(x, x), Moments(alone, 10_000, alone))
     result, damping = quantize_calibrated(weight(), None, seen, PLAIN, "p")
-    nearest = quantize_linear(weight(), None, bits=4, codebook="lut", scales="balanced", name="p")
+    nearest = quantize_linear(weight(), None, BALANCED, "p")
     assert damping is None
     assert torch.equal(result.codes, nearest.codes)
 
@@ -136,7 +139,7 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
     """Forty rounds are more than it takes until one no longer helps."""
     losses: list[float] = []
     candidates: list[Tensor] = []
-    start, passes = calibrated.rounded, calibrated._descend
+    start, passes = calibrated.evaluate_codes, calibrated._descend
 
     def note(grid: Grid, hessian: Tensor, current: Rounded) -> None:
         candidates.append((grid.codebook[current.codes.int()] * grid.step).T)
@@ -144,7 +147,7 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
         losses.append(current.loss)
         assert losses[-1] == pytest.approx(float((error @ hessian.double() * error).sum()), rel=1e-4)
 
-    def rounded(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
+    def evaluate_codes(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
         current = start(grid, hessian, codes)
         if not losses:
             note(grid, hessian, current)
@@ -155,7 +158,7 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
         passes(grid, hessian, current, count)
         note(grid, hessian, current)
 
-    monkeypatch.setattr(calibrated, "rounded", rounded)
+    monkeypatch.setattr(calibrated, "evaluate_codes", evaluate_codes)
     monkeypatch.setattr(calibrated, "_descend", descend)
     result = run(statistics(3000), replace(FULL, refinement=rounds))
     if rounds == 40:
@@ -165,14 +168,14 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
     accepted = losses if losses[-1] < losses[-2] else losses[:-1]
     assert accepted == sorted(accepted, reverse=True) and accepted[-1] < accepted[0]
     torch.testing.assert_close(result.dequantize(), candidates[len(accepted) - 1], rtol=1e-6, atol=0)
-    without = run(statistics(3000), Rounding(4, "lut", "balanced", 0.5, 2, 0))
+    without = run(statistics(3000), Rounding(BALANCED, 0.5, 2, 0))
     assert fresh_error(result) < fresh_error(without)
 
 
 def test_the_correction_solves_its_normal_equations() -> None:
     x, x_float = (value.double() for value in tokens(2000, 1, 0.3))
     seen = moments(x, x_float)
-    target = corrected_target(weight(), Moments(seen.hessian.float(), 2000, seen.cross.float()), 1.0)
+    target = correct_target(weight(), Moments(seen.hessian.float(), 2000, seen.cross.float()), 1.0)
     ridge = TARGET_DAMPING * float(seen.hessian.diagonal().mean())
     wanted = x_float @ weight().double().T
     assert target.pull is not None
@@ -182,9 +185,9 @@ def test_the_correction_solves_its_normal_equations() -> None:
     loss = (x @ free.T - wanted).square().sum() / len(x) + ridge * (free - weight().double()).square().sum()
     (gradient,) = torch.autograd.grad(loss, free)
     assert float(gradient.abs().max()) < 1e-4
-    half = corrected_target(weight(), Moments(seen.hessian.float(), 2000, seen.cross.float()), 0.5)
+    half = correct_target(weight(), Moments(seen.hessian.float(), 2000, seen.cross.float()), 0.5)
     torch.testing.assert_close(half.values, (weight() + target.values) / 2, rtol=1e-4, atol=1e-5)
-    none = corrected_target(weight(), Moments(seen.hessian.float(), 1, seen.cross.float()), 0)
+    none = correct_target(weight(), Moments(seen.hessian.float(), 1, seen.cross.float()), 0)
     assert torch.equal(none.values, weight())
 
 
@@ -203,7 +206,7 @@ def test_output_loss_is_the_squared_error_up_to_a_constant() -> None:
     candidates = [weight() + 0.1 * torch.randn(ROWS, COLUMNS, generator=generator) for _ in range(3)]
     literal = [float((x_float @ weight().T - x @ q.T).square().sum(1).mean()) for q in candidates]
     seen = moments(x, x_float)
-    ours = [output_loss(q, seen.wanted(weight()), seen.hessian) for q in candidates]
+    ours = [measure_output_loss(q, seen.project(weight()), seen.hessian) for q in candidates]
     constant = float((x_float @ weight().T).square().sum(1).mean())
     assert ours == pytest.approx([value - constant for value in literal], rel=1e-4)
 

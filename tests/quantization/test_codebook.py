@@ -10,8 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anequant.quantization.codebook import best_uniform_step, lloyd_max, nearest_codes, uniform_codebook
-from anequant.quantization.codebook_kernels import counted
+from anequant.quantization.codebook import (
+    find_nearest_codes,
+    find_uniform_step,
+    lloyd_max,
+    make_uniform_codebook,
+)
+from anequant.quantization.codebook_kernels import count_values
 
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -148,9 +153,9 @@ def test_entries_are_the_means_of_their_cells(draw: Draw, bits: int, n: int, see
 @pytest.mark.parametrize("n", [1500, 20_000])
 def test_never_worse_than_uniform(draw: Draw, bits: int, n: int) -> None:
     values = sample(draw, n)
-    grid = uniform_codebook(bits)
+    grid = make_uniform_codebook(bits)
     largest = float(values.abs().max())
-    steps = [best_uniform_step(values, bits), largest / (2 ** (bits - 1) - 1)]
+    steps = [find_uniform_step(values, bits), largest / (2 ** (bits - 1) - 1)]
     least = min(squared_error(values, grid * step) for step in steps)
     assert squared_error(values, lloyd_max(values, bits)) <= least
 
@@ -206,17 +211,17 @@ def test_values_that_fit_the_codebook_are_kept() -> None:
 
 @pytest.mark.parametrize(("bits", "low", "high"), [(4, -8, 7), (6, -32, 31), (8, -128, 127)])
 def test_uniform_is_the_signed_integers(bits: int, low: int, high: int) -> None:
-    assert uniform_codebook(bits).tolist() == [float(k) for k in range(low, high + 1)]
+    assert make_uniform_codebook(bits).tolist() == [float(k) for k in range(low, high + 1)]
 
 
 @each_draw
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_the_best_step_is_the_best_of_a_dense_search(draw: Draw, bits: int) -> None:
     values = sample(draw, 20_000)
-    grid = uniform_codebook(bits)
+    grid = make_uniform_codebook(bits)
     steps = float(values.abs().max()) / 2 ** (bits - 1) * torch.linspace(0.05, 1.1, 100)
     least = min(squared_error(values, grid * float(step)) for step in steps)
-    assert squared_error(values, grid * best_uniform_step(values, bits)) <= 1.05 * least
+    assert squared_error(values, grid * find_uniform_step(values, bits)) <= 1.05 * least
 
 
 # --- nearest codes ------------------------------------------------------------------------------------
@@ -227,7 +232,7 @@ def test_the_best_step_is_the_best_of_a_dense_search(draw: Draw, bits: int) -> N
 def test_nearest_is_the_least_distance(draw: Draw, bits: int, seed: int) -> None:
     values = sample(draw, 35 * 31, seed).view(35, 31)
     codebook = lloyd_max(values, bits)
-    codes = nearest_codes(values * 1.2, codebook)
+    codes = find_nearest_codes(values * 1.2, codebook)
     assert codes.dtype == torch.uint8 and codes.shape == values.shape
     distances = (values.double()[..., None] * 1.2 - codebook.double()).abs()
     chosen = distances.gather(-1, codes[..., None].long())[..., 0]
@@ -237,8 +242,8 @@ def test_nearest_is_the_least_distance(draw: Draw, bits: int, seed: int) -> None
 
 
 def test_values_beyond_the_ends_get_the_end() -> None:
-    codebook = uniform_codebook(4)
-    assert nearest_codes(torch.tensor([-1e30, -8.4, 7.4, 1e30]), codebook).tolist() == [0, 0, 15, 15]
+    codebook = make_uniform_codebook(4)
+    assert find_nearest_codes(torch.tensor([-1e30, -8.4, 7.4, 1e30]), codebook).tolist() == [0, 0, 15, 15]
 
 
 @pytest.mark.parametrize("bins", [7, 16384])
@@ -246,16 +251,16 @@ def test_counts_are_those_of_torch(bins: int) -> None:
     values = torch.cat([sample(gaussian, 1000), torch.linspace(-5, 5, 129)])
     low, high = float(values.min()), float(values.max())
     expected = torch.histc(values, bins=bins, min=low, max=high).double()
-    assert torch.equal(counted(values, bins, low, high), expected) and expected.sum() == 1129
+    assert torch.equal(count_values(values, bins, low, high), expected) and expected.sum() == 1129
 
 
 def test_the_number_of_threads_does_not_matter() -> None:
-    values, codebook = sample(gaussian, 1000).view(10, 100), uniform_codebook(4) / 3
-    whole, entries = nearest_codes(values, codebook), lloyd_max(values, 4)
+    values, codebook = sample(gaussian, 1000).view(10, 100), make_uniform_codebook(4) / 3
+    whole, entries = find_nearest_codes(values, codebook), lloyd_max(values, 4)
     torch.set_num_threads(3)
     try:
-        assert torch.equal(nearest_codes(values, codebook), whole)
-        assert torch.equal(nearest_codes(values.T, codebook), whole.T)
+        assert torch.equal(find_nearest_codes(values, codebook), whole)
+        assert torch.equal(find_nearest_codes(values.T, codebook), whole.T)
         assert torch.equal(lloyd_max(values, 4), entries)
     finally:
         torch.set_num_threads(1)

@@ -13,8 +13,8 @@ from rounding import descended, gptq_codes
 from torch import Tensor
 
 from anequant.quantization import gptq
-from anequant.quantization.codebook import nearest_codes
-from anequant.quantization.gptq import DAMPING_GROWTH, damped, factorize
+from anequant.quantization.codebook import find_nearest_codes
+from anequant.quantization.gptq import DAMPING_GROWTH, damp, factorize
 
 BLOCK = 16
 
@@ -36,7 +36,7 @@ def problem(rows: int, columns: int, entries: int, seed: int = 0) -> tuple[Tenso
     inputs = torch.randn(4 * columns, columns, generator=generator) @ mix
     inputs *= torch.rand(columns, generator=generator) * 3 + 0.1
     hessian = inputs.T @ inputs / len(inputs)
-    return core, codebook, damped(hessian, factorize(hessian, 0.01).ridge)
+    return core, codebook, damp(hessian, factorize(hessian, 0.01).ridge)
 
 
 def objective(core: Tensor, codebook: Tensor, hessian: Tensor, codes: Tensor) -> float:
@@ -91,10 +91,10 @@ def test_every_step_is_the_best_given_those_before(columns: int, seed: int) -> N
 def test_independent_inputs_are_rounded_to_nearest() -> None:
     core, codebook, _ = problem(9, 150, 16)
     hessian = torch.diag(torch.rand(150, generator=torch.Generator().manual_seed(1)) + 0.1)
-    assert torch.equal(gptq_codes(core, codebook, hessian), nearest_codes(core, codebook))
+    assert torch.equal(gptq_codes(core, codebook, hessian), find_nearest_codes(core, codebook))
     assert torch.equal(
         descended(core, codebook, hessian, torch.zeros(9, 150, dtype=torch.uint8)),
-        nearest_codes(core, codebook),
+        find_nearest_codes(core, codebook),
     )
 
 
@@ -108,7 +108,7 @@ def test_the_order_of_inputs_does_not_matter() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_error_feedback_beats_nearest_rounding(seed: int) -> None:
     core, codebook, hessian = problem(16, 96, 16, seed)
-    nearest = objective(core, codebook, hessian, nearest_codes(core, codebook))
+    nearest = objective(core, codebook, hessian, find_nearest_codes(core, codebook))
     fed = gptq_codes(core, codebook, hessian)
     assert objective(core, codebook, hessian, fed) < 0.9 * nearest
     assert objective(core, codebook, hessian, descended(core, codebook, hessian, fed)) < objective(
@@ -166,7 +166,7 @@ def test_damping_is_a_share_of_the_mean() -> None:
     _, _, hessian = problem(1, 40, 4)
     factor = factorize(hessian, 0.1)
     assert factor.damping == 0.1
-    result = damped(hessian, factor.ridge)
+    result = damp(hessian, factor.ridge)
     expected = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(40)
     torch.testing.assert_close(result, expected)
 
@@ -176,7 +176,7 @@ def test_damping_grows_only_until_the_hessian_is_definite(rank: int) -> None:
     inputs = torch.randn(rank, 30, generator=torch.Generator().manual_seed(rank)) * 10
     singular = inputs.T @ inputs
     factor = factorize(singular, 1e-13)
-    result, used = damped(singular, factor.ridge), factor.damping
+    result, used = damp(singular, factor.ridge), factor.damping
     assert bool(torch.linalg.eigvalsh(result.double()).min() > 0)
     assert used > 1e-13
     less = singular + used / DAMPING_GROWTH * singular.diagonal().mean() * torch.eye(30)
@@ -188,10 +188,10 @@ def test_damping_grows_only_until_the_hessian_is_definite(rank: int) -> None:
 def test_a_hessian_of_zeros_becomes_a_multiple_of_the_identity() -> None:
     core, codebook, _ = problem(3, 30, 4)
     factor = factorize(torch.zeros(30, 30), 0.05)
-    result = damped(torch.zeros(30, 30), factor.ridge)
+    result = damp(torch.zeros(30, 30), factor.ridge)
     assert factor.damping == 0.05
     assert torch.equal(result, 0.05 * torch.eye(30))
-    assert torch.equal(gptq_codes(core, codebook, result), nearest_codes(core, codebook))
+    assert torch.equal(gptq_codes(core, codebook, result), find_nearest_codes(core, codebook))
 
 
 def test_dead_inputs_are_rounded_to_nearest() -> None:
@@ -199,7 +199,7 @@ def test_dead_inputs_are_rounded_to_nearest() -> None:
     dead = [0, 13, BLOCK, 89]
     hessian[dead, :] = 0
     hessian[:, dead] = 0
-    used = damped(hessian, factorize(hessian, 0.05).ridge)
+    used = damp(hessian, factorize(hessian, 0.05).ridge)
     codes = gptq_codes(core, codebook, used)
-    assert torch.equal(codes[:, dead], nearest_codes(core[:, dead].contiguous(), codebook))
+    assert torch.equal(codes[:, dead], find_nearest_codes(core[:, dead].contiguous(), codebook))
     assert torch.equal(descended(core, codebook, used, codes)[:, dead], codes[:, dead])

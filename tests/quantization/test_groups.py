@@ -20,6 +20,7 @@ from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.scales import group_scale, spread
 from anequant.quantization.statistics import InputStatistics, Moments
+from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe_files import load_recipe
 
 NAME = "layer.some_proj"
@@ -33,7 +34,7 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def in_groups(weight: Tensor, group: int, codebook: str = "uniform", bits: int = 4) -> QuantizedLinear:
-    return quantize_linear(weight, None, bits=bits, codebook=codebook, scales="group", group=group, name=NAME)
+    return quantize_linear(weight, None, WeightFormat(bits, codebook, "group", group), NAME)
 
 
 def inputs_statistics(inputs: Tensor) -> InputStatistics:
@@ -65,7 +66,7 @@ def test_smaller_groups_are_closer(codebook: str) -> None:
     errors = [
         float((in_groups(weight, group, codebook).dequantize() - weight).norm()) for group in (32, 64, 128)
     ]
-    whole = quantize_linear(weight, None, bits=4, codebook=codebook, scales="output", name=NAME)
+    whole = quantize_linear(weight, None, WeightFormat(4, codebook, "output"), NAME)
     assert errors == sorted(errors) and errors[-1] < float((whole.dequantize() - weight).norm())
 
 
@@ -101,7 +102,7 @@ def test_gptq_keeps_the_groups_and_lowers_the_output_error(codebook: str) -> Non
     mixing = torch.randn(128, 128, generator=generator) * torch.logspace(0, -2, 128)[:, None]
     inputs = torch.randn(2048, 128, generator=generator) @ mixing
     weight = random_weight(48, 128)
-    rounding = Rounding(4, codebook, "group", 0.0, 1, 1, 32)
+    rounding = Rounding(WeightFormat(4, codebook, "group", 32), 0.0, 1, 1)
     result, damping = quantize_calibrated(weight, None, inputs_statistics(inputs), rounding, NAME)
     nearest = in_groups(weight, 32, codebook)
 

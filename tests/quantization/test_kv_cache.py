@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anequant.quantization.kv_cache import dequantize_states, quantize_states, rounded_states
+from anequant.quantization.kv_cache import dequantize_states, quantize_states, round_states
 
 seeds = st.integers(0, 1000)
 widths = st.sampled_from([4, 8])
@@ -36,8 +36,8 @@ def test_every_state_is_its_nearest_code(seed: int, bits: int, scale: float) -> 
 
 @given(seeds, widths)
 def test_rounding_what_was_rounded_changes_nothing(seed: int, bits: int) -> None:
-    once = rounded_states(states(seed), bits)
-    torch.testing.assert_close(rounded_states(once, bits), once, rtol=1e-6, atol=1e-6)
+    once = round_states(states(seed), bits)
+    torch.testing.assert_close(round_states(once, bits), once, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("bits", "codes"), [(8, 16), (4, 8)])
@@ -59,16 +59,16 @@ def test_tokens_and_heads_do_not_see_each_other() -> None:
     changed[1, 2, 4] *= 100
     same = torch.ones(2, 3, 5, dtype=torch.bool)
     same[1, 2, 4] = False
-    assert torch.equal(rounded_states(x, 4)[same], rounded_states(changed, 4)[same])
+    assert torch.equal(round_states(x, 4)[same], round_states(changed, 4)[same])
 
 
 def test_a_constant_state_stays_what_it_is() -> None:
     x = torch.full((1, 1, 2, 8), 0.75)
-    assert torch.equal(rounded_states(x, 4), x)
-    assert torch.equal(rounded_states(torch.zeros(1, 1, 2, 8), 8), torch.zeros(1, 1, 2, 8))
+    assert torch.equal(round_states(x, 4), x)
+    assert torch.equal(round_states(torch.zeros(1, 1, 2, 8), 8), torch.zeros(1, 1, 2, 8))
 
 
 def test_gradients_pass_straight_through() -> None:
     x = states(4).requires_grad_()
-    (rounded_states(x, 4) * 2).sum().backward()
+    (round_states(x, 4) * 2).sum().backward()
     assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 2))

@@ -14,7 +14,7 @@ from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import BUNDLED_MODEL
 from anequant.errors import UsageError
 from anequant.quantization.activations import ActivationFormat
-from anequant.quantization.codebook import codebook_step, integer_codebook, lloyd_max
+from anequant.quantization.codebook import codebook_step, lloyd_max, round_to_integers
 from anequant.quantization.online import NOTHING, Online, plan_online
 from anequant.recipe_files import load_recipe
 
@@ -106,7 +106,7 @@ def test_an_integer_codebook_is_an_ascending_int8_one(entries: list[float]) -> N
     codebook = torch.tensor(sorted(entries))
     if len(codebook.unique()) < 2 or float(codebook.abs().max()) < 2.0**-10:
         return
-    result, step = integer_codebook(codebook), codebook_step(codebook)
+    result, step = round_to_integers(codebook), codebook_step(codebook)
     integers = result.double() / step
     assert torch.equal(integers, integers.round()) and float(integers.abs().max()) <= 128
     assert bool((result.diff() > 0).all())
@@ -121,4 +121,4 @@ def test_integers_cost_a_gaussian_codebook_little() -> None:
     def error(entries: torch.Tensor) -> float:
         return float((values[:, None] - entries).abs().amin(1).square().mean())
 
-    assert error(codebook) < error(integer_codebook(codebook)) < 1.005 * error(codebook)
+    assert error(codebook) < error(round_to_integers(codebook)) < 1.005 * error(codebook)

@@ -17,7 +17,7 @@ from anequant.quantization.products import (
     SQUARE_BLOCK,
     add_product,
     add_square,
-    bfloat16_products,
+    allow_bfloat16,
     mirror,
     product,
 )
@@ -71,7 +71,7 @@ def test_bfloat16_is_for_torchs_products_inside(rounds: bool) -> None:
 
     exact, exact_square = all_products(torch.float32)
     coarse, coarse_square = all_products(torch.bfloat16 if rounds else torch.float32)
-    with bfloat16_products():
+    with allow_bfloat16():
         inside, beside = linear(rows, weight), product(rows, weight.T)
         add_product(total, rows, weight.T)
         add_square(square, rows)
@@ -89,7 +89,7 @@ def test_either_reason_leaves_the_blas(monkeypatch: pytest.MonkeyPatch, rounds: 
     monkeypatch.setattr(products, "has_bfloat16", lambda: rounds)
     monkeypatch.setattr(products, "has_slow_blas", lambda: slow)
     assert torch.get_float32_matmul_precision() == "highest"
-    with bfloat16_products():
+    with allow_bfloat16():
         assert torch.get_float32_matmul_precision() == ("medium" if rounds or slow else "highest")
     assert torch.get_float32_matmul_precision() == "highest"
 
@@ -132,6 +132,6 @@ assert torch.get_float32_matmul_precision() == "medium"
 
 def test_an_error_ends_bfloat16() -> None:
     rows, weight = some(300, 256), some(200, 256)
-    with pytest.raises(ZeroDivisionError), bfloat16_products():
+    with pytest.raises(ZeroDivisionError), allow_bfloat16():
         raise ZeroDivisionError
     assert off(linear(rows, weight), rows.double() @ weight.double().T) < 1e-6

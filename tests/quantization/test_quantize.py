@@ -14,6 +14,7 @@ from torch import Tensor
 from anequant.errors import UnsupportedError
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
+from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe_files import load_recipe
 
 few = settings(max_examples=25, deadline=None)
@@ -31,7 +32,7 @@ def quantized(
     bits: int = 4,
     bias: Tensor | None = None,
 ) -> QuantizedLinear:
-    return quantize_linear(weight, bias, bits=bits, codebook=codebook, scales=scales, name="layer.some_proj")
+    return quantize_linear(weight, bias, WeightFormat(bits, codebook, scales), "layer.some_proj")
 
 
 def by_recipe(weight: Tensor, name: str) -> QuantizedLinear:

@@ -19,6 +19,7 @@ from anequant.quantization.refine import (
     refit_input_scale,
     refit_output_scale,
 )
+from anequant.quantization.weight_format import WeightFormat
 
 
 def problem(seed: int, rows: int = 24, columns: int = 20, entries: int = 8) -> dict[str, Tensor]:
@@ -68,7 +69,7 @@ def codebook_step(p: dict[str, Tensor]) -> Tensor:
 def all_steps(p: dict[str, Tensor], fitted: FittedCore, codebook: str, scales: str) -> FittedCore:
     error = p["weight"] - fitted.linear(p["codes"], None).dequantize()
     pulls = p["weight"] @ p["hessian"], error @ p["hessian"]
-    return refit(*pulls, p["codes"], fitted, p["hessian"], codebook=codebook, scales=scales)
+    return refit(*pulls, p["codes"], fitted, p["hessian"], WeightFormat(4, codebook, scales))
 
 
 STEPS = {"output_scale": output_step, "input_scale": input_step, "codebook": codebook_step}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anequant.quantization.scales import balanced_scales, float16_scales, output_scale, tensor_scale
+from anequant.quantization.scales import balance_scales, output_scale, round_scales, tensor_scale
 
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -44,7 +44,7 @@ def converged(weight: Tensor) -> tuple[Tensor, Tensor]:
 @given(sizes, sizes, seeds)
 def test_balanced_rows_and_columns_have_unit_size(rows: int, columns: int, seed: int) -> None:
     weight = scaled_gaussian(rows, columns, seed)
-    core = core_of(weight, balanced_scales(weight))
+    core = core_of(weight, balance_scales(weight))
     assert float((core.square().mean(1).sqrt() - 1).abs().max()) < 1e-5
     assert float((core.square().mean(0).sqrt() - 1).abs().max()) < 1e-3
 
@@ -53,14 +53,14 @@ def test_balanced_rows_and_columns_have_unit_size(rows: int, columns: int, seed:
 @given(sizes, sizes, seeds)
 def test_balanced_scales_are_the_fixed_point(rows: int, columns: int, seed: int) -> None:
     weight = scaled_gaussian(rows, columns, seed)
-    for actual, expected in zip(balanced_scales(weight), converged(weight), strict=True):
+    for actual, expected in zip(balance_scales(weight), converged(weight), strict=True):
         assert float((actual.double() / expected - 1).abs().max()) < 1e-3
 
 
 @few
 @given(sizes, sizes, seeds)
 def test_input_scales_have_a_geometric_mean_of_one(rows: int, columns: int, seed: int) -> None:
-    _, input_ = balanced_scales(scaled_gaussian(rows, columns, seed))
+    _, input_ = balance_scales(scaled_gaussian(rows, columns, seed))
     assert float(input_.log().mean().abs()) < 1e-4
 
 
@@ -72,7 +72,7 @@ def test_known_sizes_are_found(seed: int) -> None:
     signs = torch.randn(40, 24, generator=generator).sign()
     rows, columns = (torch.rand(n, generator=generator) + 0.1 for n in (40, 24))
     columns /= columns.log().mean().exp()
-    output, input_ = balanced_scales(signs * rows[:, None] * columns)
+    output, input_ = balance_scales(signs * rows[:, None] * columns)
     torch.testing.assert_close(output, rows, rtol=1e-5, atol=0)
     torch.testing.assert_close(input_, columns, rtol=1e-5, atol=0)
 
@@ -81,8 +81,8 @@ def test_known_sizes_are_found(seed: int) -> None:
 @given(seeds, st.sampled_from([2.0**-6, 2.0**6, 1e-3]))
 def test_the_input_scale_does_not_depend_on_the_weights_size(seed: int, factor: float) -> None:
     weight = scaled_gaussian(48, 64, seed)
-    output, input_ = balanced_scales(weight)
-    output_of_scaled, input_of_scaled = balanced_scales(weight * factor)
+    output, input_ = balance_scales(weight)
+    output_of_scaled, input_of_scaled = balance_scales(weight * factor)
     torch.testing.assert_close(input_of_scaled, input_, rtol=1e-4, atol=0)
     torch.testing.assert_close(output_of_scaled, output * factor, rtol=1e-4, atol=0)
 
@@ -95,9 +95,9 @@ def test_dead_rows_and_columns_get_a_small_positive_scale(axis: str, dead: int) 
         weight[:dead] = 0
     else:
         weight[:, :dead] = 0
-    for scale in balanced_scales(weight):
+    for scale in balance_scales(weight):
         assert bool(torch.isfinite(scale).all()) and float(scale.min()) > 0
-    for scale in float16_scales(*balanced_scales(weight)):
+    for scale in round_scales(*balance_scales(weight)):
         assert bool(torch.isfinite(scale).all()) and float(scale.min()) > 0
 
 
@@ -117,7 +117,7 @@ def test_float16_scales_keep_the_value_and_the_products_normal(
     generator = torch.Generator().manual_seed(seed)
     output = 10.0**output_exponent * torch.rand(17, generator=generator)
     input_ = 2.0**input_exponent * (torch.rand(13, generator=generator) + 0.25)
-    rounded_output, rounded_input = float16_scales(output, input_)
+    rounded_output, rounded_input = round_scales(output, input_)
     for rounded in (rounded_output, rounded_input):
         assert rounded.dtype == torch.float32
         assert torch.equal(rounded, rounded.half().float())

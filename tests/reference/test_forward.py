@@ -17,9 +17,9 @@ from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import UnsupportedError
 from anequant.reference.forward import (
     ReferenceModel,
-    final_hidden_states,
-    head_logits,
+    compute_logits,
     logits,
+    run_to_final_states,
 )
 from anequant.targets.shared.rope_tables import lowered_rope_tables
 
@@ -110,9 +110,9 @@ def test_equals_the_whole_model(
     tokens = some_tokens(5, 40)
     expected = stock(folder, tokens)
     assert_same(torch.stack(list(logits(checkpoint, tokens))), expected.logits)
-    hidden = final_hidden_states(checkpoint, tokens)
+    hidden = run_to_final_states(checkpoint, tokens)
     assert_same(hidden, expected.hidden_states[-1])
-    assert_same(head_logits(checkpoint.read(checkpoint.head_name), hidden), expected.logits)
+    assert_same(compute_logits(checkpoint.read(checkpoint.head_name), hidden), expected.logits)
 
 
 def test_in_float64_equals_the_whole_model_in_float64(

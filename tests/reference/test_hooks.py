@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from anequant.checkpoints.reader import open_checkpoint
-from anequant.quantization.activations import ActivationFormat, rounded_activations
-from anequant.quantization.kv_cache import rounded_states
+from anequant.quantization.activations import ActivationFormat, round_activations
+from anequant.quantization.kv_cache import round_states
 from anequant.quantization.online import Online
 from anequant.reference.hooks import attach_all, set_input_scale
-from anequant.rotation.orthogonal import plain_hadamard
+from anequant.rotation.orthogonal import make_plain_hadamard
 
 WINDOW = 12
 
@@ -68,7 +68,7 @@ def arriving(model: Any, tokens: Tensor, name: str) -> Tensor:
 
 def test_r3_alone_changes_nothing(stock: Any, attached: Callable[..., Any], tokens: Tensor) -> None:
     head_dim = stock.model.layers[0].self_attn.head_dim
-    turned = attached(Online(r3=plain_hadamard(head_dim, head_dim)))
+    turned = attached(Online(r3=make_plain_hadamard(head_dim, head_dim)))
     cache, plain = DynamicCache(config=stock.config), DynamicCache(config=stock.config)
     torch.testing.assert_close(
         logits(turned, tokens, cache), logits(stock, tokens, plain), rtol=0, atol=1e-10
@@ -80,7 +80,7 @@ def test_r3_alone_changes_nothing(stock: Any, attached: Callable[..., Any], toke
 def test_r4_alone_changes_nothing_once_it_is_folded(
     stock: Any, attached: Callable[..., Any], tokens: Tensor
 ) -> None:
-    r4 = plain_hadamard(192, 64)
+    r4 = make_plain_hadamard(192, 64)
     turned = attached(Online(r4=r4))
     for layer in turned.model.layers:
         layer.mlp.down_proj.weight.data = r4.apply(layer.mlp.down_proj.weight.data)
@@ -100,7 +100,7 @@ def test_inputs_are_rounded_where_they_are_named(
     set_input_scale(model.get_submodule(name), scale)
     before = arriving(stock, tokens, name)
     assert torch.equal(arriving(model, tokens, other), before)
-    expected = rounded_activations(before * scale, format_) / scale
+    expected = round_activations(before * scale, format_) / scale
     expected[:, :prefix] = before[:, :prefix]
     torch.testing.assert_close(arriving(model, tokens, name), expected, rtol=0, atol=0)
     assert (expected - before).abs().max() > 0.05
@@ -117,7 +117,7 @@ def test_keys_and_values_are_rounded_on_their_way_into_the_cache(
         logits(model, part, cache)
     for part in ("keys", "values"):
         ours, theirs = (getattr(held.layers[0], part) for held in (cache, plain))
-        expected = rounded_states(theirs, 4)
+        expected = round_states(theirs, 4)
         expected[:, :, :prefix] = theirs[:, :, :prefix]
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
         assert (expected - theirs).abs().max() > 1e-3

@@ -33,6 +33,7 @@ from anequant.inspection.measure_projections import (
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.rotate import rotate
 from anequant.quantization.nearest import quantize_linear
+from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.report.page import charts
@@ -131,9 +132,7 @@ def test_every_projection_against_transformers(
         found = next(item for item in measured.layers[layer].projections if item.stored.name == linear.name)
         assert found.before is not None
         for side, seen, weight in ((found.before, x, w), (found.after, turned_x, turned_w)):
-            nearest = quantize_linear(
-                weight.float(), None, bits=4, codebook="lut", scales="balanced", name=name
-            )
+            nearest = quantize_linear(weight.float(), None, WeightFormat(4, "lut", "balanced"), name)
             off = nearest.dequantize() - weight
             assert side.weight_error == pytest.approx(relative(off, weight), rel=1e-2)
             assert side.output_error == pytest.approx(relative(seen @ off.T, seen @ weight.T), rel=1e-2)

@@ -18,8 +18,8 @@ from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.cli import main
 from anequant.errors import InputError, UsageError
 from anequant.recipe import Recipe
-from anequant.rotation.orthogonal import random_rotation
-from anequant.rotation.rotation_plan import matrix_sizes, plan_rotations
+from anequant.rotation.orthogonal import draw_random_rotation
+from anequant.rotation.rotation_plan import list_matrix_sizes, plan_rotations
 
 SIZES = {"r1": 12, "r2.0": 4, "r2.1": 4}
 FEW_TOKENS = ("--calib-samples", 4, "--calib-length", 32)
@@ -37,7 +37,7 @@ def succeed(*args: object) -> None:
 
 def matrices() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: random_rotation(size, generator).dense() for name, size in SIZES.items()}
+    return {name: draw_random_rotation(size, generator).dense() for name, size in SIZES.items()}
 
 
 def test_what_was_written_is_read_bit_for_bit(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def pca(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rotations_that_no_seed_tells_are_kept(tiny_qwen2: Path, pca: Path, tmp_path: Path) -> None:
     spec = open_checkpoint(tiny_qwen2).spec
-    kept = read_rotations(pca / ROTATIONS, matrix_sizes(spec, Recipe(r1="pca")))
+    kept = read_rotations(pca / ROTATIONS, list_matrix_sizes(spec, Recipe(r1="pca")))
     drawn = plan_rotations(spec, Recipe(r1="pca"), basis=torch.eye(spec.hidden_size, dtype=torch.float64))
     assert torch.equal(kept["r2.1"], drawn.matrices()["r2.1"])
     written = json.loads((pca / "anequant.json").read_text(encoding="utf-8"))

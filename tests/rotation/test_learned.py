@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from anequant.calibration import learn_rotations as learning
 from anequant.calibration.distill import Lesson
-from anequant.calibration.quantized_twin import RotatedStudent
+from anequant.calibration.rotated_student import RotatedStudent
 from anequant.calibration.rotation_choice import choose_rotations
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source
@@ -24,13 +24,15 @@ from anequant.jobs.control import silent
 from anequant.pipeline.quantize import quantize
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import plan_online
+from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe import Recipe
 from anequant.recipe_files import load_recipe
-from anequant.reference.forward import final_hidden_states
-from anequant.reference.windows import load_tokenizer, read_text, text_windows
+from anequant.reference.forward import run_to_final_states
+from anequant.reference.sources import read_text
+from anequant.reference.windows import cut_windows, load_tokenizer
 from anequant.request import Request
 from anequant.rotation.cayley import cayley_step
-from anequant.rotation.orthogonal import hadamard_rotation, random_rotation
+from anequant.rotation.orthogonal import draw_hadamard, draw_random_rotation
 from anequant.rotation.rotation_plan import RotationPlan, plan_rotations
 
 W4A4 = {"activation_bits": 4, "r4": "block-hadamard"}
@@ -47,7 +49,7 @@ def off_orthogonal(matrix: Tensor) -> float:
 @pytest.fixture(scope="module")
 def windows(tiny_qwen2: Path) -> Tensor:
     tokenizer = load_tokenizer(tiny_qwen2)
-    return text_windows(read_text(SAMPLE_TEXT), tokenizer, tokenizer.eos_token_id, count=12, length=48)
+    return cut_windows(read_text(SAMPLE_TEXT), tokenizer, tokenizer.eos_token_id, count=12, length=48)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def tiny(tiny_qwen2: Path) -> Checkpoint:
 
 def lesson_of(checkpoint: Checkpoint, tokens: Tensor) -> Lesson:
     embedding = checkpoint.read("model.embed_tokens.weight").float()
-    return Lesson(embedding[tokens], final_hidden_states(checkpoint, tokens))
+    return Lesson(embedding[tokens], run_to_final_states(checkpoint, tokens))
 
 
 def student_of(checkpoint: Checkpoint, recipe: Recipe) -> RotatedStudent:
@@ -66,12 +68,12 @@ def student_of(checkpoint: Checkpoint, recipe: Recipe) -> RotatedStudent:
 
 def test_a_cayley_step_descends_and_stays_orthogonal() -> None:
     """Towards the rotation Q that a linear loss -<Q, X> has its least value at."""
-    x, target = torch.eye(12, dtype=torch.float64), random_rotation(12, seeded(0)).dense()
+    x, target = torch.eye(12, dtype=torch.float64), draw_random_rotation(12, seeded(0)).dense()
     target = target if torch.linalg.det(target) > 0 else target[:, [1, 0, *range(2, 12)]]
     momentum, losses = torch.zeros_like(x), []
     for _ in range(300):
         losses.append(-float((target * x).sum()))
-        x = cayley_step(x, -target, momentum, 0.1, 0.5)
+        x, momentum = cayley_step(x, -target, momentum, 0.1, 0.5)
         assert off_orthogonal(x) <= 1e-12
     assert losses[1] < losses[0]
     assert float((x - target).abs().max()) < 1e-4
@@ -113,7 +115,7 @@ def reference_gradients(
         for name, value in list(state.items()):
             if name.endswith("_proj.weight"):
                 rounded = quantize_linear(
-                    value.detach().float(), None, bits=bits, codebook="lut", scales="balanced", name=name
+                    value.detach().float(), None, WeightFormat(bits, "lut", "balanced"), name
                 ).dequantize()
                 state[name] = value + (rounded.double() - value).detach()
     logits = torch.func.functional_call(model, state, (tokens,), {"use_cache": False}).logits
@@ -241,7 +243,7 @@ def test_pca_diagonalises_the_second_moment(tiny_qwen2: Path, tiny: Checkpoint, 
     moment = rows.T @ rows / len(rows)
 
     width = tiny.spec.hidden_size
-    basis = r1 @ hadamard_rotation(width, seeded(3)).dense().T
+    basis = r1 @ draw_hadamard(width, seeded(3)).dense().T
     diagonal = basis.T @ moment @ basis
     off = diagonal - diagonal.diagonal().diag()
     assert float(off.abs().max()) <= 1e-4 * float(diagonal.diagonal().max())

@@ -11,19 +11,19 @@ from anequant.errors import UnsupportedError, UsageError
 from anequant.rotation.hadamard import hadamard
 from anequant.rotation.orthogonal import (
     Rotation,
-    block_hadamard_rotation,
-    hadamard_rotation,
-    random_rotation,
+    draw_block_hadamard,
+    draw_hadamard,
+    draw_random_rotation,
 )
 
 Maker = Callable[[int, torch.Generator], Rotation]
 
 
 def block_of_four(n: int, generator: torch.Generator) -> Rotation:
-    return block_hadamard_rotation(n, 4, generator)
+    return draw_block_hadamard(n, 4, generator)
 
 
-MAKERS: list[Maker] = [hadamard_rotation, block_of_four, random_rotation]
+MAKERS: list[Maker] = [draw_hadamard, block_of_four, draw_random_rotation]
 
 each_maker = pytest.mark.parametrize("maker", MAKERS)
 few = settings(max_examples=20, deadline=None)
@@ -59,7 +59,7 @@ def test_orthogonal_and_applied_as_its_dense_matrix(maker: Maker, n: int, seed: 
 
 
 def test_structure_is_signs_times_hadamard() -> None:
-    for rotation, blocks in [(hadamard_rotation(28, seeded(3)), 1), (block_of_four(28, seeded(3)), 7)]:
+    for rotation, blocks in [(draw_hadamard(28, seeded(3)), 1), (block_of_four(28, seeded(3)), 7)]:
         order = 28 // blocks
         mixing = torch.kron(torch.eye(blocks), hadamard(order)).double() / order**0.5
         assert rotation.signs is not None
@@ -126,28 +126,28 @@ def test_the_global_generator_is_not_touched(maker: Maker) -> None:
 def test_random_rotation_is_centred() -> None:
     """Without the sign fix, LAPACK's Householder QR leaves the first diagonal entry always negative."""
     generator = seeded(0)
-    corners = torch.stack([random_rotation(3, generator).dense().diagonal() for _ in range(400)])
+    corners = torch.stack([draw_random_rotation(3, generator).dense().diagonal() for _ in range(400)])
     assert (corners.mean(dim=0).abs() < 4 / (3 * 400) ** 0.5).all()
 
 
 @pytest.mark.parametrize("block", [0, 1, -4, 3, 12, 24, 64])
 def test_block_that_does_not_fit(block: int) -> None:
     with pytest.raises(UsageError) as caught:
-        block_hadamard_rotation(96, block, seeded(0))
+        draw_block_hadamard(96, block, seeded(0))
     assert f"block of {block} does not fit a width of 96" in str(caught.value)
     assert "the powers of two that divide 96 are 2, 4, 8, 16, 32" in str(caught.value)
 
 
 @pytest.mark.parametrize("block", [2, 4, 8, 16, 32])
 def test_every_block_that_fits(block: int) -> None:
-    matrix = block_hadamard_rotation(96, block, seeded(0)).dense()
+    matrix = draw_block_hadamard(96, block, seeded(0)).dense()
     inside = torch.kron(torch.eye(96 // block), torch.ones(block, block)).bool()
     assert torch.equal(matrix != 0, inside)
 
 
 def test_unreached_width() -> None:
     with pytest.raises(UnsupportedError, match="order 92"):
-        hadamard_rotation(92, seeded(0))
+        draw_hadamard(92, seeded(0))
 
 
 def test_one_form_and_only_one() -> None:

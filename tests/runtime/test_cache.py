@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import anequant
 from anequant.errors import UsageError
-from anequant.quantization.kv_cache import rounded_states
+from anequant.quantization.kv_cache import round_states
 from anequant.runtime.cache import QuantizedCache
 from anequant.runtime.transformers_backend import TransformersModel
 
@@ -99,7 +99,7 @@ def cache(open_model: Callable[..., Any]) -> QuantizedCache:
 
 
 def after_prefix(x: Tensor) -> Tensor:
-    return torch.cat([x[:, :, :2], rounded_states(x[:, :, 2:], 4)], 2)
+    return torch.cat([x[:, :, :2], round_states(x[:, :, 2:], 4)], 2)
 
 
 def test_what_is_held_can_be_cut_and_reordered(cache: QuantizedCache) -> None:
@@ -114,7 +114,7 @@ def test_what_is_held_can_be_cut_and_reordered(cache: QuantizedCache) -> None:
     more = tuple(part[[0, 2]] for part in states(1, seed=1))
     result = cache.update(*more, 0)
     for whole, part, added in zip(result, (keys, values), more, strict=True):
-        expected = torch.cat([after_prefix(part)[[0, 2], :, :4], rounded_states(added, 4)], 2)
+        expected = torch.cat([after_prefix(part)[[0, 2], :, :4], round_states(added, 4)], 2)
         assert torch.equal(whole, expected)
     layer.crop(-4)
     assert layer.get_seq_length() == 1 and layer.nbytes == 2 * 2 * 2 * 16 * 4

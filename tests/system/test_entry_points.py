@@ -27,8 +27,8 @@ from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.cli import main
 from anequant.errors import UnsupportedError
 from anequant.inspection.device_profile import measure_agreement, time_decoding
+from anequant.quantization.fold_scales import premultiply_scales
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.premultiply import premultiply_scales
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.targets.coreml.placement import Placement, operations_by_device, plan_placements
 

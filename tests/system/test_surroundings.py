@@ -52,9 +52,9 @@ def refuse(self):
 caching.InTreeCacheLocator.ensure_cache_path = refuse
 import torch
 from anequant.quantization import kernels
-from anequant.quantization.codebook_kernels import counted
+from anequant.quantization.codebook_kernels import count_values
 assert kernels.cache_folder() == os.environ.get("EXPECTED"), kernels.cache_folder()
-print(counted(torch.tensor([0.1, 0.6, 0.7]), 2, 0.0, 1.0).tolist())
+print(count_values(torch.tensor([0.1, 0.6, 0.7]), 2, 0.0, 1.0).tolist())
 """
 
 

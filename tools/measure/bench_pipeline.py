@@ -129,9 +129,9 @@ def in_child(step: str, model: Path, work: Path) -> None:
 def import_model(model: Path) -> None:
     """What transformers imports when it first makes a model."""
     from anequant.checkpoints.reader import open_checkpoint
-    from anequant.reference.empty_model import empty_model
+    from anequant.reference.empty_model import build_empty_model
 
-    empty_model(open_checkpoint(model).spec)
+    build_empty_model(open_checkpoint(model).spec)
 
 
 def make_model(model: Path, work: Path) -> None:

@@ -113,7 +113,7 @@ def lower(checkpoint: Path, output: Path) -> dict[str, float]:
     from anequant.targets.coreml import build as lower_package
 
     stages = Stages()
-    stages.time(magnitudes, "layer_ranges", "ranges")
+    stages.time(magnitudes, "measure_ranges", "ranges")
     for function, name in (("load_layer", "read"), ("load_table", "read"), ("save_package", "save")):
         stages.time(lower_package, function, name)
     for function in ("chunk_program", "embeddings_program", "head_program"):

@@ -111,14 +111,12 @@ def _run_peer(row: Row, settings: Settings, output: Path) -> float:
 
     from anequant.checkpoints.reader import open_checkpoint
     from anequant.comparison.peers import GROUP
-    from anequant.reference.windows import load_tokenizer, read_text, start_token, text_windows
+    from anequant.reference.windows import read_text_windows
 
     assert row.peer is not None
     folder = Path(settings.model)
-    tokenizer = load_tokenizer(folder)
-    first = start_token(tokenizer, open_checkpoint(folder).spec.config)
-    text = read_text(settings.calibration)
-    windows = text_windows(text, tokenizer, first, count=row.windows, length=settings.length)
+    config, text = open_checkpoint(folder).spec.config, settings.calibration
+    windows = read_text_windows(folder, config, text, count=row.windows, length=settings.length)
     PEERS[row.peer](folder, output, windows)
     return 4 + 32 / GROUP if row.peer.endswith("groups") else 4.0
 

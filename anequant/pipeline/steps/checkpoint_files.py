@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anequant.checkpoints.manifest import CHECKPOINT, ROTATED, published_config, write_manifest
+from anequant.checkpoints.manifest import CHECKPOINT, ROTATED, build_published_config, write_manifest
 from anequant.checkpoints.writer import write_json
 from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
@@ -46,7 +46,7 @@ class WriteCheckpointFiles(WriteBeside):
         errors = result.rounding
         state.write_config(folder)
         state.write_rotations()
-        published = published_config(state.spec, state.recipe, len(errors.tensors), errors.summary())
+        published = build_published_config(state.spec, state.recipe, len(errors.tensors), errors.summary())
         write_json(folder / "quantization_config.json", published)
         copy_tokenizer(request.source, folder)
         seen = calibration_record(request.calibration, state.tokens)

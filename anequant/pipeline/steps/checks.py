@@ -20,15 +20,13 @@ from anequant.pipeline.steps.sizes import (
     Facts,
     compared_bytes,
     forward_work,
-    layer_size,
-    linear_sizes,
     packing_work,
     reference_bytes,
     table_size,
 )
 from anequant.recipe import LowerOptions
 from anequant.reference.forward import HEAD_ROWS
-from anequant.reference.probe import DECODE_TOKENS, PREFILL_TOKENS
+from anequant.reference.windows import DECODE_TOKENS, PREFILL_TOKENS
 from anequant.targets.coreml.lint.rules import Finding, lint, require_clean
 from anequant.targets.shared.geometry import GRAPH_BYTES_PER_LAYER, chunk_ranges
 from anequant.targets.shared.lowerable import head_parts
@@ -66,7 +64,7 @@ class VerifyCheckpoint(Step[Converting, CheckpointCheck]):
 
     @property
     def cost(self) -> Work:
-        return packing_work(2 * self.facts.spec.num_layers * layer_size(self.facts.spec))
+        return packing_work(2 * self.facts.spec.num_layers * self.facts.spec.layer_weights)
 
     def run(self, state: Converting, progress: Progress) -> CheckpointCheck:
         return verify_checkpoint(state.checkpoint_folder, progress=progress)
@@ -110,7 +108,7 @@ class VerifyPackages(Step[Converting, PackageCheck]):
         most = max(len(layers) for layers in chunk_ranges(spec.num_layers, chunks))
         parts = head_parts(spec)
         return max(
-            _interpreted_bytes(linear_sizes(spec) * most),
+            _interpreted_bytes(list(spec.linear_weights.values()) * most),
             _interpreted_bytes([table_size(spec) // parts] * parts),
             reference_bytes(spec, FLOAT16),
             *(compared_bytes(size) + size for size in quantized_sizes(self.facts)),
@@ -120,7 +118,7 @@ class VerifyPackages(Step[Converting, PackageCheck]):
     def cost(self) -> Work:
         """Constants compared, a prompt and single tokens through the packages, transformers beside them."""
         spec = self.facts.spec
-        size = spec.num_layers * layer_size(spec) + table_size(spec)
+        size = spec.num_layers * spec.layer_weights + table_size(spec)
         steps = min(DECODE_TOKENS, self.options.context)
         tokens = PREFILL_TOKENS + DECODE_TOKENS
         return packing_work(2 * size) + Work(2 * 2 * tokens * size, 4 * steps * size)

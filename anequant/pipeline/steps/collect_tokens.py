@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING
-from anequant.calibration.tokens import SELF, calibration_tokens
+from anequant.calibration.tokens import SELF, read_calibration_tokens
 from anequant.checkpoints.header import BITS
 from anequant.checkpoints.reader import Checkpoint
 from anequant.jobs.control import Progress
@@ -23,7 +23,6 @@ from anequant.pipeline.steps.sizes import (
     FLOAT32,
     Facts,
     forward_work,
-    layer_size,
     resident,
     table_size,
 )
@@ -88,7 +87,7 @@ class CollectTokens(Step[Quantizing, tuple[int, int]]):
         tokens = state.request.tokens
         if tokens is None:
             calibration, checkpoint = self.facts.calibration, self.facts.checkpoint
-            tokens = calibration_tokens(calibration, checkpoint, progress, resident=self.resident)
+            tokens = read_calibration_tokens(calibration, checkpoint, progress, resident=self.resident)
         save_file({TOKENS: tokens.contiguous()}, state.journal.folder / TOKENS_FILE)
         windows, length = tokens.shape
         return windows, length
@@ -116,7 +115,7 @@ def sampling_bytes(checkpoint: Checkpoint, calibration: Calibration, *, whole: b
     logits = CHANCES * FLOAT32 * calibration.samples * spec.vocab_size
     if not whole:
         return itemsize * (cache + table) + max(widened, logits)
-    model = spec.num_layers * layer_size(spec) + table * (1 if spec.tied else 2)
+    model = spec.num_layers * spec.layer_weights + table * (1 if spec.tied else 2)
     return itemsize * (model + cache) + max(widened, logits)
 
 
@@ -130,6 +129,6 @@ def fits_whole(checkpoint: Checkpoint, calibration: Calibration, max_memory: int
 def collect_tokens(
     calibration: Calibration, checkpoint: Checkpoint, progress: Progress, max_memory: int | None = None
 ) -> Tensor:
-    """Return `calibration_tokens`, the model in memory where there is room. Raises what it does."""
+    """Return `read_calibration_tokens`, the model in memory where there is room. Raises what it does."""
     whole = fits_whole(checkpoint, calibration, max_memory, resident_bytes())
-    return calibration_tokens(calibration, checkpoint, progress, resident=whole)
+    return read_calibration_tokens(calibration, checkpoint, progress, resident=whole)

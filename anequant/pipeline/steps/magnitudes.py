@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anequant.calibration.ranges import LayerRange, layer_ranges
+from anequant.calibration.ranges import LayerRange, measure_ranges
 from anequant.checkpoints.reader import Checkpoint
 from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
@@ -13,12 +13,10 @@ from anequant.pipeline.steps.sizes import (
     FLOAT16,
     FLOAT32,
     PACKING_PASSES,
-    layer_size,
-    linear_sizes,
     stored_bytes,
     table_size,
 )
-from anequant.reference.probe import RANGE_TOKENS, probe_tokens
+from anequant.reference.windows import RANGE_TOKENS, choose_probe_tokens
 from anequant.targets.shared.headroom import plan_headroom
 
 
@@ -44,18 +42,18 @@ class MeasureRanges(Step[Lowering, tuple[LayerRange, ...]]):
     def holds(self) -> int:
         """A layer in float32, its codes, and of a linear its code numbers and entries; or the embedding."""
         spec = self.written.spec
-        largest = max(linear_sizes(spec))
+        largest = max(list(spec.linear_weights.values()))
         running = max((FLOAT16 + FLOAT32) * largest, 2 * FLOAT32 * largest)
-        return max(FLOAT16 * table_size(spec), (FLOAT32 + 1) * layer_size(spec) + running)
+        return max(FLOAT16 * table_size(spec), (FLOAT32 + 1) * spec.layer_weights + running)
 
     @property
     def cost(self) -> Work:
-        size = self.written.spec.num_layers * layer_size(self.written.spec)
+        size = self.written.spec.num_layers * self.written.spec.layer_weights
         return Work(2 * 4 * RANGE_TOKENS * size, 4 * PACKING_PASSES * size)
 
     def run(self, state: Lowering, progress: Progress) -> tuple[LayerRange, ...]:
-        tokens = probe_tokens(state.checkpoint, RANGE_TOKENS)[None]
-        return tuple(layer_ranges(state.checkpoint, tokens))
+        tokens = choose_probe_tokens(state.checkpoint, RANGE_TOKENS)[None]
+        return tuple(measure_ranges(state.checkpoint, tokens))
 
     def accept(self, state: Lowering, result: tuple[LayerRange, ...]) -> None:
         state.headroom = plan_headroom(list(result))

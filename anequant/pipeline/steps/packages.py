@@ -12,8 +12,6 @@ from anequant.jobs.step import Step, Work
 from anequant.pipeline.lowering import Lowering
 from anequant.pipeline.steps.sizes import (
     FLOAT32,
-    layer_size,
-    linear_sizes,
     packed_bytes,
     packing_work,
     stored_bytes,
@@ -92,11 +90,11 @@ class BuildChunk(BuildPackage):
 
     @property
     def holds(self) -> int:
-        return packed_bytes(linear_sizes(self.written.spec) * len(self.layers))
+        return packed_bytes(list(self.written.spec.linear_weights.values()) * len(self.layers))
 
     @property
     def cost(self) -> Work:
-        return packing_work(len(self.layers) * layer_size(self.written.spec))
+        return packing_work(len(self.layers) * self.written.spec.layer_weights)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,11 +17,10 @@ from anequant.pipeline.steps.sizes import (
     Facts,
     advancing_bytes,
     forward_work,
-    layer_size,
     states_bytes,
     table_size,
 )
-from anequant.rotation.rotation_plan import matrix_sizes, plan_rotations
+from anequant.rotation.rotation_plan import list_matrix_sizes, plan_rotations
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +54,7 @@ class ChooseRotations(Step[Quantizing, RotationChoice]):
         if recipe.restarts == 1 and not recipe.learn:
             return measured + advancing_bytes(spec, windows)
         kept = FLOAT32 * math.prod(windows) * spec.hidden_size * (spec.num_layers if recipe.learn else 1)
-        layer = (FLOAT64 + 3 * FLOAT32) * layer_size(spec)
+        layer = (FLOAT64 + 3 * FLOAT32) * spec.layer_weights
         return measured + kept + 3 * FLOAT32 * table_size(spec) + layer
 
     @property
@@ -79,7 +78,7 @@ class ChooseRotations(Step[Quantizing, RotationChoice]):
 
     def accept(self, state: Quantizing, result: RotationChoice) -> None:
         spec, recipe = self.facts.spec, self.facts.recipe
-        matrices = read_rotations(state.journal.folder / ROTATIONS, matrix_sizes(spec, recipe))
+        matrices = read_rotations(state.journal.folder / ROTATIONS, list_matrix_sizes(spec, recipe))
         r1, r2 = ("none" if kind == "none" else "file" for kind in (recipe.r1, recipe.r2))
         plan = plan_rotations(spec, replace(recipe, r1=r1, r2=r2), matrices=matrices)
         state.rotations = Rotations(plan, result, matrices)

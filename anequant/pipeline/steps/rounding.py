@@ -34,8 +34,6 @@ from anequant.pipeline.steps.sizes import (
     FLOAT32,
     FLOAT64,
     Facts,
-    layer_size,
-    linear_sizes,
     states_bytes,
     stored_bytes,
     table_size,
@@ -162,7 +160,7 @@ class RoundLayer(RoundPart):
     @property
     def holds(self) -> int:
         spec, recipe, windows = self.facts.spec, self.facts.recipe, self.facts.walked
-        sizes = linear_sizes(spec)
+        sizes = list(spec.linear_weights.values())
         total, largest = sum(sizes), max(sizes)
         one = self.facts.source_bytes + 2 * FLOAT64
         rotated = max(FLOAT32 * sum(sizes[:number]) + one * size for number, size in enumerate(sizes))
@@ -206,7 +204,7 @@ class RoundLayer(RoundPart):
 
 def layer_work(spec: ModelSpec, recipe: Recipe, windows: tuple[int, int] | None) -> Work:
     """Return the work of a layer: rotating, the float64 probe, rounding, and what calibration adds."""
-    size = layer_size(spec)
+    size = spec.layer_weights
     passes = ROTATING_PASSES + (0 if recipe.bits == 16 else ROUNDING_PASSES)
     todo = Work(2 * 2 * 2 * PROBE_LENGTH * size, 4 * passes * size)
     if windows is None:
@@ -256,7 +254,7 @@ def walking_work(spec: ModelSpec, windows: tuple[int, int]) -> Work:
     """Return the work of a layer that runs once in each of two models."""
     count, length = windows
     attention = 2 * count * length**2 * spec.query_size
-    return Work(2 * (2 * count * length * layer_size(spec) + attention))
+    return Work(2 * (2 * count * length * spec.layer_weights + attention))
 
 
 def moment_work(spec: ModelSpec, windows: tuple[int, int]) -> Work:

@@ -82,16 +82,6 @@ def stored_bytes(checkpoint: Checkpoint, *beginnings: str) -> int:
     return sum(math.prod(info.shape) * BITS[info.dtype] // 8 for info in found)
 
 
-def linear_sizes(spec: ModelSpec) -> list[int]:
-    """Return the number of weights of each linear of a layer, in their order."""
-    return [math.prod(spec.shape(linear)) for linear in spec.architecture.linears]
-
-
-def layer_size(spec: ModelSpec) -> int:
-    """Return the number of weights of one layer's linears."""
-    return sum(linear_sizes(spec))
-
-
 def table_size(spec: ModelSpec) -> int:
     """Return the number of weights of the embedding, which the head has too."""
     return spec.vocab_size * spec.hidden_size
@@ -113,7 +103,7 @@ def reference_bytes(spec: ModelSpec, source: int) -> int:
     """Return the bytes that transformers' logits hold, layer by layer: the embedding; a layer and the linear
     that runs; or the head and the rows of it that are widened. `source` is the bytes of an element."""
     widened = FLOAT32 * min(HEAD_ROWS, spec.vocab_size) * spec.hidden_size
-    one_layer = source * layer_size(spec) + FLOAT32 * max(linear_sizes(spec))
+    one_layer = source * spec.layer_weights + FLOAT32 * max(list(spec.linear_weights.values()))
     return max(source * table_size(spec) + widened, one_layer)
 
 
@@ -130,7 +120,7 @@ def compared_bytes(size: int) -> int:
 
 def forward_work(spec: ModelSpec, windows: tuple[int, int], passes: float) -> Work:
     """Return the work of windows that go through all layers and the head so many times."""
-    everything = spec.num_layers * layer_size(spec) + table_size(spec)
+    everything = spec.num_layers * spec.layer_weights + table_size(spec)
     return Work(2 * passes * math.prod(windows) * everything, 4 * passes * everything)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from anequant.calibration.distill import TuneResult
+from anequant.calibration.distill import LearnResult
 from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
 from anequant.pipeline.quantizing import Quantizing
@@ -15,7 +15,6 @@ from anequant.pipeline.steps.sizes import (
     FLOAT32,
     Facts,
     forward_work,
-    layer_size,
     states_bytes,
     table_size,
 )
@@ -26,12 +25,12 @@ PASSES = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Tune(Step[Quantizing, TuneResult]):
+class Tune(Step[Quantizing, LearnResult]):
     """Distil scales, codebooks, biases and norms from the float model."""
 
     stage = "quantize"
     kind = "tuning"
-    result = TuneResult
+    result = LearnResult
 
     facts: Facts
 
@@ -53,19 +52,19 @@ class Tune(Step[Quantizing, TuneResult]):
         spec, windows = self.facts.spec, self.facts.windows
         kept = states_bytes(spec, windows) + FLOAT32 * math.prod(windows) * spec.hidden_size
         heads = (self.facts.source_bytes + FLOAT16 + FLOAT32) * table_size(spec)
-        return spec.num_layers * layer_size(spec) + kept + heads + 3 * FLOAT32 * layer_size(spec)
+        return spec.num_layers * spec.layer_weights + kept + heads + 3 * FLOAT32 * spec.layer_weights
 
     @property
     def cost(self) -> Work:
         return forward_work(self.facts.spec, self.facts.windows, PASSES * self.facts.recipe.tune)
 
-    def run(self, state: Quantizing, progress: Progress) -> TuneResult:
+    def run(self, state: Quantizing, progress: Progress) -> LearnResult:
         steps, calibration = self.facts.recipe.tune, self.facts.calibration
         with state.new_writer(state.folder) as writer:
             return tune_checkpoint(state.untuned, self.facts.checkpoint, writer, steps, calibration, progress)
 
-    def accept(self, state: Quantizing, result: TuneResult) -> None:
+    def accept(self, state: Quantizing, result: LearnResult) -> None:
         state.tuning = result
 
-    def tell(self, result: TuneResult) -> Sequence[str]:
+    def tell(self, result: LearnResult) -> Sequence[str]:
         return (f"held-out KL {result.held_out_before:.4f} to {result.held_out_after:.4f}",)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.sensitivity import rounding_losses
+from anequant.calibration.sensitivity import FloatModel, measure_rounding_losses
 from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
 from anequant.pipeline.quantizing import Quantizing
-from anequant.pipeline.steps.sizes import FLOAT32, Facts, forward_work, layer_size, table_size
-from anequant.quantization.mixed import allocate_bits
+from anequant.pipeline.steps.sizes import FLOAT32, Facts, forward_work, table_size
+from anequant.quantization.bit_allocation import allocate_bits
+from anequant.quantization.weight_format import linear_format
 
 SENSITIVITY_TOKENS = 128
 
@@ -46,7 +47,7 @@ class ChooseWidths(Step[Quantizing, Mapping[str, int]]):
         """The whole head, the states before every layer, a layer and what rounds it."""
         spec = self.facts.spec
         states = FLOAT32 * math.prod(self.facts.windows) * spec.hidden_size * (spec.num_layers + 2)
-        return states + 2 * FLOAT32 * table_size(spec) + 4 * FLOAT32 * layer_size(spec)
+        return states + 2 * FLOAT32 * table_size(spec) + 4 * FLOAT32 * spec.layer_weights
 
     @property
     def cost(self) -> Work:
@@ -55,23 +56,18 @@ class ChooseWidths(Step[Quantizing, Mapping[str, int]]):
     def run(self, state: Quantizing, progress: Progress) -> Mapping[str, int]:
         spec, recipe, model = self.facts.spec, self.facts.recipe, state.model
         assert state.tokens is not None
-        losses = rounding_losses(
-            spec,
-            model.float_layer,
-            torch.cat([rotated.float() for _, rotated in model.head()]),
+        head = torch.cat([rotated.float() for _, rotated in model.head()])
+        losses = measure_rounding_losses(
+            FloatModel(spec, model.float_layer, head, model.online.rotations),
             model.embed(state.tokens[:, :SENSITIVITY_TOKENS]),
-            online=model.online.rotations,
-            widths=recipe.widths,
-            codebook=recipe.codebook,
-            scales=recipe.linear_scales,
-            group=recipe.group_size,
+            [linear_format(recipe, bits) for bits in recipe.widths],
             seed=recipe.seed,
             progress=progress,
         )
         sizes = {
-            layer_prefix(layer) + linear.name: math.prod(spec.shape(linear))
+            layer_prefix(layer) + name: weights
             for layer in range(spec.num_layers)
-            for linear in spec.architecture.linears
+            for name, weights in spec.linear_weights.items()
         }
         return allocate_bits(losses, sizes, recipe.target_bits)
 

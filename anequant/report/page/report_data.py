@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec
-from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, read_manifest, six_digits
+from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, keep_six_digits, read_manifest
 from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import has_tokenizer
@@ -89,7 +89,7 @@ def collect_report(folder: Path, known: Known, progress: Progress) -> dict[str, 
         "environment": _environment(made["versions"]),
         "missing": missing | unmeasured,
     }
-    rounded: dict[str, Any] = six_digits(data)
+    rounded: dict[str, Any] = keep_six_digits(data)
     return rounded
 
 

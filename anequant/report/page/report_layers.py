@@ -11,9 +11,8 @@ from torch import Tensor
 
 from anequant.architectures.spec import layer_prefix
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
-from anequant.checkpoints.source import Source, has_tokenizer
+from anequant.checkpoints.source import SAMPLE_TEXT, Source, has_tokenizer
 from anequant.errors import UsageError
-from anequant.evaluation.evaluate import read_text_windows
 from anequant.inspection.measure_projections import (
     LayerMeasurement,
     Side,
@@ -24,6 +23,7 @@ from anequant.inspection.measure_projections import (
 )
 from anequant.jobs.control import Progress
 from anequant.recipe_files import recipe_from_dict
+from anequant.reference.windows import read_text_windows
 
 WINDOWS, LENGTH = 2, 128
 SEED = 7
@@ -144,5 +144,7 @@ def _tokens(checkpoint: Checkpoint, text: Path | None) -> tuple[Tensor, str]:
         generator = torch.Generator().manual_seed(SEED)
         shape = (WINDOWS, LENGTH)
         return torch.randint(checkpoint.spec.vocab_size, shape, generator=generator), "random tokens"
-    windows = read_text_windows(checkpoint.folder, checkpoint.spec.config, text, WINDOWS, LENGTH)
+    windows = read_text_windows(
+        checkpoint.folder, checkpoint.spec.config, text or SAMPLE_TEXT, count=WINDOWS, length=LENGTH
+    )
     return windows, "the bundled sample text" if text is None else text.name

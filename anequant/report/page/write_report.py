@@ -13,7 +13,7 @@ from anequant.checkpoints.manifest import read_manifest
 from anequant.checkpoints.places import CHECKPOINT_FOLDER, REPORT_DATA, REPORT_PAGE
 from anequant.checkpoints.reader import read_json, read_object
 from anequant.checkpoints.source import BUNDLED_MODEL, Source, resolve_source
-from anequant.checkpoints.writer import json_text
+from anequant.checkpoints.writer import format_json
 from anequant.errors import InputError
 from anequant.jobs.control import Progress, silent
 from anequant.jobs.output_folder import file_hashes
@@ -59,7 +59,7 @@ def write_report(
     origin = _find_origin(folder, base) if source is None else Origin(source)
     data = collect_report(folder, Known(origin, text, run, _read_former(folder)), progress)
     page = render_report(data)
-    replace_file(folder / REPORT_DATA, json_text(data))
+    replace_file(folder / REPORT_DATA, format_json(data))
     replace_file(folder / REPORT_PAGE, page)
     return Report(folder, data)
 

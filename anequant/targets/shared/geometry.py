@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec, layer_prefix
-from anequant.checkpoints.layers import projection_bits
+from anequant.checkpoints.layers import read_projection_bits
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import UnsupportedError
+from anequant.quantization.codebook import count_code_bits
 from anequant.quantization.linear import FloatTable, QuantizedLinear
 from anequant.quantization.online import Online
 from anequant.targets.shared.rotation_weights import online_weights
@@ -64,7 +65,7 @@ def table_bytes(spec: ModelSpec, context: int, online: Online) -> int:
 
 def layer_bytes(checkpoint: Checkpoint) -> Sequence[int]:
     """Bytes of each layer in a package: codes, codebooks, scales, biases and gains, and its graph."""
-    spec, bits = checkpoint.spec, projection_bits(checkpoint)
+    spec, bits = checkpoint.spec, read_projection_bits(checkpoint)
     sizes = []
     for layer in range(spec.num_layers):
         size = GRAPH_BYTES_PER_LAYER + 2 * 4 * spec.hidden_size
@@ -84,7 +85,7 @@ def vocabulary_bytes(checkpoint: Checkpoint, name: str) -> int:
     codebook = checkpoint.tensors.get(f"{name}.codebook")
     if codebook is None:
         return 2 * entries
-    return entries * (codebook.shape[0] - 1).bit_length() // 8 + 2 * spec.vocab_size
+    return entries * count_code_bits(codebook.shape[0]) // 8 + 2 * spec.vocab_size
 
 
 def constant_bytes(value: QuantizedLinear | FloatTable | Tensor, *, rounded: bool = False) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from anequant.architectures.spec import ModelSpec, Space, layer_prefix
-from anequant.calibration.ranges import LayerRange, power_of_two_below
+from anequant.calibration.ranges import LayerRange, find_power_of_two
 from anequant.checkpoints.layers import QuantizedLayer
 from anequant.errors import UnsupportedError
 from anequant.quantization.linear import FloatTable, QuantizedLinear
@@ -53,9 +53,9 @@ def plan_headroom(ranges: Sequence[LayerRange]) -> Headroom:
                 "Engine's accumulator ends at 32768",
                 remedy="quantize without online rotations",
             )
-    residual = power_of_two_below(max(layer.residual for layer in ranges), LARGEST_FLOAT16 / MARGIN)
+    residual = find_power_of_two(max(layer.residual for layer in ranges), LARGEST_FLOAT16 / MARGIN)
     sums = {
-        layer_prefix(layer.layer) + name: power_of_two_below(value, LARGEST_SUM / MARGIN)
+        layer_prefix(layer.layer) + name: find_power_of_two(value, LARGEST_SUM / MARGIN)
         for layer in ranges
         for name, value in layer.sums.items()
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from anequant.quantization.codebook import uniform_codebook
+from anequant.quantization.codebook import make_uniform_codebook
 from anequant.quantization.linear import QuantizedLinear
 
 INTEGER_WIDTHS = (4, 8)
@@ -16,4 +16,4 @@ def stores_integers(quantized: QuantizedLinear, *, rounded: bool) -> bool:
     if rounded or quantized.output_scale.ndim == 1:
         return rounded and quantized.bits == 8
     uniform = quantized.bits in INTEGER_WIDTHS
-    return uniform and torch.equal(quantized.codebook, uniform_codebook(quantized.bits))
+    return uniform and torch.equal(quantized.codebook, make_uniform_codebook(quantized.bits))

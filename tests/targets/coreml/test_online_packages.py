@@ -20,20 +20,20 @@ import torch
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
 from coremltools.models import MLModel
 
-from anequant.calibration.ranges import LayerRange, layer_ranges
+from anequant.calibration.ranges import LayerRange, measure_ranges
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import UnsupportedError, UsageError, VerificationError
 from anequant.jobs.control import silent
 from anequant.pipeline.lower import lower
-from anequant.quantization.codebook import integer_codebook, lloyd_max, uniform_codebook
+from anequant.quantization.codebook import lloyd_max, make_uniform_codebook, round_to_integers
 from anequant.quantization.online import plan_online
 from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.reference.forward import ReferenceModel
 from anequant.request import LowerRequest
 from anequant.rotation.hadamard import hadamard
-from anequant.rotation.orthogonal import plain_hadamard
+from anequant.rotation.orthogonal import make_plain_hadamard
 from anequant.targets.coreml.interpreter.integers import integer_conv
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.lint.rules import lint
@@ -215,7 +215,7 @@ def test_without_rounding_the_same_program_is_one_of_floats(tmp_path: Path) -> N
 @pytest.mark.parametrize(("width", "order"), [(896, 896), (4864, 4864), (18944, 18944), (4864, 64), (512, 8)])
 def test_the_factors_are_the_hadamard_matrix(tmp_path: Path, width: int, order: int) -> None:
     """Two unit vectors and two random ones through a saved program, against the matrix itself."""
-    rotation = plain_hadamard(width, order)
+    rotation = make_plain_hadamard(width, order)
     weights = hadamard_weights(rotation, width)
     package = saved(tmp_path, lambda x: [turned(x, weight_constants(weights, "r"), "x")], (1, width, 1, 4))
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).half()
@@ -244,7 +244,7 @@ WIDTHS = [4864, 8960, 11008, 18944, 27648, 29568, 3072, 6144, 9728, 12288, 17408
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_published_width_has_small_factors(width: int) -> None:
     """Of orthonormal rows, up to the rounding of their one magnitude to float16."""
-    weights = hadamard_weights(plain_hadamard(width, width), width)
+    weights = hadamard_weights(make_plain_hadamard(width, width), width)
     assert math.prod(weight.shape[1] for weight in weights) == width
     for weight in weights:
         size = weight.shape[1]
@@ -255,18 +255,18 @@ def test_every_published_width_has_small_factors(width: int) -> None:
 
 def test_all_integers_of_8_bits_stay_what_they_are() -> None:
     for step in (1.0, 2.0**-5, 4.0):
-        codebook = uniform_codebook(8) * step
-        assert torch.equal(integer_codebook(codebook), codebook)
+        codebook = make_uniform_codebook(8) * step
+        assert torch.equal(round_to_integers(codebook), codebook)
         entries, found = integer_entries(codebook, "some")
-        assert found == step and torch.equal(entries.float(), uniform_codebook(8))
+        assert found == step and torch.equal(entries.float(), make_uniform_codebook(8))
 
 
 def test_a_free_codebook_is_not_made_of_integers() -> None:
     codebook = lloyd_max(torch.randn(5000, generator=torch.Generator().manual_seed(0)), 4)
     with pytest.raises(UnsupportedError, match="the codebook of 'some' is not 8-bit integers"):
         integer_entries(codebook, "some")
-    entries, step = integer_entries(integer_codebook(codebook), "some")
-    assert entries.dtype == torch.int8 and torch.equal(entries.float() * step, integer_codebook(codebook))
+    entries, step = integer_entries(round_to_integers(codebook), "some")
+    assert entries.dtype == torch.int8 and torch.equal(entries.float() * step, round_to_integers(codebook))
 
 
 # --- whole models ---------------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ def test_ranges_see_both_sides_of_r4(models: dict[str, Path], quantize_model: Ca
     checkpoint = open_quantized(quantize_model(models["llama"], "w4-nearest", **recipe).folder)
     online, tokens = checkpoint.online, torch.arange(32)[None] % 97
     assert online.r4 is not None
-    (first, *_) = layer_ranges(checkpoint, tokens)
+    (first, *_) = measure_ranges(checkpoint, tokens)
     tensors = {name: value.float() for name, value in checkpoint.layer(0).items()}
     hidden = checkpoint.read("model.embed_tokens.weight")[tokens].float()
     unturned = ReferenceModel(

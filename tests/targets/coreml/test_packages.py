@@ -25,7 +25,8 @@ from anequant.pipeline.lowering import LowerResult
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
-from anequant.reference.windows import load_tokenizer, read_text, text_windows
+from anequant.reference.sources import read_text
+from anequant.reference.windows import cut_windows, load_tokenizer
 from anequant.request import LowerRequest, Request
 from anequant.runtime.coreml_backend import PackageModel, package_by_package
 from anequant.targets.coreml.interpreter.interpreter import Package
@@ -84,7 +85,7 @@ def relative_error(ours: Tensor, expected: Tensor) -> float:
 
 def test_prefill_and_decode_agree_with_stock_transformers(trained: Written) -> None:
     tokenizer = load_tokenizer(trained.checkpoint)
-    windows = text_windows(read_text(SAMPLE_TEXT), tokenizer, START, count=WINDOWS, length=PREFILL + DECODE)
+    windows = cut_windows(read_text(SAMPLE_TEXT), tokenizer, START, count=WINDOWS, length=PREFILL + DECODE)
     model = PackageModel(trained.packages)
     equal = 0
     for tokens in windows:

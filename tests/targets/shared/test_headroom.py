@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from anequant.calibration.ranges import layer_ranges, power_of_two_below
+from anequant.calibration.ranges import find_power_of_two, measure_ranges
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.errors import AnequantError, UnsupportedError, VerificationError
 from anequant.pipeline.lower import lower
@@ -72,7 +72,7 @@ def test_ranges_are_those_of_the_model(
     folder = quantize_model(make_model(tmp_path / "model", model_type, False), "w4-nearest").folder
     tokens = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
     checkpoint = open_quantized(folder)
-    ranges = layer_ranges(checkpoint, tokens)
+    ranges = measure_ranges(checkpoint, tokens)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     seen: dict[str, Tensor] = {}
@@ -147,7 +147,7 @@ def test_a_loud_stream_is_scaled_exactly(
     recorded = json.loads((tmp_path / "out" / "anequant.json").read_text())["headroom"]
     assert recorded["residual_scale"] == result.headroom.residual_scale < 1
 
-    monkeypatch.setattr(headroom, "power_of_two_below", lambda value, most: 1.0)
+    monkeypatch.setattr(headroom, "find_power_of_two", lambda value, most: 1.0)
     lower(LowerRequest(folder, SIZES), tmp_path / "unscaled")
     assert not bool(run(tmp_path / "unscaled").isfinite().all())
     assert bool(run(tmp_path / "out").isfinite().all())
@@ -222,7 +222,7 @@ def test_scores_too_coarse_for_float16_are_named(
     sizes = {"vocab_size": 112, "num_attention_heads": 8}
     source = changed(make_model(tmp_path / "model", "qwen2", False, **sizes), coarse)
     folder = quantize_model(source, "w8-nearest", r2="none").folder
-    found = layer_ranges(open_quantized(folder), torch.arange(1, 33)[None])
+    found = measure_ranges(open_quantized(folder), torch.arange(1, 33)[None])
     for layer in found:
         assert layer.scores < 65504 and layer.attention <= math.tanh(layer.scores * 2**-11 + 2**-9)
 
@@ -245,4 +245,4 @@ def test_scores_too_coarse_for_float16_are_named(
     ("value", "most", "factor"), [(1, 2, 1), (2, 2, 1), (2.1, 2, 0.5), (9, 2, 0.125), (1e9, 1, 2.0**-30)]
 )
 def test_powers_of_two(value: float, most: float, factor: float) -> None:
-    assert power_of_two_below(value, most) == factor
+    assert find_power_of_two(value, most) == factor

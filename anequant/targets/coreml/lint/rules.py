@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from anequant.checkpoints.places import packages_folder
+from anequant.checkpoints.places import find_packages
 from anequant.errors import InputError, UsageError, VerificationError, did_you_mean
 from anequant.targets.coreml.graph import package_graphs
 from anequant.targets.coreml.lint.file_rules import PACKAGE_RULES
@@ -81,7 +81,7 @@ def lint(path: Path, chip: str = "any") -> list[Finding]:
     """
     if (path / "Manifest.json").is_file():
         return lint_package(path, chip)
-    packages = sorted(packages_folder(path).glob("*.mlpackage"))
+    packages = sorted(find_packages(path).glob("*.mlpackage"))
     if not packages:
         raise InputError(f"'{path}' holds no packages", remedy="name an .mlpackage or a folder of them")
     return [finding for package in packages for finding in lint_package(package, chip)]

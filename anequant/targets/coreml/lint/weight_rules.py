@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from anequant.quantization.codebook import count_code_bits
 from anequant.targets.coreml.graph import BLOCKS, LUT, Graph, Node
 from anequant.targets.coreml.lint.integer_rules import AFFINE
 from anequant.targets.coreml.lint.rule import ERROR, NOTE, WARNING, Chip, Hit, Rule
@@ -61,7 +62,7 @@ def _widths(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind(LUT):
         _, entries, _ = _lut_shape(graph, node)
         if entries in (8, 64):
-            bits = entries.bit_length() - 1
+            bits = count_code_bits(entries)
             yield Hit(node.name, f"{bits} bits are read as {4 if bits == 3 else 8}")
 
 

@@ -9,7 +9,7 @@
 
 Scales of rows and columns are explicit multiplications, never folded into the weight, where they would break
 the codebook up; so is a bias an addition after them, that does not eat into the convolution's accumulator.
-The integers come from `quantization.codebook.integer_codebook`; their one power of two, and the scale that
+The integers come from `quantization.codebook.round_to_integers`; their one power of two, and the scale that
 `quantize` and `dequantize` have, can be left to the end of a sum of integers. Scales of groups cannot: they
 are for GPUs.
 """

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anequant.errors import UsageError, first_line, quote
-from anequant.reference.windows import read_text
-from anequant.strict import parse_json
+from anequant.strict import parse_json, read_plain
 
 Ids = list[Any]
 """What a row says are its token ids, without padding; whether they are is not looked at."""
@@ -49,16 +48,16 @@ class Texts:
     path: Path
     parts: tuple[str | list[Message], ...]
 
-    def written_out(self, tokenizer: Any) -> str:
-        """All of them as one text. Texts have an empty line between them, conversations what the template
-        has.
+    def write_out(self, tokenizer: Any) -> str:
+        """Return all of them as one text. Texts have an empty line between them, conversations what the
+        template has.
 
         Raises UsageError for conversations that the tokenizer has no template for, or that it refuses.
         """
-        texts = [part if isinstance(part, str) else self._rendered(tokenizer, part) for part in self.parts]
+        texts = [part if isinstance(part, str) else self._render(tokenizer, part) for part in self.parts]
         return ("" if any(isinstance(part, list) for part in self.parts) else "\n\n").join(texts)
 
-    def _rendered(self, tokenizer: Any, messages: list[Message]) -> str:
+    def _render(self, tokenizer: Any, messages: list[Message]) -> str:
         remedy = 'write the conversations out, as {"text": "..."}'
         if tokenizer.chat_template is None:
             problem = f"'{self.path}' holds conversations, and the tokenizer has no chat template"
@@ -74,13 +73,27 @@ class Texts:
         return text
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file; raises UsageError for anything else."""
+    try:
+        text = read_plain(path)
+        if "\0" in text:
+            raise ValueError("it holds NUL, as binary files do")
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.object[error.start]:#04x} at {error.start} is no UTF-8"
+        raise UsageError(f"text file '{path}' cannot be read: {reason}") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"text file '{path}' cannot be read: {error}") from error
+    return text
+
+
 def has_rows(path: Path) -> bool:
-    """Whether the name is one of a JSON file."""
+    """Return whether the name is one of a JSON file."""
     return path.suffix.lower() in JSON
 
 
 def read_source(path: Path) -> Texts | list[Ids]:
-    """What a file holds. Raises UsageError for what cannot be read or is not understood."""
+    """Read what a file holds. Raises UsageError for what cannot be read or is not understood."""
     if path.is_dir():
         raise UsageError(f"'{path}' is a folder", remedy=REMEDY)
     kind = REFUSED.get(path.suffix.lower())
@@ -94,8 +107,8 @@ def read_source(path: Path) -> Texts | list[Ids]:
     return Texts(path, (content,))
 
 
-def source_text(path: Path, tokenizer: Any) -> str:
-    """The text of a file of prose, texts or conversations.
+def read_source_text(path: Path, tokenizer: Any) -> str:
+    """Return the text of a file of prose, texts or conversations.
 
     Raises UsageError as `read_source`, and for token ids.
     """
@@ -104,11 +117,11 @@ def source_text(path: Path, tokenizer: Any) -> str:
         raise UsageError(
             f"'{path}' holds token ids where a text is due", remedy='write rows of {"text": "..."}'
         )
-    return source.written_out(tokenizer)
+    return source.write_out(tokenizer)
 
 
 def _read_rows(path: Path, content: str) -> Texts | list[Ids]:
-    entries = [_entry(path, number, row) for number, row in enumerate(_parsed(path, content))]
+    entries = [_entry(path, number, row) for number, row in enumerate(_parse_rows(path, content))]
     ids = [entry.content for entry in entries if entry.kind == IDS]
     if len({entry.kind for entry in entries}) > 1:
         first = next(number for number, entry in enumerate(entries) if entry.kind != entries[0].kind)
@@ -126,7 +139,7 @@ class _Entry:
 
 
 def _entry(path: Path, number: int, row: Any) -> _Entry:
-    """What a row is read as; raises UsageError for a row that is nothing known."""
+    """Return what a row is read as; raises UsageError for a row that is nothing known."""
     where = f"entry {number} of '{path}'"
     if isinstance(row, list):
         conversation = bool(row) and all(isinstance(part, dict) for part in row)
@@ -135,7 +148,7 @@ def _entry(path: Path, number: int, row: Any) -> _Entry:
         row = {TEXT: row}
     key = next((key for key in COLUMNS if key in row), None) if isinstance(row, dict) else None
     if key == IDS and isinstance(row[IDS], list):
-        return _Entry(IDS, row[IDS] if row.get(MASK) is None else _unpadded(row[IDS], row[MASK], where))
+        return _Entry(IDS, row[IDS] if row.get(MASK) is None else _strip_padding(row[IDS], row[MASK], where))
     if key == MESSAGES and _is_conversation(row[MESSAGES]):
         return _Entry(MESSAGES, row[MESSAGES])
     if key == TEXT and isinstance(row[TEXT], str):
@@ -161,8 +174,8 @@ def _is_conversation(value: Any) -> bool:
     )
 
 
-def _unpadded(ids: Ids, mask: Any, where: str) -> Ids:
-    """The ids that the mask keeps: all from the first 1 to the last."""
+def _strip_padding(ids: Ids, mask: Any, where: str) -> Ids:
+    """Return the ids that the mask keeps: all from the first 1 to the last."""
     bits = mask if isinstance(mask, list) else []
     if len(bits) != len(ids) or not all(type(bit) is int and bit in (0, 1) for bit in bits):
         raise UsageError(f"the {MASK} of {where} is no list of {len(ids)} zeros and ones")
@@ -177,8 +190,9 @@ def _unpadded(ids: Ids, mask: Any, where: str) -> Ids:
     return ids[begin:end]
 
 
-def _parsed(path: Path, content: str) -> Sequence[Any]:
-    """The rows of a JSON file: a list of them, columns, or one row in each line, whatever its name says."""
+def _parse_rows(path: Path, content: str) -> Sequence[Any]:
+    """Return the rows of a JSON file: a list of them, columns, or one row in each line, whatever its name
+    says."""
     by_lines = path.suffix.lower() in LINES
     first, second = (_lines, parse_json) if by_lines else (parse_json, _lines)
     try:
@@ -211,7 +225,7 @@ def _rows(path: Path, value: Any, by_lines: bool) -> Sequence[Any]:
 
 
 def _columns(path: Path, table: dict[str, Any]) -> Sequence[Any] | None:
-    """The rows of an object that holds columns, or is the only row; None when it is neither."""
+    """Return the rows of an object that holds columns, or is the only row; None when it is neither."""
     key = next((key for key in COLUMNS if key in table), None)
     if key is None:
         return None
@@ -225,8 +239,8 @@ def _columns(path: Path, table: dict[str, Any]) -> Sequence[Any] | None:
 
 
 def _is_json(content: str) -> bool:
-    """Whether a file without such a name holds a list of lists or objects, or an object, or one in its first
-    line."""
+    """Return whether a file without such a name holds a list of lists or objects, or an object, or one in its
+    first line."""
     begin = content.lstrip()
     if begin[:1] not in ("[", "{"):
         return False

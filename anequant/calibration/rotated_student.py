@@ -1,13 +1,13 @@
 """The quantized model as a function of its rotations: cheap to build, so that rotations can be compared.
 
-Every projection is folded, turned and rounded to the nearest entries, with the widths, codebook and scales
+Every projection is folded, rotated and rounded to the nearest entries, with the widths, codebook and scales
 of the recipe; embedding and head stay float; activations and cache are rounded as the recipe says, a scale
 per token. The loss is KL(float || quantized) over all positions.
 
 The gradient for a rotation takes three steps. The layer's own backward pass gives the gradient G of every
 stored tensor at its rounded value; rounding passes it straight through (Bengio et al. 2013); and the chain
 rule of folding, for example W R -> W^T G, is autograd through `fold_and_rotate_layer` itself. The head is
-not turned: its input turns back instead, which is less work and the same product.
+not rotated: its input is rotated back instead, which is less work and the same product.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from anequant.calibration.distill import Lesson
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import Online
+from anequant.quantization.weight_format import unfolded_format
 from anequant.recipe import Recipe
-from anequant.reference.forward import ReferenceModel, Weights
-from anequant.reference.head import PIECE
+from anequant.reference.forward import PIECE, ReferenceModel, Weights
 from anequant.rotation.fold import fold_and_rotate_layer, rotate_axis
 from anequant.rotation.rotation_plan import R1, R2, RotationPlan
 
@@ -43,11 +43,11 @@ class RotatedStudent:
 
     @torch.no_grad()
     def divergence(self, plan: RotationPlan, lesson: Lesson) -> float:
-        """Mean KL over all positions of a lesson whose `embedded` are not turned."""
+        """Return the mean KL over all positions of a lesson whose `embedded` are not rotated."""
         hidden = rotate_axis(lesson.embedded, plan.r1)
         for layer in range(self._spec.num_layers):
-            turned = self._turned(plan, layer)
-            hidden = self._model.run_layer(layer, _tensors(turned, self._rounded(turned, layer)), hidden)
+            rotated = self._rotate(plan, layer)
+            hidden = self._model.run_layer(layer, _tensors(rotated, self._round(rotated, layer)), hidden)
         normed = self._model.final_norm(hidden, torch.ones_like(self._gain))
         back = normed if plan.r1 is None else plan.r1.apply_transposed(normed)
         total = 0.0
@@ -56,7 +56,7 @@ class RotatedStudent:
         return total / back[..., 0].numel()
 
     def gradients(self, plan: RotationPlan, lesson: Lesson) -> tuple[float, dict[str, Tensor]]:
-        """The mean KL, and its gradients for the plan's `matrices`, by name.
+        """Return the mean KL, and its gradients for the plan's `matrices`, by name.
 
         The lesson has at most WINDOWS_AT_ONCE windows.
         """
@@ -65,21 +65,21 @@ class RotatedStudent:
         with torch.no_grad():
             hidden, inputs, codes = rotate_axis(lesson.embedded, plan.r1), [], []
             for layer in layers:
-                turned = self._turned(plan, layer)
-                codes.append(self._rounded(turned, layer))
+                rotated = self._rotate(plan, layer)
+                codes.append(self._round(rotated, layer))
                 inputs.append(hidden)
-                hidden = self._model.run_layer(layer, _tensors(turned, codes[-1]), hidden)
+                hidden = self._model.run_layer(layer, _tensors(rotated, codes[-1]), hidden)
         r1 = leaves.get(R1)
         divergence, gradient, total = self._end(hidden, lesson.taught, r1)
         gradients: dict[str, Tensor] = {} if total is None else {R1: total}
         for layer in reversed(layers):
             with torch.enable_grad():
-                turned = self._turned(plan.with_matrices(leaves), layer)
-            tensors = _tensors(turned, codes.pop())
+                rotated = self._rotate(plan.with_matrices(leaves), layer)
+            tensors = _tensors(rotated, codes.pop())
             gradient, stored = self._model.gradients(layer, tensors, inputs.pop(), gradient)
             own = {name: leaves[name] for name in (R1, f"{R2}.{layer}") if name in leaves}
-            moved = [name for name, tensor in turned.items() if tensor.requires_grad]
-            outputs, along = [turned[name] for name in moved], [stored[name].double() for name in moved]
+            moved = [name for name, tensor in rotated.items() if tensor.requires_grad]
+            outputs, along = [rotated[name] for name in moved], [stored[name].double() for name in moved]
             for name, part in zip(own, torch.autograd.grad(outputs, [*own.values()], along), strict=True):
                 gradients[name] = gradients[name] + part if name in gradients else part
         if r1 is not None:
@@ -87,29 +87,23 @@ class RotatedStudent:
             gradients[R1] = gradients[R1] + rows.T @ along_rows
         return divergence, gradients
 
-    def _turned(self, plan: RotationPlan, layer: int) -> dict[str, Tensor]:
+    def _rotate(self, plan: RotationPlan, layer: int) -> dict[str, Tensor]:
         return fold_and_rotate_layer(self._spec, self._weights.layer(layer), plan, layer)
 
-    def _rounded(self, turned: Mapping[str, Tensor], layer: int) -> dict[str, QuantizedLinear]:
-        """The layer's projections, rounded; none at 16 bits."""
+    def _round(self, rotated: Mapping[str, Tensor], layer: int) -> dict[str, QuantizedLinear]:
+        """Return the layer's projections, rounded; none at 16 bits."""
         if self._bits == 16:
             return {}
-        recipe, prefix = self._recipe, layer_prefix(layer)
+        format_, prefix = unfolded_format(self._recipe, self._bits), layer_prefix(layer)
         return {
             linear.name: quantize_linear(
-                turned[f"{linear.name}.weight"].float(),
-                None,
-                bits=self._bits,
-                codebook=recipe.codebook,
-                scales=recipe.scales,
-                group=recipe.group_size,
-                name=prefix + linear.name,
+                rotated[f"{linear.name}.weight"].float(), None, format_, prefix + linear.name
             )
             for linear in self._spec.architecture.linears
         }
 
     def _end(self, hidden: Tensor, taught: Tensor, r1: Tensor | None) -> tuple[float, Tensor, Tensor | None]:
-        """Mean KL, and its gradients for hidden [n, length, hidden_size] and for R1."""
+        """Return the mean KL, and its gradients for hidden [n, length, hidden_size] and for R1."""
         count = hidden[..., 0].numel()
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
@@ -129,17 +123,17 @@ class RotatedStudent:
         return total / count, gradient, others[0] if others else None
 
     def _loss(self, states: Tensor, taught: Tensor) -> Tensor:
-        """Sum of KL(float || quantized) over positions, from states [positions, hidden_size] that lack the
-        final gain and `taught` that have it."""
+        """Return the sum of KL(float || quantized) over positions, from states [positions, hidden_size] that
+        lack the final gain and `taught` that have it."""
         ours = ((states * self._gain) @ self._head.T).log_softmax(-1)
         theirs = (taught @ self._head.T).log_softmax(-1)
         return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
 
 
-def _tensors(turned: Mapping[str, Tensor], rounded: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
-    """The layer's float32 tensors with the weights that `rounded` stands for."""
+def _tensors(rotated: Mapping[str, Tensor], rounded: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
+    """Return the layer's float32 tensors with the weights that `rounded` stands for."""
     weights = {f"{name}.weight": linear.dequantize() for name, linear in rounded.items()}
-    kept = {name: tensor.detach().float() for name, tensor in turned.items() if name not in weights}
+    kept = {name: tensor.detach().float() for name, tensor in rotated.items() if name not in weights}
     return {**kept, **weights}
 
 

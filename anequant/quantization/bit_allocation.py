@@ -19,7 +19,7 @@ ROUNDING = 1e-12
 def allocate_bits(
     losses: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], target: float
 ) -> dict[str, int]:
-    """Width of each tensor: losses[name][width] and sizes[name] in weights; same names in both.
+    """Choose the width of each tensor: losses[name][width] and sizes[name] in weights; same names in both.
 
     Raises UsageError when even the narrowest widths take more than `target` bits per weight.
     """

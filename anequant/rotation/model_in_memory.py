@@ -14,8 +14,8 @@ from anequant.rotation.rotation_plan import plan_rotations
 
 
 @torch.no_grad()
-def turn_model(model: torch.nn.Module, recipe: Recipe) -> ModelSpec:
-    """Fold every norm gain of a causal language model and turn it by the recipe's R1 and R2.
+def rotate_in_memory(model: torch.nn.Module, recipe: Recipe) -> ModelSpec:
+    """Fold every norm gain of a causal language model and rotate it by the recipe's R1 and R2.
 
     A tied head gets weights of its own, since the final gain goes into the head only. Computed in float64
     and rounded to the model's dtype. Raises UnsupportedError for an architecture that is not known, and
@@ -29,12 +29,12 @@ def turn_model(model: torch.nn.Module, recipe: Recipe) -> ModelSpec:
         config.tie_word_embeddings = False
     gain = model.get_parameter(f"{FINAL_NORM}.weight")
     head = model.get_parameter(f"{HEAD}.weight")
-    turned = {
+    rotated = {
         f"{EMBEDDING}.weight": rotate_embedding(model.get_parameter(f"{EMBEDDING}.weight"), plan),
         f"{HEAD}.weight": fold_and_rotate_linear(HEAD_LINEAR, head, None, gain, plan, None)[0],
         f"{FINAL_NORM}.weight": torch.ones_like(gain),
     }
-    for name, tensor in turned.items():
+    for name, tensor in rotated.items():
         model.get_parameter(name).copy_(tensor)
     for layer in range(spec.num_layers):
         prefix = layer_prefix(layer)

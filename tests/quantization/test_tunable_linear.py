@@ -8,14 +8,15 @@ from torch import Tensor
 
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
-from anequant.quantization.tune import TunableLinear, tunable
+from anequant.quantization.tunable_linear import TunableLinear, start_tuning
+from anequant.quantization.weight_format import WeightFormat
 
 
 def linear(scales: str = "balanced", codebook: str = "lut", bias: bool = True) -> QuantizedLinear:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(12, 20, generator=generator) * (torch.rand(20, generator=generator) + 0.3)
     values = torch.randn(12, generator=generator) if bias else None
-    return quantize_linear(weight, values, bits=4, codebook=codebook, scales=scales, name="p")
+    return quantize_linear(weight, values, WeightFormat(4, codebook, scales), "p")
 
 
 def moved(training: TunableLinear, size: float = 0.05) -> None:
@@ -27,7 +28,7 @@ def moved(training: TunableLinear, size: float = 0.05) -> None:
 
 @pytest.mark.parametrize("scales", ["tensor", "output", "balanced"])
 def test_gradients_are_those_of_autograd(scales: str) -> None:
-    training = tunable(linear(scales))
+    training = start_tuning(linear(scales))
     moved(training)
     inputs = torch.randn(7, 20, generator=torch.Generator().manual_seed(2))
 
@@ -48,15 +49,15 @@ def test_gradients_are_those_of_autograd(scales: str) -> None:
 
 
 def test_input_scales_of_one_stay() -> None:
-    training = tunable(linear("output"))
+    training = start_tuning(linear("output"))
     assert training.log_input_scale is None and len(training.parameters) == 3
     moved(training)
-    assert bool((training.finished("p").input_scale == 1).all())
+    assert bool((training.finish("p").input_scale == 1).all())
 
 
 def test_nothing_moved_is_nothing_changed() -> None:
     start = linear()
-    result = tunable(start).finished("p")
+    result = start_tuning(start).finish("p")
     assert torch.equal(result.codes, start.codes)
     assert torch.equal(result.dequantize(), start.dequantize())
     assert result.bias is not None and start.bias is not None and torch.equal(result.bias, start.bias)
@@ -67,13 +68,13 @@ def weight_of(training: TunableLinear) -> Tensor:
 
 
 def test_finished_rounds_to_float16_and_sorts_the_codebook() -> None:
-    training = tunable(linear())
+    training = start_tuning(linear())
     moved(training)
     with torch.no_grad():
         training.codebook[[3, 4]] = training.codebook[[4, 3]]
         training.codebook[9] = training.codebook[11] + 0.05
     before = weight_of(training)
-    result = training.finished("p")
+    result = training.finish("p")
     assert bool((result.codebook.diff() > 0).all())
     for value in (result.codebook, result.output_scale, result.input_scale, result.bias):
         assert value is not None and torch.equal(value, value.half().float())
@@ -82,18 +83,18 @@ def test_finished_rounds_to_float16_and_sorts_the_codebook() -> None:
 
 
 def test_entries_that_met_are_kept_apart() -> None:
-    training = tunable(linear())
+    training = start_tuning(linear())
     with torch.no_grad():
         training.codebook[10] = training.codebook[11]
     before = weight_of(training)
-    result = training.finished("p")
+    result = training.finish("p")
     assert bool((result.codebook.diff() > 0).all())
     torch.testing.assert_close(result.dequantize(), before, rtol=2.0**-7, atol=1e-6)
 
 
 def test_a_linear_without_bias_has_none_to_train() -> None:
-    training = tunable(linear(bias=False))
+    training = start_tuning(linear(bias=False))
     assert training.bias is None
     training.set_gradients(torch.ones(12, 20), None)
     assert all(leaf.grad is not None for leaf in training.parameters)
-    assert training.finished("p").bias is None
+    assert training.finish("p").bias is None

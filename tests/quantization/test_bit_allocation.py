@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anequant.errors import UsageError
-from anequant.quantization.mixed import allocate_bits
+from anequant.quantization.bit_allocation import allocate_bits
 
 WIDTHS = (4, 6, 8)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from anequant.quantization.codebook import separate
 from anequant.quantization.linear import QuantizedLinear
-from anequant.quantization.nearest import bound_bias, checked_bias
-from anequant.quantization.scales import float16_scales
+from anequant.quantization.nearest import bound_bias, round_bias
+from anequant.quantization.scales import round_scales
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TunableLinear:
         return [leaf for leaf in leaves if leaf is not None]
 
     def current(self) -> QuantizedLinear:
-        """The linear as it stands, in float32."""
+        """Return the linear as it stands, in float32."""
         input_scale = torch.ones(self.codes.shape[1])
         if self.log_input_scale is not None:
             input_scale = self.log_input_scale.detach().exp()
@@ -48,7 +48,8 @@ class TunableLinear:
         return QuantizedLinear(self.codes, self.codebook.detach(), input_scale, output_scale, bias)
 
     def set_gradients(self, weight_gradient: Tensor, bias_gradient: Tensor | None) -> None:
-        """From the gradients for the dequantized weight [out, in] and the bias [out]."""
+        """Set every leaf's `grad` from the gradients for the dequantized weight [out, in] and the bias
+        [out]."""
         linear = self.current()
         scaled = weight_gradient * linear.output_scale[:, None] * linear.input_scale
         codes = self.codes.view(-1).int()
@@ -60,19 +61,19 @@ class TunableLinear:
         if self.bias is not None:
             self.bias.grad = bias_gradient
 
-    def finished(self, name: str) -> QuantizedLinear:
-        """The linear with numbers that float16 holds, its codebook ascending again."""
+    def finish(self, name: str) -> QuantizedLinear:
+        """Return the linear with numbers that float16 holds, its codebook ascending again."""
         linear = self.current()
         order = linear.codebook.argsort(stable=True)
         codes = order.argsort().to(torch.uint8)[linear.codes.int()]
-        rows, columns = float16_scales(linear.output_scale, linear.input_scale)
+        rows, columns = round_scales(linear.output_scale, linear.input_scale)
         codebook = separate(linear.codebook.double())
-        bias = checked_bias(linear.bias, name)
+        bias = round_bias(linear.bias, name)
         return bound_bias(QuantizedLinear(codes, codebook, columns, rows, bias), name)
 
 
-def tunable(linear: QuantizedLinear) -> TunableLinear:
-    """Start from a rounded linear; input scales of one stay."""
+def start_tuning(linear: QuantizedLinear) -> TunableLinear:
+    """Return a rounded linear as what training starts from; input scales of one stay."""
     fixed = bool((linear.input_scale == 1).all())
     return TunableLinear(
         linear.codes,
