@@ -92,8 +92,9 @@ def ours_stage(work: Path, layers: int, lap: Lap) -> Path:
     from anequant.architectures.spec import FINAL_NORM
     from anequant.checkpoints.layers import load_layer
     from anequant.checkpoints.reader import open_checkpoint
-    from anequant.targets.coreml.program.decoder import Geometry, chunk_program
+    from anequant.targets.coreml.program.decoder import chunk_program
     from anequant.targets.coreml.program.package import save_package
+    from anequant.targets.shared.geometry import Geometry
     from anequant.targets.shared.rope_tables import lowered_rope_tables
 
     lap("imports")

@@ -32,10 +32,10 @@ from anequant.planning.steps import EMBEDDING_PACKAGE, HEAD_PACKAGE, RANGES
 from anequant.recipe import LowerOptions
 from anequant.reference.probe import RANGE_TOKENS, probe_tokens
 from anequant.targets.coreml.build import PackageSize, PackageTask, build_package
+from anequant.targets.coreml.lowerable import check_lowering
 from anequant.targets.coreml.meta import PackageSet, write_meta
-from anequant.targets.shared.geometry import chunk_ranges, least_chunks
+from anequant.targets.shared.geometry import chunk_ranges, head_parts, least_chunks
 from anequant.targets.shared.headroom import Headroom, plan_headroom
-from anequant.targets.shared.lowerable import check_lowering, head_parts
 
 
 @dataclass(frozen=True)

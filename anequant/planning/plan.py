@@ -31,7 +31,7 @@ from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.reference.open_float import open_float
 from anequant.reference.probe import RANGE_TOKENS, probe_tokens
-from anequant.targets.shared.lowerable import check_lowering
+from anequant.targets.coreml.lowerable import check_lowering
 
 
 @dataclass(frozen=True)

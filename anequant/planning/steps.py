@@ -25,12 +25,12 @@ from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.targets.shared.geometry import (
     chunk_ranges,
+    head_parts,
     layer_bytes,
     least_chunks,
     table_bytes,
     vocabulary_bytes,
 )
-from anequant.targets.shared.lowerable import head_parts
 
 QUANTIZE, LOWER, VERIFY = "quantize", "lower", "verify"
 RESIDENT, STREAMED = "sample", "sample, reading the model for every token"

@@ -13,14 +13,13 @@ from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefi
 from anequant.checkpoints.layers import load_layer, load_table, open_quantized
 from anequant.checkpoints.reader import Checkpoint
 from anequant.recipe import LowerOptions
-from anequant.targets.coreml.program.decoder import Geometry, chunk_program
+from anequant.targets.coreml.program.decoder import chunk_program
 from anequant.targets.coreml.program.package import package_bytes, save_package
 from anequant.targets.coreml.program.parts import embeddings_program, head_program
 from anequant.targets.coreml.program.program import forget_names
 from anequant.targets.coreml.toolkit import Program
-from anequant.targets.shared.geometry import constant_bytes, table_bytes
+from anequant.targets.shared.geometry import Geometry, constant_bytes, head_parts, table_bytes
 from anequant.targets.shared.headroom import Headroom, fitted_layer, fitted_table
-from anequant.targets.shared.lowerable import head_parts
 from anequant.targets.shared.rope_tables import lowered_rope_tables
 
 

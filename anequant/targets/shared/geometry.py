@@ -1,10 +1,11 @@
-"""How decoder layers are split over packages, and what their constants take on disk."""
+"""How a model is split over packages, the sizes that are fixed in them, and what they take on disk."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -13,13 +14,39 @@ from anequant.checkpoints.layers import projection_bits
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import UnsupportedError
 from anequant.quantization.linear import FloatTable, QuantizedLinear
-from anequant.quantization.online import Online
+from anequant.quantization.online import NOTHING, Online
 from anequant.targets.shared.rotation_weights import online_weights
 from anequant.targets.shared.weight_forms import stores_integers
 
 MEGABYTE = 1_000_000
 GRAPH_BYTES_PER_LAYER = 50_000
 """The program itself: 40 kB a layer at two functions, measured on the three architectures."""
+
+LARGEST_AXIS = 16384
+MOST_HEAD_PARTS = 64
+SMALLEST_FLOAT16 = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that are fixed in the packages; cos and sin are float tables [context, head_dim].
+
+    The residual stream carries `residual_scale` times the model's values. `online` says what runs beside the
+    weights: its activations have static scales.
+    """
+
+    spec: ModelSpec
+    context: int
+    batch: int
+    cos: Tensor
+    sin: Tensor
+    residual_scale: float = 1.0
+    online: Online = NOTHING
+
+    @property
+    def residual_eps(self) -> float:
+        """The epsilon of a norm that reads the scaled stream, at least float16's smallest number."""
+        return max(self.spec.rms_norm_eps * self.residual_scale**2, SMALLEST_FLOAT16)
 
 
 def chunk_ranges(layers: int, chunks: int) -> list[range]:
@@ -56,6 +83,20 @@ def least_chunks(checkpoint: Checkpoint, context: int, most_megabytes: int) -> i
     )
 
 
+def head_parts(spec: ModelSpec) -> int:
+    """The least number of equal parts, from the architecture's own on, that keeps each within an axis.
+
+    Raises UnsupportedError for a vocabulary that does not split so.
+    """
+    for parts in range(spec.architecture.head_split, MOST_HEAD_PARTS + 1):
+        if spec.vocab_size % parts == 0 and spec.vocab_size // parts <= LARGEST_AXIS:
+            return parts
+    raise UnsupportedError(
+        f"a vocabulary of {spec.vocab_size} does not split into equal parts of at most {LARGEST_AXIS}",
+        remedy="pad the embedding and the head to a multiple of 64 rows",
+    )
+
+
 def table_bytes(spec: ModelSpec, context: int, online: Online) -> int:
     """Bytes of what the layers of a package share: RoPE's tables and the factors of online rotations."""
     factors = [weight for weights in online_weights(spec, online).values() for weight in weights]
@@ -78,7 +119,7 @@ def layer_bytes(checkpoint: Checkpoint) -> Sequence[int]:
 
 
 def vocabulary_bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Of the embedding or the head in its package."""
+    """Bytes of the embedding or the head in its package."""
     spec = checkpoint.spec
     entries = spec.vocab_size * spec.hidden_size
     codebook = checkpoint.tensors.get(f"{name}.codebook")

@@ -29,8 +29,7 @@ from anequant.runtime.coreml_backend import PackageModel, package_by_package
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.program.linears import weight_value
-from anequant.targets.shared.geometry import chunk_ranges
-from anequant.targets.shared.lowerable import head_parts
+from anequant.targets.shared.geometry import chunk_ranges, head_parts
 from anequant.verification.verify import compare_logits, verify_packages
 
 PREFILL = DECODE = 64

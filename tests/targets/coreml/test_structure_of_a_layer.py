@@ -25,11 +25,12 @@ from anequant.checkpoints.layers import QuantizedLayer, load_layer, open_quantiz
 from anequant.quantization.linear import QuantizedLinear
 from anequant.targets.coreml.graph import Graph, Node, package_graphs
 from anequant.targets.coreml.interpreter.interpreter import Package
-from anequant.targets.coreml.program.decoder import STATE, Geometry, chunk_program
+from anequant.targets.coreml.program.decoder import STATE, chunk_program
 from anequant.targets.coreml.program.package import save_package
 from anequant.targets.coreml.signatures import TensorSpec
 from anequant.targets.coreml.storage import model_file, read_model
 from anequant.targets.coreml.toolkit import ct
+from anequant.targets.shared.geometry import Geometry
 from anequant.targets.shared.rope_tables import lowered_rope_tables
 
 CONTEXT, BATCH, LAYER = 32, 8, 1

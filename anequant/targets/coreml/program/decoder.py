@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from anequant.architectures.spec import ModelSpec, Space, layer_prefix
+from anequant.architectures.spec import Space, layer_prefix
 from anequant.checkpoints.layers import QuantizedLayer
-from anequant.quantization.online import NOTHING, Online
 from anequant.targets.coreml.program.linears import linear, stored_codes
 from anequant.targets.coreml.program.online_rotations import turned, weight_constants
 from anequant.targets.coreml.program.program import (
@@ -28,33 +26,11 @@ from anequant.targets.coreml.program.program import (
     write_state,
 )
 from anequant.targets.coreml.toolkit import TARGET, Function, Program, mb, types
+from anequant.targets.shared.geometry import Geometry
 from anequant.targets.shared.rotation_weights import FFN, KEY, QUERY, online_weights
 
 STATE = "model_model_kv_cache_0"
-SMALLEST_FLOAT16 = 2.0**-24
 INFER, PREFILL = "infer", "prefill"
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes that are fixed in the packages; cos and sin are float tables [context, head_dim].
-
-    The residual stream carries `residual_scale` times the model's values. `online` says what runs beside the
-    weights: its activations have static scales.
-    """
-
-    spec: ModelSpec
-    context: int
-    batch: int
-    cos: Tensor
-    sin: Tensor
-    residual_scale: float = 1.0
-    online: Online = NOTHING
-
-    @property
-    def residual_eps(self) -> float:
-        """The epsilon of a norm that reads the scaled stream, at least float16's smallest number."""
-        return max(self.spec.rms_norm_eps * self.residual_scale**2, SMALLEST_FLOAT16)
 
 
 def chunk_program(geometry: Geometry, layers: Sequence[QuantizedLayer], final_gain: Tensor | None) -> Program:

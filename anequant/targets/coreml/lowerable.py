@@ -1,4 +1,4 @@
-"""What can be lowered: the sizes, the model, and what it does while it runs."""
+"""What can become Core ML packages: the sizes, the model, and what it does while it runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from anequant.architectures.spec import ModelSpec
 from anequant.errors import UnsupportedError, UsageError
 from anequant.quantization.online import Online
 from anequant.recipe import LowerOptions
+from anequant.targets.shared.geometry import head_parts
 from anequant.targets.shared.rope_tables import lowered_rope_tables
-
-LARGEST_AXIS = 16384
-MOST_HEAD_PARTS = 64
 
 
 def check_lowering(spec: ModelSpec, options: LowerOptions, online: Online) -> None:
@@ -39,17 +37,6 @@ def check_lowering(spec: ModelSpec, options: LowerOptions, online: Online) -> No
     _check_online(online)
     head_parts(spec)
     lowered_rope_tables(spec, options.context)
-
-
-def head_parts(spec: ModelSpec) -> int:
-    """The least number of equal parts, from the architecture's own on, that keeps each within an axis."""
-    for parts in range(spec.architecture.head_split, MOST_HEAD_PARTS + 1):
-        if spec.vocab_size % parts == 0 and spec.vocab_size // parts <= LARGEST_AXIS:
-            return parts
-    raise UnsupportedError(
-        f"a vocabulary of {spec.vocab_size} does not split into equal parts of at most {LARGEST_AXIS}",
-        remedy="pad the embedding and the head to a multiple of 64 rows",
-    )
 
 
 def _check_online(online: Online) -> None:
