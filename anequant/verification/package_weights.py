@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,15 +14,13 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import VerificationError
 from anequant.jobs.control import Progress
-from anequant.quantization.linear import QuantizedLinear
 from anequant.targets.coreml.graph import Graph, Node, package_graphs
-from anequant.targets.coreml.interpreter.compressed import CompressedWeight
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.program.linears import head_part, weight_value
+from anequant.targets.shared.packed_codes import CompressedWeight, check_weight, take_rows
 from anequant.targets.shared.rotation_weights import online_weights, weight_name
 
-Array = np.ndarray[Any, Any]
 Names = dict[str, tuple[str, slice]]
 
 
@@ -64,9 +60,9 @@ def _verify_weights(package: Package, quantized: Names, checkpoint: Checkpoint) 
             if name != loaded:
                 whole, loaded = load(name, checkpoint.read, checkpoint.tensors), name
             rounded = name in checkpoint.online.activations
-            _check_weight(value, weight, whole, part, where, rounded=rounded)
+            check_weight(value, weight, take_rows(whole, part), where, rounded=rounded)
             first[value] = weight
-        elif not _same_tables(weight, first[value]):
+        elif not weight.has_tables_of(first[value]):
             raise VerificationError(f"'{value}' has not the same codebook or scales twice", where=where)
         places.setdefault(value, []).append(weight.place)
     for value, found in places.items():
@@ -75,12 +71,6 @@ def _verify_weights(package: Package, quantized: Names, checkpoint: Checkpoint) 
                 f"the functions of '{package.path.stem}' do not share one copy of '{value}'", where=where
             )
     return len(places)
-
-
-def _same_tables(one: CompressedWeight, other: CompressedWeight) -> bool:
-    """Whether two functions' constants mean the same by the same codes."""
-    tables = ((one.codebook, other.codebook), (one.scale, other.scale))
-    return all(np.array_equal(a, b) if a is not None and b is not None else a is b for a, b in tables)
 
 
 def _quantized_names(checkpoint: Checkpoint, head_parts: int) -> Names:
@@ -98,44 +88,6 @@ def _quantized_names(checkpoint: Checkpoint, head_parts: int) -> Names:
         for part in range(head_parts):
             names[weight_value(head_part(part + 1))] = (HEAD, slice(part * rows, (part + 1) * rows))
     return names
-
-
-def _check_weight(
-    value: str, weight: CompressedWeight, whole: QuantizedLinear, part: slice, where: str, *, rounded: bool
-) -> None:
-    """Equal codes, and a codebook and scales equal but for the power of two that headroom may have moved."""
-    codes, codebook = whole.codes[part].numpy(), whole.codebook.double().numpy()
-    stored, used = weight.codes.reshape(codes.shape), np.unique(codes)
-    if weight.codebook is not None:
-        same, entries = np.array_equal(stored, codes), weight.codebook.reshape(-1)
-    else:
-        entries = np.zeros(len(codebook), stored.dtype)
-        entries[codes] = stored
-        same = np.array_equal(entries[codes], stored)
-    if not same:
-        raise VerificationError(f"the codes of '{value}' are not the checkpoint's", where=where)
-    scale = np.ones(1) if weight.scale is None else weight.scale.astype(np.float64)
-    grouped = whole.output_scale.ndim == 2
-    if grouped:
-        expected = whole.output_scale[part].double().numpy()
-        same = scale.size == expected.size and _equal_but_for_a_power(scale.reshape(expected.shape), expected)
-    else:
-        same = scale.size == 1 and (weight.scale is not None) == rounded
-    if not same:
-        raise VerificationError(f"'{value}' has not the checkpoint's scales", where=where)
-    table = entries.astype(np.float64) * (1 if grouped else float(scale.reshape(-1)[0]))
-    integers = entries.dtype == np.int8
-    if not _equal_but_for_a_power(table[used], codebook[used]) or (rounded and not integers):
-        raise VerificationError(f"'{value}' has not the checkpoint's one codebook", where=where)
-
-
-def _equal_but_for_a_power(stored: Array, expected: Array) -> bool:
-    """Whether one power of two makes `stored` equal to `expected`; float64."""
-    if stored.shape != expected.shape:
-        return False
-    ends = [float(np.abs(values).max()) for values in (stored, expected)]
-    power = np.frexp(ends[1])[1] - np.frexp(ends[0])[1]
-    return np.array_equal(np.ldexp(stored, power), expected)
 
 
 def _verify_rounding(graph: Graph, quantized: Names, checkpoint: Checkpoint, where: str) -> None:

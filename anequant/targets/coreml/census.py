@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anequant.errors import UnsupportedError
 from anequant.targets.coreml.graph import Graph, Node
-from anequant.targets.coreml.interpreter.constants import converted
+from anequant.targets.coreml.interpreter.constant_store import converted
 from anequant.targets.coreml.interpreter.operators import OPERATORS
 from anequant.targets.coreml.signatures import TensorSpec, constant_spec, parameters
 from anequant.targets.coreml.storage import DATA_TYPES, TORCH_TYPES, Value

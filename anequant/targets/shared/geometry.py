@@ -15,8 +15,8 @@ from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import UnsupportedError
 from anequant.quantization.linear import FloatTable, QuantizedLinear
 from anequant.quantization.online import NOTHING, Online
+from anequant.targets.shared.packed_codes import stores_integers
 from anequant.targets.shared.rotation_weights import online_weights
-from anequant.targets.shared.weight_forms import stores_integers
 
 MEGABYTE = 1_000_000
 GRAPH_BYTES_PER_LAYER = 50_000

@@ -38,13 +38,13 @@ from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.lint.rules import lint
 from anequant.targets.coreml.lowerable import check_lowering
 from anequant.targets.coreml.meta import read_meta
-from anequant.targets.coreml.program.linears import integer_entries
 from anequant.targets.coreml.program.online_rotations import turned, weight_constants
 from anequant.targets.coreml.program.package import MODEL_FILE, save_package
 from anequant.targets.coreml.program.program import build_program
 from anequant.targets.coreml.storage import read_model
 from anequant.targets.coreml.toolkit import TARGET, Function, mb, types
 from anequant.targets.shared.headroom import plan_headroom
+from anequant.targets.shared.packed_codes import integer_entries
 from anequant.targets.shared.rotation_weights import WIDEST, hadamard_weights
 from anequant.verification.package_weights import verify_constants
 from anequant.verification.verify import compare_rounding, verify_packages

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anequant.targets.coreml.interpreter.constants import Constant, Constants
+from anequant.targets.coreml.interpreter.constant_store import Constant, Constants
 from anequant.targets.coreml.interpreter.operators import conv
 
 INTEGERS = ("int8", "uint8", "int4", "uint4")

@@ -22,8 +22,12 @@ import torch
 from torch import Tensor
 
 from anequant.errors import InputError, UnsupportedError, did_you_mean
-from anequant.targets.coreml.interpreter.compressed import CompressedWeight, compressed_constants
-from anequant.targets.coreml.interpreter.constants import Constants, converted, storage_of
+from anequant.targets.coreml.interpreter.constant_store import (
+    Constants,
+    compressed_constants,
+    converted,
+    storage_of,
+)
 from anequant.targets.coreml.interpreter.integers import before_rounding, integer_conv, integer_operands
 from anequant.targets.coreml.interpreter.movement import Operator
 from anequant.targets.coreml.interpreter.operators import OPERATORS
@@ -38,6 +42,7 @@ from anequant.targets.coreml.signatures import (
     tensor_spec,
 )
 from anequant.targets.coreml.storage import TORCH_TYPES, Weights, damage, model_file, read_model
+from anequant.targets.shared.packed_codes import CompressedWeight
 
 
 @dataclass(frozen=True)

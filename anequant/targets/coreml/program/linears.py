@@ -16,22 +16,17 @@ are for GPUs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from anequant.architectures.spec import HEAD
-from anequant.errors import UnsupportedError
-from anequant.quantization.codebook import codebook_step
 from anequant.quantization.linear import FloatTable, QuantizedLinear
 from anequant.targets.coreml.program.program import Var, float16_constant, identifier, shared_constant
 from anequant.targets.coreml.program.streaming import streamed_constant
 from anequant.targets.coreml.toolkit import mb, types
-from anequant.targets.shared.weight_forms import stores_integers
+from anequant.targets.shared.packed_codes import Array, integer_entries, stored_integers
 
-Array = np.ndarray[Any, Any]
 CODE_DTYPES = {
     2: types.np_uint2_dtype,
     3: types.np_uint3_dtype,
@@ -70,28 +65,10 @@ def stored_codes(quantized: QuantizedLinear, name: str, *, rounded: bool) -> Arr
 
     Raises as `integer_entries`.
     """
-    if not stores_integers(quantized, rounded=rounded):
+    integers = stored_integers(quantized, name, rounded=rounded)
+    if integers is None:
         return packed_codes(quantized)
-    entries = quantized.codebook.to(torch.int8)
-    if rounded:
-        entries, _ = integer_entries(quantized.codebook, name)
-    return entries[quantized.codes.int()].numpy().astype(INTEGER_DTYPES[quantized.bits])
-
-
-def integer_entries(codebook: Tensor, name: str) -> tuple[Tensor, float]:
-    """codebook as int8 [K], and the power of two that multiplies it.
-
-    Raises UnsupportedError, naming the linear, when it is not integers from -128 to 127 times one.
-    """
-    step = codebook_step(codebook)
-    entries = codebook.double() / step
-    exact = torch.equal(entries, entries.round()) and float(np.float16(step)) == step
-    if not exact:
-        raise UnsupportedError(
-            f"the codebook of '{name}' is not 8-bit integers times a power of two, as rounded inputs need",
-            remedy="quantize the float model with activation_scales = 'static'",
-        )
-    return entries.to(torch.int8), step
+    return integers.numpy().astype(INTEGER_DTYPES[quantized.bits])
 
 
 def linear(

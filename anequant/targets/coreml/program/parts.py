@@ -32,6 +32,7 @@ from anequant.targets.coreml.program.program import (
 )
 from anequant.targets.coreml.program.streaming import streamed_constant
 from anequant.targets.coreml.toolkit import TARGET, Function, Program, ct, get_new_symbol, mb, types
+from anequant.targets.shared.packed_codes import take_rows
 
 
 def embeddings_program(table: QuantizedLinear | FloatTable, batch: int) -> Program:
@@ -71,13 +72,7 @@ def head_program(spec: ModelSpec, head: QuantizedLinear | FloatTable, parts: int
             label = head_part(part + 1)
             if isinstance(head, QuantizedLinear):
                 assert codes is not None
-                piece = QuantizedLinear(
-                    head.codes[rows_of_part],
-                    head.codebook,
-                    head.input_scale,
-                    head.output_scale[rows_of_part],
-                )
-                y = linear(x, piece, codes[rows_of_part], label, name)
+                y = linear(x, take_rows(head, rows_of_part), codes[rows_of_part], label, name)
             else:
                 y = float_linear(x, head.part(rows_of_part), label)
             logits.append(mb.reshape(x=y, shape=[1, 1, rows], name=f"logits{part + 1}"))

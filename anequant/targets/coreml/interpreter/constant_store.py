@@ -2,11 +2,12 @@
 
 A constant is kept in the form its user takes, under what it is made of. So functions that point to the same
 place of the weight file share it, and a palettized weight of a convolution is kept as one float32 matrix.
+The compressed ones can also be read as they are on disk: codes, what they mean, and where they lie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from anequant.errors import InputError
 from anequant.targets.coreml.interpreter.operators import OPERATORS
 from anequant.targets.coreml.signatures import Form, TensorSpec, constant_spec, parameters, tensor_spec
 from anequant.targets.coreml.storage import TORCH_TYPES, Palettized, Value, Weights
+from anequant.targets.shared.packed_codes import CompressedWeight
 
 WIDENED = (torch.float16, torch.int8, torch.uint8)
 
@@ -107,3 +109,41 @@ def _combined(operation: Any, sources: Mapping[str, Constant]) -> Constant:
 
     key = repr((operation.type, spec.dtype, [(name, source.key) for name, source in sources.items()]))
     return Constant(key.encode(), load, operation.type, spec, sources)
+
+
+def compressed_constants(
+    block: Any, constants: Mapping[str, Constant]
+) -> Iterator[tuple[str, CompressedWeight]]:
+    """(name of its value, content) of every such constant of a MIL_pb2.Block, read from disk each time.
+
+    A lookup table's result that is scaled is part of the scaled constant, not one of its own.
+    """
+    made = {operation.outputs[0].name: operation for operation in block.operations if operation.outputs}
+    blocks = [operation for operation in made.values() if operation.type == "constexpr_blockwise_shift_scale"]
+    scaled = {operation.inputs["data"].arguments[0].name for operation in blocks}
+    for name, operation in made.items():
+        table = operation.type == "constexpr_lut_to_dense" and name not in scaled
+        if not table and operation not in blocks:
+            continue
+        parts = constants[name].parts
+        value = (constants[name] if table else parts["data"]).load()
+        scale = None if table else parts["scale"].load()
+        assert isinstance(value, (Tensor, Palettized))
+        codes, codebook = (value.codes, value.codebook) if isinstance(value, Palettized) else (value, None)
+        yield (
+            name,
+            CompressedWeight(
+                codes.numpy(),
+                None if codebook is None else codebook.numpy(),
+                scale.numpy() if isinstance(scale, Tensor) else None,
+                _place_of(operation, made),
+            ),
+        )
+
+
+def _place_of(operation: Any, made: Mapping[str, Any]) -> int | None:
+    key = "indices" if operation.type == "constexpr_lut_to_dense" else "data"
+    binding = operation.inputs[key].arguments[0]
+    if binding.WhichOneof("binding") == "name":
+        return _place_of(made[binding.name], made)
+    return binding.value.blobFileValue.offset if binding.value.HasField("blobFileValue") else None
