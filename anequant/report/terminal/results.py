@@ -17,8 +17,9 @@ from anequant.pipeline.quantize import QuantizeResult
 from anequant.pipeline.rotate import RotateResult
 from anequant.pipeline.rounder import TensorError
 from anequant.targets.coreml.lint.rules import Finding
+from anequant.targets.shared.agreement import PackageCheck
 from anequant.targets.shared.headroom import Headroom
-from anequant.verification.verify import CheckpointCheck, PackageCheck
+from anequant.verification.verify import CheckpointCheck
 
 Rows = list[tuple[str, str]]
 

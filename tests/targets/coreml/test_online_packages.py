@@ -43,11 +43,12 @@ from anequant.targets.coreml.program.package import MODEL_FILE, save_package
 from anequant.targets.coreml.program.program import build_program
 from anequant.targets.coreml.storage import read_model
 from anequant.targets.coreml.toolkit import TARGET, Function, mb, types
+from anequant.targets.shared.agreement import compare_rounding
 from anequant.targets.shared.headroom import plan_headroom
 from anequant.targets.shared.packed_codes import integer_entries
 from anequant.targets.shared.rotation_weights import WIDEST, hadamard_weights
 from anequant.verification.package_weights import verify_constants
-from anequant.verification.verify import compare_rounding, verify_packages
+from anequant.verification.verify import verify_packages
 
 SIZES = LowerOptions(context=32, batch=16)
 STATIC: dict[str, Any] = {"activation_bits": 8, "activation_scales": "static"}

@@ -29,8 +29,9 @@ from anequant.runtime.coreml_backend import PackageModel, package_by_package
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.program.linears import weight_value
+from anequant.targets.shared.agreement import compare_logits
 from anequant.targets.shared.geometry import chunk_ranges, head_parts
-from anequant.verification.verify import compare_logits, verify_packages
+from anequant.verification.verify import verify_packages
 
 PREFILL = DECODE = 64
 WINDOWS = 4
