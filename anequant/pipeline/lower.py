@@ -31,11 +31,12 @@ from anequant.planning.schedule import units_of
 from anequant.planning.steps import EMBEDDING_PACKAGE, HEAD_PACKAGE, RANGES
 from anequant.recipe import LowerOptions
 from anequant.reference.probe import RANGE_TOKENS, probe_tokens
-from anequant.targets.coreml.build import PackageSize, PackageTask, build_package
+from anequant.targets.coreml.build import build_package
 from anequant.targets.coreml.lowerable import check_lowering
 from anequant.targets.coreml.meta import PackageSet, write_meta
 from anequant.targets.shared.geometry import chunk_ranges, head_parts, least_chunks
 from anequant.targets.shared.headroom import Headroom, plan_headroom
+from anequant.targets.shared.package_task import PackageSize, PackageTask
 
 
 @dataclass(frozen=True)
