@@ -17,7 +17,8 @@ from anequant.errors import UnsupportedError
 from anequant.targets.coreml.graph import Graph, Node
 from anequant.targets.coreml.interpreter.constant_store import converted
 from anequant.targets.coreml.interpreter.operators import OPERATORS
-from anequant.targets.coreml.signatures import TensorSpec, constant_spec, parameters
+from anequant.targets.coreml.interpreter.supported import parameters
+from anequant.targets.coreml.signatures import TensorSpec, constant_spec
 from anequant.targets.coreml.storage import DATA_TYPES, TORCH_TYPES, Value
 
 DENSE = "dense"

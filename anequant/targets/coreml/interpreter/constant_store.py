@@ -17,7 +17,8 @@ from torch import Tensor
 
 from anequant.errors import InputError
 from anequant.targets.coreml.interpreter.operators import OPERATORS
-from anequant.targets.coreml.signatures import Form, TensorSpec, constant_spec, parameters, tensor_spec
+from anequant.targets.coreml.interpreter.supported import Form, parameters
+from anequant.targets.coreml.signatures import TensorSpec, constant_spec, tensor_spec
 from anequant.targets.coreml.storage import TORCH_TYPES, Palettized, Value, Weights
 from anequant.targets.shared.packed_codes import CompressedWeight
 

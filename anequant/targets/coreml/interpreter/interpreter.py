@@ -12,8 +12,8 @@ by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,12 @@ from anequant.targets.coreml.interpreter.constant_store import (
 from anequant.targets.coreml.interpreter.integers import before_rounding, integer_conv, integer_operands
 from anequant.targets.coreml.interpreter.movement import Operator
 from anequant.targets.coreml.interpreter.operators import OPERATORS
+from anequant.targets.coreml.interpreter.supported import Form, parameters, refuse_unsupported
 from anequant.targets.coreml.signatures import (
-    Form,
     FunctionSpec,
     TensorSpec,
     block_of,
     function_spec,
-    parameters,
-    refuse_unsupported,
     tensor_spec,
 )
 from anequant.targets.coreml.storage import TORCH_TYPES, Weights, damage, model_file, read_model
@@ -53,7 +51,7 @@ class _Use:
     form: Form
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Step:
     """One operation with its constants in place, which `run` computes. After it, nothing reads the values
     `frees` again, nor the present content of the states `replaces`."""
@@ -62,8 +60,8 @@ class _Step:
     run: Operator | None
     arguments: dict[str, Any]
     outputs: tuple[TensorSpec, ...]
-    frees: set[str] = field(default_factory=set)
-    replaces: set[str] = field(default_factory=set)
+    frees: frozenset[str] = frozenset()
+    replaces: frozenset[str] = frozenset()
 
 
 class Package:
@@ -139,6 +137,7 @@ class Package:
                 yield name, value, content
 
     def _execute(self, step: _Step, values: dict[str, Tensor], states: dict[str, Tensor], where: str) -> None:
+        """Compute one step of a run: results go to `values` or `states`, and what it frees leaves them."""
         arguments = {name: _resolved(argument, values) for name, argument in step.arguments.items()}
         for name in step.frees:
             values.pop(name, None)
@@ -197,26 +196,28 @@ class Package:
                 arguments |= {key: self._constants.get(part, "float32") for key, part in parts.items()}
             outputs = tuple(tensor_spec(output.name, output.type) for output in operation.outputs)
             steps.append(_Step(operation.type, run, arguments, outputs))
-        _set_lifetimes(steps, set(block.outputs))
         results = {}
         for output in block.outputs:
             constant = constants.get(output)
             results[output] = self._constants.get(constant, "stored") if constant else _Use(output, "stored")
-        return steps, results
+        return _with_lifetimes(steps, set(block.outputs)), results
 
 
-def _set_lifetimes(steps: list[_Step], live: set[str]) -> None:
+def _with_lifetimes(steps: Sequence[_Step], live: set[str]) -> list[_Step]:
+    """The steps with what each `frees` and `replaces`, where the values `live` are read after the last."""
     overwritten: set[str] = set()
+    found = []
     for step in reversed(steps):
         listed = [item if isinstance(item, list) else [item] for item in step.arguments.values()]
         used = {item.name for items in listed for item in items if isinstance(item, _Use)}
-        step.frees = (used | {output.name for output in step.outputs}) - live
-        step.replaces = set(overwritten)
+        frees = frozenset((used | {output.name for output in step.outputs}) - live)
+        found.append(replace(step, frees=frees, replaces=frozenset(overwritten)))
         live = live | used
         if step.kind == "write_state":
             overwritten.add(step.arguments["input"])
         elif step.kind == "read_state":
             overwritten.discard(step.arguments["input"])
+    return found[::-1]
 
 
 def _call(step: _Step, arguments: Mapping[str, Any], where: str) -> tuple[Tensor, ...]:
