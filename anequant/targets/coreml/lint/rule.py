@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
@@ -51,3 +52,8 @@ class Rule:
     why: str
     remedy: str
     check: Callable[..., Iterator[Hit]]
+
+
+def rule(id: str, severity: str, why: str, remedy: str) -> Callable[[Callable[..., Iterator[Hit]]], Rule]:
+    """Makes the check that it decorates a Rule."""
+    return partial(Rule, id, severity, why, remedy)

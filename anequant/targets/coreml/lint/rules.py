@@ -22,7 +22,6 @@ from anequant.checkpoints.places import packages_folder
 from anequant.errors import InputError, UsageError, VerificationError, did_you_mean
 from anequant.targets.coreml.graph import package_graphs
 from anequant.targets.coreml.lint.file_rules import PACKAGE_RULES
-from anequant.targets.coreml.lint.integer_rules import INTEGER_RULES
 from anequant.targets.coreml.lint.operation_rules import GRAPH_RULES
 from anequant.targets.coreml.lint.rule import CHIPS, ERROR, NOTE, WARNING, Hit, Rule
 from anequant.targets.coreml.lint.shape_rules import SHAPE_RULES
@@ -31,7 +30,7 @@ from anequant.targets.coreml.lint.sum_rules import SUM_RULES
 from anequant.targets.coreml.lint.weight_rules import WEIGHT_RULES
 from anequant.targets.coreml.storage import damage
 
-FUNCTION_RULES = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *INTEGER_RULES, *SUM_RULES, *STATE_RULES)
+FUNCTION_RULES = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *SUM_RULES, *STATE_RULES)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anequant.targets.coreml.graph import BLOCKS, LUT, Graph, Node
 from anequant.targets.coreml.interpreter.operators import OPERATORS
-from anequant.targets.coreml.lint.rule import WARNING, Chip, Hit, Rule
+from anequant.targets.coreml.lint.rule import WARNING, Chip, Hit, rule
 from anequant.targets.coreml.storage import Palettized
 from anequant.targets.shared.headroom import LARGEST_SUM
 
@@ -58,6 +58,12 @@ def _largest_row(graph: Graph, node: Node, room: float) -> float:
     return 0.0 if values is None else float(values.flatten(1).abs().sum(1).max())
 
 
+@rule(
+    "N1",
+    WARNING,
+    "the accumulator is fixed point and overflows at 32768, in any partial sum (M4, M6)",
+    "move a power of two from codebook to scales",
+)
 def _accumulators(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind("conv"):
         bias = graph.value(node, "bias")
@@ -68,12 +74,4 @@ def _accumulators(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(node.name, f"a row of magnitudes adds up to {largest:.0f}: {safe}")
 
 
-SUM_RULES = (
-    Rule(
-        "N1",
-        WARNING,
-        "the accumulator is fixed point and overflows at 32768, in any partial sum (M4, M6)",
-        "move a power of two from codebook to scales",
-        _accumulators,
-    ),
-)
+SUM_RULES = (_accumulators,)
