@@ -22,9 +22,8 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.writer import DTYPE_NAMES
 from anequant.errors import VerificationError, shown
+from anequant.quantization.nearest import LARGEST_FLOAT16
 from anequant.recipe import Recipe
-
-LARGEST_FLOAT16 = 65504.0
 
 
 def verify_layout(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype) -> None:
