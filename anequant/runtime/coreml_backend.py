@@ -19,9 +19,8 @@ from anequant.reference.windows import require_known
 from anequant.runtime.generate import check_fits
 from anequant.targets.coreml.device import DevicePackage
 from anequant.targets.coreml.interpreter.interpreter import Package
-from anequant.targets.coreml.meta import META, PackageSet, read_meta
+from anequant.targets.coreml.meta import INFER, META, PREFILL, PackageSet, read_meta
 from anequant.targets.coreml.meta_check import check_package
-from anequant.targets.coreml.program.decoder import INFER, PREFILL
 from anequant.targets.coreml.storage import damage
 
 OpenPackage = Callable[[Path], Package | DevicePackage]

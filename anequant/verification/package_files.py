@@ -16,9 +16,8 @@ from torch import Tensor
 from anequant.errors import InputError, VerificationError, shown
 from anequant.strict import parse_json, read_plain
 from anequant.targets.coreml.graph import LUT, Graph, Node, package_graphs
-from anequant.targets.coreml.meta import META, read_meta
+from anequant.targets.coreml.meta import INFER, META, PREFILL, read_meta
 from anequant.targets.coreml.meta_check import check_package
-from anequant.targets.coreml.program.decoder import INFER, PREFILL
 from anequant.targets.coreml.storage import LARGEST_MANIFEST, damage, inside, model_file
 from anequant.verification.hashes import PACKAGES, failing, verify_files
 

@@ -62,7 +62,7 @@ def _build_program(checkpoint: Checkpoint, task: PackageTask) -> tuple[Program, 
     spec = checkpoint.spec
     if isinstance(task.part, range):
         chunk = load_chunk(checkpoint, task.part, task.options, task.headroom)
-        return chunk_program(chunk.geometry, chunk.layers, chunk.final_gain), chunk.constant_bytes
+        return chunk_program(chunk), chunk.constant_bytes
     table = load_table(checkpoint, task.part)
     if task.part == EMBEDDING:
         table = fitted_table(table, task.headroom)

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from anequant.errors import InputError
-from anequant.targets.coreml.meta import META, PackageSet
-from anequant.targets.coreml.program.decoder import INFER, PREFILL
+from anequant.targets.coreml.meta import INFER, META, PREFILL, PackageSet
 from anequant.targets.coreml.signatures import FunctionSpec, TensorSpec
 from anequant.targets.coreml.storage import damage
 

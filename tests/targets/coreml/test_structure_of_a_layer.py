@@ -31,6 +31,7 @@ from anequant.targets.coreml.signatures import TensorSpec
 from anequant.targets.coreml.storage import model_file, read_model
 from anequant.targets.coreml.toolkit import ct
 from anequant.targets.shared.geometry import Geometry
+from anequant.targets.shared.package_task import Chunk
 from anequant.targets.shared.rope_tables import lowered_rope_tables
 
 CONTEXT, BATCH, LAYER = 32, 8, 1
@@ -180,7 +181,8 @@ def pair(
     layer = replace(layer, gains={name: gain.half() for name, gain in gains.items()})
     tables = lowered_rope_tables(spec, CONTEXT)
     ours, traced = folder / "ours.mlpackage", folder / "traced.mlpackage"
-    save_package(chunk_program(Geometry(spec, CONTEXT, BATCH, *tables), [layer], None), ours, {})
+    chunk = Chunk(Geometry(spec, CONTEXT, BATCH, *tables), (layer,), None)
+    save_package(chunk_program(chunk), ours, {})
     peer = Layer(spec, layer, *tables, LENGTHS[request.param]).requires_grad_(False)
     convert(peer, traced)
     return Pair(request.param, peer, ours, traced)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
-from torch import Tensor
 
 from anequant.architectures.spec import Space, layer_prefix
 from anequant.checkpoints.layers import QuantizedLayer
-from anequant.targets.coreml.program.linears import linear, stored_codes
+from anequant.targets.coreml.meta import INFER, PREFILL
+from anequant.targets.coreml.program.linears import StoredLinear, linear, stored_codes
 from anequant.targets.coreml.program.online_rotations import turned, weight_constants
 from anequant.targets.coreml.program.program import (
     Var,
@@ -27,40 +26,29 @@ from anequant.targets.coreml.program.program import (
 )
 from anequant.targets.coreml.toolkit import TARGET, Function, Program, mb, types
 from anequant.targets.shared.geometry import Geometry
+from anequant.targets.shared.package_task import Chunk
+from anequant.targets.shared.packed_codes import Array
 from anequant.targets.shared.rotation_weights import FFN, KEY, QUERY, online_weights
 
 STATE = "model_model_kv_cache_0"
-INFER, PREFILL = "infer", "prefill"
 
 
-def chunk_program(geometry: Geometry, layers: Sequence[QuantizedLayer], final_gain: Tensor | None) -> Program:
-    """Some consecutive layers with `infer` and `prefill`; `final_gain` marks the last chunk."""
+def chunk_program(chunk: Chunk) -> Program:
+    """The layers of a chunk with `infer`, which ends in the final norm of the last chunk, and `prefill`."""
+    activations = chunk.geometry.online.activations
     codes = {
         _linear_name(layer, name): stored_codes(
-            quantized, _full_name(layer, name), rounded=_full_name(layer, name) in geometry.online.activations
+            quantized, _full_name(layer, name), rounded=_full_name(layer, name) in activations
         )
-        for layer in layers
+        for layer in chunk.layers
         for name, quantized in layer.linears.items()
     }
-    functions = {
-        INFER: _chunk_function(geometry, layers, codes, 1, final_gain, first_row_only=False),
-        PREFILL: _chunk_function(
-            geometry, layers, codes, geometry.batch, None, first_row_only=final_gain is not None
-        ),
-    }
-    return build_program(functions)
+    return build_program({name: _chunk_function(chunk, codes, name) for name in (INFER, PREFILL)})
 
 
-def _chunk_function(
-    geometry: Geometry,
-    layers: Sequence[QuantizedLayer],
-    codes: Mapping[str, np.ndarray[Any, Any]],
-    length: int,
-    final_gain: Tensor | None,
-    *,
-    first_row_only: bool,
-) -> Function:
-    spec = geometry.spec
+def _chunk_function(chunk: Chunk, codes: Mapping[str, Array], name: str) -> Function:
+    geometry, spec = chunk.geometry, chunk.geometry.spec
+    length = 1 if name == INFER else geometry.batch
     cache_shape = (2 * spec.num_layers, spec.num_key_value_heads, geometry.context, spec.head_dim)
     inputs = {
         "hidden_states": mb.placeholder((1, length, spec.hidden_size), dtype=types.fp16),
@@ -72,11 +60,11 @@ def _chunk_function(
     with Function(inputs, opset_version=TARGET) as function:
         builder = _LayerBuilder(geometry, function.inputs, codes, length)
         x = to_channels(function.inputs["hidden_states"])
-        for layer in layers:
+        for layer in chunk.layers:
             x = builder.add_layer(x, layer)
-        if final_gain is not None:
-            x = rms_norm(x, final_gain, geometry.residual_eps, 1, "final_norm")
-        if first_row_only:
+        if chunk.final_gain is not None and name == INFER:
+            x = rms_norm(x, chunk.final_gain, geometry.residual_eps, 1, "final_norm")
+        if chunk.final_gain is not None and name == PREFILL:
             x = mb.slice_by_index(x=x, begin=[0, 0, 0, 0], end=[1, spec.hidden_size, 1, 1], name="first_row")
         x = mb.squeeze(x=x, axes=[2], name="flat_output")
         function.set_outputs([mb.transpose(x=x, perm=[0, 2, 1], name="output_hidden_states")])
@@ -90,7 +78,7 @@ class _LayerBuilder:
         self,
         geometry: Geometry,
         inputs: Mapping[str, Var],
-        codes: Mapping[str, np.ndarray[Any, Any]],
+        codes: Mapping[str, Array],
         length: int,
     ) -> None:
         spec = geometry.spec
@@ -178,7 +166,7 @@ class _LayerBuilder:
             x = turned(x, self._turns[FFN], f"{label}_{FFN}")
         format_ = self._online.activations.get(_full_name(layer, name))
         step = None if format_ is None else format_.scale
-        return linear(x, layer.linears[name], self._codes[label], label, label, step)
+        return linear(x, StoredLinear(layer.linears[name], self._codes[label], label, label), step)
 
 
 def _layer_name(layer: QuantizedLayer) -> str:

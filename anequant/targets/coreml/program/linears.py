@@ -16,6 +16,8 @@ are for GPUs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,6 +37,16 @@ CODE_DTYPES = {
     8: np.dtype(np.uint8),
 }
 INTEGER_DTYPES = {4: types.np_int4_dtype, 8: np.dtype(np.int8)}
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear with its `stored_codes`, its name, and that of its codebook, which parts of a head share."""
+
+    quantized: QuantizedLinear
+    codes: Array
+    name: str
+    codebook: str
 
 
 def weight_value(name: str) -> str:
@@ -71,18 +83,12 @@ def stored_codes(quantized: QuantizedLinear, name: str, *, rounded: bool) -> Arr
     return integers.numpy().astype(INTEGER_DTYPES[quantized.bits])
 
 
-def linear(
-    x: Var,
-    quantized: QuantizedLinear,
-    codes: Array,
-    name: str,
-    codebook: str,
-    input_step: float | None = None,
-) -> Var:
+def linear(x: Var, stored: StoredLinear, input_step: float | None = None) -> Var:
     """y = output_scale * (codebook[codes] (input_scale * x)) + bias on (1, in, 1, S) -> (1, out, 1, S).
 
-    `codes` are `stored_codes`; with `input_step`, input_scale * x is rounded to 8-bit integers times it.
+    With `input_step`, input_scale * x is rounded to 8-bit integers times it.
     """
+    quantized, name = stored.quantized, stored.name
     rows, columns = quantized.codes.shape
     grouped = quantized.output_scale.ndim == 2
     if bool((quantized.input_scale != 1).any()):
@@ -90,8 +96,7 @@ def linear(
         x = mb.mul(x=x, y=scale, name=f"{name}_scaled_input")
     if input_step is not None:
         x = _rounded(x, input_step, name)
-    weight = _weight(quantized, codes.reshape(rows, columns, 1, 1), name, codebook, input_step is not None)
-    y = mb.conv(x=x, weight=weight, name=f"{name}_conv")
+    y = mb.conv(x=x, weight=_weight(stored, rounded=input_step is not None), name=f"{name}_conv")
     if not grouped:
         scale = float16_constant(quantized.output_scale, (1, rows, 1, 1), f"{name}_output_scale")
         y = mb.mul(x=y, y=scale, name=f"{name}_scaled_output")
@@ -113,19 +118,20 @@ def _rounded(x: Var, step: float, name: str) -> Var:
     return mb.dequantize(input=codes, scale=np.float16(step), name=f"{name}_rounded_input")
 
 
-def _weight(quantized: QuantizedLinear, codes: Array, name: str, codebook: str, rounded: bool) -> Var:
-    """The weight (out, in, 1, 1) whose codes are these, with the scales that are inside of it."""
-    entries, scales = quantized.codebook, quantized.output_scale
+def _weight(stored: StoredLinear, *, rounded: bool) -> Var:
+    """The weight (out, in, 1, 1), with the scales that are inside of it."""
+    name, codes = stored.name, stored.codes[:, :, None, None]
+    entries, scales = stored.quantized.codebook, stored.quantized.output_scale
     if rounded:
-        entries, step = integer_entries(quantized.codebook, name)
+        entries, step = integer_entries(entries, name)
         scales = torch.full((1, 1), step)
     elif scales.ndim == 1:
-        return palettized(codes, entries, name, codebook)
+        return palettized(codes, entries, name, stored.codebook)
     integers = codes.dtype.kind == "i"
     data = (
         shared_constant(codes, f"{name}_codes")
         if integers
-        else palettized(codes, entries, name, codebook, f"{name}_entries")
+        else palettized(codes, entries, name, stored.codebook, f"{name}_entries")
     )
     scale = float16_constant(scales, (*scales.shape, 1, 1), f"{name}_weight_scale")
     return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=weight_value(name))

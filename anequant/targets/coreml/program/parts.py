@@ -22,7 +22,14 @@ import numpy as np
 
 from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec
 from anequant.quantization.linear import FloatTable, QuantizedLinear
-from anequant.targets.coreml.program.linears import float_linear, head_part, linear, packed_codes, palettized
+from anequant.targets.coreml.program.linears import (
+    StoredLinear,
+    float_linear,
+    head_part,
+    linear,
+    packed_codes,
+    palettized,
+)
 from anequant.targets.coreml.program.program import (
     Var,
     build_program,
@@ -72,7 +79,8 @@ def head_program(spec: ModelSpec, head: QuantizedLinear | FloatTable, parts: int
             label = head_part(part + 1)
             if isinstance(head, QuantizedLinear):
                 assert codes is not None
-                y = linear(x, take_rows(head, rows_of_part), codes[rows_of_part], label, name)
+                piece = take_rows(head, rows_of_part)
+                y = linear(x, StoredLinear(piece, codes[rows_of_part], label, name))
             else:
                 y = float_linear(x, head.part(rows_of_part), label)
             logits.append(mb.reshape(x=y, shape=[1, 1, rows], name=f"logits{part + 1}"))
