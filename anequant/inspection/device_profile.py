@@ -20,14 +20,14 @@ from anequant.jobs.control import Progress, silent
 from anequant.reference.windows import load_tokenizer, read_text
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.runtime.generate import Decoder
-from anequant.targets.coreml.device import DevicePackage
-from anequant.targets.coreml.meta import PackageSet, read_meta
-from anequant.targets.coreml.placement import (
+from anequant.targets.coreml.device import (
     NEURAL_ENGINE,
+    DevicePackage,
     Placement,
     operations_by_device,
     package_placements,
 )
+from anequant.targets.coreml.meta import PackageSet, read_meta
 from anequant.versions import installed_versions
 
 PLAIN_TOKENS = 64

@@ -30,7 +30,7 @@ from anequant.inspection.device_profile import agreement, measure
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.premultiply import premultiply_scales
 from anequant.runtime.coreml_backend import PackageModel
-from anequant.targets.coreml.placement import Placement, operations_by_device, plan_placements
+from anequant.targets.coreml.device import Placement, operations_by_device, plan_placements
 
 SCRIPTS = REPOSITORY / "tests" / "dev"
 TOOLS = REPOSITORY / "tools"

@@ -1,10 +1,12 @@
-"""A package run by Core ML itself, on a Mac: the counterpart of the interpreter's Package."""
+"""Core ML itself, on a Mac: it runs packages as the interpreter does, and says where it places operations."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +18,17 @@ from torch import Tensor
 from anequant.errors import UnsupportedError
 from anequant.targets.coreml.graph import package_graphs
 from anequant.targets.coreml.signatures import FunctionSpec
+from anequant.targets.coreml.toolkit import ct
+
+UNKNOWN = "unknown"
+NEURAL_ENGINE = "neural engine"
+DEVICES = {
+    "MLCPUComputeDevice": "cpu",
+    "MLGPUComputeDevice": "gpu",
+    "MLNeuralEngineComputeDevice": NEURAL_ENGINE,
+}
+CONSTANT = "const"
+"""How the names of operations begin that compute nothing at run time."""
 
 
 class DevicePackage:
@@ -54,8 +67,6 @@ class DevicePackage:
 
     def _function(self, name: str | None) -> Any:
         if name not in self._functions:
-            from anequant.targets.coreml.toolkit import ct
-
             units = ct.ComputeUnit.CPU_AND_NE
             with _without_variables(self.path.absolute()) as path:
                 self._functions[name] = ct.models.MLModel(path, compute_units=units, function_name=name)
@@ -72,3 +83,59 @@ def _without_variables(path: Path) -> Iterator[str]:
         link = Path(folder) / "linked.mlpackage"
         link.symlink_to(path)
         yield str(link)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One operation: the device the plan prefers, those that could run it, and its share of the cost.
+
+    `device` is "unknown" and `cost` None where the plan says nothing.
+    """
+
+    function: str
+    operator: str
+    output: str
+    device: str
+    supported: tuple[str, ...]
+    cost: float | None
+
+
+def package_placements(package: Path) -> list[Placement]:
+    """Compile a package and ask MLComputePlan for CPU and Neural Engine.
+
+    Raises UnsupportedError anywhere but on macOS.
+    """
+    package = DevicePackage.open(package).path
+    from coremltools.models.compute_plan import MLComputePlan
+
+    with TemporaryDirectory() as folder:
+        compiled = ct.models.utils.compile_model(str(package), str(Path(folder) / f"{package.stem}.mlmodelc"))
+        plan = MLComputePlan.load_from_path(compiled, compute_units=ct.ComputeUnit.CPU_AND_NE)
+        return list(plan_placements(plan))
+
+
+def plan_placements(plan: Any) -> Iterator[Placement]:
+    """The operations of a coremltools MLComputePlan, constants left out."""
+    for name, function in sorted(plan.model_structure.program.functions.items()):
+        for operation in function.block.operations:
+            if operation.operator_name.startswith(CONSTANT):
+                continue
+            usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
+            cost = plan.get_estimated_cost_for_mlprogram_operation(operation)
+            yield Placement(
+                function=name,
+                operator=operation.operator_name,
+                output=operation.outputs[0].name if operation.outputs else "",
+                device=UNKNOWN if usage is None else _device(usage.preferred_compute_device),
+                supported=() if usage is None else tuple(map(_device, usage.supported_compute_devices)),
+                cost=None if cost is None else float(cost.weight),
+            )
+
+
+def operations_by_device(placements: Sequence[Placement]) -> dict[str, int]:
+    """How many operations each device has."""
+    return dict(Counter(placement.device for placement in placements))
+
+
+def _device(device: Any) -> str:
+    return DEVICES.get(type(device).__name__, UNKNOWN)
