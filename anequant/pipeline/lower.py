@@ -34,7 +34,7 @@ from anequant.reference.probe import RANGE_TOKENS, probe_tokens
 from anequant.targets.coreml.build import build_package
 from anequant.targets.coreml.lowerable import check_lowering
 from anequant.targets.coreml.meta import PackageSet, write_meta
-from anequant.targets.shared.geometry import chunk_ranges, head_parts, least_chunks
+from anequant.targets.shared.geometry import count_head_parts, find_least_chunks, split_layers
 from anequant.targets.shared.headroom import Headroom, plan_headroom
 from anequant.targets.shared.package_task import PackageSize, PackageTask
 
@@ -109,7 +109,7 @@ def _lower(
     spec = checkpoint.spec
     progress(RANGES, journal.share(RANGES)[0])
     headroom = plan_headroom(_ranges(checkpoint, journal))
-    chunks = options.chunks or least_chunks(checkpoint, options.context, options.max_chunk_mb)
+    chunks = options.chunks or find_least_chunks(checkpoint, options.context, options.max_chunk_mb)
     packages = PackageSet(
         model=name,
         architecture=spec.architecture.model_type,
@@ -117,7 +117,7 @@ def _lower(
         context=options.context,
         batch=options.batch,
         chunks=chunks,
-        head_parts=head_parts(spec),
+        head_parts=count_head_parts(spec),
         lut_embeddings=_table_bits(checkpoint, EMBEDDING),
         lut_ffn=min(projection_bits(checkpoint).values()),
         lut_head=_table_bits(checkpoint, HEAD),
@@ -149,7 +149,7 @@ def _lower(
 def _parts(packages: PackageSet, layers: int) -> Iterator[tuple[str, str | range, dict[str, str]]]:
     """Name, part and metadata of every package, in running order."""
     yield packages.embeddings, EMBEDDING, _metadata(packages, lut_bits=packages.lut_embeddings)
-    for number, part in enumerate(chunk_ranges(layers, packages.chunks)):
+    for number, part in enumerate(split_layers(layers, packages.chunks)):
         metadata = _metadata(
             packages, lut_bits=packages.lut_ffn, chunk_no=number + 1, functions="infer,prefill"
         )

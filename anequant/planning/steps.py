@@ -24,12 +24,12 @@ from anequant.quantization.linear import ROWS
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.targets.shared.geometry import (
-    chunk_ranges,
-    head_parts,
-    layer_bytes,
-    least_chunks,
-    table_bytes,
-    vocabulary_bytes,
+    count_head_parts,
+    count_layer_bytes,
+    count_table_bytes,
+    count_vocabulary_bytes,
+    find_least_chunks,
+    split_layers,
 )
 
 QUANTIZE, LOWER, VERIFY = "quantize", "lower", "verify"
@@ -155,11 +155,11 @@ def lowering(written: Checkpoint, options: LowerOptions, base: int) -> Iterator[
     spec = written.spec
     everything = _bytes(written, "model.layers.")
     yield Job(LOWER, RANGES, everything, 0, memory.resident(base, memory.ranges(spec)), work.ranges(spec))
-    sizes, shared = layer_bytes(written), table_bytes(spec, options.context, written.online)
-    chunks = options.chunks or least_chunks(written, options.context, options.max_chunk_mb)
+    sizes, shared = count_layer_bytes(written), count_table_bytes(spec, options.context, written.online)
+    chunks = options.chunks or find_least_chunks(written, options.context, options.max_chunk_mb)
     layer = [math.prod(spec.shape(linear)) for linear in spec.architecture.linears]
     yield _table_job(written, EMBEDDING, base)
-    for number, layers in enumerate(chunk_ranges(spec.num_layers, chunks)):
+    for number, layers in enumerate(split_layers(spec.num_layers, chunks)):
         read = sum(_bytes(written, layer_prefix(index)) for index in layers)
         out = sum(sizes[index] for index in layers) + shared
         peak = memory.packed(layer * len(layers))
@@ -173,7 +173,7 @@ def _table_job(written: Checkpoint, name: str, base: int) -> Job:
     size = spec.vocab_size * spec.hidden_size
     peak = ROWS * memory.FLOAT32 * spec.hidden_size if codebook is None else memory.packed([size])
     label = EMBEDDING_PACKAGE if name == EMBEDDING else HEAD_PACKAGE
-    out = vocabulary_bytes(written, name)
+    out = count_vocabulary_bytes(written, name)
     return Job(
         LOWER, label, _bytes(written, f"{name}."), out, memory.resident(base, peak), work.packing(size)
     )
@@ -197,11 +197,11 @@ def verifying(
     )
     chunks = len(packages) - 2
     layer = [math.prod(spec.shape(linear)) for linear in spec.architecture.linears]
-    most = max(len(layers) for layers in chunk_ranges(spec.num_layers, chunks))
+    most = max(len(layers) for layers in split_layers(spec.num_layers, chunks))
     table = spec.vocab_size * spec.hidden_size
     peak = max(
         memory.interpreted(layer * most),
-        memory.interpreted([table // head_parts(spec)] * head_parts(spec)),
+        memory.interpreted([table // count_head_parts(spec)] * count_head_parts(spec)),
         memory.tokens_in_transformers(spec, memory.FLOAT16),
         *(memory.stored(size) + size for size in weights),
     )

@@ -17,9 +17,9 @@ from anequant.jobs.control import Progress
 from anequant.targets.coreml.graph import Graph, Node, package_graphs
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
-from anequant.targets.coreml.program.linears import head_part, weight_value
+from anequant.targets.coreml.program.linears import name_head_part, name_weight
 from anequant.targets.shared.packed_codes import CompressedWeight, check_weight, take_rows
-from anequant.targets.shared.rotation_weights import online_weights, weight_name
+from anequant.targets.shared.rotation_weights import make_online_weights, name_factor
 
 Names = dict[str, tuple[str, slice]]
 
@@ -80,13 +80,13 @@ def _quantized_names(checkpoint: Checkpoint, head_parts: int) -> Names:
     for layer in range(checkpoint.spec.num_layers):
         for linear in checkpoint.spec.architecture.linears:
             name = layer_prefix(layer) + linear.name
-            names[weight_value(name)] = (name, everything)
+            names[name_weight(name)] = (name, everything)
     if f"{EMBEDDING}.codebook" in checkpoint.tensors:
-        names[weight_value(EMBEDDING)] = (EMBEDDING, everything)
+        names[name_weight(EMBEDDING)] = (EMBEDDING, everything)
     if f"{HEAD}.codebook" in checkpoint.tensors:
         rows = checkpoint.spec.vocab_size // head_parts
         for part in range(head_parts):
-            names[weight_value(head_part(part + 1))] = (HEAD, slice(part * rows, (part + 1) * rows))
+            names[name_weight(name_head_part(part + 1))] = (HEAD, slice(part * rows, (part + 1) * rows))
     return names
 
 
@@ -115,8 +115,8 @@ def _verify_rotations(graph: Graph, quantized: Names, checkpoint: Checkpoint, wh
     """Every layer has one convolution with each factor of the online rotations, and no other float one."""
     spec = checkpoint.spec
     expected = {
-        weight_name(name, number): weight
-        for name, weights in online_weights(spec, checkpoint.online).items()
+        name_factor(name, number): weight
+        for name, weights in make_online_weights(spec, checkpoint.online).items()
         for number, weight in enumerate(weights)
     }
     layers = len(list(_linears(graph, quantized))) // len(spec.architecture.linears)

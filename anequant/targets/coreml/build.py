@@ -16,8 +16,8 @@ from anequant.targets.coreml.program.package import package_bytes, save_package
 from anequant.targets.coreml.program.parts import embeddings_program, head_program
 from anequant.targets.coreml.program.program import forget_names
 from anequant.targets.coreml.toolkit import Program
-from anequant.targets.shared.geometry import constant_bytes, head_parts
-from anequant.targets.shared.headroom import fitted_table
+from anequant.targets.shared.geometry import count_constant_bytes, count_head_parts
+from anequant.targets.shared.headroom import fit_table
 from anequant.targets.shared.package_task import BuiltPackage, PackageSize, PackageTask, load_chunk
 
 
@@ -65,7 +65,7 @@ def _build_program(checkpoint: Checkpoint, task: PackageTask) -> tuple[Program, 
         return chunk_program(chunk), chunk.constant_bytes
     table = load_table(checkpoint, task.part)
     if task.part == EMBEDDING:
-        table = fitted_table(table, task.headroom)
-        return embeddings_program(table, task.options.batch), constant_bytes(table)
-    program = head_program(spec, table, head_parts(spec), argmax=task.options.argmax)
-    return program, constant_bytes(table)
+        table = fit_table(table, task.headroom)
+        return embeddings_program(table, task.options.batch), count_constant_bytes(table)
+    program = head_program(spec, table, count_head_parts(spec), argmax=task.options.argmax)
+    return program, count_constant_bytes(table)

@@ -8,8 +8,8 @@ from anequant.architectures.spec import ModelSpec
 from anequant.errors import UnsupportedError, UsageError
 from anequant.quantization.online import Online
 from anequant.recipe import LowerOptions
-from anequant.targets.shared.geometry import head_parts
-from anequant.targets.shared.rope_tables import lowered_rope_tables
+from anequant.targets.shared.geometry import count_head_parts
+from anequant.targets.shared.rope_tables import compute_rope_tables
 
 
 def check_lowering(spec: ModelSpec, options: LowerOptions, online: Online) -> None:
@@ -35,8 +35,8 @@ def check_lowering(spec: ModelSpec, options: LowerOptions, online: Online) -> No
             remedy="ANEMLL's Swift runtime prefills whole batches only",
         )
     _check_online(online)
-    head_parts(spec)
-    lowered_rope_tables(spec, options.context)
+    count_head_parts(spec)
+    compute_rope_tables(spec, options.context)
 
 
 def _check_online(online: Online) -> None:

@@ -16,7 +16,7 @@ from anequant.errors import UnsupportedError
 from anequant.quantization.linear import FloatTable, QuantizedLinear
 from anequant.quantization.online import NOTHING, Online
 from anequant.targets.shared.packed_codes import stores_integers
-from anequant.targets.shared.rotation_weights import online_weights
+from anequant.targets.shared.rotation_weights import make_online_weights
 
 MEGABYTE = 1_000_000
 GRAPH_BYTES_PER_LAYER = 50_000
@@ -49,14 +49,14 @@ class Geometry:
         return max(self.spec.rms_norm_eps * self.residual_scale**2, SMALLEST_FLOAT16)
 
 
-def chunk_ranges(layers: int, chunks: int) -> list[range]:
+def split_layers(layers: int, chunks: int) -> list[range]:
     """Consecutive layers of each chunk; sizes differ by at most one."""
     small, larger = divmod(layers, chunks)
     starts = [i * small + min(i, larger) for i in range(chunks + 1)]
     return [range(start, end) for start, end in itertools.pairwise(starts)]
 
 
-def least_chunks(checkpoint: Checkpoint, context: int, most_megabytes: int) -> int:
+def find_least_chunks(checkpoint: Checkpoint, context: int, most_megabytes: int) -> int:
     """The least number of chunks whose packages stay within `most_megabytes` (millions of bytes) each.
 
     Raises UnsupportedError when a single layer, the embedding or the head alone takes more.
@@ -64,17 +64,17 @@ def least_chunks(checkpoint: Checkpoint, context: int, most_megabytes: int) -> i
     spec = checkpoint.spec
     most = most_megabytes * MEGABYTE
     for name in (EMBEDDING, HEAD):
-        size = vocabulary_bytes(checkpoint, name)
+        size = count_vocabulary_bytes(checkpoint, name)
         if size > most:
             option = "--embedding-bits" if name == EMBEDDING else "--head-bits"
             raise UnsupportedError(
                 f"'{name}' takes {size / MEGABYTE:.0f} MB, a package may take {most_megabytes}",
                 remedy=f"quantize it ({option} 8), or allow more with --max-chunk-mb",
             )
-    tables = table_bytes(spec, context, checkpoint.online)
-    layers = layer_bytes(checkpoint)
+    tables = count_table_bytes(spec, context, checkpoint.online)
+    layers = count_layer_bytes(checkpoint)
     for chunks in range(1, spec.num_layers + 1):
-        ranges = chunk_ranges(spec.num_layers, chunks)
+        ranges = split_layers(spec.num_layers, chunks)
         if max(sum(layers[layer] for layer in chunk) for chunk in ranges) + tables <= most:
             return chunks
     raise UnsupportedError(
@@ -83,7 +83,7 @@ def least_chunks(checkpoint: Checkpoint, context: int, most_megabytes: int) -> i
     )
 
 
-def head_parts(spec: ModelSpec) -> int:
+def count_head_parts(spec: ModelSpec) -> int:
     """The least number of equal parts, from the architecture's own on, that keeps each within an axis.
 
     Raises UnsupportedError for a vocabulary that does not split so.
@@ -97,13 +97,13 @@ def head_parts(spec: ModelSpec) -> int:
     )
 
 
-def table_bytes(spec: ModelSpec, context: int, online: Online) -> int:
+def count_table_bytes(spec: ModelSpec, context: int, online: Online) -> int:
     """Bytes of what the layers of a package share: RoPE's tables and the factors of online rotations."""
-    factors = [weight for weights in online_weights(spec, online).values() for weight in weights]
-    return 4 * context * spec.head_dim + sum(constant_bytes(weight) for weight in factors)
+    factors = [weight for weights in make_online_weights(spec, online).values() for weight in weights]
+    return 4 * context * spec.head_dim + sum(count_constant_bytes(weight) for weight in factors)
 
 
-def layer_bytes(checkpoint: Checkpoint) -> Sequence[int]:
+def count_layer_bytes(checkpoint: Checkpoint) -> Sequence[int]:
     """Bytes of each layer in a package: codes, codebooks, scales, biases and gains, and its graph."""
     spec, bits = checkpoint.spec, projection_bits(checkpoint)
     sizes = []
@@ -118,7 +118,7 @@ def layer_bytes(checkpoint: Checkpoint) -> Sequence[int]:
     return sizes
 
 
-def vocabulary_bytes(checkpoint: Checkpoint, name: str) -> int:
+def count_vocabulary_bytes(checkpoint: Checkpoint, name: str) -> int:
     """Bytes of the embedding or the head in its package."""
     spec = checkpoint.spec
     entries = spec.vocab_size * spec.hidden_size
@@ -128,7 +128,7 @@ def vocabulary_bytes(checkpoint: Checkpoint, name: str) -> int:
     return entries * (codebook.shape[0] - 1).bit_length() // 8 + 2 * spec.vocab_size
 
 
-def constant_bytes(value: QuantizedLinear | FloatTable | Tensor, *, rounded: bool = False) -> int:
+def count_constant_bytes(value: QuantizedLinear | FloatTable | Tensor, *, rounded: bool = False) -> int:
     """Bytes of one copy of a constant in a package; `rounded` says it of a linear's input."""
     if not isinstance(value, QuantizedLinear):
         return math.prod(value.shape) * 2

@@ -48,7 +48,7 @@ def plan_headroom(ranges: Sequence[LayerRange]) -> Headroom:
                 )
         if layer.attention > LARGEST_SHIFT:
             raise UnsupportedError(
-                attention_moved(layer.layer, layer.scores, layer.attention),
+                describe_moved_attention(layer.layer, layer.scores, layer.attention),
                 remedy="this model cannot run in float16; run the checkpoint in float32",
             )
         if layer.turns > LARGEST_SUM:
@@ -66,7 +66,7 @@ def plan_headroom(ranges: Sequence[LayerRange]) -> Headroom:
     return Headroom(tuple(ranges), residual, {name: scale for name, scale in sums.items() if scale != 1})
 
 
-def attention_moved(layer: int, scores: float, share: float) -> str:
+def describe_moved_attention(layer: int, scores: float, share: float) -> str:
     """What to say where float16 is too coarse for the scores of a layer."""
     return (
         f"scores q . k in layer {layer} reach {scores:.3g}, where float16 is so coarse that {share:.0%} of a "
@@ -78,10 +78,10 @@ def describe_coarse_attention(ranges: Sequence[Mapping[str, Any]]) -> str | None
     """The layer whose scores float16 moves most, by the ranges of a manifest; None where that is little."""
     worst = max(ranges, key=lambda layer: layer.get("attention", 0.0))
     share = worst.get("attention", 0.0)
-    return attention_moved(worst["layer"], worst["scores"], share) if share > NOTED_SHIFT else None
+    return describe_moved_attention(worst["layer"], worst["scores"], share) if share > NOTED_SHIFT else None
 
 
-def fitted_layer(spec: ModelSpec, layer: QuantizedLayer, headroom: Headroom) -> QuantizedLayer:
+def fit_layer(spec: ModelSpec, layer: QuantizedLayer, headroom: Headroom) -> QuantizedLayer:
     """The layer with its share of both scales; the identity where everything fits already.
 
     Scales of groups are inside the weight, so nothing moves to them.
@@ -93,20 +93,20 @@ def fitted_layer(spec: ModelSpec, layer: QuantizedLayer, headroom: Headroom) -> 
         moved = 1.0 if grouped else headroom.sum_scales.get(name, 1.0)
         written = headroom.residual_scale if linear.output.space is Space.RESIDUAL else 1.0
         if moved != 1 or written != 1:
-            linears[linear.name] = _scaled(linears[linear.name], moved, written, name)
+            linears[linear.name] = _scale_linear(linears[linear.name], moved, written, name)
     return replace(layer, linears=linears)
 
 
-def fitted_table(table: QuantizedLinear | FloatTable, headroom: Headroom) -> QuantizedLinear | FloatTable:
+def fit_table(table: QuantizedLinear | FloatTable, headroom: Headroom) -> QuantizedLinear | FloatTable:
     """The embedding with the residual scale."""
     if headroom.residual_scale == 1:
         return table
     if isinstance(table, QuantizedLinear):
-        return _scaled(table, 1.0, headroom.residual_scale, "embedding")
+        return _scale_linear(table, 1.0, headroom.residual_scale, "embedding")
     return replace(table, scale=headroom.residual_scale)
 
 
-def _scaled(linear: QuantizedLinear, moved: float, written: float, name: str) -> QuantizedLinear:
+def _scale_linear(linear: QuantizedLinear, moved: float, written: float, name: str) -> QuantizedLinear:
     codebook = linear.codebook * moved
     output_scale = linear.output_scale / moved * written
     bias = None if linear.bias is None else linear.bias * written

@@ -12,9 +12,9 @@ from anequant.architectures.spec import FINAL_NORM, layer_prefix
 from anequant.checkpoints.layers import QuantizedLayer, load_layer
 from anequant.checkpoints.reader import Checkpoint
 from anequant.recipe import LowerOptions
-from anequant.targets.shared.geometry import Geometry, constant_bytes, table_bytes
-from anequant.targets.shared.headroom import Headroom, fitted_layer
-from anequant.targets.shared.rope_tables import lowered_rope_tables
+from anequant.targets.shared.geometry import Geometry, count_constant_bytes, count_table_bytes
+from anequant.targets.shared.headroom import Headroom, fit_layer
+from anequant.targets.shared.rope_tables import compute_rope_tables
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,20 @@ class Chunk:
     def constant_bytes(self) -> int:
         """What one copy of each of its constants takes."""
         spec, online = self.geometry.spec, self.geometry.online
-        return table_bytes(spec, self.geometry.context, online) + sum(
-            constant_bytes(weight, rounded=layer_prefix(layer.index) + linear in online.activations)
+        return count_table_bytes(spec, self.geometry.context, online) + sum(
+            count_constant_bytes(weight, rounded=layer_prefix(layer.index) + linear in online.activations)
             for layer in self.layers
             for linear, weight in layer.linears.items()
         )
 
 
 def load_chunk(checkpoint: Checkpoint, layers: range, options: LowerOptions, headroom: Headroom) -> Chunk:
-    """Read the layers of a chunk; raises as `lowered_rope_tables` and `fitted_layer`."""
+    """Read the layers of a chunk; raises as `compute_rope_tables` and `fit_layer`."""
     spec = checkpoint.spec
-    cos, sin = lowered_rope_tables(spec, options.context)
+    cos, sin = compute_rope_tables(spec, options.context)
     geometry = Geometry(
         spec, options.context, options.batch, cos, sin, headroom.residual_scale, checkpoint.online
     )
-    loaded = tuple(fitted_layer(spec, load_layer(checkpoint, layer), headroom) for layer in layers)
+    loaded = tuple(fit_layer(spec, load_layer(checkpoint, layer), headroom) for layer in layers)
     last = layers[-1] == spec.num_layers - 1
     return Chunk(geometry, loaded, checkpoint.read(f"{FINAL_NORM}.weight") if last else None)

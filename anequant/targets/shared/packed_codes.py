@@ -50,18 +50,18 @@ def stores_integers(quantized: QuantizedLinear, *, rounded: bool) -> bool:
     return uniform and torch.equal(quantized.codebook, uniform_codebook(quantized.bits))
 
 
-def stored_integers(quantized: QuantizedLinear, name: str, *, rounded: bool) -> Tensor | None:
+def look_up_integers(quantized: QuantizedLinear, name: str, *, rounded: bool) -> Tensor | None:
     """The integers int8 [out, in] that a package holds, None where it holds codes; raises as
-    `integer_entries`."""
+    `split_codebook`."""
     if not stores_integers(quantized, rounded=rounded):
         return None
     entries = quantized.codebook.to(torch.int8)
     if rounded:
-        entries, _ = integer_entries(quantized.codebook, name)
+        entries, _ = split_codebook(quantized.codebook, name)
     return entries[quantized.codes.int()]
 
 
-def integer_entries(codebook: Tensor, name: str) -> tuple[Tensor, float]:
+def split_codebook(codebook: Tensor, name: str) -> tuple[Tensor, float]:
     """codebook as int8 [K], and the power of two that multiplies it.
 
     Raises UnsupportedError, naming the linear, when it is not integers from -128 to 127 times one.

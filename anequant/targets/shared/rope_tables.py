@@ -10,7 +10,7 @@ from anequant.errors import UnsupportedError
 from anequant.reference.forward import ReferenceModel, check_window
 
 
-def lowered_rope_tables(spec: ModelSpec, context: int) -> tuple[Tensor, Tensor]:
+def compute_rope_tables(spec: ModelSpec, context: int) -> tuple[Tensor, Tensor]:
     """cos and sin [context, head_dim] that hold for every prompt of up to `context` tokens.
 
     Raises UnsupportedError where RoPE depends on the prompt's length (dynamic and longrope beyond the

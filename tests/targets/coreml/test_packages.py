@@ -28,9 +28,9 @@ from anequant.reference.windows import load_tokenizer, read_text, text_windows
 from anequant.runtime.coreml_backend import PackageModel, package_by_package
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
-from anequant.targets.coreml.program.linears import weight_value
+from anequant.targets.coreml.program.linears import name_weight
 from anequant.targets.shared.agreement import compare_logits
-from anequant.targets.shared.geometry import chunk_ranges, head_parts
+from anequant.targets.shared.geometry import count_head_parts, split_layers
 from anequant.verification.verify import verify_packages
 
 PREFILL = DECODE = 64
@@ -136,7 +136,7 @@ def test_every_palettized_weight_is_the_checkpoints_bit_for_bit(trained: Written
     checkpoint = open_checkpoint(trained.checkpoint)
     spec = checkpoint.spec
     expected = {
-        weight_value(name): name
+        name_weight(name): name
         for name in (
             f"model.layers.{layer}.{linear.name}"
             for layer in range(spec.num_layers)
@@ -249,13 +249,13 @@ def test_files_inputs_outputs_and_state_are_anemlls(trained: Written) -> None:
 
 
 def test_layers_spread_over_chunks_without_loss() -> None:
-    assert [list(chunk) for chunk in chunk_ranges(7, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert [list(chunk) for chunk in split_layers(7, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
 
 
 def test_head_split_needs_a_divisor(make_model: Callable[..., Path], tmp_path: Path) -> None:
     spec = open_checkpoint(make_model(tmp_path / "prime", "qwen2", True, vocab_size=97)).spec
     with pytest.raises(UnsupportedError, match="97"):
-        head_parts(spec)
+        count_head_parts(spec)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from anequant.targets.coreml.storage import model_file, read_model
 from anequant.targets.coreml.toolkit import ct
 from anequant.targets.shared.geometry import Geometry
 from anequant.targets.shared.package_task import Chunk
-from anequant.targets.shared.rope_tables import lowered_rope_tables
+from anequant.targets.shared.rope_tables import compute_rope_tables
 
 CONTEXT, BATCH, LAYER = 32, 8, 1
 LENGTHS = {"infer": 1, "prefill": BATCH}
@@ -179,7 +179,7 @@ def pair(
     generator = torch.Generator().manual_seed(0)
     gains = {name: torch.rand(gain.shape, generator=generator).add(0.5) for name, gain in layer.gains.items()}
     layer = replace(layer, gains={name: gain.half() for name, gain in gains.items()})
-    tables = lowered_rope_tables(spec, CONTEXT)
+    tables = compute_rope_tables(spec, CONTEXT)
     ours, traced = folder / "ours.mlpackage", folder / "traced.mlpackage"
     chunk = Chunk(Geometry(spec, CONTEXT, BATCH, *tables), (layer,), None)
     save_package(chunk_program(chunk), ours, {})

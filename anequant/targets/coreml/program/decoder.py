@@ -9,8 +9,8 @@ import numpy as np
 from anequant.architectures.spec import Space, layer_prefix
 from anequant.checkpoints.layers import QuantizedLayer
 from anequant.targets.coreml.meta import INFER, PREFILL
-from anequant.targets.coreml.program.linears import StoredLinear, linear, stored_codes
-from anequant.targets.coreml.program.online_rotations import turned, weight_constants
+from anequant.targets.coreml.program.linears import StoredLinear, linear, prepare_codes
+from anequant.targets.coreml.program.online_rotations import emit_weights, rotate_channels
 from anequant.targets.coreml.program.program import (
     Var,
     attention,
@@ -28,7 +28,7 @@ from anequant.targets.coreml.toolkit import TARGET, Function, Program, mb, types
 from anequant.targets.shared.geometry import Geometry
 from anequant.targets.shared.package_task import Chunk
 from anequant.targets.shared.packed_codes import Array
-from anequant.targets.shared.rotation_weights import FFN, KEY, QUERY, online_weights
+from anequant.targets.shared.rotation_weights import FFN, KEY, QUERY, make_online_weights
 
 STATE = "model_model_kv_cache_0"
 
@@ -37,7 +37,7 @@ def chunk_program(chunk: Chunk) -> Program:
     """The layers of a chunk with `infer`, which ends in the final norm of the last chunk, and `prefill`."""
     activations = chunk.geometry.online.activations
     codes = {
-        _linear_name(layer, name): stored_codes(
+        _linear_name(layer, name): prepare_codes(
             quantized, _full_name(layer, name), rounded=_full_name(layer, name) in activations
         )
         for layer in chunk.layers
@@ -90,8 +90,8 @@ class _LayerBuilder:
         self._group = spec.num_heads // spec.num_key_value_heads
         self._mask = finite_mask(inputs["causal_mask"], self._group)
         self._turns = {
-            name: weight_constants(weights, name)
-            for name, weights in online_weights(spec, geometry.online).items()
+            name: emit_weights(weights, name)
+            for name, weights in make_online_weights(spec, geometry.online).items()
         }
         self._into_ffn = {
             linear.name for linear in spec.architecture.linears if linear.input.space is Space.FFN
@@ -116,9 +116,9 @@ class _LayerBuilder:
     def _attend(self, normed: Var, layer: QuantizedLayer) -> Var:
         spec, prefix, length = self._spec, _layer_name(layer), self._length
         heads, kv_heads, head_dim = spec.num_heads, spec.num_key_value_heads, spec.head_dim
-        query = self._rotated(normed, layer, "self_attn.q", heads, QUERY)
+        query = self._project_rotated(normed, layer, "self_attn.q", heads, QUERY)
         query = mb.mul(x=query, y=np.float16(head_dim**-0.5), name=f"{prefix}_query_scaled")
-        key = self._rotated(normed, layer, "self_attn.k", kv_heads, KEY)
+        key = self._project_rotated(normed, layer, "self_attn.k", kv_heads, KEY)
         value = self._heads(self._linear(normed, layer, "self_attn.v_proj"), kv_heads, f"{prefix}_value")
 
         value_row = spec.num_layers + layer.index
@@ -139,7 +139,7 @@ class _LayerBuilder:
         flat = mb.reshape(x=attended, shape=[1, heads * head_dim, 1, length], name=f"{prefix}_attended_flat")
         return self._linear(flat, layer, "self_attn.o_proj")
 
-    def _rotated(self, normed: Var, layer: QuantizedLayer, side: str, heads: int, turn: str) -> Var:
+    def _project_rotated(self, normed: Var, layer: QuantizedLayer, side: str, heads: int, turn: str) -> Var:
         """q or k as (1, heads, head_dim, S): projected, normalised where the model does, then RoPE and R3."""
         name = f"{_layer_name(layer)}_{identifier(side)}"
         x = self._heads(self._linear(normed, layer, f"{side}_proj"), heads, name)
@@ -150,7 +150,9 @@ class _LayerBuilder:
         if turn not in self._turns:
             return x
         flat = [1, heads * self._spec.head_dim, 1, self._length]
-        x = turned(mb.reshape(x=x, shape=flat, name=f"{name}_flat"), self._turns[turn], f"{name}_{turn}")
+        x = rotate_channels(
+            mb.reshape(x=x, shape=flat, name=f"{name}_flat"), self._turns[turn], f"{name}_{turn}"
+        )
         return self._heads(x, heads, f"{name}_turned")
 
     def _heads(self, x: Var, heads: int, name: str) -> Var:
@@ -163,7 +165,7 @@ class _LayerBuilder:
     def _linear(self, x: Var, layer: QuantizedLayer, name: str) -> Var:
         label = _linear_name(layer, name)
         if name in self._into_ffn and FFN in self._turns:
-            x = turned(x, self._turns[FFN], f"{label}_{FFN}")
+            x = rotate_channels(x, self._turns[FFN], f"{label}_{FFN}")
         format_ = self._online.activations.get(_full_name(layer, name))
         step = None if format_ is None else format_.scale
         return linear(x, StoredLinear(layer.linears[name], self._codes[label], label, label), step)

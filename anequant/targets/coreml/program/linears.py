@@ -27,7 +27,7 @@ from anequant.quantization.linear import FloatTable, QuantizedLinear
 from anequant.targets.coreml.program.program import Var, float16_constant, identifier, shared_constant
 from anequant.targets.coreml.program.streaming import streamed_constant
 from anequant.targets.coreml.toolkit import mb, types
-from anequant.targets.shared.packed_codes import Array, integer_entries, stored_integers
+from anequant.targets.shared.packed_codes import Array, look_up_integers, split_codebook
 
 CODE_DTYPES = {
     2: types.np_uint2_dtype,
@@ -41,7 +41,7 @@ INTEGER_DTYPES = {4: types.np_int4_dtype, 8: np.dtype(np.int8)}
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A linear with its `stored_codes`, its name, and that of its codebook, which parts of a head share."""
+    """A linear, its `codes` as `prepare_codes` gives them, and the names of both it and its codebook."""
 
     quantized: QuantizedLinear
     codes: Array
@@ -49,37 +49,37 @@ class StoredLinear:
     codebook: str
 
 
-def weight_value(name: str) -> str:
+def name_weight(name: str) -> str:
     """The name of the value that is the weight of the linear or table `name`."""
     return f"{identifier(name)}_weight"
 
 
-def head_part(part: int) -> str:
+def name_head_part(part: int) -> str:
     """The name of one of the head's convolutions, counted from 1."""
     return f"{identifier(HEAD)}_{part}"
 
 
-def palettized(codes: Array, codebook: Tensor, name: str, shared_codebook: str, value: str = "") -> Var:
+def palettize_weight(codes: Array, codebook: Tensor, name: str, shared_codebook: str, value: str = "") -> Var:
     """A weight as codes (already of a CODE_DTYPES type) and one codebook, float16 or int8, for all."""
     entries = codebook.numpy() if codebook.dtype == torch.int8 else codebook.half().numpy()
     table = shared_constant(entries.reshape(*(1,) * codes.ndim, -1, 1), f"{shared_codebook}_codebook")
     indices = shared_constant(codes, f"{name}_codes")
-    return mb.constexpr_lut_to_dense(indices=indices, lut=table, name=value or weight_value(name))
+    return mb.constexpr_lut_to_dense(indices=indices, lut=table, name=value or name_weight(name))
 
 
-def packed_codes(quantized: QuantizedLinear) -> Array:
+def pack_codes(quantized: QuantizedLinear) -> Array:
     """Codes [out, in] as numpy in the sub-byte type of their width."""
     return quantized.codes.numpy().view(CODE_DTYPES[quantized.bits])
 
 
-def stored_codes(quantized: QuantizedLinear, name: str, *, rounded: bool) -> Array:
-    """What a package holds of the codes [out, in]: the integers, or `packed_codes`.
+def prepare_codes(quantized: QuantizedLinear, name: str, *, rounded: bool) -> Array:
+    """What a package holds of the codes [out, in]: the integers, or `pack_codes`.
 
-    Raises as `integer_entries`.
+    Raises as `split_codebook`.
     """
-    integers = stored_integers(quantized, name, rounded=rounded)
+    integers = look_up_integers(quantized, name, rounded=rounded)
     if integers is None:
-        return packed_codes(quantized)
+        return pack_codes(quantized)
     return integers.numpy().astype(INTEGER_DTYPES[quantized.bits])
 
 
@@ -95,8 +95,8 @@ def linear(x: Var, stored: StoredLinear, input_step: float | None = None) -> Var
         scale = float16_constant(quantized.input_scale, (1, columns, 1, 1), f"{name}_input_scale")
         x = mb.mul(x=x, y=scale, name=f"{name}_scaled_input")
     if input_step is not None:
-        x = _rounded(x, input_step, name)
-    y = mb.conv(x=x, weight=_weight(stored, rounded=input_step is not None), name=f"{name}_conv")
+        x = _round_input(x, input_step, name)
+    y = mb.conv(x=x, weight=_emit_weight(stored, rounded=input_step is not None), name=f"{name}_conv")
     if not grouped:
         scale = float16_constant(quantized.output_scale, (1, rows, 1, 1), f"{name}_output_scale")
         y = mb.mul(x=y, y=scale, name=f"{name}_scaled_output")
@@ -113,25 +113,25 @@ def float_linear(x: Var, weight: FloatTable, name: str) -> Var:
     return mb.conv(x=x, weight=constant, name=f"{name}_conv")
 
 
-def _rounded(x: Var, step: float, name: str) -> Var:
+def _round_input(x: Var, step: float, name: str) -> Var:
     codes = mb.quantize(input=x, scale=np.float16(step), output_dtype="int8", name=f"{name}_input_codes")
     return mb.dequantize(input=codes, scale=np.float16(step), name=f"{name}_rounded_input")
 
 
-def _weight(stored: StoredLinear, *, rounded: bool) -> Var:
+def _emit_weight(stored: StoredLinear, *, rounded: bool) -> Var:
     """The weight (out, in, 1, 1), with the scales that are inside of it."""
     name, codes = stored.name, stored.codes[:, :, None, None]
     entries, scales = stored.quantized.codebook, stored.quantized.output_scale
     if rounded:
-        entries, step = integer_entries(entries, name)
+        entries, step = split_codebook(entries, name)
         scales = torch.full((1, 1), step)
     elif scales.ndim == 1:
-        return palettized(codes, entries, name, stored.codebook)
+        return palettize_weight(codes, entries, name, stored.codebook)
     integers = codes.dtype.kind == "i"
     data = (
         shared_constant(codes, f"{name}_codes")
         if integers
-        else palettized(codes, entries, name, stored.codebook, f"{name}_entries")
+        else palettize_weight(codes, entries, name, stored.codebook, f"{name}_entries")
     )
     scale = float16_constant(scales, (*scales.shape, 1, 1), f"{name}_weight_scale")
-    return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=weight_value(name))
+    return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=name_weight(name))

@@ -25,10 +25,10 @@ from anequant.quantization.linear import FloatTable, QuantizedLinear
 from anequant.targets.coreml.program.linears import (
     StoredLinear,
     float_linear,
-    head_part,
     linear,
-    packed_codes,
-    palettized,
+    name_head_part,
+    pack_codes,
+    palettize_weight,
 )
 from anequant.targets.coreml.program.program import (
     Var,
@@ -50,7 +50,7 @@ def embeddings_program(table: QuantizedLinear | FloatTable, batch: int) -> Progr
         ids = function.inputs["input_ids"]
         name = identifier(EMBEDDING)
         if isinstance(table, QuantizedLinear):
-            weight = palettized(packed_codes(table), table.codebook, name, name)
+            weight = palettize_weight(pack_codes(table), table.codebook, name, name)
             rows = mb.gather(x=weight, indices=ids, axis=0, validate_indices=False, name=f"{name}_rows")
             scales = float16_constant(table.output_scale, (len(table.output_scale), 1), f"{name}_scales")
             scale = mb.gather(x=scales, indices=ids, axis=0, validate_indices=False, name=f"{name}_row_scale")
@@ -73,10 +73,10 @@ def head_program(spec: ModelSpec, head: QuantizedLinear | FloatTable, parts: int
         x = to_channels(function.inputs["hidden_states"])
         logits = []
         name = identifier(HEAD)
-        codes = packed_codes(head) if isinstance(head, QuantizedLinear) else None
+        codes = pack_codes(head) if isinstance(head, QuantizedLinear) else None
         for part in range(parts):
             rows_of_part = slice(part * rows, (part + 1) * rows)
-            label = head_part(part + 1)
+            label = name_head_part(part + 1)
             if isinstance(head, QuantizedLinear):
                 assert codes is not None
                 piece = take_rows(head, rows_of_part)
