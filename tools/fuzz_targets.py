@@ -30,7 +30,7 @@ from anequant.errors import AnequantError
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.reference.empty_model import empty_model
-from anequant.targets.coreml.graph import package_graphs
+from anequant.targets.coreml.graph import read_graphs
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.lint.rules import lint_package
 from anequant.targets.coreml.meta import read_meta
@@ -184,7 +184,7 @@ def _output_targets(place: Path) -> dict[str, Target]:
 
     def read_package(package: Path) -> None:
         list(Package.open(package).compressed_weights())
-        for graph in package_graphs(package):
+        for graph in read_graphs(package):
             list(graph.computing())
         lint_package(package)
 

@@ -24,8 +24,8 @@ from anequant.targets.coreml.device import (
     NEURAL_ENGINE,
     DevicePackage,
     Placement,
-    operations_by_device,
-    package_placements,
+    ask_placements,
+    count_by_device,
 )
 from anequant.targets.coreml.meta import PackageSet, read_meta
 from anequant.versions import installed_versions
@@ -89,9 +89,9 @@ def profile(folder: Path, tokens: int, *, progress: Progress = silent) -> Device
     placed = []
     for number, name in enumerate(packages.package_names):
         progress(f"plan of {name}", 0.4 * number / len(packages.package_names))
-        placements = package_placements(part / f"{name}.mlpackage")
+        placements = ask_placements(part / f"{name}.mlpackage")
         elsewhere = tuple(item for item in placements if item.device != NEURAL_ENGINE)
-        placed.append(PackagePlacement(name, operations_by_device(placements), elsewhere))
+        placed.append(PackagePlacement(name, count_by_device(placements), elsewhere))
     ids = _tokens(part, packages, tokens)
     progress("device", 0.4)
     seconds, ours = measure(lambda: PackageModel(part, DevicePackage.open), ids, packages.batch)

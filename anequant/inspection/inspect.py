@@ -24,8 +24,8 @@ from anequant.evaluation.distribution import Distribution, distribution
 from anequant.inspection.inspect_checkpoint import CheckpointFacts, checkpoint_facts
 from anequant.inspection.inspect_package import PackageFacts, package_facts
 from anequant.inspection.inspect_tensors import TensorFiles, tensor_files
-from anequant.targets.coreml.census import constant_node, load_constant
-from anequant.targets.coreml.graph import package_graphs
+from anequant.targets.coreml.census import find_constant, load_constant
+from anequant.targets.coreml.graph import read_graphs
 from anequant.targets.coreml.meta import META, read_meta
 from anequant.targets.coreml.storage import Palettized, damage
 
@@ -140,8 +140,8 @@ def inspect_tensor(path: Path, name: str) -> TensorFacts:
                 return _of_checkpoint(checkpoint, full)
         known += list(checkpoint.tensors)
     for package in parts.packages:
-        graphs = package_graphs(package)
-        found = constant_node(graphs, name)
+        graphs = read_graphs(package)
+        found = find_constant(graphs, name)
         if found is not None:
             with damage(str(package)):
                 return _of_package(name, package.name, load_constant(*found))

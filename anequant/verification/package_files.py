@@ -15,10 +15,10 @@ from torch import Tensor
 
 from anequant.errors import InputError, VerificationError, shown
 from anequant.strict import parse_json, read_plain
-from anequant.targets.coreml.graph import LUT, Graph, Node, package_graphs
+from anequant.targets.coreml.graph import LUT, Graph, Node, read_graphs
 from anequant.targets.coreml.meta import INFER, META, PREFILL, read_meta
 from anequant.targets.coreml.meta_check import check_package
-from anequant.targets.coreml.storage import LARGEST_MANIFEST, damage, inside, model_file
+from anequant.targets.coreml.storage import LARGEST_MANIFEST, damage, find_model_file, resolve_below
 from anequant.verification.hashes import PACKAGES, failing, verify_files
 
 DATA, MANIFEST_FILE = "Data", "Manifest.json"
@@ -53,7 +53,7 @@ def verify_package_files(folder: Path) -> None:
         path = folder / f"{name}.mlpackage"
         verify_items(path)
         with damage(str(path)):
-            graphs = package_graphs(path)
+            graphs = read_graphs(path)
             check_package(packages, name, {graph.function: graph.spec for graph in graphs}, folder)
             for graph, constants, tables in _read_once(graphs):
                 where = f"{path}, {graph.function}"
@@ -68,7 +68,7 @@ def verify_items(package: Path) -> None:
     """Raises InputError or VerificationError unless Manifest.json lists the files below Data: each once, and
     by a path that stays there."""
     where = str(package / MANIFEST_FILE)
-    model = model_file(package)
+    model = find_model_file(package)
     try:
         items = list(
             parse_json(read_plain(package / MANIFEST_FILE, LARGEST_MANIFEST))["itemInfoEntries"].values()
@@ -78,7 +78,7 @@ def verify_items(package: Path) -> None:
         raise InputError("the manifest lists no items", where=where) from error
     if not all(isinstance(path, str) for path in paths) or len(set(paths)) != len(paths):
         raise VerificationError("the manifest lists items without a path of their own", where=where)
-    listed = {inside(package / DATA, path) for path in paths}
+    listed = {resolve_below(package / DATA, path) for path in paths}
     for path in sorted(listed):
         if not path.exists():
             name = path.relative_to(package).as_posix()

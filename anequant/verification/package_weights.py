@@ -14,7 +14,7 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import VerificationError
 from anequant.jobs.control import Progress
-from anequant.targets.coreml.graph import Graph, Node, package_graphs
+from anequant.targets.coreml.graph import Graph, Node, read_graphs
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.program.linears import name_head_part, name_weight
@@ -37,7 +37,7 @@ def verify_constants(folder: Path, checkpoint: Checkpoint, progress: Progress) -
         progress(f"weights of {package}", 0.5 * number / len(packages.package_names))
         path = folder / f"{package}.mlpackage"
         count += _verify_weights(Package.open(path), quantized, checkpoint)
-        for graph in package_graphs(path):
+        for graph in read_graphs(path):
             _verify_rounding(graph, quantized, checkpoint, str(path))
             if package in packages.chunk_names:
                 _verify_rotations(graph, quantized, checkpoint, str(path))

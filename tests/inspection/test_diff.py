@@ -33,7 +33,7 @@ from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.reference.probe import probe_tokens
 from anequant.targets.coreml import graph as graph_module
-from anequant.targets.coreml.graph import package_graphs
+from anequant.targets.coreml.graph import read_graphs
 from anequant.targets.coreml.interpreter import interpreter
 from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE
 from anequant.targets.coreml.storage import read_model
@@ -324,7 +324,7 @@ def test_where_constants_lie_does_not_matter(made: Made, package: Path) -> None:
     moved: list[Any] = []
     rewrite(package, edit)
     assert len(moved) > 7
-    one, other = package_graphs(made.packages / FFN), package_graphs(package)
+    one, other = read_graphs(made.packages / FFN), read_graphs(package)
     assert [function_differences(a, b).same for a, b in zip(one, other, strict=True)] == [True, True]
 
 
@@ -360,8 +360,7 @@ def other_order_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_order_of_maps_does_not_matter(made: Made, package: Path) -> None:
     """Nor does it to what is said of one package: every command reads it in both orders."""
     orders = [
-        [list(node.proto.inputs) for graph in package_graphs(package) for node in graph.nodes]
-        for _ in range(2)
+        [list(node.proto.inputs) for graph in read_graphs(package) for node in graph.nodes] for _ in range(2)
     ]
     assert orders[0] != orders[1]
     assert the_package(found(made.packages / FFN, package, SAME))["functions"] == []

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from anequant.errors import UnsupportedError
-from anequant.targets.coreml.graph import package_graphs
+from anequant.targets.coreml.graph import read_graphs
 from anequant.targets.coreml.signatures import FunctionSpec
 from anequant.targets.coreml.toolkit import ct
 
@@ -51,7 +51,7 @@ class DevicePackage:
     @property
     def functions(self) -> dict[str, FunctionSpec]:
         """What the package's file declares, by name."""
-        return {graph.function: graph.spec for graph in package_graphs(self.path)}
+        return {graph.function: graph.spec for graph in read_graphs(self.path)}
 
     def new_state(self) -> Any:
         """A state that all packages of a set share."""
@@ -100,7 +100,7 @@ class Placement:
     cost: float | None
 
 
-def package_placements(package: Path) -> list[Placement]:
+def ask_placements(package: Path) -> list[Placement]:
     """Compile a package and ask MLComputePlan for CPU and Neural Engine.
 
     Raises UnsupportedError anywhere but on macOS.
@@ -111,10 +111,10 @@ def package_placements(package: Path) -> list[Placement]:
     with TemporaryDirectory() as folder:
         compiled = ct.models.utils.compile_model(str(package), str(Path(folder) / f"{package.stem}.mlmodelc"))
         plan = MLComputePlan.load_from_path(compiled, compute_units=ct.ComputeUnit.CPU_AND_NE)
-        return list(plan_placements(plan))
+        return list(list_placements(plan))
 
 
-def plan_placements(plan: Any) -> Iterator[Placement]:
+def list_placements(plan: Any) -> Iterator[Placement]:
     """The operations of a coremltools MLComputePlan, constants left out."""
     for name, function in sorted(plan.model_structure.program.functions.items()):
         for operation in function.block.operations:
@@ -132,7 +132,7 @@ def plan_placements(plan: Any) -> Iterator[Placement]:
             )
 
 
-def operations_by_device(placements: Sequence[Placement]) -> dict[str, int]:
+def count_by_device(placements: Sequence[Placement]) -> dict[str, int]:
     """How many operations each device has."""
     return dict(Counter(placement.device for placement in placements))
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from anequant.targets.coreml.signatures import (
     FunctionSpec,
     TensorSpec,
-    block_of,
-    constant_spec,
-    function_spec,
-    tensor_spec,
+    find_block,
+    read_constant_spec,
+    read_function_spec,
+    read_tensor_spec,
 )
-from anequant.targets.coreml.storage import Weights, damage, model_file, read_model
+from anequant.targets.coreml.storage import Weights, damage, find_model_file, read_model
 
 LUT, BLOCKS = "constexpr_lut_to_dense", "constexpr_blockwise_shift_scale"
 
@@ -72,7 +72,7 @@ class Graph:
             return source.outputs[0].shape
         names = node.inputs.get(name, ())
         if names and names[0] is None:
-            return tensor_spec(name, node.proto.inputs[name].arguments[0].value.type).shape
+            return read_tensor_spec(name, node.proto.inputs[name].arguments[0].value.type).shape
         return next((spec.shape for spec in self.spec.inputs if names and spec.name == names[0]), ())
 
     def value(self, node: Node | None, name: str) -> Tensor | str | None:
@@ -100,16 +100,16 @@ class Graph:
         return (node for node in self.nodes if not node.constant)
 
 
-def package_graphs(package: Path) -> list[Graph]:
+def read_graphs(package: Path) -> list[Graph]:
     """Every function of an .mlpackage. Raises InputError for a damaged one."""
-    file = model_file(package)
+    file = find_model_file(package)
     model, weights = read_model(file), Weights(file.parent)
     features = {part.name: part.input for part in model.description.functions}
     graphs = []
     with damage(str(package)):
         for name, function in sorted(model.mlProgram.functions.items()):
-            block = block_of(function, str(package))
-            spec = function_spec(function, block, features.get(name, model.description.input))
+            block = find_block(function, str(package))
+            spec = read_function_spec(function, block, features.get(name, model.description.input))
             graphs.append(Graph(name, block, spec, weights))
     return graphs
 
@@ -122,5 +122,5 @@ def _node(operation: Any) -> Node:
         )
         for name, argument in sorted(operation.inputs.items())
     }
-    outputs = tuple(constant_spec(value.name, value.type) for value in operation.outputs)
+    outputs = tuple(read_constant_spec(value.name, value.type) for value in operation.outputs)
     return Node(operation.type, outputs, inputs, operation)

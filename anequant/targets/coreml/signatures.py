@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from anequant.errors import InputError, UnsupportedError
-from anequant.targets.coreml.storage import STRING, data_type
+from anequant.targets.coreml.storage import STRING, read_data_type
 
 ARGMAX = "reduce_argmax"
 
@@ -37,34 +37,34 @@ class FunctionSpec:
     choices: tuple[int | None, ...]
 
 
-def tensor_spec(name: str, value_type: Any) -> TensorSpec:
+def read_tensor_spec(name: str, value_type: Any) -> TensorSpec:
     """A MIL_pb2.ValueType of a tensor, or of a state that holds one."""
     kind = value_type.WhichOneof("type")
     tensor = value_type.stateType.wrappedType.tensorType if kind == "stateType" else value_type.tensorType
     if kind not in ("stateType", "tensorType"):
         raise UnsupportedError(f"'{name}' is a {kind}, not a tensor")
     shape = tuple(dim.constant.size if dim.HasField("constant") else None for dim in tensor.dimensions)
-    return TensorSpec(name, data_type(tensor).name, shape)
+    return TensorSpec(name, read_data_type(tensor).name, shape)
 
 
-def constant_spec(name: str, value_type: Any) -> TensorSpec:
-    """As `tensor_spec`, where the value may also be a string."""
+def read_constant_spec(name: str, value_type: Any) -> TensorSpec:
+    """As `read_tensor_spec`, where the value may also be a string."""
     if value_type.tensorType.dataType == STRING:
         return TensorSpec(name, "string", ())
-    return tensor_spec(name, value_type)
+    return read_tensor_spec(name, value_type)
 
 
-def block_of(function: Any, where: str) -> Any:
+def find_block(function: Any, where: str) -> Any:
     """The one MIL_pb2.Block of a function."""
     if function.opset not in function.block_specializations:
         raise InputError(f"no block for the opset {function.opset}", where=where)
     return function.block_specializations[function.opset]
 
 
-def function_spec(function: Any, block: Any, features: Any) -> FunctionSpec:
+def read_function_spec(function: Any, block: Any, features: Any) -> FunctionSpec:
     """`features` are the input descriptions of the function, which alone know enumerated shapes."""
     is_state = [value.type.WhichOneof("type") == "stateType" for value in function.inputs]
-    given = [tensor_spec(value.name, value.type) for value in function.inputs]
+    given = [read_tensor_spec(value.name, value.type) for value in function.inputs]
     types = {value.name: value.type for value in function.inputs}
     types.update({value.name: value.type for operation in block.operations for value in operation.outputs})
     arrays = {feature.name: feature.type.multiArrayType for feature in features}
@@ -75,7 +75,7 @@ def function_spec(function: Any, block: Any, features: Any) -> FunctionSpec:
     }
     return FunctionSpec(
         tuple(spec for spec, state in zip(given, is_state, strict=True) if not state),
-        tuple(tensor_spec(name, types[name]) for name in block.outputs),
+        tuple(read_tensor_spec(name, types[name]) for name in block.outputs),
         tuple(spec for spec, state in zip(given, is_state, strict=True) if state),
         enumerated,
         tuple(_chosen_from(operation, types) for operation in block.operations if operation.type == ARGMAX),
@@ -84,5 +84,5 @@ def function_spec(function: Any, block: Any, features: Any) -> FunctionSpec:
 
 def _chosen_from(operation: Any, types: Mapping[str, Any]) -> int | None:
     (given,) = operation.inputs["x"].arguments
-    shape = tensor_spec(given.name, types[given.name]).shape
+    shape = read_tensor_spec(given.name, types[given.name]).shape
     return shape[-1] if shape else 1

@@ -121,7 +121,7 @@ class Weights:
         shape = tuple(dim.constant.size for dim in dims)
         if value.type.tensorType.dataType == STRING:
             return str(value.immediateValue.tensor.strings.values[0])
-        dtype = data_type(value.type.tensorType)
+        dtype = read_data_type(value.type.tensorType)
         if value.WhichOneof("value") == "blobFileValue":
             flat = self._blob(value.blobFileValue, dtype)
         else:
@@ -133,7 +133,7 @@ class Weights:
 
     def _blob(self, blob: Any, dtype: DataType) -> np.ndarray[Any, Any]:
         name = blob.fileName.removeprefix("@model_path/")
-        path = inside(self._folder, name)
+        path = resolve_below(self._folder, name)
         try:
             if name not in self._readers:
                 if not path.is_file():
@@ -166,14 +166,14 @@ def _immediate(value: Any, dtype: DataType) -> np.ndarray[Any, Any]:
     return codes.astype(numpy_type)
 
 
-def data_type(tensor_type: Any) -> DataType:
+def read_data_type(tensor_type: Any) -> DataType:
     """The element type of a MIL_pb2.TensorType; UnsupportedError for one that nothing here can hold."""
     if tensor_type.dataType not in DATA_TYPES:
         raise UnsupportedError(f"element type {MIL_pb2.DataType.Name(tensor_type.dataType)}")
     return DATA_TYPES[tensor_type.dataType]
 
 
-def inside(folder: Path, name: str) -> Path:
+def resolve_below(folder: Path, name: str) -> Path:
     """`folder / name`, refusing with InputError any name that is not a plain relative path below it."""
     parts = PurePosixPath(name).parts
     if not parts or "\\" in name or ":" in name or "\0" in name or name.startswith("/") or ".." in parts:
@@ -192,7 +192,7 @@ def damage(where: str) -> Iterator[None]:
         raise InputError(f"the package is damaged ({reason})", where=where) from error
 
 
-def model_file(package: Path) -> Path:
+def find_model_file(package: Path) -> Path:
     """The root model of an .mlpackage, as its Manifest.json says; InputError if it says nothing usable."""
     manifest = package / "Manifest.json"
     remedy = "point to an .mlpackage folder"
@@ -205,7 +205,7 @@ def model_file(package: Path) -> Path:
         raise InputError("the manifest does not name a root model", where=str(manifest)) from error
     if not isinstance(name, str):
         raise InputError("the manifest does not name a root model", where=str(manifest))
-    path = inside(package / "Data", name)
+    path = resolve_below(package / "Data", name)
     if not path.is_file():
         raise InputError("the manifest's model file is missing", where=str(path))
     return path

@@ -23,12 +23,12 @@ from torch.nn import functional
 from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.layers import QuantizedLayer, load_layer, open_quantized
 from anequant.quantization.linear import QuantizedLinear
-from anequant.targets.coreml.graph import Graph, Node, package_graphs
+from anequant.targets.coreml.graph import Graph, Node, read_graphs
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.program.decoder import STATE, chunk_program
 from anequant.targets.coreml.program.package import save_package
 from anequant.targets.coreml.signatures import TensorSpec
-from anequant.targets.coreml.storage import model_file, read_model
+from anequant.targets.coreml.storage import find_model_file, read_model
 from anequant.targets.coreml.toolkit import ct
 from anequant.targets.shared.geometry import Geometry
 from anequant.targets.shared.package_task import Chunk
@@ -160,8 +160,8 @@ class Pair:
 
     @property
     def graphs(self) -> tuple[Graph, Graph]:
-        (traced,) = package_graphs(self.traced)
-        return next(graph for graph in package_graphs(self.ours) if graph.function == self.function), traced
+        (traced,) = read_graphs(self.traced)
+        return next(graph for graph in read_graphs(self.ours) if graph.function == self.function), traced
 
 
 @pytest.fixture(scope="module", params=LENGTHS)
@@ -309,7 +309,7 @@ def test_interfaces_are_the_same(pair: Pair) -> None:
     spec = pair.layer.spec
     shape = (2 * spec.num_layers, spec.num_key_value_heads, CONTEXT, spec.head_dim)
     assert ours.spec.states == (TensorSpec(STATE, "fp16", shape),)
-    mine, theirs = (read_model(model_file(path)) for path in (pair.ours, pair.traced))
+    mine, theirs = (read_model(find_model_file(path)) for path in (pair.ours, pair.traced))
     assert mine.specificationVersion == theirs.specificationVersion
     opsets = [
         model.mlProgram.functions[name].opset for model, name in ((mine, pair.function), (theirs, "main"))

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from anequant.errors import InputError
 from anequant.targets.coreml.interpreter.operators import OPERATORS
-from anequant.targets.coreml.interpreter.supported import Form, parameters
-from anequant.targets.coreml.signatures import TensorSpec, constant_spec, tensor_spec
+from anequant.targets.coreml.interpreter.supported import Form, read_parameters
+from anequant.targets.coreml.signatures import TensorSpec, read_constant_spec, read_tensor_spec
 from anequant.targets.coreml.storage import TORCH_TYPES, Palettized, Value, Weights
 from anequant.targets.shared.packed_codes import CompressedWeight
 
@@ -47,7 +47,7 @@ class Constants:
         self._kept: dict[tuple[bytes, Form], Any] = {}
         self.storages: set[int] = set()
 
-    def named(self, block: Any) -> dict[str, Constant]:
+    def read_block(self, block: Any) -> dict[str, Constant]:
         """The results of the const and constexpr operations of a MIL_pb2.Block, by name."""
         known: dict[str, Constant] = {}
         for operation in block.operations:
@@ -56,14 +56,14 @@ class Constants:
             elif operation.type.startswith("constexpr_"):
                 sources = {}
                 for name, argument in sorted(operation.inputs.items()):
-                    source = self.bound(argument.arguments[0], known)
+                    source = self.find_bound(argument.arguments[0], known)
                     if source is None:
                         raise InputError(f"'{name}' of '{operation.outputs[0].name}' is not a constant")
                     sources[name] = source
-                known[operation.outputs[0].name] = _combined(operation, sources)
+                known[operation.outputs[0].name] = _combine(operation, sources)
         return known
 
-    def bound(self, binding: Any, known: Mapping[str, Constant]) -> Constant | None:
+    def find_bound(self, binding: Any, known: Mapping[str, Constant]) -> Constant | None:
         """What an argument is bound to, by value or by name; None if that is computed while running."""
         if binding.WhichOneof("binding") == "value":
             return self._literal(binding.value)
@@ -72,7 +72,7 @@ class Constants:
     def get(self, constant: Constant, form: Form) -> Any:
         key = (constant.key, form)
         if key not in self._kept:
-            value = converted(constant.load(), form)
+            value = convert_form(constant.load(), form)
             if isinstance(value, Tensor):
                 self.storages.add(storage_of(value))
             self._kept[key] = value
@@ -80,10 +80,10 @@ class Constants:
 
     def _literal(self, value: Any) -> Constant:
         key = value.SerializeToString(deterministic=True)
-        return Constant(key, partial(self._weights.read, value), "const", constant_spec("", value.type))
+        return Constant(key, partial(self._weights.read, value), "const", read_constant_spec("", value.type))
 
 
-def converted(value: Value, form: Form) -> Any:
+def convert_form(value: Value, form: Form) -> Any:
     """A value in the form that an operation takes it."""
     if isinstance(value, str) or form == "palettized":
         return value
@@ -99,12 +99,12 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _combined(operation: Any, sources: Mapping[str, Constant]) -> Constant:
-    takes = parameters(operation.type)
-    spec = tensor_spec(operation.outputs[0].name, operation.outputs[0].type)
+def _combine(operation: Any, sources: Mapping[str, Constant]) -> Constant:
+    takes = read_parameters(operation.type)
+    spec = read_tensor_spec(operation.outputs[0].name, operation.outputs[0].type)
 
     def load() -> Value:
-        arguments = {name: converted(source.load(), takes[name].form) for name, source in sources.items()}
+        arguments = {name: convert_form(source.load(), takes[name].form) for name, source in sources.items()}
         value: Value = OPERATORS[operation.type](**arguments)
         return value.to(TORCH_TYPES[spec.dtype]) if isinstance(value, Tensor) else value
 
@@ -112,9 +112,7 @@ def _combined(operation: Any, sources: Mapping[str, Constant]) -> Constant:
     return Constant(key.encode(), load, operation.type, spec, sources)
 
 
-def compressed_constants(
-    block: Any, constants: Mapping[str, Constant]
-) -> Iterator[tuple[str, CompressedWeight]]:
+def read_compressed(block: Any, constants: Mapping[str, Constant]) -> Iterator[tuple[str, CompressedWeight]]:
     """(name of its value, content) of every such constant of a MIL_pb2.Block, read from disk each time.
 
     A lookup table's result that is scaled is part of the scaled constant, not one of its own.
@@ -137,14 +135,14 @@ def compressed_constants(
                 codes.numpy(),
                 None if codebook is None else codebook.numpy(),
                 scale.numpy() if isinstance(scale, Tensor) else None,
-                _place_of(operation, made),
+                _find_place(operation, made),
             ),
         )
 
 
-def _place_of(operation: Any, made: Mapping[str, Any]) -> int | None:
+def _find_place(operation: Any, made: Mapping[str, Any]) -> int | None:
     key = "indices" if operation.type == "constexpr_lut_to_dense" else "data"
     binding = operation.inputs[key].arguments[0]
     if binding.WhichOneof("binding") == "name":
-        return _place_of(made[binding.name], made)
+        return _find_place(made[binding.name], made)
     return binding.value.blobFileValue.offset if binding.value.HasField("blobFileValue") else None

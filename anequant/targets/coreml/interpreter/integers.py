@@ -38,7 +38,7 @@ def integer_conv(
     return result.float()
 
 
-def integer_operands(
+def find_integer_operands(
     operation: Any, producers: Mapping[str, Any], known: Mapping[str, Constant], constants: Constants
 ) -> tuple[Any, dict[str, Constant]] | None:
     """What stands in for the `x` and `weight` of a MIL operation, if it is a convolution of integers.
@@ -49,17 +49,17 @@ def integer_operands(
     if operation.type != "conv":
         return None
     rounded = producers.get(operation.inputs["x"].arguments[0].name)
-    weight = constants.bound(operation.inputs["weight"].arguments[0], known)
+    weight = constants.find_bound(operation.inputs["weight"].arguments[0], known)
     if rounded is None or rounded.type != "dequantize" or weight is None or not _is_integer(weight):
         return None
-    scale = constants.bound(rounded.inputs["scale"].arguments[0], known)
+    scale = constants.find_bound(rounded.inputs["scale"].arguments[0], known)
     if scale is None or scale.spec.shape or "zero_point" in rounded.inputs:
         return None
     parts = {"x_scale": scale, "weight": weight.parts["data"], "weight_scale": weight.parts["scale"]}
     return rounded.inputs["input"].arguments[0], parts
 
 
-def before_rounding(binding: Any, producers: Mapping[str, Any]) -> Any:
+def skip_rounding(binding: Any, producers: Mapping[str, Any]) -> Any:
     """The binding of what a dequantized value was before it was quantized; any other binding itself."""
     dequantize = producers.get(binding.name)
     if dequantize is None or dequantize.type != "dequantize":
@@ -68,7 +68,7 @@ def before_rounding(binding: Any, producers: Mapping[str, Any]) -> Any:
     quantize = producers.get(codes.name)
     if quantize is None or quantize.type != "quantize":
         return binding
-    return before_rounding(quantize.inputs["input"].arguments[0], producers)
+    return skip_rounding(quantize.inputs["input"].arguments[0], producers)
 
 
 def _is_integer(weight: Constant) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anequant.errors import UnsupportedError
 from anequant.targets.coreml.interpreter.operators import COMPUTING, OPERATORS
-from anequant.targets.coreml.signatures import block_of
+from anequant.targets.coreml.signatures import find_block
 from anequant.targets.coreml.storage import Palettized, Weights
 
 Form = Literal["stored", "float32", "palettized", "plain"]
@@ -34,7 +34,7 @@ class Parameter:
 
 
 @cache
-def parameters(kind: str) -> Mapping[str, Parameter]:
+def read_parameters(kind: str) -> Mapping[str, Parameter]:
     """The inputs of an operation, from the signature of its function."""
     if kind in STATE_INPUTS:
         return {name: Parameter("stored", False, True, ()) for name in STATE_INPUTS[kind]}
@@ -65,7 +65,7 @@ def refuse_unsupported(functions: Mapping[str, Any], weights: Weights, where: st
 
 
 def _problems(name: str, function: Any, weights: Weights) -> Iterator[str]:
-    block = block_of(function, name)
+    block = find_block(function, name)
     constants: dict[str, Any] = {}
     defined = {value.name for value in function.inputs}
     for operation in block.operations:
@@ -91,7 +91,7 @@ def _problems(name: str, function: Any, weights: Weights) -> Iterator[str]:
 def _input_problems(
     operation: Any, constants: Mapping[str, Any], defined: set[str], weights: Weights
 ) -> Iterator[str]:
-    known = parameters(operation.type)
+    known = read_parameters(operation.type)
     for name in sorted(set(operation.attributes) - {"name"} | set(operation.inputs) - set(known)):
         yield f"input '{name}'"
     for name in sorted(name for name in known if known[name].required and name not in operation.inputs):

@@ -12,7 +12,7 @@ from torch import Tensor
 from anequant.targets.coreml.graph import Graph
 from anequant.targets.coreml.lint.rule import ERROR, WARNING, Hit, rule
 from anequant.targets.coreml.program.package import WEIGHT_FILE
-from anequant.targets.coreml.storage import Weights, model_file
+from anequant.targets.coreml.storage import Weights, find_model_file
 
 PHONE_BYTES, MAC_BYTES = 950_000_000, 2_000_000_000
 
@@ -30,7 +30,7 @@ def _sharing(graphs: Sequence[Graph], package: Path) -> Iterator[Hit]:
     """Equal constants that lie at one place for one function and elsewhere for another."""
     if len(graphs) < 2:
         return
-    weights = Weights(model_file(package).parent)
+    weights = Weights(find_model_file(package).parent)
     blobs = {graph.function: dict(_blobs(graph)) for graph in graphs}
     shared = set.intersection(*(set(held) for held in blobs.values()))
     places: dict[str, dict[str, set[int]]] = {}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from anequant.checkpoints.places import packages_folder
 from anequant.errors import InputError, UsageError, VerificationError, did_you_mean
-from anequant.targets.coreml.graph import package_graphs
+from anequant.targets.coreml.graph import read_graphs
 from anequant.targets.coreml.lint.file_rules import PACKAGE_RULES
 from anequant.targets.coreml.lint.operation_rules import GRAPH_RULES
 from anequant.targets.coreml.lint.rule import CHIPS, ERROR, NOTE, WARNING, Hit, Rule
@@ -52,7 +52,7 @@ def lint_package(package: Path, chip: str = "any") -> list[Finding]:
     """
     if chip not in CHIPS:
         raise UsageError(f"unknown chip '{chip}'", remedy=did_you_mean(chip, CHIPS))
-    graphs = package_graphs(package)
+    graphs = read_graphs(package)
     findings = []
     with damage(str(package)):
         for graph in graphs:
@@ -64,7 +64,7 @@ def lint_package(package: Path, chip: str = "any") -> list[Finding]:
     return sorted(findings, key=lambda finding: (ERROR, WARNING, NOTE).index(finding.severity))
 
 
-def errors_of(findings: Sequence[Finding]) -> list[Finding]:
+def select_errors(findings: Sequence[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.severity == ERROR]
 
 
@@ -88,7 +88,7 @@ def lint(path: Path, chip: str = "any") -> list[Finding]:
 
 def require_clean(findings: list[Finding]) -> list[Finding]:
     """The findings; raises VerificationError with the first error among them and their number."""
-    errors = errors_of(findings)
+    errors = select_errors(findings)
     if errors:
         first = errors[0]
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

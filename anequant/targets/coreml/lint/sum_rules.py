@@ -24,7 +24,7 @@ from anequant.targets.shared.headroom import LARGEST_SUM
 LEAST_INPUT = 1.0
 
 
-def weight_values(graph: Graph, node: Node) -> Tensor | None:
+def read_weight(graph: Graph, node: Node) -> Tensor | None:
     """The float32 values of a const or of a constexpr over codes or blocks; None for any other."""
     if node.kind == "const":
         value = graph.literal(node)
@@ -34,7 +34,7 @@ def weight_values(graph: Graph, node: Node) -> Tensor | None:
     arguments = {}
     for name in node.inputs:
         source = graph.source(node, name)
-        operand = graph.value(node, name) if source is None else weight_values(graph, source)
+        operand = graph.value(node, name) if source is None else read_weight(graph, source)
         if not isinstance(operand, Tensor):
             return None
         arguments[name] = int(operand) if name == "vector_axis" else operand
@@ -54,7 +54,7 @@ def _largest_row(graph: Graph, node: Node, room: float) -> float:
         bound = float(table.abs().max()) * math.prod(size or 1 for size in weight.outputs[0].shape[1:])
         if bound * LEAST_INPUT < room:
             return bound
-    values = weight_values(graph, weight)
+    values = read_weight(graph, weight)
     return 0.0 if values is None else float(values.flatten(1).abs().sum(1).max())
 
 

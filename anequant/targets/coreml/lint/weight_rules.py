@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anequant.targets.coreml.graph import BLOCKS, LUT, Graph, Node
 from anequant.targets.coreml.lint.rule import ERROR, NOTE, WARNING, Chip, Hit, rule
-from anequant.targets.coreml.signatures import tensor_spec
+from anequant.targets.coreml.signatures import read_tensor_spec
 
 AFFINE = "constexpr_affine_dequantize"
 SPARSE_TABLES = {"constexpr_lut_to_sparse", "constexpr_sparse_blockwise_shift_scale"}
@@ -205,7 +205,7 @@ def _scale_axes(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind(AFFINE):
         attributes = node.proto.attributes
         axis = attributes["axis"].immediateValue.tensor.ints.values[0]
-        if tensor_spec("scale", attributes["scale"].type).shape and axis != 0:
+        if read_tensor_spec("scale", attributes["scale"].type).shape and axis != 0:
             yield Hit(node.name, f"scales along axis {axis} of a weight")
 
 
