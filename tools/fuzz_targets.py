@@ -32,10 +32,10 @@ from anequant.recipe_files import load_recipe
 from anequant.reference.empty_model import empty_model
 from anequant.targets.coreml.graph import read_graphs
 from anequant.targets.coreml.interpreter.interpreter import Package
-from anequant.targets.coreml.lint.rules import lint_package
+from anequant.targets.coreml.lint.lint import lint_package
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE
-from anequant.verification.package_files import verify_items, verify_package_files
+from anequant.verification.packages import verify_items, verify_package_files
 from anequant.verification.verify import verify_checkpoint
 
 CONFIG = {

@@ -92,8 +92,8 @@ def lint(console: Console, path: Path, chip: str) -> None:
     from dataclasses import asdict
 
     from anequant.report.terminal import results as text
-    from anequant.targets.coreml.lint.rules import lint as run
-    from anequant.targets.coreml.lint.rules import select_errors
+    from anequant.targets.coreml.lint.lint import lint as run
+    from anequant.targets.coreml.lint.lint import select_errors
 
     findings = run(path, chip)
     console.result({"findings": [asdict(finding) for finding in findings]}, text.linted(findings))

@@ -37,7 +37,7 @@ from anequant.planning.schedule import (
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.reference.open_float import open_float
 from anequant.reference.windows import load_tokenizer, model_windows, read_text
-from anequant.targets.coreml.lint.rules import Finding, lint, require_clean
+from anequant.targets.coreml.lint.lint import Finding, lint, require_clean
 from anequant.targets.shared.agreement import PackageCheck
 from anequant.verification.verify import (
     CheckpointCheck,

@@ -21,17 +21,17 @@ from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.storage import damage
 from anequant.targets.shared.agreement import LoweredModel, PackageCheck, compare_model
 from anequant.targets.shared.headroom import describe_coarse_attention
-from anequant.verification.hashes import (
+from anequant.verification.constants import verify_constants
+from anequant.verification.files import (
     CONVERSION,
     PACKAGES,
     failing,
-    recipe_of,
+    read_checked_manifest,
+    read_recorded_recipe,
     verify_files,
-    written_manifest,
 )
-from anequant.verification.package_files import verify_package_folder
-from anequant.verification.package_weights import verify_constants
-from anequant.verification.stored_tensors import verify_layout, verify_numbers, verify_static_scales
+from anequant.verification.packages import verify_package_folder
+from anequant.verification.tensors import verify_layout, verify_numbers, verify_static_scales
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def verify_checkpoint(folder: Path, *, progress: Progress = silent) -> Checkpoin
     with failing(folder):
         checkpoint = open_checkpoint(folder)
         rotated = recorded["kind"] == ROTATED
-        verify_layout(checkpoint, recipe_of(recorded), torch.float32 if rotated else torch.float16)
+        verify_layout(checkpoint, read_recorded_recipe(recorded), torch.float32 if rotated else torch.float16)
         verify_static_scales(checkpoint)
         names = [name.removesuffix(".codebook") for name in checkpoint.tensors if name.endswith(".codebook")]
         for number, name in enumerate(names):
@@ -68,7 +68,7 @@ def verify_folder(
 
     Raises InputError for a folder that is none of these, VerificationError when a check fails.
     """
-    kind = written_manifest(folder)["kind"]
+    kind = read_checked_manifest(folder)["kind"]
     if kind in (CHECKPOINT, ROTATED):
         return verify_checkpoint(folder, progress=progress), None
     if kind == PACKAGES:

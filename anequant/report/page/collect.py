@@ -27,7 +27,7 @@ from anequant.pipeline.convert import sample_quality
 from anequant.report.page.measured import Origin, measured_layers
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.signatures import TensorSpec
-from anequant.verification.hashes import CONVERSION
+from anequant.verification.files import CONVERSION
 
 SCHEMA = 1
 

@@ -16,7 +16,7 @@ from anequant.pipeline.lower import LowerResult
 from anequant.pipeline.quantize import QuantizeResult
 from anequant.pipeline.rotate import RotateResult
 from anequant.pipeline.rounder import TensorError
-from anequant.targets.coreml.lint.rules import Finding
+from anequant.targets.coreml.lint.lint import Finding
 from anequant.targets.shared.agreement import PackageCheck
 from anequant.targets.shared.headroom import Headroom
 from anequant.verification.verify import CheckpointCheck

@@ -23,9 +23,9 @@ from anequant.pipeline.convert import convert
 from anequant.pipeline.lower import lower
 from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
+from anequant.targets.coreml.lint.lint import Finding, lint, lint_package, require_clean
 from anequant.targets.coreml.lint.operation_rules import GRAPH_RULES
 from anequant.targets.coreml.lint.rule import CHIPS
-from anequant.targets.coreml.lint.rules import Finding, lint, lint_package, require_clean
 from anequant.targets.coreml.lint.shape_rules import SHAPE_RULES
 from anequant.targets.coreml.lint.state_rules import STATE_RULES
 from anequant.targets.coreml.lint.sum_rules import SUM_RULES

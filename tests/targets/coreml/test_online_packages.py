@@ -35,7 +35,7 @@ from anequant.rotation.hadamard import hadamard
 from anequant.rotation.orthogonal import plain_hadamard
 from anequant.targets.coreml.interpreter.integers import integer_conv
 from anequant.targets.coreml.interpreter.interpreter import Package
-from anequant.targets.coreml.lint.rules import lint
+from anequant.targets.coreml.lint.lint import lint
 from anequant.targets.coreml.lowerable import check_lowering
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.program.online_rotations import emit_weights, rotate_channels
@@ -47,7 +47,7 @@ from anequant.targets.shared.agreement import compare_rounding
 from anequant.targets.shared.headroom import plan_headroom
 from anequant.targets.shared.packed_codes import split_codebook
 from anequant.targets.shared.rotation_weights import WIDEST, make_hadamard_weights
-from anequant.verification.package_weights import verify_constants
+from anequant.verification.constants import verify_constants
 from anequant.verification.verify import verify_packages
 
 SIZES = LowerOptions(context=32, batch=16)

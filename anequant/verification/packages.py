@@ -19,7 +19,7 @@ from anequant.targets.coreml.graph import LUT, Graph, Node, read_graphs
 from anequant.targets.coreml.meta import INFER, META, PREFILL, read_meta
 from anequant.targets.coreml.meta_check import check_package
 from anequant.targets.coreml.storage import LARGEST_MANIFEST, damage, find_model_file, resolve_below
-from anequant.verification.hashes import PACKAGES, failing, verify_files
+from anequant.verification.files import PACKAGES, failing, verify_files
 
 DATA, MANIFEST_FILE = "Data", "Manifest.json"
 
