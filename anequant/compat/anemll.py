@@ -15,7 +15,7 @@ from anequant.errors import UsageError, VerificationError
 from anequant.evaluation.divergence import evaluate
 from anequant.jobs.control import Progress, part_of, silent
 from anequant.reference.windows import load_tokenizer, model_windows, read_text
-from anequant.runtime.continue_text import TextModel, continue_text, open_text_model, stop_tokens
+from anequant.runtime.continue_text import TextModel, continue_text, open_text_model, read_stop_tokens
 from anequant.runtime.sampling import Sampling
 from anequant.runtime.snapped_backend import SnappedModel, SnappedWeights
 
@@ -111,4 +111,4 @@ def verdict_lines(title: str, description: str, result: SpCheck) -> list[str]:
 
 def _snapped_model(folder: Path) -> TextModel:
     tokenizer = load_tokenizer(folder)
-    return TextModel(folder, SnappedModel(folder), tokenizer, stop_tokens(folder))
+    return TextModel(folder, SnappedModel(folder), tokenizer, read_stop_tokens(folder))

@@ -38,7 +38,7 @@ class PackageModel:
         ]
         self._head = _open(folder, self.packages, self.packages.head, open_package)
         self._mask = _causal_mask(self.packages.context)
-        self._vocab_size = self.packages.vocab_size or _logits_told(
+        self._vocab_size = self.packages.vocab_size or _count_logits(
             folder / f"{self.packages.head}.mlpackage"
         )
         self.reset()
@@ -95,10 +95,10 @@ class PackageModel:
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return _whole_logits(self.packages, self._head.run({"hidden_states": hidden}))
+        return _join_logits(self.packages, self._head.run({"hidden_states": hidden}))
 
 
-def package_by_package(
+def run_package_by_package(
     folder: Path, tokens: Tensor, prompt: int, progress: Progress, open_package: OpenPackage = Package.open
 ) -> Tensor:
     """What `PackageModel` says of known tokens, with a single package in memory at a time.
@@ -128,7 +128,7 @@ def package_by_package(
         del chunk
     head = _open(folder, packages, packages.head, open_package)
     last = [part for part, (_, _, function) in zip(hidden, steps, strict=True) if function == INFER]
-    return torch.stack([_whole_logits(packages, head.run({"hidden_states": part})) for part in last])
+    return torch.stack([_join_logits(packages, head.run({"hidden_states": part})) for part in last])
 
 
 def _causal_mask(context: int) -> Tensor:
@@ -146,7 +146,7 @@ def _decoder_inputs(hidden: Tensor, start: int, mask: Tensor) -> dict[str, Tenso
     }
 
 
-def _whole_logits(packages: PackageSet, outputs: Mapping[str, Tensor]) -> Tensor:
+def _join_logits(packages: PackageSet, outputs: Mapping[str, Tensor]) -> Tensor:
     """Logits float32 [vocab] of a head's outputs; -inf where a head that chooses does not tell them."""
     if not packages.argmax:
         parts = [outputs[f"logits{part + 1}"] for part in range(packages.head_parts)]
@@ -157,7 +157,7 @@ def _whole_logits(packages: PackageSet, outputs: Mapping[str, Tensor]) -> Tensor
     return logits
 
 
-def _logits_told(head: Path) -> int:
+def _count_logits(head: Path) -> int:
     """By all outputs of a head together, one for every token. Core ML says nothing of a token beyond."""
     package = Package.open(head)
     return sum(output.shape[-1] or 0 for output in package.functions[package.default_function].outputs)

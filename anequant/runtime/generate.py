@@ -48,7 +48,7 @@ def check_fits(decoder: Decoder, count: int) -> None:
         )
 
 
-def new_tokens(
+def generate_tokens(
     decoder: Decoder, prompt: Sequence[int], choose: Choice, *, limit: int, stop: Collection[int]
 ) -> Iterator[int]:
     """The continuation of `prompt`, token by token: up to `limit` tokens, a stop token or a full context.
@@ -79,7 +79,7 @@ def score(decoder: Decoder, tokens: Sequence[int], first: int) -> Tensor:
     return torch.cat([start, decoder.feed_each(rest)]) if rest else start
 
 
-def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
+def encode_text(tokenizer: Any, text: str, **options: Any) -> list[int]:
     """The tokens of a text; `options` go to the tokenizer. Raises UsageError for what is no Unicode."""
     if not is_unicode(text):
         raise UsageError(f"{shown(text)} is not UTF-8", remedy="write it in UTF-8")
@@ -87,7 +87,7 @@ def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
     return tokens
 
 
-def decoded(tokenizer: Any, tokens: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
+def decode_pieces(tokenizer: Any, tokens: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
     """The text of tokens, piece by piece: what the tokenizer's `decode` of all of them says after the text
     of those `before`, without special tokens.
 
@@ -100,16 +100,16 @@ def decoded(tokenizer: Any, tokens: Iterator[int], before: Sequence[int] = ()) -
     for token in tokens:
         produced.append(token)
         last, text = text, tokenizer.decode(produced, skip_special_tokens=True)
-        if text != last and _settled(tokenizer, produced, text):
-            told = _shared(start, text) if told is None else told
+        if text != last and _is_settled(tokenizer, produced, text):
+            told = _count_shared(start, text) if told is None else told
             yield text[told:]
             told = len(text)
-    rest = text[_shared(start, text) if told is None else told :]
+    rest = text[_count_shared(start, text) if told is None else told :]
     if rest:
         yield rest
 
 
-def _settled(tokenizer: Any, tokens: Sequence[int], text: str) -> bool:
+def _is_settled(tokenizer: Any, tokens: Sequence[int], text: str) -> bool:
     """Whether no token after these can change their text.
 
     A run of byte tokens is one unit, and is all replacement characters when it is not UTF-8.
@@ -122,7 +122,7 @@ def _settled(tokenizer: Any, tokens: Sequence[int], text: str) -> bool:
     return " " not in plain[-LONGEST_CLEANED:]
 
 
-def _shared(one: str, other: str) -> int:
+def _count_shared(one: str, other: str) -> int:
     """How many characters both begin with."""
     apart = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(apart, min(len(one), len(other)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.reference.windows import require_known
-from anequant.runtime.cache import new_cache
+from anequant.runtime.cache import make_cache
 
 
 def load(folder: str | Path, **options: Any) -> Any:
@@ -48,7 +48,7 @@ class TransformersModel:
     def reset(self) -> None:
         """Forget all tokens."""
         self.position = 0
-        self._cache = new_cache(self._model.config)
+        self._cache = make_cache(self._model.config)
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Append tokens to the context; logits float32 [vocab] for what follows them."""

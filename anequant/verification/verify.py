@@ -15,7 +15,7 @@ from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import UsageError, VerificationError
 from anequant.jobs.control import Progress, silent
-from anequant.runtime.coreml_backend import package_by_package
+from anequant.runtime.coreml_backend import run_package_by_package
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.storage import damage
@@ -119,7 +119,7 @@ def _lowered_model(folder: Path) -> LoweredModel:
         packages.context,
         packages.batch,
         packages.argmax,
-        run=partial(package_by_package, folder),
-        run_unrounded=partial(package_by_package, folder, open_package=unrounded),
+        run=partial(run_package_by_package, folder),
+        run_unrounded=partial(run_package_by_package, folder, open_package=unrounded),
         where=str(folder),
     )

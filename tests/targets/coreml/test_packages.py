@@ -25,7 +25,7 @@ from anequant.pipeline.quantize import quantize
 from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.reference.windows import load_tokenizer, read_text, text_windows
-from anequant.runtime.coreml_backend import PackageModel, package_by_package
+from anequant.runtime.coreml_backend import PackageModel, run_package_by_package
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.program.linears import name_weight
@@ -105,7 +105,7 @@ def test_package_by_package_is_the_same_with_a_single_one_open(trained: Written,
         opened.append(weakref.ref(package))
         return package
 
-    ours = package_by_package(packages, tokens, 16, silent, alone)
+    ours = run_package_by_package(packages, tokens, 16, silent, alone)
     assert len(opened) == 4
     assert torch.equal(ours, package_logits(PackageModel(packages), tokens, 16))
 
