@@ -34,7 +34,7 @@ class _QuantizedStatesLayer(DynamicLayer):  # type: ignore[misc]
         return sum(kept.nbytes + later.nbytes for kept, later in self._stored)
 
     def update(self, keys: Tensor, values: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [n, heads, tokens, head_dim]; all that are held, in their dtype."""
+        """Append keys and values [n, heads, tokens, head_dim]; return all that are held, in their dtype."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         first = self.get_seq_length()
@@ -49,7 +49,7 @@ class _QuantizedStatesLayer(DynamicLayer):  # type: ignore[misc]
         return whole_keys, whole_values
 
     def get_seq_length(self) -> int:
-        """How many tokens are held."""
+        """Return how many tokens are held."""
         if not self._stored:
             return 0
         kept, later = self._stored[0]
@@ -118,7 +118,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
 
 
 def make_cache(config: Any) -> Cache:
-    """An empty cache of the kind that a model's config asks for."""
+    """Return an empty cache of the kind that a model's config asks for."""
     return DynamicCache(config=config) if read_model_online(config).kv_bits == 16 else QuantizedCache(config)
 
 

@@ -37,7 +37,7 @@ class TextModel:
 
 
 def open_text_model(folder: Path, backend: str) -> TextModel:
-    """`folder` is an output of convert, or packages (interpreter, coreml), or a checkpoint (transformers).
+    """Open an output of convert, or packages (interpreter, coreml), or a checkpoint (transformers).
 
     Raises InputError for a folder that is not what the backend runs, UnsupportedError for coreml
     anywhere but on macOS.
@@ -54,7 +54,7 @@ def open_text_model(folder: Path, backend: str) -> TextModel:
 
 
 def read_stop_tokens(folder: Path) -> frozenset[int]:
-    """Where transformers' `generate` stops: at the `eos_token_id` of generation_config.json, and only
+    """Read where transformers' `generate` stops: at the `eos_token_id` of generation_config.json, and only
     without that file at that of config.json.
 
     Raises InputError for a value that is neither null, nor a token, nor a list of tokens.
@@ -75,7 +75,7 @@ def read_stop_tokens(folder: Path) -> frozenset[int]:
 
 
 def continue_text(model: TextModel, prompt: str, limit: int, sampling: Sampling) -> Iterator[str]:
-    """`prompt`, then its continuation piece by piece.
+    """Yield `prompt`, then its continuation piece by piece.
 
     Stops at an end token, after `limit` tokens, or when the context is full.
     Raises UsageError for a prompt that does not fit.
@@ -106,7 +106,7 @@ class Chat:
         self._choose = make_chooser(self.sampling)
 
     def reply(self, text: str, limit: int) -> Iterator[str]:
-        """The answer to the next turn, piece by piece; it becomes part of the conversation.
+        """Yield the answer to the next turn, piece by piece; it becomes part of the conversation.
 
         Raises UsageError when the conversation no longer fits the context, InputError when the template does
         not take it.
@@ -134,7 +134,7 @@ class Chat:
         self.messages.append({"role": "assistant", "content": "".join(answer)})
 
     def _render(self) -> str:
-        """The conversation as the template has it, up to where the answer begins."""
+        """Write the conversation as the template has it, up to where the answer begins."""
         try:
             text: str = self.model.tokenizer.apply_chat_template(
                 self.messages, add_generation_prompt=True, tokenize=False
@@ -150,7 +150,7 @@ class Chat:
 
 
 def _first_line(error: Exception) -> str:
-    """A template may raise anything, and say nothing."""
+    """Return what a template says when it fails: it may raise anything, and say nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

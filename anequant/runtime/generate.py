@@ -38,7 +38,7 @@ class Decoder(Protocol):
 
 
 def check_fits(decoder: Decoder, count: int) -> None:
-    """Raises UsageError when `count` more tokens are none, or too many for the context."""
+    """Raise UsageError when `count` more tokens are none, or too many for the context."""
     if count == 0:
         raise UsageError("there is no token to go on from", remedy="write at least a word")
     if not 0 < count <= decoder.context - decoder.position:
@@ -51,7 +51,7 @@ def check_fits(decoder: Decoder, count: int) -> None:
 def generate_tokens(
     decoder: Decoder, prompt: Sequence[int], choose: Choice, *, limit: int, stop: Collection[int]
 ) -> Iterator[int]:
-    """The continuation of `prompt`, token by token: up to `limit` tokens, a stop token or a full context.
+    """Yield the tokens that go on after `prompt`: up to `limit` of them, a stop token or a full context.
 
     The prompt goes after what the decoder holds already. The last token is not fed back.
     Raises UsageError when the prompt does not fit.
@@ -69,7 +69,7 @@ def generate_tokens(
 
 
 def score(decoder: Decoder, tokens: Sequence[int], first: int) -> Tensor:
-    """Logits [len(tokens) - first, vocab] that predict tokens[first:], each from all tokens before it.
+    """Return logits [len(tokens) - first, vocab] that predict tokens[first:], each from all before it.
 
     `first` is at least 1. Starts from an empty context.
     """
@@ -80,7 +80,7 @@ def score(decoder: Decoder, tokens: Sequence[int], first: int) -> Tensor:
 
 
 def encode_text(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    """The tokens of a text; `options` go to the tokenizer. Raises UsageError for what is no Unicode."""
+    """Return a text's tokens; `options` go to the tokenizer. Raises UsageError for what is no Unicode."""
     if not is_unicode(text):
         raise UsageError(f"{shown(text)} is not UTF-8", remedy="write it in UTF-8")
     tokens: list[int] = tokenizer(text, **options)["input_ids"]
@@ -88,8 +88,8 @@ def encode_text(tokenizer: Any, text: str, **options: Any) -> list[int]:
 
 
 def decode_pieces(tokenizer: Any, tokens: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
-    """The text of tokens, piece by piece: what the tokenizer's `decode` of all of them says after the text
-    of those `before`, without special tokens.
+    """Yield the text of tokens, piece by piece: what the tokenizer's `decode` of all of them says after the
+    text of those `before`, without special tokens.
 
     A tokenizer may strip the first word's space, merge bytes to characters, and clean up spaces, so each
     piece comes from decoding everything, once nothing that may follow can change it.
@@ -110,7 +110,7 @@ def decode_pieces(tokenizer: Any, tokens: Iterator[int], before: Sequence[int] =
 
 
 def _is_settled(tokenizer: Any, tokens: Sequence[int], text: str) -> bool:
-    """Whether no token after these can change their text.
+    """Tell whether no token after these can change their text.
 
     A run of byte tokens is one unit, and is all replacement characters when it is not UTF-8.
     """
@@ -123,6 +123,6 @@ def _is_settled(tokenizer: Any, tokens: Sequence[int], text: str) -> bool:
 
 
 def _count_shared(one: str, other: str) -> int:
-    """How many characters both begin with."""
+    """Count the characters that both begin with."""
     apart = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(apart, min(len(one), len(other)))

@@ -41,7 +41,7 @@ class AnequantQuantizer(HfQuantizer):  # type: ignore[misc]
     is_trainable = False
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Before the files are looked for: names them, and the attention function that turns queries.
+        """Name the files before they are looked for, and the attention function that turns queries.
 
         Raises InputError for a broken quantization_config, UsageError for an attention function that cannot
         turn queries.
@@ -76,12 +76,12 @@ class AnequantQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def read_model_spec(config: Any) -> ModelSpec:
-    """The ModelSpec of transformers' config object."""
+    """Read a ModelSpec from transformers' config object."""
     return read_spec(config.to_dict(), _place(config))
 
 
 def read_model_online(config: Any) -> Online:
-    """What a model does while it runs, by transformers' config object."""
+    """Read what a model does while it runs from transformers' config object."""
     return read_online(config.to_dict(), read_model_spec(config), _place(config))
 
 

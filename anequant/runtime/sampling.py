@@ -31,7 +31,7 @@ class Sampling:
 
 
 def make_chooser(sampling: Sampling) -> Choice:
-    """The function that draws one token after the other; equal seeds draw equal tokens."""
+    """Return a function that draws one token after the other; equal seeds draw equal tokens."""
     if sampling.temperature == 0:
         return lambda logits: int(logits.argmax())
     generator = torch.Generator().manual_seed(sampling.seed)
@@ -43,7 +43,7 @@ def make_chooser(sampling: Sampling) -> Choice:
 
 
 def compute_chances(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities [vocab] of logits [vocab] at a temperature above 0.
+    """Return the probabilities [vocab] of logits [vocab] at a temperature above 0.
 
     top_k keeps the k best tokens (and ties with the last of them); top_p the fewest best whose
     probabilities reach p (Holtzman et al. 2020, section 3.1). However small the temperature, none is NaN.

@@ -15,8 +15,8 @@ from anequant.runtime.cache import make_cache
 
 
 def load(folder: str | Path, **options: Any) -> Any:
-    """The transformers model of a checkpoint folder, float or quantized, as `from_pretrained` gives it after
-    `import anequant`: with online rotations and rounded activations and cache where the checkpoint says so.
+    """Open the transformers model of a checkpoint folder, float or quantized, as `from_pretrained` gives it
+    after `import anequant`: with online rotations, rounded activations and cache where it says so.
 
     `options` go to `from_pretrained`; weights keep the dtype they are stored in unless there is a `dtype`.
     Files are checked before transformers reads them, and no code of the checkpoint is run.
@@ -51,11 +51,11 @@ class TransformersModel:
         self._cache = make_cache(self._model.config)
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
-        """Append tokens to the context; logits float32 [vocab] for what follows them."""
+        """Append tokens to the context; return logits float32 [vocab] for what follows them."""
         return self._run(tokens, 1)[0]
 
     def feed_each(self, tokens: Sequence[int]) -> Tensor:
-        """Append tokens to the context; logits float32 [n, vocab] for what follows each of them."""
+        """Append tokens to the context; return logits float32 [n, vocab] for what follows each of them."""
         return self._run(tokens, len(tokens))
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ Names = dict[str, tuple[str, slice]]
 
 
 def verify_constants(folder: Path, checkpoint: Checkpoint, progress: Progress) -> int:
-    """How many compressed weights equal the checkpoint's, bit for bit.
+    """Return how many compressed weights equal the checkpoint's, bit for bit.
 
     Raises VerificationError for one that does not or is missing or unknown, for functions of a package that
     do not share it, and where inputs are rounded or turned otherwise than the checkpoint says.
@@ -74,7 +74,7 @@ def _verify_weights(package: Package, quantized: Names, checkpoint: Checkpoint) 
 
 
 def _quantized_names(checkpoint: Checkpoint, head_parts: int) -> Names:
-    """What each compressed value of the packages holds: a quantized tensor's name, and which rows."""
+    """Tell what each compressed value of the packages holds: a quantized tensor's name, and which rows."""
     everything = slice(None)
     names = {}
     for layer in range(checkpoint.spec.num_layers):
@@ -91,7 +91,7 @@ def _quantized_names(checkpoint: Checkpoint, head_parts: int) -> Names:
 
 
 def _verify_rounding(graph: Graph, quantized: Names, checkpoint: Checkpoint, where: str) -> None:
-    """Each linear's input passes through quantize and dequantize, with its scale, or through neither."""
+    """Check that each linear's input passes through quantize and dequantize, with its scale, or neither."""
     for conv, name in _linears(graph, quantized):
         format_ = checkpoint.online.activations.get(name)
         back = graph.source(conv, "x")
@@ -112,7 +112,7 @@ def _verify_rounding(graph: Graph, quantized: Names, checkpoint: Checkpoint, whe
 
 
 def _verify_rotations(graph: Graph, quantized: Names, checkpoint: Checkpoint, where: str) -> None:
-    """Every layer has one convolution with each factor of the online rotations, and no other float one."""
+    """Check that a layer has one convolution with each factor of online rotations, and no other float one."""
     spec = checkpoint.spec
     expected = {
         name_factor(name, number): weight
@@ -137,7 +137,7 @@ def _verify_rotations(graph: Graph, quantized: Names, checkpoint: Checkpoint, wh
 
 
 def _linears(graph: Graph, quantized: Names) -> Iterator[tuple[Node, str]]:
-    """The convolutions whose weight is a quantized tensor, and its name."""
+    """Yield the convolutions whose weight is a quantized tensor, and its name."""
     for conv in graph.of_kind("conv"):
         source = graph.source(conv, "weight")
         if source is not None and source.name in quantized:

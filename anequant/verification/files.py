@@ -35,7 +35,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @contextmanager
 def failing(where: Path) -> Iterator[None]:
-    """What is wrong with the files of an output is a failed verification, whichever reader finds it."""
+    """Make what is wrong with the files of an output a failed verification, whichever reader finds it."""
     try:
         yield
     except (InputError, UnsupportedError) as error:
@@ -73,7 +73,7 @@ def verify_files(folder: Path, *kinds: str) -> dict[str, Any]:
 
 
 def read_checked_manifest(folder: Path) -> dict[str, Any]:
-    """The folder's anequant.json, checked by itself; raises as `verify_files`."""
+    """Read the folder's anequant.json, checked by itself; raises as `verify_files`."""
     if not (folder / MANIFEST).exists():
         return read_manifest(folder)
     with failing(folder):
@@ -84,7 +84,7 @@ def read_checked_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_recorded_recipe(recorded: dict[str, Any]) -> Recipe:
-    """The recipe in a checked manifest; what a rotated checkpoint leaves out is what `rotate` leaves out.
+    """Read the recipe in a checked manifest; a rotated checkpoint leaves out what `rotate` leaves out.
 
     Raises UsageError for values that make none.
     """

@@ -65,7 +65,7 @@ def verify_package_files(folder: Path) -> None:
 
 
 def verify_items(package: Path) -> None:
-    """Raises InputError or VerificationError unless Manifest.json lists the files below Data: each once, and
+    """Raise InputError or VerificationError unless Manifest.json lists the files below Data: each once, and
     by a path that stays there."""
     where = str(package / MANIFEST_FILE)
     model = find_model_file(package)
@@ -93,8 +93,8 @@ def verify_items(package: Path) -> None:
 
 
 def _read_once(graphs: Sequence[Graph]) -> Iterator[tuple[Graph, list[Constant], list[Node]]]:
-    """Each graph with its constants bound by value and its lookup tables, but for those that it shares with
-    a graph before it."""
+    """Yield each graph with its constants bound by value and its lookup tables, but for those that it shares
+    with a graph before it."""
     seen: set[bytes] = set()
 
     def is_new(message: Any) -> bool:
@@ -108,7 +108,7 @@ def _read_once(graphs: Sequence[Graph]) -> Iterator[tuple[Graph, list[Constant],
 
 
 def _verify_finite(graph: Graph, constants: Sequence[Constant], where: str) -> None:
-    """Every constant can be read and is finite."""
+    """Check that every constant can be read and is finite."""
     for name, key, value in constants:
         content = graph.content(value)
         if isinstance(content, Tensor) and not bool(torch.isfinite(content).all()):
@@ -117,7 +117,7 @@ def _verify_finite(graph: Graph, constants: Sequence[Constant], where: str) -> N
 
 
 def _verify_codes(graph: Graph, tables: Sequence[Node], where: str) -> None:
-    """Every code is inside its codebook."""
+    """Check that every code is inside its codebook."""
     for node in tables:
         codes, table = graph.value(node, "indices"), graph.value(node, "lut")
         if not isinstance(codes, Tensor) or not isinstance(table, Tensor):
@@ -130,7 +130,7 @@ def _verify_codes(graph: Graph, tables: Sequence[Node], where: str) -> None:
 
 
 def _bound_values(graph: Graph) -> Iterator[Constant]:
-    """Every constant that is bound by value."""
+    """Yield every constant that is bound by value."""
     for node in graph.nodes:
         if node.kind == "const":
             yield node.name, "val", node.proto.attributes["val"]

@@ -112,7 +112,7 @@ def verify_packages(folder: Path, checkpoint_folder: Path, *, progress: Progress
 
 
 def _lowered_model(folder: Path) -> LoweredModel:
-    """The packages of a folder, run by the interpreter with one of them in memory at a time."""
+    """Open the packages of a folder, to be run by the interpreter with one of them in memory at a time."""
     packages = read_meta(folder)
     unrounded = partial(Package.open, rounding=False)
     return LoweredModel(

@@ -36,8 +36,8 @@ def build_package(task: PackageTask) -> BuiltPackage:
 
 @contextmanager
 def _collecting_once() -> Iterator[None]:
-    """A program is many small objects that live until it is written: looking for garbage among them again
-    and again takes a fifth of the time. What was there before is not looked at."""
+    """Look for garbage once, at the end: a program is many small objects that live until it is written, and
+    looking among them again and again takes a fifth of the time. What was there before is not looked at."""
     before = gc.isenabled()
     gc.disable()
     gc.freeze()
@@ -51,14 +51,14 @@ def _collecting_once() -> Iterator[None]:
 
 
 def _write_package(checkpoint: Checkpoint, task: PackageTask, path: Path) -> int:
-    """Write a package and drop its program; the bytes of its constants."""
+    """Write a package and drop its program; return the bytes of its constants."""
     program, constants = _build_program(checkpoint, task)
     save_package(program, path, task.metadata)
     return constants
 
 
 def _build_program(checkpoint: Checkpoint, task: PackageTask) -> tuple[Program, int]:
-    """The program of a package, and the bytes of its constants."""
+    """Build the program of a package; return it and the bytes of its constants."""
     spec = checkpoint.spec
     if isinstance(task.part, range):
         chunk = load_chunk(checkpoint, task.part, task.options, task.headroom)

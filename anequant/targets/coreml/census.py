@@ -67,7 +67,7 @@ class Constant:
 
 
 def list_constants(graphs: Sequence[Graph]) -> list[Constant]:
-    """Of all functions, in order; immediate values and strings are left out."""
+    """List the constants of all functions, in order; immediate values and strings are left out."""
     found: dict[int, Constant] = {}
     for graph in graphs:
         inner = {id(source) for node in graph.nodes for source in _list_sources(graph, node)}
@@ -79,7 +79,7 @@ def list_constants(graphs: Sequence[Graph]) -> list[Constant]:
 
 
 def find_constant(graphs: Sequence[Graph], name: str) -> tuple[Graph, Node] | None:
-    """The const or constexpr operation whose value has that name, in the first function that has one."""
+    """Find the const or constexpr operation whose value has that name, in the first function that has one."""
     for graph in graphs:
         node = graph.producer.get(name)
         if node is not None and node.constant:
@@ -88,7 +88,7 @@ def find_constant(graphs: Sequence[Graph], name: str) -> tuple[Graph, Node] | No
 
 
 def load_constant(graph: Graph, node: Node) -> Value:
-    """The value of a const or constexpr operation, read from disk: a tensor, a string, or codes and tables.
+    """Read the value of a const or constexpr operation: a tensor, a string, or codes and tables.
 
     Raises UnsupportedError for a constexpr operation that the interpreter does not know.
     """
@@ -108,7 +108,7 @@ def load_constant(graph: Graph, node: Node) -> Value:
 
 
 def _list_sources(graph: Graph, node: Node) -> list[Node]:
-    """What a constexpr operation is made of."""
+    """List the operations that a constexpr operation is made of."""
     if not node.kind.startswith("constexpr_"):
         return []
     return [source for name in node.inputs if (source := graph.source(node, name)) is not None]
@@ -136,7 +136,7 @@ def _read_constant(graph: Graph, node: Node) -> Constant | None:
 
 
 def _read_parts(graph: Graph, node: Node) -> Iterator[tuple[TensorSpec, int | None]]:
-    """What is stored of a constant, and where; what has an entry for every value comes first."""
+    """Yield what is stored of a constant, and where; what has an entry for every value comes first."""
     if node.kind == "const":
         yield _read_spec(node.proto.attributes["val"]), _find_place(node.proto.attributes["val"])
         return
@@ -150,7 +150,7 @@ def _read_parts(graph: Graph, node: Node) -> Iterator[tuple[TensorSpec, int | No
 
 
 def _find_table(graph: Graph, node: Node) -> tuple[int | None, ...]:
-    """The shape (.., entries, width) of the lookup tables that a constant is made of, () without any."""
+    """Find the shape (.., entries, width) of the lookup tables that a constant is made of; () without."""
     if "lut" in node.inputs:
         return graph.shape(node, "lut")
     return next((shape for source in _list_sources(graph, node) if (shape := _find_table(graph, source))), ())

@@ -40,7 +40,7 @@ class DevicePackage:
 
     @classmethod
     def open(cls, path: Path) -> DevicePackage:
-        """Raises UnsupportedError anywhere but on macOS."""
+        """Open a package; raises UnsupportedError anywhere but on macOS."""
         if platform.system() != "Darwin":
             raise UnsupportedError(
                 "Core ML runs on macOS only",
@@ -54,13 +54,13 @@ class DevicePackage:
         return {graph.function: graph.spec for graph in read_graphs(self.path)}
 
     def new_state(self) -> Any:
-        """A state that all packages of a set share."""
+        """Return a state that all packages of a set share."""
         return self._function("prefill").make_state()
 
     def run(
         self, inputs: Mapping[str, Tensor], state: Any = None, function: str | None = None
     ) -> dict[str, Tensor]:
-        """Outputs by name; the state changes in place."""
+        """Return the outputs by name; the state changes in place."""
         arrays = {name: value.numpy() for name, value in inputs.items()}
         outputs = self._function(function).predict(arrays, state=state)
         return {name: torch.from_numpy(np.asarray(value)) for name, value in outputs.items()}
@@ -75,7 +75,7 @@ class DevicePackage:
 
 @contextmanager
 def _without_variables(path: Path) -> Iterator[str]:
-    """The absolute path of a package, or of a link to it: coremltools expands variables in a path."""
+    """Yield the absolute path of a package, or of a link to it: coremltools expands variables in a path."""
     if "$" not in str(path):
         yield str(path)
         return
@@ -115,7 +115,7 @@ def ask_placements(package: Path) -> list[Placement]:
 
 
 def list_placements(plan: Any) -> Iterator[Placement]:
-    """The operations of a coremltools MLComputePlan, constants left out."""
+    """List the operations of a coremltools MLComputePlan, constants left out."""
     for name, function in sorted(plan.model_structure.program.functions.items()):
         for operation in function.block.operations:
             if operation.operator_name.startswith(CONSTANT):
@@ -133,7 +133,7 @@ def list_placements(plan: Any) -> Iterator[Placement]:
 
 
 def count_by_device(placements: Sequence[Placement]) -> dict[str, int]:
-    """How many operations each device has."""
+    """Count the operations that each device has."""
     return dict(Counter(placement.device for placement in placements))
 
 

@@ -61,12 +61,12 @@ class Graph:
         return [user for output in node.outputs for user in self._consumers.get(output.name, [])]
 
     def source(self, node: Node, name: str) -> Node | None:
-        """What makes the (first) value of input `name`; None for a function input or an immediate value."""
+        """Return what makes the (first) value of input `name`; None for a function input or an immediate."""
         names = node.inputs.get(name, ())
         return self.producer.get(names[0]) if names and names[0] is not None else None
 
     def shape(self, node: Node, name: str) -> tuple[int | None, ...]:
-        """Of input `name`; () when unknown."""
+        """Return the shape of input `name`; () when unknown."""
         source = self.source(node, name)
         if source is not None:
             return source.outputs[0].shape
@@ -76,7 +76,7 @@ class Graph:
         return next((spec.shape for spec in self.spec.inputs if names and spec.name == names[0]), ())
 
     def value(self, node: Node | None, name: str) -> Tensor | str | None:
-        """A constant input, read from disk; None when it is computed or absent."""
+        """Read a constant input from disk; None when it is computed or absent."""
         if node is None or name not in node.inputs:
             return None
         binding = node.proto.inputs[name].arguments[0]
@@ -86,11 +86,11 @@ class Graph:
         return self.literal(source) if source is not None and source.kind == "const" else None
 
     def literal(self, node: Node) -> Tensor | str:
-        """The value of a const."""
+        """Read the value of a const."""
         return self.content(node.proto.attributes["val"])
 
     def content(self, value: Any) -> Tensor | str:
-        """A MIL_pb2.Value, read from disk."""
+        """Read a MIL_pb2.Value from disk."""
         return self._weights.read(value)
 
     def of_kind(self, *kinds: str) -> Iterator[Node]:
@@ -101,7 +101,7 @@ class Graph:
 
 
 def read_graphs(package: Path) -> list[Graph]:
-    """Every function of an .mlpackage. Raises InputError for a damaged one."""
+    """Read every function of an .mlpackage. Raises InputError for a damaged one."""
     file = find_model_file(package)
     model, weights = read_model(file), Weights(file.parent)
     features = {part.name: part.input for part in model.description.functions}

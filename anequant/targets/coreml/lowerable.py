@@ -13,7 +13,7 @@ from anequant.targets.shared.rope_tables import compute_rope_tables
 
 
 def check_lowering(spec: ModelSpec, options: LowerOptions, online: Online) -> None:
-    """Raises UsageError for impossible sizes, UnsupportedError for a model that cannot be lowered to them."""
+    """Raise UsageError for impossible sizes, UnsupportedError for a model that cannot be lowered to them."""
     for name, value, most in (
         ("context", options.context, 65536),
         ("batch", options.batch, options.context),
@@ -40,7 +40,7 @@ def check_lowering(spec: ModelSpec, options: LowerOptions, online: Online) -> No
 
 
 def _check_online(online: Online) -> None:
-    """Raises UnsupportedError for what the packages cannot do while they run."""
+    """Raise UnsupportedError for what the packages cannot do while they run."""
     if online.kv_bits < 16:
         raise UnsupportedError(
             f"a KV cache of {online.kv_bits} bits cannot be lowered: Core ML keeps an fp16 state",

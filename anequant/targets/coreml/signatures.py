@@ -38,7 +38,7 @@ class FunctionSpec:
 
 
 def read_tensor_spec(name: str, value_type: Any) -> TensorSpec:
-    """A MIL_pb2.ValueType of a tensor, or of a state that holds one."""
+    """Read a MIL_pb2.ValueType of a tensor, or of a state that holds one."""
     kind = value_type.WhichOneof("type")
     tensor = value_type.stateType.wrappedType.tensorType if kind == "stateType" else value_type.tensorType
     if kind not in ("stateType", "tensorType"):
@@ -48,21 +48,21 @@ def read_tensor_spec(name: str, value_type: Any) -> TensorSpec:
 
 
 def read_constant_spec(name: str, value_type: Any) -> TensorSpec:
-    """As `read_tensor_spec`, where the value may also be a string."""
+    """Do as `read_tensor_spec`, where the value may also be a string."""
     if value_type.tensorType.dataType == STRING:
         return TensorSpec(name, "string", ())
     return read_tensor_spec(name, value_type)
 
 
 def find_block(function: Any, where: str) -> Any:
-    """The one MIL_pb2.Block of a function."""
+    """Find the one MIL_pb2.Block of a function."""
     if function.opset not in function.block_specializations:
         raise InputError(f"no block for the opset {function.opset}", where=where)
     return function.block_specializations[function.opset]
 
 
 def read_function_spec(function: Any, block: Any, features: Any) -> FunctionSpec:
-    """`features` are the input descriptions of the function, which alone know enumerated shapes."""
+    """Read what a function declares; `features` describe its inputs, and alone know enumerated shapes."""
     is_state = [value.type.WhichOneof("type") == "stateType" for value in function.inputs]
     given = [read_tensor_spec(value.name, value.type) for value in function.inputs]
     types = {value.name: value.type for value in function.inputs}

@@ -69,7 +69,7 @@ class Palettized:
     axis: int = 0
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The values, in the codebook's type or in `dtype`."""
+        """Return the values, in the codebook's type or in `dtype`."""
         *groups, entries, width = self.codebook.shape
         trailing = (width,) if width > 1 else ()
         table = self.codebook.reshape(-1, *trailing).to(dtype or self.codebook.dtype)
@@ -93,7 +93,7 @@ class Palettized:
         return values.movedim(-1, axis + 1).flatten(axis, axis + 1) if trailing else values
 
     def rows(self, index: Tensor) -> Palettized:
-        """The rows `index` (int64, one axis) of axis 0, still as codes."""
+        """Return the rows `index` (int64, one axis) of axis 0, still as codes."""
         codebook = self.codebook
         if codebook.shape[0] > 1:
             codebook = codebook.index_select(0, index // (self.codes.shape[0] // codebook.shape[0]))
@@ -114,7 +114,7 @@ class Weights:
         self._readers: dict[str, Any] = {}
 
     def read(self, value: Any) -> Tensor | str:
-        """A MIL_pb2.Value as a tensor of its declared shape, or as a string; InputError if it is damaged."""
+        """Read a MIL_pb2.Value as a tensor of its declared shape, or a string; InputError if damaged."""
         if value.type.WhichOneof("type") != "tensorType":
             raise UnsupportedError("a constant that is neither a tensor nor a string")
         dims = value.type.tensorType.dimensions
@@ -167,14 +167,14 @@ def _immediate(value: Any, dtype: DataType) -> np.ndarray[Any, Any]:
 
 
 def read_data_type(tensor_type: Any) -> DataType:
-    """The element type of a MIL_pb2.TensorType; UnsupportedError for one that nothing here can hold."""
+    """Read the element type of a MIL_pb2.TensorType; UnsupportedError for one that nothing here can hold."""
     if tensor_type.dataType not in DATA_TYPES:
         raise UnsupportedError(f"element type {MIL_pb2.DataType.Name(tensor_type.dataType)}")
     return DATA_TYPES[tensor_type.dataType]
 
 
 def resolve_below(folder: Path, name: str) -> Path:
-    """`folder / name`, refusing with InputError any name that is not a plain relative path below it."""
+    """Return `folder / name`; InputError for a name that is not a plain relative path below it."""
     parts = PurePosixPath(name).parts
     if not parts or "\\" in name or ":" in name or "\0" in name or name.startswith("/") or ".." in parts:
         raise InputError(f"the path '{name}' leaves the package", where=str(folder))
@@ -183,8 +183,8 @@ def resolve_below(folder: Path, name: str) -> Path:
 
 @contextmanager
 def damage(where: str) -> Iterator[None]:
-    """InputError for whatever a well-formed protobuf can say that makes no program: a missing part, a name
-    that nothing has, sizes that do not agree."""
+    """Raise InputError for whatever a well-formed protobuf can say that makes no program: a missing part, a
+    name that nothing has, sizes that do not agree."""
     try:
         yield
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -193,7 +193,7 @@ def damage(where: str) -> Iterator[None]:
 
 
 def find_model_file(package: Path) -> Path:
-    """The root model of an .mlpackage, as its Manifest.json says; InputError if it says nothing usable."""
+    """Find the root model of an .mlpackage by its Manifest.json; InputError if it says nothing usable."""
     manifest = package / "Manifest.json"
     remedy = "point to an .mlpackage folder"
     try:
@@ -212,7 +212,7 @@ def find_model_file(package: Path) -> Path:
 
 
 def read_model(path: Path) -> Any:
-    """The Model_pb2.Model in a model file; it must be an mlProgram (UnsupportedError otherwise)."""
+    """Read the Model_pb2.Model in a model file; it must be an mlProgram (UnsupportedError otherwise)."""
     model = Model_pb2.Model()
     try:
         model.ParseFromString(path.read_bytes())

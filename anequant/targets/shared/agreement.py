@@ -95,7 +95,7 @@ def compare_model(
 
 
 def compare_rounding(ours: Tensor, expected: Tensor, plain: Tensor, where: str) -> float:
-    """How far logits [positions, vocab] are from the checkpoint's, over what rounding does to these.
+    """Return how far logits [positions, vocab] are from the checkpoint's, over what rounding does to these.
 
     `plain` are the checkpoint's without rounded activations. Values next to a boundary round either way, and
     after a few layers two machines round as if independently: the ratio of root mean squares is then at most

@@ -50,14 +50,14 @@ class Geometry:
 
 
 def split_layers(layers: int, chunks: int) -> list[range]:
-    """Consecutive layers of each chunk; sizes differ by at most one."""
+    """Split layers into consecutive ranges; their sizes differ by at most one."""
     small, larger = divmod(layers, chunks)
     starts = [i * small + min(i, larger) for i in range(chunks + 1)]
     return [range(start, end) for start, end in itertools.pairwise(starts)]
 
 
 def find_least_chunks(checkpoint: Checkpoint, context: int, most_megabytes: int) -> int:
-    """The least number of chunks whose packages stay within `most_megabytes` (millions of bytes) each.
+    """Find the least number of chunks whose packages take at most `most_megabytes` (10^6 bytes) each.
 
     Raises UnsupportedError when a single layer, the embedding or the head alone takes more.
     """
@@ -84,7 +84,7 @@ def find_least_chunks(checkpoint: Checkpoint, context: int, most_megabytes: int)
 
 
 def count_head_parts(spec: ModelSpec) -> int:
-    """The least number of equal parts, from the architecture's own on, that keeps each within an axis.
+    """Return the least number of equal parts, from the architecture's own on, that each fit an axis.
 
     Raises UnsupportedError for a vocabulary that does not split so.
     """
@@ -98,13 +98,13 @@ def count_head_parts(spec: ModelSpec) -> int:
 
 
 def count_table_bytes(spec: ModelSpec, context: int, online: Online) -> int:
-    """Bytes of what the layers of a package share: RoPE's tables and the factors of online rotations."""
+    """Count the bytes that layers of a package share: RoPE's tables and the factors of online rotations."""
     factors = [weight for weights in make_online_weights(spec, online).values() for weight in weights]
     return 4 * context * spec.head_dim + sum(count_constant_bytes(weight) for weight in factors)
 
 
 def count_layer_bytes(checkpoint: Checkpoint) -> Sequence[int]:
-    """Bytes of each layer in a package: codes, codebooks, scales, biases and gains, and its graph."""
+    """Count the bytes of each layer in a package: codes, codebooks, scales, biases, gains and its graph."""
     spec, bits = checkpoint.spec, projection_bits(checkpoint)
     sizes = []
     for layer in range(spec.num_layers):
@@ -119,7 +119,7 @@ def count_layer_bytes(checkpoint: Checkpoint) -> Sequence[int]:
 
 
 def count_vocabulary_bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Bytes of the embedding or the head in its package."""
+    """Count the bytes of the embedding or the head in its package."""
     spec = checkpoint.spec
     entries = spec.vocab_size * spec.hidden_size
     codebook = checkpoint.tensors.get(f"{name}.codebook")
@@ -129,7 +129,7 @@ def count_vocabulary_bytes(checkpoint: Checkpoint, name: str) -> int:
 
 
 def count_constant_bytes(value: QuantizedLinear | FloatTable | Tensor, *, rounded: bool = False) -> int:
-    """Bytes of one copy of a constant in a package; `rounded` says it of a linear's input."""
+    """Count the bytes of one copy of a constant; `rounded` says that a linear's input is."""
     if not isinstance(value, QuantizedLinear):
         return math.prod(value.shape) * 2
     vectors = [value.output_scale]

@@ -38,7 +38,7 @@ class Headroom:
 
 
 def plan_headroom(ranges: Sequence[LayerRange]) -> Headroom:
-    """Raises UnsupportedError naming the layer where float16 must overflow whatever is scaled."""
+    """Plan the scales; raises UnsupportedError naming the layer where float16 overflows in any case."""
     for layer in ranges:
         for what, value in (("q . k", layer.scores), ("a product", layer.products)):
             if value > LARGEST_FLOAT16:
@@ -67,7 +67,7 @@ def plan_headroom(ranges: Sequence[LayerRange]) -> Headroom:
 
 
 def describe_moved_attention(layer: int, scores: float, share: float) -> str:
-    """What to say where float16 is too coarse for the scores of a layer."""
+    """Say that float16 is too coarse for the scores of a layer."""
     return (
         f"scores q . k in layer {layer} reach {scores:.3g}, where float16 is so coarse that {share:.0%} of a "
         "token's attention moves"
@@ -75,14 +75,14 @@ def describe_moved_attention(layer: int, scores: float, share: float) -> str:
 
 
 def describe_coarse_attention(ranges: Sequence[Mapping[str, Any]]) -> str | None:
-    """The layer whose scores float16 moves most, by the ranges of a manifest; None where that is little."""
+    """Name the layer whose scores float16 moves most, by a manifest's ranges; None where that is little."""
     worst = max(ranges, key=lambda layer: layer.get("attention", 0.0))
     share = worst.get("attention", 0.0)
     return describe_moved_attention(worst["layer"], worst["scores"], share) if share > NOTED_SHIFT else None
 
 
 def fit_layer(spec: ModelSpec, layer: QuantizedLayer, headroom: Headroom) -> QuantizedLayer:
-    """The layer with its share of both scales; the identity where everything fits already.
+    """Return the layer with its share of both scales, unchanged where everything fits already.
 
     Scales of groups are inside the weight, so nothing moves to them.
     """
@@ -98,7 +98,7 @@ def fit_layer(spec: ModelSpec, layer: QuantizedLayer, headroom: Headroom) -> Qua
 
 
 def fit_table(table: QuantizedLinear | FloatTable, headroom: Headroom) -> QuantizedLinear | FloatTable:
-    """The embedding with the residual scale."""
+    """Return the embedding with the residual scale."""
     if headroom.residual_scale == 1:
         return table
     if isinstance(table, QuantizedLinear):

@@ -36,14 +36,14 @@ class CompressedWeight:
     place: int | None
 
     def has_tables_of(self, other: CompressedWeight) -> bool:
-        """Whether the same codes mean the same in both."""
+        """Tell whether the same codes mean the same in both."""
         tables = ((self.codebook, other.codebook), (self.scale, other.scale))
         return all(np.array_equal(a, b) if a is not None and b is not None else a is b for a, b in tables)
 
 
 def stores_integers(quantized: QuantizedLinear, *, rounded: bool) -> bool:
-    """Whether a package holds the integers themselves of a linear whose input is `rounded` or not: those of
-    8 bits that rounded inputs meet, and all integers of 4 or 8 bits that have scales of groups."""
+    """Tell whether a package holds the integers themselves of a linear whose input is `rounded` or not: those
+    of 8 bits that rounded inputs meet, and all integers of 4 or 8 bits that have scales of groups."""
     if rounded or quantized.output_scale.ndim == 1:
         return rounded and quantized.bits == 8
     uniform = quantized.bits in INTEGER_WIDTHS
@@ -51,7 +51,7 @@ def stores_integers(quantized: QuantizedLinear, *, rounded: bool) -> bool:
 
 
 def look_up_integers(quantized: QuantizedLinear, name: str, *, rounded: bool) -> Tensor | None:
-    """The integers int8 [out, in] that a package holds, None where it holds codes; raises as
+    """Return the integers int8 [out, in] that a package holds, None where it holds codes; raises as
     `split_codebook`."""
     if not stores_integers(quantized, rounded=rounded):
         return None
@@ -62,7 +62,7 @@ def look_up_integers(quantized: QuantizedLinear, name: str, *, rounded: bool) ->
 
 
 def split_codebook(codebook: Tensor, name: str) -> tuple[Tensor, float]:
-    """codebook as int8 [K], and the power of two that multiplies it.
+    """Return a codebook as int8 [K], and the power of two that multiplies it.
 
     Raises UnsupportedError, naming the linear, when it is not integers from -128 to 127 times one.
     """
@@ -78,7 +78,7 @@ def split_codebook(codebook: Tensor, name: str) -> tuple[Tensor, float]:
 
 
 def take_rows(quantized: QuantizedLinear, rows: slice) -> QuantizedLinear:
-    """Some rows of a linear, with the whole codebook."""
+    """Return some rows of a linear, with the whole codebook."""
     bias = None if quantized.bias is None else quantized.bias[rows]
     return replace(
         quantized, codes=quantized.codes[rows], output_scale=quantized.output_scale[rows], bias=bias
@@ -119,7 +119,7 @@ def check_weight(
 
 
 def _equal_but_for_a_power(stored: Array, expected: Array) -> bool:
-    """Whether one power of two makes `stored` equal to `expected`; float64."""
+    """Tell whether one power of two makes `stored` equal to `expected`; float64."""
     if stored.shape != expected.shape:
         return False
     ends = [float(np.abs(values).max()) for values in (stored, expected)]

@@ -18,7 +18,7 @@ QUERY, KEY, FFN = "r3_query", "r3_key", "r4"
 
 
 def make_online_weights(spec: ModelSpec, online: Online) -> dict[str, list[Tensor]]:
-    """The weights of every rotation that runs, by QUERY, KEY and FFN."""
+    """Make the weights of every rotation that runs, by QUERY, KEY and FFN."""
     widths = {
         QUERY: (online.r3, spec.num_heads * spec.head_dim),
         KEY: (online.r3, spec.num_key_value_heads * spec.head_dim),
@@ -32,8 +32,8 @@ def make_online_weights(spec: ModelSpec, online: Online) -> dict[str, list[Tenso
 
 
 def make_hadamard_weights(rotation: Rotation, width: int) -> list[Tensor]:
-    """float16 weights [channels, factor, 1, 1] of convolutions that turn each `rotation.size` of `width`
-    channels, in their order. The rotation is a Hadamard matrix, without signs."""
+    """Make float16 weights [channels, factor, 1, 1] of convolutions that rotate each `rotation.size` of
+    `width` channels, in their order. The rotation is a Hadamard matrix, without signs."""
     assert rotation.order is not None and rotation.signs is None
     order = rotation.order
     factors: Sequence[Tensor] = orthonormal_factors(order, torch.float64)
@@ -47,5 +47,5 @@ def make_hadamard_weights(rotation: Rotation, width: int) -> list[Tensor]:
 
 
 def name_factor(name: str, number: int) -> str:
-    """What the constant of a rotation's factor is called."""
+    """Return the name of the constant that is a rotation's factor."""
     return f"{name}_factor_{number + 1}"

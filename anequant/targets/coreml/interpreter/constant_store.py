@@ -48,7 +48,7 @@ class Constants:
         self.storages: set[int] = set()
 
     def read_block(self, block: Any) -> dict[str, Constant]:
-        """The results of the const and constexpr operations of a MIL_pb2.Block, by name."""
+        """Return the results of the const and constexpr operations of a MIL_pb2.Block, by name."""
         known: dict[str, Constant] = {}
         for operation in block.operations:
             if operation.type == "const":
@@ -64,7 +64,7 @@ class Constants:
         return known
 
     def find_bound(self, binding: Any, known: Mapping[str, Constant]) -> Constant | None:
-        """What an argument is bound to, by value or by name; None if that is computed while running."""
+        """Return what an argument is bound to, by value or by name; None if it is computed while running."""
         if binding.WhichOneof("binding") == "value":
             return self._literal(binding.value)
         return known.get(binding.name)
@@ -84,7 +84,7 @@ class Constants:
 
 
 def convert_form(value: Value, form: Form) -> Any:
-    """A value in the form that an operation takes it."""
+    """Return a value in the form that an operation takes it."""
     if isinstance(value, str) or form == "palettized":
         return value
     if isinstance(value, Palettized):
@@ -95,7 +95,7 @@ def convert_form(value: Value, form: Form) -> Any:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """The address of the memory that a tensor shares with its views."""
+    """Return the address of the memory that a tensor shares with its views."""
     return tensor.untyped_storage().data_ptr()
 
 
@@ -113,7 +113,7 @@ def _combine(operation: Any, sources: Mapping[str, Constant]) -> Constant:
 
 
 def read_compressed(block: Any, constants: Mapping[str, Constant]) -> Iterator[tuple[str, CompressedWeight]]:
-    """(name of its value, content) of every such constant of a MIL_pb2.Block, read from disk each time.
+    """Yield the value's name and the content of every compressed constant of a MIL_pb2.Block, from disk.
 
     A lookup table's result that is scaled is part of the scaled constant, not one of its own.
     """

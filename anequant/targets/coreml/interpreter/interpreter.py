@@ -86,7 +86,7 @@ class Package:
 
     @classmethod
     def open(cls, path: str | Path, *, rounding: bool = True) -> Package:
-        """Reads everything but the weights. Without `rounding`, what takes the result of quantize and
+        """Read everything but the weights. Without `rounding`, what takes the result of quantize and
         dequantize takes their input instead. InputError if the package is damaged; UnsupportedError, listing
         all of them, if it has operations, or inputs of operations, that cannot be run."""
         file = find_model_file(Path(path))
@@ -94,7 +94,7 @@ class Package:
             return cls(Path(path), read_model(file), Weights(file.parent), rounding=rounding)
 
     def new_state(self) -> dict[str, Tensor]:
-        """Zeros for every state of every function, by name."""
+        """Return zeros for every state of every function, by name."""
         specs = [state for function in self.functions.values() for state in function.states]
         return {
             spec.name: torch.zeros([size or 0 for size in spec.shape], dtype=TORCH_TYPES[spec.dtype])
@@ -107,7 +107,7 @@ class Package:
         state: dict[str, Tensor] | None = None,
         function: str | None = None,
     ) -> dict[str, Tensor]:
-        """The outputs of a function by name; `state` is updated in place.
+        """Return the outputs of a function by name; `state` is updated in place.
 
         InputError if an input or a state is missing, unknown, or not of the declared shape and type.
         """
@@ -133,7 +133,7 @@ class Package:
             return {key: _resolve(output, values).clone() for key, output in outputs.items()}
 
     def compressed_weights(self) -> Iterator[tuple[str, str, CompressedWeight]]:
-        """Every compressed constant as (function, name of its value, content), read from disk each time."""
+        """Yield every compressed constant as (function, name of its value, content), read from disk."""
         for name, block in self._blocks.items():
             for value, content in read_compressed(block, self._constants.read_block(block)):
                 yield name, value, content
@@ -206,7 +206,7 @@ class Package:
 
 
 def _with_lifetimes(steps: Sequence[_Step], live: set[str]) -> list[_Step]:
-    """The steps with what each `frees` and `replaces`, where the values `live` are read after the last."""
+    """Return the steps with what each `frees` and `replaces`; the values `live` are read after the last."""
     overwritten: set[str] = set()
     found = []
     for step in reversed(steps):

@@ -106,7 +106,7 @@ def tile(x: Tensor, reps: list[int]) -> Tensor:
 
 @moves
 def reshape(x: Tensor, shape: list[int]) -> Tensor:
-    """A 0 in `shape` copies the size of x's axis counted from the right; -1 is whatever remains."""
+    """Reshape x: a 0 in `shape` copies the size of x's axis counted from the right; -1 is what remains."""
     sizes = [1] * max(len(shape) - x.ndim, 0) + list(x.shape)
     return x.reshape([size or sizes[i - len(shape)] for i, size in enumerate(shape)])
 
@@ -136,7 +136,7 @@ def gather(
     batch_dims: Literal[0] = 0,
     validate_indices: bool = False,
 ) -> Tensor:
-    """Negative indices count from the end; any other index outside of x is an IndexError."""
+    """Take rows: negative indices count from the end; any other index outside of x is an IndexError."""
     if isinstance(x, Palettized) and (axis != 0 or x.codebook.shape[-1] > 1):
         x = x.dense()
     table = x.codes if isinstance(x, Palettized) else x
@@ -149,7 +149,7 @@ def gather(
 
 @moves
 def slice_by_size(x: Tensor, begin: list[int], size: list[int]) -> Tensor:
-    """A size of -1 reaches to the end of its axis."""
+    """Take a slice: a size of -1 reaches to the end of its axis."""
     for axis, (start, length) in enumerate(zip(begin, size, strict=True)):
         x = x.narrow(axis, start, x.shape[axis] - start if length == -1 else length)
     return x
@@ -168,7 +168,7 @@ class Slices:
     squeeze_mask: list[bool] | None = None
 
     def index(self) -> tuple[int | slice, ...]:
-        """What indexes a tensor so; raises UnsupportedError for a stride below one."""
+        """Return what indexes a tensor so; raises UnsupportedError for a stride below one."""
         rank = len(self.begin)
         steps = self.stride or [1] * rank
         if min(steps) < 1:
@@ -193,7 +193,7 @@ def slice_by_index(x: Tensor, place: Slices) -> Tensor:
 @moves
 @takes(Slices)
 def slice_update(x: Tensor, update: Tensor, place: Slices) -> Tensor:
-    """Writes into x itself: whoever still needs the old x passes a copy."""
+    """Write into x itself: whoever still needs the old x passes a copy."""
     target = x[place.index()]
     if target.shape != update.shape:
         raise IndexError(f"the slice is {tuple(target.shape)}, the update {tuple(update.shape)}")

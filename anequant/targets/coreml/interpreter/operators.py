@@ -186,7 +186,7 @@ class Window:
 @computes
 @takes(Window)
 def conv(x: Tensor, weight: Tensor, window: Window, bias: Tensor | None = None) -> Tensor:
-    """x (N, I, *spatial), weight (O, I / groups, *kernel); one to three spatial axes."""
+    """Convolve x (N, I, *spatial) with weight (O, I / groups, *kernel); one to three spatial axes."""
     rank, pad = x.ndim - 2, window.pad
     strides = window.strides or [1] * rank
     if pad and any(pad):
@@ -210,7 +210,7 @@ def quantize(
     zero_point: Tensor | None = None,
     axis: int = 0,
 ) -> Tensor:
-    """clip(round(input / scale) + zero_point), ties to even, as coremltools' own evaluation."""
+    """Return clip(round(input / scale) + zero_point), ties to even, as coremltools' own evaluation."""
     codes = torch.round(input / _along(scale, axis, input.ndim))
     if zero_point is not None:
         codes = codes + _along(zero_point, axis, input.ndim)
@@ -220,19 +220,19 @@ def quantize(
 
 @computes
 def dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: int = 0) -> Tensor:
-    """scale * (input - zero_point)."""
+    """Return scale * (input - zero_point)."""
     values = input if zero_point is None else input - _along(zero_point, axis, input.ndim)
     return values * _along(scale, axis, input.ndim)
 
 
 def _along(vector: Tensor, axis: int, rank: int) -> Tensor:
-    """A scalar as it is; a vector with its entries along `axis` of `rank` axes."""
+    """Return a scalar as it is; a vector with its entries along `axis` of `rank` axes."""
     return vector if vector.ndim == 0 else vector.reshape([-1] + [1] * (rank - 1 - axis % rank))
 
 
 @computes
 def constexpr_blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """scale * (data - offset), one scale for each block of data; the blocks divide every axis evenly."""
+    """Return scale * (data - offset), one scale a block of data; the blocks divide every axis evenly."""
     blocks = [n for size, count in zip(data.shape, scale.shape, strict=True) for n in (count, size // count)]
     each = [n for count in scale.shape for n in (count, 1)]
     values = data.reshape(blocks).float()

@@ -35,7 +35,7 @@ class Parameter:
 
 @cache
 def read_parameters(kind: str) -> Mapping[str, Parameter]:
-    """The inputs of an operation, from the signature of its function."""
+    """Read the inputs of an operation from the signature of its function."""
     if kind in STATE_INPUTS:
         return {name: Parameter("stored", False, True, ()) for name in STATE_INPUTS[kind]}
     function = OPERATORS[kind]
@@ -56,7 +56,7 @@ def read_parameters(kind: str) -> Mapping[str, Parameter]:
 
 
 def refuse_unsupported(functions: Mapping[str, Any], weights: Weights, where: str) -> None:
-    """UnsupportedError that lists every operation, input or choice of the functions that cannot be run."""
+    """Raise UnsupportedError with every operation, input or choice of the functions that cannot be run."""
     problems: list[str] = []
     for name in sorted(functions):
         problems += _problems(name, functions[name], weights)

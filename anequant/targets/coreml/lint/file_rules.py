@@ -53,7 +53,7 @@ def _sharing(graphs: Sequence[Graph], package: Path) -> Iterator[Hit]:
 
 
 def _blobs(graph: Graph) -> Iterator[tuple[int, tuple[str, Any]]]:
-    """Place in the weight file, operation and MIL_pb2.Value of every constant that a function holds there.
+    """Yield the place in the weight file, operation and MIL_pb2.Value of every constant held there.
 
     Operands of a constexpr operation are bound by value; before iOS 18 they are attributes.
     """

@@ -46,7 +46,7 @@ class Finding:
 
 
 def lint_package(package: Path, chip: str = "any") -> list[Finding]:
-    """Every breach in an .mlpackage, errors first.
+    """Return every breach in an .mlpackage, errors first.
 
     Raises UsageError for an unknown chip, InputError for a damaged package.
     """
@@ -74,7 +74,7 @@ def _finding(rule: Rule, package: Path, function: str, hit: Hit) -> Finding:
 
 
 def lint(path: Path, chip: str = "any") -> list[Finding]:
-    """`path` is an .mlpackage, a folder of them, or an output of convert.
+    """Return every breach in an .mlpackage, a folder of them, or an output of convert.
 
     Raises InputError when there is none or one is damaged, UsageError for an unknown chip.
     """
@@ -87,7 +87,7 @@ def lint(path: Path, chip: str = "any") -> list[Finding]:
 
 
 def require_clean(findings: list[Finding]) -> list[Finding]:
-    """The findings; raises VerificationError with the first error among them and their number."""
+    """Return the findings; raises VerificationError with the first error among them and their number."""
     errors = select_errors(findings)
     if errors:
         first = errors[0]

@@ -55,5 +55,5 @@ class Rule:
 
 
 def rule(id: str, severity: str, why: str, remedy: str) -> Callable[[Callable[..., Iterator[Hit]]], Rule]:
-    """Makes the check that it decorates a Rule."""
+    """Make the check below it a Rule."""
     return partial(Rule, id, severity, why, remedy)

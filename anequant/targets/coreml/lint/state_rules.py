@@ -53,7 +53,7 @@ def _stale_reads(graph: Graph, chip: Chip) -> Iterator[Hit]:
 
 
 def _reaches_an_output(graph: Graph, node: Node) -> bool:
-    """Along values only: a state that is written hands nothing on."""
+    """Follow values only: a state that is written hands nothing on."""
     reached, later = {node.name}, [node]
     while later:
         current = later.pop()

@@ -140,7 +140,7 @@ class _LayerBuilder:
         return self._linear(flat, layer, "self_attn.o_proj")
 
     def _project_rotated(self, normed: Var, layer: QuantizedLayer, side: str, heads: int, turn: str) -> Var:
-        """q or k as (1, heads, head_dim, S): projected, normalised where the model does, then RoPE and R3."""
+        """Emit q or k (1, heads, head_dim, S): projected, normalised if the model does, then RoPE, R3."""
         name = f"{_layer_name(layer)}_{identifier(side)}"
         x = self._heads(self._linear(normed, layer, f"{side}_proj"), heads, name)
         gain = layer.gains.get(f"{side}_norm")

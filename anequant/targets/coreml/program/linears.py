@@ -50,17 +50,17 @@ class StoredLinear:
 
 
 def name_weight(name: str) -> str:
-    """The name of the value that is the weight of the linear or table `name`."""
+    """Return the name of the value that is the weight of the linear or table `name`."""
     return f"{identifier(name)}_weight"
 
 
 def name_head_part(part: int) -> str:
-    """The name of one of the head's convolutions, counted from 1."""
+    """Return the name of one of the head's convolutions, counted from 1."""
     return f"{identifier(HEAD)}_{part}"
 
 
 def palettize_weight(codes: Array, codebook: Tensor, name: str, shared_codebook: str, value: str = "") -> Var:
-    """A weight as codes (already of a CODE_DTYPES type) and one codebook, float16 or int8, for all."""
+    """Emit a weight as codes (already of a CODE_DTYPES type) and one codebook, float16 or int8, for all."""
     entries = codebook.numpy() if codebook.dtype == torch.int8 else codebook.half().numpy()
     table = shared_constant(entries.reshape(*(1,) * codes.ndim, -1, 1), f"{shared_codebook}_codebook")
     indices = shared_constant(codes, f"{name}_codes")
@@ -68,12 +68,12 @@ def palettize_weight(codes: Array, codebook: Tensor, name: str, shared_codebook:
 
 
 def pack_codes(quantized: QuantizedLinear) -> Array:
-    """Codes [out, in] as numpy in the sub-byte type of their width."""
+    """Return codes [out, in] as numpy in the sub-byte type of their width."""
     return quantized.codes.numpy().view(CODE_DTYPES[quantized.bits])
 
 
 def prepare_codes(quantized: QuantizedLinear, name: str, *, rounded: bool) -> Array:
-    """What a package holds of the codes [out, in]: the integers, or `pack_codes`.
+    """Return what a package holds of the codes [out, in]: the integers, or `pack_codes`.
 
     Raises as `split_codebook`.
     """
@@ -84,7 +84,7 @@ def prepare_codes(quantized: QuantizedLinear, name: str, *, rounded: bool) -> Ar
 
 
 def linear(x: Var, stored: StoredLinear, input_step: float | None = None) -> Var:
-    """y = output_scale * (codebook[codes] (input_scale * x)) + bias on (1, in, 1, S) -> (1, out, 1, S).
+    """Emit output_scale * (codebook[codes] (input_scale * x)) + bias: (1, in, 1, S) -> (1, out, 1, S).
 
     With `input_step`, input_scale * x is rounded to 8-bit integers times it.
     """
@@ -107,7 +107,7 @@ def linear(x: Var, stored: StoredLinear, input_step: float | None = None) -> Var
 
 
 def float_linear(x: Var, weight: FloatTable, name: str) -> Var:
-    """y = W x on (1, in, 1, S) with a float16 weight [out, in], which is streamed."""
+    """Emit W x on (1, in, 1, S) with a float16 weight [out, in], which is streamed."""
     rows, columns = weight.shape
     constant = streamed_constant((rows, columns, 1, 1), weight.blocks, f"{name}_weight")
     return mb.conv(x=x, weight=constant, name=f"{name}_conv")
@@ -119,7 +119,7 @@ def _round_input(x: Var, step: float, name: str) -> Var:
 
 
 def _emit_weight(stored: StoredLinear, *, rounded: bool) -> Var:
-    """The weight (out, in, 1, 1), with the scales that are inside of it."""
+    """Emit the weight (out, in, 1, 1), with the scales that are inside of it."""
     name, codes = stored.name, stored.codes[:, :, None, None]
     entries, scales = stored.quantized.codebook, stored.quantized.output_scale
     if rounded:

@@ -26,7 +26,7 @@ SMALLEST_MASK = -1e4
 
 
 def identifier(name: str) -> str:
-    """A tensor's name as a MIL identifier."""
+    """Return a tensor's name as a MIL identifier."""
     return name.replace(".", "_")
 
 
@@ -120,7 +120,7 @@ def forget_names() -> None:
 
 
 def build_program(functions: Mapping[str, Function]) -> Program:
-    """A program of these functions; the first is the default one."""
+    """Build a program of these functions; the first is the default one."""
     program = Program()
     for name, function in functions.items():
         program.add_function(name, function)
