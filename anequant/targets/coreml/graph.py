@@ -12,9 +12,8 @@ from torch import Tensor
 from anequant.targets.coreml.signatures import (
     FunctionSpec,
     TensorSpec,
-    find_block,
     read_constant_spec,
-    read_function_spec,
+    read_functions,
     read_tensor_spec,
 )
 from anequant.targets.coreml.storage import Weights, damage, find_model_file, read_model
@@ -104,14 +103,10 @@ def read_graphs(package: Path) -> list[Graph]:
     """Read every function of an .mlpackage. Raises InputError for a damaged one."""
     file = find_model_file(package)
     model, weights = read_model(file), Weights(file.parent)
-    features = {part.name: part.input for part in model.description.functions}
-    graphs = []
     with damage(str(package)):
-        for name, function in sorted(model.mlProgram.functions.items()):
-            block = find_block(function, str(package))
-            spec = read_function_spec(function, block, features.get(name, model.description.input))
-            graphs.append(Graph(name, block, spec, weights))
-    return graphs
+        return [
+            Graph(name, block, spec, weights) for name, block, spec in read_functions(model, str(package))
+        ]
 
 
 def _node(operation: Any) -> Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,14 @@ def find_block(function: Any, where: str) -> Any:
     if function.opset not in function.block_specializations:
         raise InputError(f"no block for the opset {function.opset}", where=where)
     return function.block_specializations[function.opset]
+
+
+def read_functions(model: Any, where: str) -> Iterator[tuple[str, Any, FunctionSpec]]:
+    """Yield the name of every function of a Model_pb2.Model, its block, and what it declares."""
+    features = {part.name: part.input for part in model.description.functions}
+    for name, function in sorted(model.mlProgram.functions.items()):
+        block = find_block(function, where)
+        yield name, block, read_function_spec(function, block, features.get(name, model.description.input))
 
 
 def read_function_spec(function: Any, block: Any, features: Any) -> FunctionSpec:

@@ -35,8 +35,7 @@ from anequant.targets.coreml.interpreter.supported import Form, read_parameters,
 from anequant.targets.coreml.signatures import (
     FunctionSpec,
     TensorSpec,
-    find_block,
-    read_function_spec,
+    read_functions,
     read_tensor_spec,
 )
 from anequant.targets.coreml.storage import TORCH_TYPES, Weights, damage, find_model_file, read_model
@@ -68,18 +67,12 @@ class Package:
     """An opened .mlpackage: its `path`, its `functions` by name, and the `default_function`."""
 
     def __init__(self, path: Path, model: Any, weights: Weights, *, rounding: bool = True) -> None:
-        functions = dict(sorted(model.mlProgram.functions.items()))
-        refuse_unsupported(functions, weights, str(path))
+        refuse_unsupported(model.mlProgram.functions, weights, str(path))
+        read = list(read_functions(model, str(path)))
         self.path = path
         self.default_function: str = model.description.defaultFunctionName or "main"
-        self._blocks = {name: find_block(function, str(path)) for name, function in functions.items()}
-        features = {part.name: part.input for part in model.description.functions}
-        self.functions: dict[str, FunctionSpec] = {
-            name: read_function_spec(
-                function, self._blocks[name], features.get(name, model.description.input)
-            )
-            for name, function in functions.items()
-        }
+        self.functions = {name: spec for name, _, spec in read}
+        self._blocks = {name: block for name, block, _ in read}
         self._constants = Constants(weights)
         self._rounding = rounding
         self._prepared: dict[str, tuple[list[_Step], dict[str, Any]]] = {}

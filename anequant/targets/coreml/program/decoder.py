@@ -97,8 +97,8 @@ class _LayerBuilder:
             linear.name for linear in spec.architecture.linears if linear.input.space is Space.FFN
         }
         self._cos, self._sin = rope_factors(geometry.cos, geometry.sin, inputs["position_ids"])
-        self._start = inputs["current_pos"]
-        self._end = mb.add(x=self._start, y=np.array([length], np.int32), name="end_pos")
+        start = inputs["current_pos"]
+        self._positions = (start, mb.add(x=start, y=np.array([length], np.int32), name="end_pos"))
         self._state = inputs[STATE]
         self._cache = mb.read_state(input=self._state, name="cache")
 
@@ -124,9 +124,7 @@ class _LayerBuilder:
         value_row = spec.num_layers + layer.index
         for row, new, name in ((layer.index, key, f"{prefix}_key"), (value_row, value, f"{prefix}_value")):
             by_position = mb.transpose(x=new, perm=[0, 1, 3, 2], name=f"{name}_by_position")
-            self._cache = write_state(
-                self._state, self._cache, row, by_position, self._start, self._end, name
-            )
+            self._cache = write_state(self._state, self._cache, row, by_position, self._positions, name)
         keys = state_row(self._cache, layer.index, f"{prefix}_keys")
         values = state_row(self._cache, value_row, f"{prefix}_values")
 

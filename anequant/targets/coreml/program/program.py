@@ -91,9 +91,9 @@ def finite_mask(mask: Var, repeats: int) -> Var:
     return mb.concat(values=[finite] * repeats, axis=2, name="group_mask")
 
 
-def write_state(state: Var, current: Var, row: int, new: Var, start: Var, end: Var, name: str) -> Var:
-    """Put new (1, kv, S, D) into rows [row] and positions [start, end) of the cache; the cache after it."""
-    shape = new.shape
+def write_state(state: Var, current: Var, row: int, new: Var, positions: tuple[Var, Var], name: str) -> Var:
+    """Put new (1, kv, S, D) into row [row] of the cache, from one position up to another; the cache then."""
+    shape, (start, end) = new.shape, positions
     begin = mb.concat(
         values=[np.array([row, 0], np.int32), start, np.array([0], np.int32)], axis=0, name=f"{name}_begin"
     )
