@@ -183,7 +183,7 @@ def _output_targets(place: Path) -> dict[str, Target]:
         check_contract(checkpoint)
 
     def read_package(package: Path) -> None:
-        list(Package.open(package).compressed_weights())
+        list(Package.open(package).read_compressed_weights())
         for graph in read_graphs(package):
             list(graph.computing())
         lint_package(package)

@@ -28,10 +28,10 @@ def verify_constants(folder: Path, checkpoint: Checkpoint, progress: Progress) -
     """Return how many compressed weights equal the checkpoint's, bit for bit.
 
     Raises VerificationError for one that does not or is missing or unknown, for functions of a package that
-    do not share it, and where inputs are rounded or turned otherwise than the checkpoint says.
+    do not share it, and where inputs are rounded or rotated otherwise than the checkpoint says.
     """
     packages = read_meta(folder)
-    quantized = _quantized_names(checkpoint, packages.head_parts)
+    quantized = _name_quantized(checkpoint, packages.head_parts)
     count = 0
     for number, package in enumerate(packages.package_names):
         progress(f"weights of {package}", 0.5 * number / len(packages.package_names))
@@ -52,7 +52,7 @@ def _verify_weights(package: Package, quantized: Names, checkpoint: Checkpoint) 
     places: dict[str, list[int | None]] = {}
     first: dict[str, CompressedWeight] = {}
     loaded, where = "", str(package.path)
-    for _, value, weight in package.compressed_weights():
+    for _, value, weight in package.read_compressed_weights():
         if value not in quantized:
             raise VerificationError(f"compressed weight '{value}' is unknown", where=where)
         name, part = quantized[value]
@@ -73,7 +73,7 @@ def _verify_weights(package: Package, quantized: Names, checkpoint: Checkpoint) 
     return len(places)
 
 
-def _quantized_names(checkpoint: Checkpoint, head_parts: int) -> Names:
+def _name_quantized(checkpoint: Checkpoint, head_parts: int) -> Names:
     """Tell what each compressed value of the packages holds: a quantized tensor's name, and which rows."""
     everything = slice(None)
     names = {}

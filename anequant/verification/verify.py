@@ -90,7 +90,7 @@ def verify_packages(folder: Path, checkpoint_folder: Path, *, progress: Progress
     """Run the packages with the interpreter beside the checkpoint in transformers.
 
     Raises VerificationError when a file changed, a compressed weight differs from the checkpoint's codes
-    in one bit, the functions of a package do not share their weights, inputs are not rounded and turned as
+    in one bit, the functions of a package do not share their weights, inputs are not rounded and rotated as
     the checkpoint says, or the logits are apart.
     """
     progress("hashes", 0.0)
@@ -101,7 +101,7 @@ def verify_packages(folder: Path, checkpoint_folder: Path, *, progress: Progress
     with failing(folder), damage(str(folder)):
         weights = verify_constants(folder, checkpoint, progress)
         try:
-            return compare_model(_lowered_model(folder), checkpoint, weights, progress)
+            return compare_model(_open_lowered(folder), checkpoint, weights, progress)
         except VerificationError as error:
             cause = describe_coarse_attention(recorded["headroom"]["ranges"])
             if cause is None:
@@ -111,7 +111,7 @@ def verify_packages(folder: Path, checkpoint_folder: Path, *, progress: Progress
             ) from error
 
 
-def _lowered_model(folder: Path) -> LoweredModel:
+def _open_lowered(folder: Path) -> LoweredModel:
     """Open the packages of a folder, to be run by the interpreter with one of them in memory at a time."""
     packages = read_meta(folder)
     unrounded = partial(Package.open, rounding=False)

@@ -22,20 +22,20 @@ from anequant.targets.shared.package_task import BuiltPackage, PackageSize, Pack
 
 
 def build_package(task: PackageTask) -> BuiltPackage:
-    """Write the package; its bytes depend on the task alone."""
+    """Write a package; its bytes depend on the task alone."""
     checkpoint = open_quantized(task.checkpoint)
     forget_names()
     folder = task.home / uuid4().hex
     folder.mkdir()
     path = folder / f"{task.name}.mlpackage"
-    with _collecting_once():
+    with _collect_once():
         constants = _write_package(checkpoint, task, path)
     weights, graph = package_bytes(path)
     return BuiltPackage(path, PackageSize(task.name, weights, constants, graph))
 
 
 @contextmanager
-def _collecting_once() -> Iterator[None]:
+def _collect_once() -> Iterator[None]:
     """Look for garbage once, at the end: a program is many small objects that live until it is written, and
     looking among them again and again takes a fifth of the time. What was there before is not looked at."""
     before = gc.isenabled()

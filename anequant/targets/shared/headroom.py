@@ -18,10 +18,11 @@ MARGIN = 4.0
 """Other tokens than the measured ones may be this much louder before anything overflows."""
 
 LARGEST_SHIFT = 0.25
-"""Of a token's attention, moved by float16: as by scores whose last place is a whole unit, a factor of e."""
+"""The share of a token's attention that float16 may move: as where a score's last place is a whole unit, a
+factor of e."""
 
 NOTED_SHIFT = 0.02
-"""Of a token's attention: random models came out apart from 0.04 on, and none below 0.03."""
+"""The share that is worth naming: random models came out apart from 0.04 on, and none below 0.03."""
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class Package:
                 self._execute(step, values, states, where)
             return {key: _resolve(output, values).clone() for key, output in outputs.items()}
 
-    def compressed_weights(self) -> Iterator[tuple[str, str, CompressedWeight]]:
+    def read_compressed_weights(self) -> Iterator[tuple[str, str, CompressedWeight]]:
         """Yield every compressed constant as (function, name of its value, content), read from disk."""
         for name, block in self._blocks.items():
             for value, content in read_compressed(block, self._constants.read_block(block)):

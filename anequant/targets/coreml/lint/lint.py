@@ -58,9 +58,9 @@ def lint_package(package: Path, chip: str = "any") -> list[Finding]:
         for graph in graphs:
             for rule in FUNCTION_RULES:
                 hits = rule.check(graph, CHIPS[chip])
-                findings += [_finding(rule, package, graph.function, hit) for hit in hits]
+                findings += [_make_finding(rule, package, graph.function, hit) for hit in hits]
         for whole in PACKAGE_RULES:
-            findings += [_finding(whole, package, "", hit) for hit in whole.check(graphs, package)]
+            findings += [_make_finding(whole, package, "", hit) for hit in whole.check(graphs, package)]
     return sorted(findings, key=lambda finding: (ERROR, WARNING, NOTE).index(finding.severity))
 
 
@@ -68,7 +68,7 @@ def select_errors(findings: Sequence[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.severity == ERROR]
 
 
-def _finding(rule: Rule, package: Path, function: str, hit: Hit) -> Finding:
+def _make_finding(rule: Rule, package: Path, function: str, hit: Hit) -> Finding:
     severity = hit.severity or rule.severity
     return Finding(rule.id, severity, package.name, function, hit.op, hit.detail, rule.why, rule.remedy)
 

@@ -29,8 +29,9 @@ CHIPS = {
         Chip("m5", 65536, w8a8=True, integers=True),
     )
 }
-"""By generation of the engine (H13 to H15: 16384; H16 on: 65536). `any` is the strictest. The a17 is not
-placed by the source for axes and so counts as the older one; 8-bit activations pay off from it on (Apple)."""
+"""Each chip, by generation of its engine (H13 to H15: 16384; H16 on: 65536). `any` is the strictest. The a17
+is not placed by the source for axes and so counts as the older one; 8-bit activations pay off from it on
+(Apple)."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from anequant.architectures.spec import HEAD
 from anequant.quantization.linear import FloatTable, QuantizedLinear
-from anequant.targets.coreml.program.program import Var, float16_constant, identifier, shared_constant
-from anequant.targets.coreml.program.streaming import streamed_constant
+from anequant.targets.coreml.program.program import Var, float16_constant, identifier, share_constant
+from anequant.targets.coreml.program.streaming import stream_constant
 from anequant.targets.coreml.toolkit import mb, types
 from anequant.targets.shared.packed_codes import Array, look_up_integers, split_codebook
 
@@ -62,8 +62,8 @@ def name_head_part(part: int) -> str:
 def palettize_weight(codes: Array, codebook: Tensor, name: str, shared_codebook: str, value: str = "") -> Var:
     """Emit a weight as codes (already of a CODE_DTYPES type) and one codebook, float16 or int8, for all."""
     entries = codebook.numpy() if codebook.dtype == torch.int8 else codebook.half().numpy()
-    table = shared_constant(entries.reshape(*(1,) * codes.ndim, -1, 1), f"{shared_codebook}_codebook")
-    indices = shared_constant(codes, f"{name}_codes")
+    table = share_constant(entries.reshape(*(1,) * codes.ndim, -1, 1), f"{shared_codebook}_codebook")
+    indices = share_constant(codes, f"{name}_codes")
     return mb.constexpr_lut_to_dense(indices=indices, lut=table, name=value or name_weight(name))
 
 
@@ -109,7 +109,7 @@ def linear(x: Var, stored: StoredLinear, input_step: float | None = None) -> Var
 def float_linear(x: Var, weight: FloatTable, name: str) -> Var:
     """Emit W x on (1, in, 1, S) with a float16 weight [out, in], which is streamed."""
     rows, columns = weight.shape
-    constant = streamed_constant((rows, columns, 1, 1), weight.blocks, f"{name}_weight")
+    constant = stream_constant((rows, columns, 1, 1), weight.blocks, f"{name}_weight")
     return mb.conv(x=x, weight=constant, name=f"{name}_conv")
 
 
@@ -129,7 +129,7 @@ def _emit_weight(stored: StoredLinear, *, rounded: bool) -> Var:
         return palettize_weight(codes, entries, name, stored.codebook)
     integers = codes.dtype.kind == "i"
     data = (
-        shared_constant(codes, f"{name}_codes")
+        share_constant(codes, f"{name}_codes")
         if integers
         else palettize_weight(codes, entries, name, stored.codebook, f"{name}_entries")
     )

@@ -37,7 +37,7 @@ from anequant.targets.coreml.program.program import (
     identifier,
     to_channels,
 )
-from anequant.targets.coreml.program.streaming import streamed_constant
+from anequant.targets.coreml.program.streaming import stream_constant
 from anequant.targets.coreml.toolkit import TARGET, Function, Program, ct, get_new_symbol, mb, types
 from anequant.targets.shared.packed_codes import take_rows
 
@@ -56,7 +56,7 @@ def embeddings_program(table: QuantizedLinear | FloatTable, batch: int) -> Progr
             scale = mb.gather(x=scales, indices=ids, axis=0, validate_indices=False, name=f"{name}_row_scale")
             hidden = mb.mul(x=rows, y=scale, name="hidden_states")
         else:
-            weight = streamed_constant(table.shape, table.blocks, f"{name}_weight")
+            weight = stream_constant(table.shape, table.blocks, f"{name}_weight")
             hidden = mb.gather(x=weight, indices=ids, axis=0, validate_indices=False, name="hidden_states")
         function.set_outputs([hidden])
     shapes = ct.EnumeratedShapes([[1, 1], [1, batch]], default=[1, 1])

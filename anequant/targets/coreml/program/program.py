@@ -31,10 +31,10 @@ def identifier(name: str) -> str:
 
 
 def float16_constant(values: Tensor, shape: tuple[int, ...], name: str) -> Var:
-    return shared_constant(values.half().numpy().reshape(shape), name)
+    return share_constant(values.half().numpy().reshape(shape), name)
 
 
-def shared_constant(values: np.ndarray[Any, Any], name: str) -> Var:
+def share_constant(values: np.ndarray[Any, Any], name: str) -> Var:
     constant = mb.const(val=values, name=name)
     constant.op.weight_id = name
     return constant

@@ -30,7 +30,7 @@ METADATA = struct.Struct("<IIQQQ")
 Blocks = Callable[[], Iterable[Tensor]]
 
 
-def streamed_constant(shape: tuple[int, ...], blocks: Blocks, name: str) -> Any:
+def stream_constant(shape: tuple[int, ...], blocks: Blocks, name: str) -> Any:
     """Emit a float16 constant of `shape` whose values are those of the float16 `blocks`, one after the other.
 
     A program either streams all constants of its weight file or none.

@@ -148,7 +148,7 @@ def test_a_convolution_of_integers_is_exact(tmp_path: Path, form: str, scale: Ar
     package = saved(tmp_path, conv_of_integers(form, scale, bias=bias), (1, 1500, 1, 4))
     x = (np.random.default_rng(3).normal(size=(1, 1500, 1, 4)) * 0.5).astype(np.float16)
     x[..., 0] = -100
-    (_, _, weight), *_ = package.compressed_weights()
+    (_, _, weight), *_ = package.read_compressed_weights()
     integers = weight.codes if weight.codebook is None else weight.codebook.reshape(-1)[weight.codes]
     step = float(np.float16(0.0137))
     codes = np.clip(np.rint(x.astype(np.float64) / step), -128, 127).astype(np.int64)
@@ -205,7 +205,7 @@ def test_without_rounding_the_same_program_is_one_of_floats(tmp_path: Path) -> N
     saved(tmp_path, conv_of_integers("lut", ONE), (1, 1500, 1, 4))
     package = Package.open(tmp_path / "p.mlpackage", rounding=False)
     x = np.random.default_rng(6).normal(size=(1, 1500, 1, 4)).astype(np.float16)
-    (_, _, weight), *_ = package.compressed_weights()
+    (_, _, weight), *_ = package.read_compressed_weights()
     assert weight.codebook is not None
     dense = weight.codebook.reshape(-1)[weight.codes][:, :, 0, 0].astype(np.float64) * 2.0**-14
     expected = np.einsum("oi,is->os", dense, x[0, :, 0].astype(np.float64))

@@ -165,7 +165,7 @@ def test_functions_share_one_copy_of_every_weight(trained: Written) -> None:
         offsets: dict[str, set[int | None]] = {}
         opened = Package.open(trained.packages / f"{chunk}.mlpackage")
         assert opened.default_function == "infer"
-        for _, value, weight in opened.compressed_weights():
+        for _, value, weight in opened.read_compressed_weights():
             offsets.setdefault(value, set()).add(weight.place)
         assert offsets and all(len(places) == 1 for places in offsets.values())
 
