@@ -22,7 +22,7 @@ from wrapt import register_post_import_hook
 if TYPE_CHECKING:
     from anequant.api import convert, evaluate, lower, quantize, verify
     from anequant.runtime.cache import QuantizedCache
-    from anequant.runtime.opening import load
+    from anequant.runtime.transformers_backend import load
 
 __all__ = ["QuantizedCache", "convert", "evaluate", "load", "lower", "quantize", "verify"]
 
@@ -33,7 +33,7 @@ operations 5 times slower on a busy machine, and a calibrated conversion of a sm
 
 _PLACES = {
     **dict.fromkeys(("convert", "evaluate", "lower", "quantize", "verify"), "anequant.api"),
-    "load": "anequant.runtime.opening",
+    "load": "anequant.runtime.transformers_backend",
     "QuantizedCache": "anequant.runtime.cache",
 }
 """Imported when first used, for they import torch and transformers."""

@@ -34,7 +34,8 @@ from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, load_recipe
 from anequant.report.terminal.converted import convert_and_report
 from anequant.request import LowerRequest, Request
-from anequant.verification.verify import CheckpointCheck, PackageCheck, verify_folder
+from anequant.targets.shared.agreement import PackageCheck
+from anequant.verification.verify import CheckpointCheck, verify_folder
 
 LOG = logging.getLogger("anequant")
 

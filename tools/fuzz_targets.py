@@ -29,12 +29,12 @@ from anequant.errors import AnequantError
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.reference.empty_model import build_empty_model
-from anequant.targets.coreml.graph import package_graphs
+from anequant.targets.coreml.graph import read_graphs
 from anequant.targets.coreml.interpreter.interpreter import Package
-from anequant.targets.coreml.lint.rules import lint_package
+from anequant.targets.coreml.lint.lint import lint_package
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE
-from anequant.verification.package_files import verify_items, verify_package_files
+from anequant.verification.packages import verify_items, verify_package_files
 from anequant.verification.verify import verify_checkpoint
 
 CONFIG = {
@@ -182,8 +182,8 @@ def _output_targets(place: Path) -> dict[str, Target]:
         check_contract(checkpoint)
 
     def read_package(package: Path) -> None:
-        list(Package.open(package).compressed_weights())
-        for graph in package_graphs(package):
+        list(Package.open(package).read_compressed_weights())
+        for graph in read_graphs(package):
             list(graph.computing())
         lint_package(package)
 

@@ -50,12 +50,12 @@ def lint(console: Console, path: Path, chip: str) -> None:
     from dataclasses import asdict
 
     from anequant.report.terminal import results as text
-    from anequant.targets.coreml.lint.rules import errors_of
-    from anequant.targets.coreml.lint.rules import lint as run
+    from anequant.targets.coreml.lint.lint import lint as run
+    from anequant.targets.coreml.lint.lint import select_errors
 
     findings = run(path, chip)
     console.result({"findings": [asdict(finding) for finding in findings]}, text.describe_lint(findings))
-    if errors_of(findings):
+    if select_errors(findings):
         sys.exit(VerificationError.exit_code)
 
 

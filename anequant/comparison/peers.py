@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.source import TOKENIZER_FILES
-from anequant.targets.coreml.palettizers import kmeans, sensitive_kmeans
+from anequant.targets.coreml.palettizers import palettize_by_kmeans, palettize_by_sensitivity
 
 BITS, GROUP, FLOAT = 4, 32, 16
 ENTRIES = 16
@@ -97,12 +97,12 @@ def hqq_groups(model: Path, output: Path) -> None:
 
 def coremltools_kmeans(model: Path, output: Path) -> None:
     """PostTrainingPalettizer of coremltools: k-means with 16 entries per tensor."""
-    _save(kmeans(_load(model)), model, output)
+    _save(palettize_by_kmeans(_load(model)), model, output)
 
 
 def coremltools_scaled_kmeans(model: Path, output: Path) -> None:
     """The same, with a scale for every row."""
-    _save(kmeans(_load(model), channel_scale=True), model, output)
+    _save(palettize_by_kmeans(_load(model), channel_scale=True), model, output)
 
 
 def coremltools_sensitive_kmeans(model: Path, output: Path, windows: Tensor) -> None:
@@ -112,7 +112,7 @@ def coremltools_sensitive_kmeans(model: Path, output: Path, windows: Tensor) -> 
         value: Tensor = module(input_ids=batch, labels=batch).loss
         return value
 
-    _save(sensitive_kmeans(_load(model), windows, loss), model, output)
+    _save(palettize_by_sensitivity(_load(model), windows, loss), model, output)
 
 
 def _codebook(rows: int, columns: int) -> int:

@@ -15,7 +15,7 @@ from anequant.errors import UsageError, VerificationError
 from anequant.evaluation.divergence import measure_quality
 from anequant.jobs.control import Progress, silent
 from anequant.reference.windows import load_tokenizer, read_text_windows
-from anequant.runtime.continue_text import TextModel, continue_text, open_text_model, stop_tokens
+from anequant.runtime.continue_text import TextModel, continue_text, open_text_model, read_stop_tokens
 from anequant.runtime.sampling import Sampling
 from anequant.runtime.snapped_backend import SnappedModel, SnappedWeights
 
@@ -109,4 +109,4 @@ def verdict_lines(title: str, description: str, result: SpCheck) -> list[str]:
 
 def _snapped_model(folder: Path) -> TextModel:
     tokenizer = load_tokenizer(folder)
-    return TextModel(folder, SnappedModel(folder), tokenizer, stop_tokens(folder))
+    return TextModel(folder, SnappedModel(folder), tokenizer, read_stop_tokens(folder))

@@ -18,8 +18,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from anequant.errors import UnsupportedError, UsageError
 from anequant.jobs.control import Progress, silent
-from anequant.runtime.generate import Decoder, decoded, encoded, new_tokens, score
-from anequant.runtime.sampling import Sampling, chooser
+from anequant.runtime.generate import Decoder, decode_pieces, encode_text, generate_tokens, score
+from anequant.runtime.sampling import Sampling, make_chooser
 
 MOST_NEW_TOKENS = 256
 LONGEST_WINDOW = 2048
@@ -64,7 +64,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if add_special_tokens is None:
             bos = self._tokenizer.bos_token
             add_special_tokens = bos is None or not string.startswith(bos)
-        return encoded(self._tokenizer, string, add_special_tokens=add_special_tokens)
+        return encode_text(self._tokenizer, string, add_special_tokens=add_special_tokens)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return log p of whole texts after `first`, each token predicted once."""
@@ -104,11 +104,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         tokens = self.tok_encode(context) or [self._first]
         self.shortened += len(tokens) > room
         self._decoder.reset()
-        produced = new_tokens(
-            self._decoder, tokens[-room:], chooser(Sampling()), limit=limit, stop=self._stop
+        produced = generate_tokens(
+            self._decoder, tokens[-room:], make_chooser(Sampling()), limit=limit, stop=self._stop
         )
         text = ""
-        for piece in decoded(self._tokenizer, produced):
+        for piece in decode_pieces(self._tokenizer, produced):
             text += piece
             found = [text.find(end) for end in ends if end in text]
             if found:

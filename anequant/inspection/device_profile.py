@@ -21,14 +21,14 @@ from anequant.reference.sources import read_text
 from anequant.reference.windows import load_tokenizer
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.runtime.generate import Decoder
-from anequant.targets.coreml.device import DevicePackage
-from anequant.targets.coreml.meta import PackageSet, read_meta
-from anequant.targets.coreml.placement import (
+from anequant.targets.coreml.device import (
     NEURAL_ENGINE,
+    DevicePackage,
     Placement,
-    operations_by_device,
-    package_placements,
+    ask_placements,
+    count_by_device,
 )
+from anequant.targets.coreml.meta import PackageSet, read_meta
 from anequant.versions import installed_versions
 
 PLAIN_TOKENS = 64
@@ -90,9 +90,9 @@ def profile(folder: Path, tokens: int, *, progress: Progress = silent) -> Device
     placed = []
     for number, name in enumerate(packages.package_names):
         progress(f"plan of {name}", 0.4 * number / len(packages.package_names))
-        placements = package_placements(part / f"{name}.mlpackage")
+        placements = ask_placements(part / f"{name}.mlpackage")
         elsewhere = tuple(item for item in placements if item.device != NEURAL_ENGINE)
-        placed.append(PackagePlacement(name, operations_by_device(placements), elsewhere))
+        placed.append(PackagePlacement(name, count_by_device(placements), elsewhere))
     ids = _tokens(part, packages, tokens)
     progress("device", 0.4)
     seconds, ours = time_decoding(lambda: PackageModel(part, DevicePackage.open), ids, packages.batch)

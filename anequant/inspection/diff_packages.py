@@ -22,10 +22,10 @@ from anequant.inspection.diff_checkpoints import (
     diff_values,
 )
 from anequant.inspection.inspect_package import count_operations
-from anequant.targets.coreml.census import Constant, constant_node, load_constant, package_constants
-from anequant.targets.coreml.graph import Graph, Node, package_graphs
+from anequant.targets.coreml.census import Constant, find_constant, list_constants, load_constant
+from anequant.targets.coreml.graph import Graph, Node, read_graphs
 from anequant.targets.coreml.signatures import TensorSpec
-from anequant.targets.coreml.storage import Palettized, Value, damage, model_file, read_model
+from anequant.targets.coreml.storage import Palettized, Value, damage, find_model_file, read_model
 
 PLACES = ("inputs", "outputs", "states")
 
@@ -64,9 +64,9 @@ class PackageDifferences:
 
 
 def diff_packages(a: Path, b: Path) -> PackageDifferences:
-    """Compare two packages, one constant of each at a time. Raises what `package_graphs` and `load_constant`
+    """Compare two packages, one constant of each at a time. Raises what `read_graphs` and `load_constant`
     raise."""
-    one, other = package_graphs(a), package_graphs(b)
+    one, other = read_graphs(a), read_graphs(b)
     functions = {graph.function: graph for graph in one}
     others = {graph.function: graph for graph in other}
     with damage(f"{a} or {b}"):
@@ -84,7 +84,7 @@ def diff_packages(a: Path, b: Path) -> PackageDifferences:
 
 
 def _metadata(package: Path) -> dict[str, str]:
-    model = read_model(model_file(package))
+    model = read_model(find_model_file(package))
     return {
         "specification": str(model.specificationVersion),
         **model.description.metadata.userDefined,
@@ -141,7 +141,7 @@ def _form(node: Node) -> Any:
 
 
 def _constants(a: list[Graph], b: list[Graph]) -> Differences:
-    ours, theirs = ({item.name: item for item in package_constants(graphs)} for graphs in (a, b))
+    ours, theirs = ({item.name: item for item in list_constants(graphs)} for graphs in (a, b))
 
     def compare(name: str) -> Pair:
         one, other = ours[name], theirs[name]
@@ -159,7 +159,7 @@ def _stored(constant: Constant) -> tuple[Any, ...]:
 
 
 def _load(graphs: list[Graph], name: str) -> Value:
-    found = constant_node(graphs, name)
+    found = find_constant(graphs, name)
     if found is None:
         raise InputError(f"constant '{name}' is gone")
     return load_constant(*found)

@@ -27,8 +27,8 @@ from anequant.inspection.inspect_checkpoint import (
     inspect_tensor_files,
 )
 from anequant.inspection.inspect_package import PackageFacts, inspect_package
-from anequant.targets.coreml.census import constant_node, load_constant
-from anequant.targets.coreml.graph import package_graphs
+from anequant.targets.coreml.census import find_constant, load_constant
+from anequant.targets.coreml.graph import read_graphs
 from anequant.targets.coreml.meta import META, read_meta
 from anequant.targets.coreml.storage import Palettized, damage
 
@@ -146,8 +146,8 @@ def inspect_tensor(path: Path, name: str) -> TensorFacts:
                 return _of_checkpoint(checkpoint, full)
         known += list(checkpoint.tensors)
     for package in parts.packages:
-        graphs = package_graphs(package)
-        found = constant_node(graphs, name)
+        graphs = read_graphs(package)
+        found = find_constant(graphs, name)
         if found is not None:
             with damage(str(package)):
                 return _of_package(name, package.name, load_constant(*found))

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from anequant.targets.coreml.census import LOOKED_UP, MULTIPLIED, Constant, package_constants
-from anequant.targets.coreml.graph import Graph, package_graphs
+from anequant.targets.coreml.census import LOOKED_UP, MULTIPLIED, Constant, list_constants
+from anequant.targets.coreml.graph import Graph, read_graphs
 from anequant.targets.coreml.signatures import TensorSpec
-from anequant.targets.coreml.storage import damage, model_file, read_model
+from anequant.targets.coreml.storage import damage, find_model_file, read_model
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class PackageFacts:
 def inspect_package(package: Path) -> PackageFacts:
     """Return what a package is. Raises InputError for a damaged one, UnsupportedError for one that is no
     mlProgram."""
-    graphs = package_graphs(package)
-    model = read_model(model_file(package))
+    graphs = read_graphs(package)
+    model = read_model(find_model_file(package))
     default = model.description.defaultFunctionName or (graphs[0].function if len(graphs) == 1 else "")
     with damage(str(package)):
-        constants = package_constants(graphs)
+        constants = list_constants(graphs)
     weights = [constant for constant in constants if constant.use == MULTIPLIED]
     weights = weights or [constant for constant in constants if constant.use == LOOKED_UP]
     values = sum(constant.values for constant in weights)

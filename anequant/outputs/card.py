@@ -24,7 +24,7 @@ from anequant.request import Request
 from anequant.versions import installed_versions
 
 if TYPE_CHECKING:
-    from anequant.verification.verify import PackageCheck
+    from anequant.targets.shared.agreement import PackageCheck
 
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]{1,96}", re.ASCII)
 """What the hub takes as the name of a base model."""

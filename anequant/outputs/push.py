@@ -14,7 +14,7 @@ from typing import Any
 from anequant.checkpoints.manifest import MANIFEST
 from anequant.errors import InputError, ResourceError, UsageError, first_line, quote
 from anequant.jobs.control import Progress, silent
-from anequant.verification.hashes import verify_files
+from anequant.verification.files import verify_files
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from anequant.pipeline.lowering import LowerResult
 from anequant.pipeline.quantizing import QuantizeResult
 from anequant.reference.windows import read_text_windows
 from anequant.request import Request
-from anequant.targets.coreml.lint.rules import Finding
-from anequant.verification.verify import CheckpointCheck, PackageCheck
+from anequant.targets.coreml.lint.lint import Finding
+from anequant.targets.shared.agreement import PackageCheck
+from anequant.verification.verify import CheckpointCheck
 
 
 @dataclass(frozen=True)

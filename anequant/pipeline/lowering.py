@@ -21,11 +21,12 @@ from anequant.checkpoints.writer import write_json
 from anequant.jobs.journal import Journal
 from anequant.jobs.task_files import passing_folder
 from anequant.request import LowerRequest
-from anequant.targets.coreml.build import BuiltPackage, PackageSize, PackageTask, build_package
+from anequant.targets.coreml.build import build_package
+from anequant.targets.coreml.lowerable import check_lowering
 from anequant.targets.coreml.meta import PackageSet, write_meta
-from anequant.targets.shared.geometry import chunk_ranges
+from anequant.targets.shared.geometry import count_head_parts, split_layers
 from anequant.targets.shared.headroom import Headroom
-from anequant.targets.shared.lowerable import check_lowering, head_parts
+from anequant.targets.shared.package_task import BuiltPackage, PackageSize, PackageTask
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Lowering:
             context=options.context,
             batch=options.batch,
             chunks=self.chunks,
-            head_parts=head_parts(spec),
+            head_parts=count_head_parts(spec),
             lut_embeddings=_table_bits(self.checkpoint, EMBEDDING),
             lut_ffn=min(read_projection_bits(self.checkpoint).values()),
             lut_head=_table_bits(self.checkpoint, HEAD),
@@ -138,7 +139,7 @@ class Lowering:
 def _list_parts(packages: PackageSet, layers: int) -> Iterator[tuple[str, str | range, dict[str, str]]]:
     """Name, part and metadata of every package, in running order."""
     yield packages.embeddings, EMBEDDING, _metadata(packages, lut_bits=packages.lut_embeddings)
-    for number, part in enumerate(chunk_ranges(layers, packages.chunks)):
+    for number, part in enumerate(split_layers(layers, packages.chunks)):
         metadata = _metadata(
             packages, lut_bits=packages.lut_ffn, chunk_no=number + 1, functions="infer,prefill"
         )

@@ -50,8 +50,8 @@ from anequant.reference.forward import ReferenceModel
 from anequant.reference.windows import RANGE_TOKENS, choose_probe_tokens
 from anequant.request import LowerRequest, Request
 from anequant.rotation.rotation_plan import is_drawn
-from anequant.targets.shared.geometry import chunk_ranges, least_chunks
-from anequant.targets.shared.lowerable import check_lowering
+from anequant.targets.coreml.lowerable import check_lowering
+from anequant.targets.shared.geometry import find_least_chunks, split_layers
 
 FLOAT = {"bits": 16, "rounding": "nearest"}
 SMALL = 256
@@ -247,9 +247,9 @@ def _list_rounding(
 
 def _list_packages(written: Checkpoint, options: LowerOptions) -> Iterator[BuildPackage]:
     """The steps that build the packages of a checkpoint, in running order."""
-    chunks = options.chunks or least_chunks(written, options.context, options.max_chunk_mb)
+    chunks = options.chunks or find_least_chunks(written, options.context, options.max_chunk_mb)
     yield BuildTable(written, 0, EMBEDDING)
-    for number, layers in enumerate(chunk_ranges(written.spec.num_layers, chunks), 1):
+    for number, layers in enumerate(split_layers(written.spec.num_layers, chunks), 1):
         yield BuildChunk(written, number, layers, chunks, options.context)
     yield BuildTable(written, chunks + 1, HEAD)
 

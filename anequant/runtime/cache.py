@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from anequant.errors import UsageError
 from anequant.quantization.kv_cache import QuantizedStates, dequantize_states, quantize_states
-from anequant.runtime.quantizer import online_of
+from anequant.runtime.quantizer import read_model_online
 
 
 class _QuantizedStatesLayer(DynamicLayer):  # type: ignore[misc]
@@ -34,14 +34,14 @@ class _QuantizedStatesLayer(DynamicLayer):  # type: ignore[misc]
         return sum(kept.nbytes + later.nbytes for kept, later in self._stored)
 
     def update(self, keys: Tensor, values: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values [n, heads, tokens, head_dim]; all that are held, in their dtype."""
+        """Append keys and values [n, heads, tokens, head_dim]; return all that are held, in their dtype."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         first = self.get_seq_length()
         kept = min(max(0, self.prefix - first), keys.shape[-2])
         new = [(part[:, :, :kept], quantize_states(part[:, :, kept:], self.bits)) for part in (keys, values)]
         if self._stored:
-            new = [_appended(old, added) for old, added in zip(self._stored, new, strict=True)]
+            new = [_append(old, added) for old, added in zip(self._stored, new, strict=True)]
         self._stored = new
         whole_keys, whole_values = (
             torch.cat([kept_states, dequantize_states(later, keys.dtype)], -2) for kept_states, later in new
@@ -49,7 +49,7 @@ class _QuantizedStatesLayer(DynamicLayer):  # type: ignore[misc]
         return whole_keys, whole_values
 
     def get_seq_length(self) -> int:
-        """How many tokens are held."""
+        """Return how many tokens are held."""
         if not self._stored:
             return 0
         kept, later = self._stored[0]
@@ -69,7 +69,7 @@ class _QuantizedStatesLayer(DynamicLayer):  # type: ignore[misc]
         length = self.get_seq_length() + tokens_to_remove
         prefix = self._stored[0][0].shape[-2] if self._stored else 0
         self._stored = [
-            (kept[:, :, :length], _mapped(lambda part: part[:, :, : max(0, length - prefix)], later))
+            (kept[:, :, :length], _map_states(lambda part: part[:, :, : max(0, length - prefix)], later))
             for kept, later in self._stored
         ]
 
@@ -92,7 +92,7 @@ class _QuantizedStatesLayer(DynamicLayer):  # type: ignore[misc]
         self._map_batch(lambda part: part.to(self.device))
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        self._stored = [(change(kept), _mapped(change, later)) for kept, later in self._stored]
+        self._stored = [(change(kept), _map_states(change, later)) for kept, later in self._stored]
 
 
 class QuantizedCache(Cache):  # type: ignore[misc]
@@ -105,7 +105,7 @@ class QuantizedCache(Cache):  # type: ignore[misc]
     rounds_states = True
 
     def __init__(self, config: Any) -> None:
-        online = online_of(config)
+        online = read_model_online(config)
         if online.kv_bits == 16:
             raise UsageError("this model keeps its keys and values in float", remedy="use DynamicCache")
         count = config.num_hidden_layers
@@ -117,16 +117,16 @@ class QuantizedCache(Cache):  # type: ignore[misc]
         return sum(layer.nbytes for layer in self.layers)
 
 
-def new_cache(config: Any) -> Cache:
-    """An empty cache of the kind that a model's config asks for."""
-    return DynamicCache(config=config) if online_of(config).kv_bits == 16 else QuantizedCache(config)
+def make_cache(config: Any) -> Cache:
+    """Return an empty cache of the kind that a model's config asks for."""
+    return DynamicCache(config=config) if read_model_online(config).kv_bits == 16 else QuantizedCache(config)
 
 
-def _mapped(change: Callable[[Tensor], Tensor], states: QuantizedStates) -> QuantizedStates:
+def _map_states(change: Callable[[Tensor], Tensor], states: QuantizedStates) -> QuantizedStates:
     return QuantizedStates(change(states.codes), change(states.low), change(states.scale), states.bits)
 
 
-def _appended(
+def _append(
     old: tuple[Tensor, QuantizedStates], new: tuple[Tensor, QuantizedStates]
 ) -> tuple[Tensor, QuantizedStates]:
     (kept, first), (new_kept, later) = old, new

@@ -12,8 +12,8 @@ from anequant.checkpoints.reader import read_object
 from anequant.errors import InputError, UsageError, first_line, quote
 from anequant.reference.windows import load_tokenizer
 from anequant.runtime.coreml_backend import PackageModel
-from anequant.runtime.generate import Decoder, decoded, encoded, new_tokens
-from anequant.runtime.sampling import Sampling, chooser
+from anequant.runtime.generate import Decoder, decode_pieces, encode_text, generate_tokens
+from anequant.runtime.sampling import Sampling, make_chooser
 from anequant.runtime.transformers_backend import TransformersModel
 from anequant.targets.coreml.device import DevicePackage
 from anequant.targets.coreml.interpreter.interpreter import Package
@@ -37,7 +37,7 @@ class TextModel:
 
 
 def open_text_model(folder: Path, backend: str) -> TextModel:
-    """`folder` is an output of convert, or packages (interpreter, coreml), or a checkpoint (transformers).
+    """Open an output of convert, or packages (interpreter, coreml), or a checkpoint (transformers).
 
     Raises InputError for a folder that is not what the backend runs, UnsupportedError for coreml
     anywhere but on macOS.
@@ -50,11 +50,11 @@ def open_text_model(folder: Path, backend: str) -> TextModel:
         part = find_packages(folder)
         decoder = PackageModel(part, DevicePackage.open if backend == "coreml" else Package.open)
     tokenizer = load_tokenizer(part)
-    return TextModel(part, decoder, tokenizer, stop_tokens(part))
+    return TextModel(part, decoder, tokenizer, read_stop_tokens(part))
 
 
-def stop_tokens(folder: Path) -> frozenset[int]:
-    """Where transformers' `generate` stops: at the `eos_token_id` of generation_config.json, and only
+def read_stop_tokens(folder: Path) -> frozenset[int]:
+    """Read where transformers' `generate` stops: at the `eos_token_id` of generation_config.json, and only
     without that file at that of config.json.
 
     Raises InputError for a value that is neither null, nor a token, nor a list of tokens.
@@ -75,15 +75,15 @@ def stop_tokens(folder: Path) -> frozenset[int]:
 
 
 def continue_text(model: TextModel, prompt: str, limit: int, sampling: Sampling) -> Iterator[str]:
-    """`prompt`, then its continuation piece by piece.
+    """Yield `prompt`, then its continuation piece by piece.
 
     Stops at an end token, after `limit` tokens, or when the context is full.
     Raises UsageError for a prompt that does not fit.
     """
-    tokens = encoded(model.tokenizer, prompt)
+    tokens = encode_text(model.tokenizer, prompt)
     _check_sampling(model, sampling)
-    produced = new_tokens(model.decoder, tokens, chooser(sampling), limit=limit, stop=model.stop)
-    pieces = decoded(model.tokenizer, produced, tokens)
+    produced = generate_tokens(model.decoder, tokens, make_chooser(sampling), limit=limit, stop=model.stop)
+    pieces = decode_pieces(model.tokenizer, produced, tokens)
     first = next(pieces, "")
     yield prompt
     yield first
@@ -103,17 +103,17 @@ class Chat:
         _check_sampling(self.model, self.sampling)
         if self.model.tokenizer.chat_template is None:
             raise UsageError("the tokenizer has no chat template", remedy="use `anequant generate`")
-        self._choose = chooser(self.sampling)
+        self._choose = make_chooser(self.sampling)
 
     def reply(self, text: str, limit: int) -> Iterator[str]:
-        """The answer to the next turn, piece by piece; it becomes part of the conversation.
+        """Yield the answer to the next turn, piece by piece; it becomes part of the conversation.
 
         Raises UsageError when the conversation no longer fits the context, InputError when the template does
         not take it.
         """
         decoder, tokenizer = self.model.decoder, self.model.tokenizer
         self.messages.append({"role": "user", "content": text})
-        tokens = encoded(tokenizer, self._rendered(), add_special_tokens=False)
+        tokens = encode_text(tokenizer, self._render(), add_special_tokens=False)
         if tokens[: len(self._held)] != self._held or len(tokens) == len(self._held):
             decoder.reset()
             self._held = []
@@ -125,16 +125,16 @@ class Chat:
                 yield token
 
         fresh = tokens[len(self._held) :]
-        source = new_tokens(decoder, fresh, self._choose, limit=limit, stop=self.model.stop)
+        source = generate_tokens(decoder, fresh, self._choose, limit=limit, stop=self.model.stop)
         answer = []
-        for piece in decoded(tokenizer, kept(source)):
+        for piece in decode_pieces(tokenizer, kept(source)):
             answer.append(piece)
             yield piece
         self._held = (tokens + produced)[: decoder.position]
         self.messages.append({"role": "assistant", "content": "".join(answer)})
 
-    def _rendered(self) -> str:
-        """The conversation as the template has it, up to where the answer begins."""
+    def _render(self) -> str:
+        """Write the conversation as the template has it, up to where the answer begins."""
         try:
             text: str = self.model.tokenizer.apply_chat_template(
                 self.messages, add_generation_prompt=True, tokenize=False

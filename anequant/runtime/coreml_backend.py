@@ -19,9 +19,8 @@ from anequant.reference.windows import require_known
 from anequant.runtime.generate import check_fits
 from anequant.targets.coreml.device import DevicePackage
 from anequant.targets.coreml.interpreter.interpreter import Package
-from anequant.targets.coreml.meta import META, PackageSet, read_meta
+from anequant.targets.coreml.meta import INFER, META, PREFILL, PackageSet, read_meta
 from anequant.targets.coreml.meta_check import check_package
-from anequant.targets.coreml.program.decoder import INFER, PREFILL
 from anequant.targets.coreml.storage import damage
 
 OpenPackage = Callable[[Path], Package | DevicePackage]
@@ -39,7 +38,7 @@ class PackageModel:
         ]
         self._head = _open(folder, self.packages, self.packages.head, open_package)
         self._mask = _causal_mask(self.packages.context)
-        self._vocab_size = self.packages.vocab_size or _logits_told(
+        self._vocab_size = self.packages.vocab_size or _count_logits(
             folder / f"{self.packages.head}.mlpackage"
         )
         self.reset()
@@ -58,7 +57,7 @@ class PackageModel:
         return not self.packages.argmax
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
-        """Append tokens to the context; logits float32 [vocab] for what follows them.
+        """Append tokens to the context; return logits float32 [vocab] for what follows them.
 
         Heads that choose the best token of each part themselves tell only those logits, the rest is -inf.
         Raises UsageError when they do not fit into the context, InputError for one without an embedding.
@@ -83,7 +82,7 @@ class PackageModel:
         return self._logits(hidden)
 
     def feed_each(self, tokens: Sequence[int]) -> Tensor:
-        """As `feed`, one token after the other: logits float32 [n, vocab] for what follows each."""
+        """Do as `feed`, one token after the other; return logits float32 [n, vocab] for what follows each."""
         return torch.stack([self.feed([token]) for token in tokens])
 
     def _forward(self, ids: Tensor, function: str) -> Tensor:
@@ -96,13 +95,13 @@ class PackageModel:
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return _whole_logits(self.packages, self._head.run({"hidden_states": hidden}))
+        return _join_logits(self.packages, self._head.run({"hidden_states": hidden}))
 
 
-def package_by_package(
+def run_package_by_package(
     folder: Path, tokens: Tensor, prompt: int, progress: Progress, open_package: OpenPackage = Package.open
 ) -> Tensor:
-    """What `PackageModel` says of known tokens, with a single package in memory at a time.
+    """Return what `PackageModel` says of known tokens, with a single package in memory at a time.
 
     The first `prompt` tokens, whole batches, go through `prefill`, the others one by one: logits
     [1 + len(tokens) - prompt, vocab] from the prompt's end on.
@@ -129,7 +128,7 @@ def package_by_package(
         del chunk
     head = _open(folder, packages, packages.head, open_package)
     last = [part for part, (_, _, function) in zip(hidden, steps, strict=True) if function == INFER]
-    return torch.stack([_whole_logits(packages, head.run({"hidden_states": part})) for part in last])
+    return torch.stack([_join_logits(packages, head.run({"hidden_states": part})) for part in last])
 
 
 def _causal_mask(context: int) -> Tensor:
@@ -137,7 +136,7 @@ def _causal_mask(context: int) -> Tensor:
 
 
 def _decoder_inputs(hidden: Tensor, start: int, mask: Tensor) -> dict[str, Tensor]:
-    """What a chunk takes for hidden states [1, S, hidden_size] of the positions from `start` on."""
+    """Return what a chunk takes for hidden states [1, S, hidden_size] of the positions from `start` on."""
     positions = torch.arange(start, start + hidden.shape[1], dtype=torch.int32)
     return {
         "hidden_states": hidden,
@@ -147,8 +146,8 @@ def _decoder_inputs(hidden: Tensor, start: int, mask: Tensor) -> dict[str, Tenso
     }
 
 
-def _whole_logits(packages: PackageSet, outputs: Mapping[str, Tensor]) -> Tensor:
-    """Logits float32 [vocab] of a head's outputs; -inf where a head that chooses does not tell them."""
+def _join_logits(packages: PackageSet, outputs: Mapping[str, Tensor]) -> Tensor:
+    """Join a head's outputs to logits float32 [vocab]; -inf where a head that chooses does not tell them."""
     if not packages.argmax:
         parts = [outputs[f"logits{part + 1}"] for part in range(packages.head_parts)]
         return torch.cat(parts, dim=-1).reshape(-1).float()
@@ -158,8 +157,8 @@ def _whole_logits(packages: PackageSet, outputs: Mapping[str, Tensor]) -> Tensor
     return logits
 
 
-def _logits_told(head: Path) -> int:
-    """By all outputs of a head together, one for every token. Core ML says nothing of a token beyond."""
+def _count_logits(head: Path) -> int:
+    """Count the logits of all outputs of a head, one a token. Core ML says nothing of a token beyond."""
     package = Package.open(head)
     return sum(output.shape[-1] or 0 for output in package.functions[package.default_function].outputs)
 

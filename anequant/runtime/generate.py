@@ -38,7 +38,7 @@ class Decoder(Protocol):
 
 
 def check_fits(decoder: Decoder, count: int) -> None:
-    """Raises UsageError when `count` more tokens are none, or too many for the context."""
+    """Raise UsageError when `count` more tokens are none, or too many for the context."""
     if count == 0:
         raise UsageError("there is no token to go on from", remedy="write at least a word")
     if not 0 < count <= decoder.context - decoder.position:
@@ -48,10 +48,10 @@ def check_fits(decoder: Decoder, count: int) -> None:
         )
 
 
-def new_tokens(
+def generate_tokens(
     decoder: Decoder, prompt: Sequence[int], choose: Choice, *, limit: int, stop: Collection[int]
 ) -> Iterator[int]:
-    """The continuation of `prompt`, token by token: up to `limit` tokens, a stop token or a full context.
+    """Yield the tokens that go on after `prompt`: up to `limit` of them, a stop token or a full context.
 
     The prompt goes after what the decoder holds already. The last token is not fed back.
     Raises UsageError when the prompt does not fit.
@@ -69,7 +69,7 @@ def new_tokens(
 
 
 def score(decoder: Decoder, tokens: Sequence[int], first: int) -> Tensor:
-    """Logits [len(tokens) - first, vocab] that predict tokens[first:], each from all tokens before it.
+    """Return logits [len(tokens) - first, vocab] that predict tokens[first:], each from all before it.
 
     `first` is at least 1. Starts from an empty context.
     """
@@ -79,17 +79,17 @@ def score(decoder: Decoder, tokens: Sequence[int], first: int) -> Tensor:
     return torch.cat([start, decoder.feed_each(rest)]) if rest else start
 
 
-def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    """The tokens of a text; `options` go to the tokenizer. Raises UsageError for what is no Unicode."""
+def encode_text(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """Return a text's tokens; `options` go to the tokenizer. Raises UsageError for what is no Unicode."""
     if not is_unicode(text):
         raise UsageError(f"{quote(text)} is not UTF-8", remedy="write it in UTF-8")
     tokens: list[int] = tokenizer(text, **options)["input_ids"]
     return tokens
 
 
-def decoded(tokenizer: Any, tokens: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
-    """The text of tokens, piece by piece: what the tokenizer's `decode` of all of them says after the text
-    of those `before`, without special tokens.
+def decode_pieces(tokenizer: Any, tokens: Iterator[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """Yield the text of tokens, piece by piece: what the tokenizer's `decode` of all of them says after the
+    text of those `before`, without special tokens.
 
     A tokenizer may strip the first word's space, merge bytes to characters, and clean up spaces, so each
     piece comes from decoding everything, once nothing that may follow can change it.
@@ -100,17 +100,17 @@ def decoded(tokenizer: Any, tokens: Iterator[int], before: Sequence[int] = ()) -
     for token in tokens:
         produced.append(token)
         last, text = text, tokenizer.decode(produced, skip_special_tokens=True)
-        if text != last and _settled(tokenizer, produced, text):
-            told = _shared(start, text) if told is None else told
+        if text != last and _is_settled(tokenizer, produced, text):
+            told = _count_shared(start, text) if told is None else told
             yield text[told:]
             told = len(text)
-    rest = text[_shared(start, text) if told is None else told :]
+    rest = text[_count_shared(start, text) if told is None else told :]
     if rest:
         yield rest
 
 
-def _settled(tokenizer: Any, tokens: Sequence[int], text: str) -> bool:
-    """Whether no token after these can change their text.
+def _is_settled(tokenizer: Any, tokens: Sequence[int], text: str) -> bool:
+    """Tell whether no token after these can change their text.
 
     A run of byte tokens is one unit, and is all replacement characters when it is not UTF-8.
     """
@@ -122,7 +122,7 @@ def _settled(tokenizer: Any, tokens: Sequence[int], text: str) -> bool:
     return " " not in plain[-LONGEST_CLEANED:]
 
 
-def _shared(one: str, other: str) -> int:
-    """How many characters both begin with."""
+def _count_shared(one: str, other: str) -> int:
+    """Count the characters that both begin with."""
     apart = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(apart, min(len(one), len(other)))

@@ -41,12 +41,12 @@ class AnequantQuantizer(HfQuantizer):  # type: ignore[misc]
     is_trainable = False
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Before the files are looked for: names them, and the attention function that turns queries.
+        """Name the files before they are looked for, and the attention function that turns queries.
 
         Raises InputError for a broken quantization_config, UsageError for an attention function that cannot
         turn queries.
         """
-        online = online_of(config)
+        online = read_model_online(config)
         config.transformers_weights = _weights_file(config)
         if online.r3 is not None:
             asked = config._attn_implementation
@@ -64,7 +64,7 @@ class AnequantQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **options: Any
     ) -> None:
-        spec, online = spec_of(model.config), online_of(model.config)
+        spec, online = read_model_spec(model.config), read_model_online(model.config)
         stored = _names(checkpoint_files or [])
         for number, layer in enumerate(model.base_model.layers):
             for linear in spec.architecture.linears:
@@ -75,14 +75,14 @@ class AnequantQuantizer(HfQuantizer):  # type: ignore[misc]
             attach(layer, number, spec, online)
 
 
-def spec_of(config: Any) -> ModelSpec:
-    """The ModelSpec of transformers' config object."""
+def read_model_spec(config: Any) -> ModelSpec:
+    """Read a ModelSpec from transformers' config object."""
     return read_spec(config.to_dict(), _place(config))
 
 
-def online_of(config: Any) -> Online:
-    """What a model does while it runs, by transformers' config object."""
-    return read_online(config.to_dict(), spec_of(config), _place(config))
+def read_model_online(config: Any) -> Online:
+    """Read what a model does while it runs from transformers' config object."""
+    return read_online(config.to_dict(), read_model_spec(config), _place(config))
 
 
 def _place(config: Any) -> str:

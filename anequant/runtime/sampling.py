@@ -30,20 +30,20 @@ class Sampling:
             )
 
 
-def chooser(sampling: Sampling) -> Choice:
-    """The function that draws one token after the other; equal seeds draw equal tokens."""
+def make_chooser(sampling: Sampling) -> Choice:
+    """Return a function that draws one token after the other; equal seeds draw equal tokens."""
     if sampling.temperature == 0:
         return lambda logits: int(logits.argmax())
     generator = torch.Generator().manual_seed(sampling.seed)
 
     def draw(logits: Tensor) -> int:
-        return int(torch.multinomial(chances(logits, sampling), 1, generator=generator))
+        return int(torch.multinomial(compute_chances(logits, sampling), 1, generator=generator))
 
     return draw
 
 
-def chances(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities [vocab] of logits [vocab] at a temperature above 0.
+def compute_chances(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return the probabilities [vocab] of logits [vocab] at a temperature above 0.
 
     top_k keeps the k best tokens (and ties with the last of them); top_p the fewest best whose
     probabilities reach p (Holtzman et al. 2020, section 3.1). However small the temperature, none is NaN.

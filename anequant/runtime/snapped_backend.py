@@ -50,7 +50,7 @@ class SnappedWeights:
         return {**self.checkpoint.layer(layer), **snapped}
 
     def weight(self, name: str) -> Tensor:
-        """Projection `name` after the loader, float32 [out, in]; raises InputError as `load` does."""
+        """Return projection `name` as loaded, float32 [out, in]; raises InputError as `load` does."""
         if f"{name}.codebook" not in self.checkpoint.tensors:
             return self.read(f"{name}.weight").float()
         return load(name, self.read, self.checkpoint.tensors).dequantize()

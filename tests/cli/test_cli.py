@@ -827,7 +827,7 @@ def test_verify_compares_codes_bit_for_bit(checkpoint: Made, packages: Made, tmp
     weights = package / WEIGHT_BIN
     value, offset = next(
         (value, weight.place)
-        for _, value, weight in Package.open(package).compressed_weights()
+        for _, value, weight in Package.open(package).read_compressed_weights()
         if "gate_proj" in value
     )
     assert offset is not None

@@ -34,7 +34,7 @@ from anequant.recipe_files import load_recipe
 from anequant.reference.windows import choose_probe_tokens
 from anequant.request import LowerRequest, Request
 from anequant.targets.coreml import graph as graph_module
-from anequant.targets.coreml.graph import package_graphs
+from anequant.targets.coreml.graph import read_graphs
 from anequant.targets.coreml.interpreter import interpreter
 from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE
 from anequant.targets.coreml.storage import read_model
@@ -325,7 +325,7 @@ def test_where_constants_lie_does_not_matter(made: Made, package: Path) -> None:
     moved: list[Any] = []
     rewrite(package, edit)
     assert len(moved) > 7
-    one, other = package_graphs(made.packages / FFN), package_graphs(package)
+    one, other = read_graphs(made.packages / FFN), read_graphs(package)
     assert [diff_functions(a, b).same for a, b in zip(one, other, strict=True)] == [True, True]
 
 
@@ -361,8 +361,7 @@ def other_order_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_order_of_maps_does_not_matter(made: Made, package: Path) -> None:
     """Nor does it to what is said of one package: every command reads it in both orders."""
     orders = [
-        [list(node.proto.inputs) for graph in package_graphs(package) for node in graph.nodes]
-        for _ in range(2)
+        [list(node.proto.inputs) for graph in read_graphs(package) for node in graph.nodes] for _ in range(2)
     ]
     assert orders[0] != orders[1]
     assert the_package(found(made.packages / FFN, package, SAME))["functions"] == []
@@ -370,7 +369,7 @@ def test_the_order_of_maps_does_not_matter(made: Made, package: Path) -> None:
         said = [CliRunner().invoke(main, [*command, str(package)]).stdout for _ in range(2)]
         assert said[0] == said[1] != ""
     opened = [interpreter.Package.open(package) for _ in range(2)]
-    named = [[(function, value) for function, value, _ in one.compressed_weights()] for one in opened]
+    named = [[(function, value) for function, value, _ in one.read_compressed_weights()] for one in opened]
     assert named[0] == named[1] != []
     assert [list(one.functions) for one in opened] == [["infer", "prefill"]] * 2
 

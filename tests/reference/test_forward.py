@@ -21,7 +21,7 @@ from anequant.reference.forward import (
     logits,
     run_to_final_states,
 )
-from anequant.targets.shared.rope_tables import lowered_rope_tables
+from anequant.targets.shared.rope_tables import compute_rope_tables
 
 ORIGINAL = 64
 """The context that the models of this file were trained for, as far as their RoPE settings say."""
@@ -171,7 +171,7 @@ def test_rope_tables_are_the_rotary_modules(
     assert cos.shape == (1, ORIGINAL, spec.head_dim)
     actual = ReferenceModel(spec, torch.float32).rope_tables(ORIGINAL)
     assert torch.equal(actual[0], cos) and torch.equal(actual[1], sin)
-    lowered = lowered_rope_tables(spec, ORIGINAL)
+    lowered = compute_rope_tables(spec, ORIGINAL)
     assert torch.equal(lowered[0], cos[0]) and torch.equal(lowered[1], sin[0])
 
 
@@ -180,7 +180,7 @@ def test_lowered_tables_hold_for_every_shorter_prompt(model: Callable[..., Path]
     folder = model(rope=rope)
     spec = open_checkpoint(folder).spec
     context = ORIGINAL if rope in GROWING else LONG
-    cos, sin = lowered_rope_tables(spec, context)
+    cos, sin = compute_rope_tables(spec, context)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for length in (1, 2, 9, context // 2, context):
         expected_cos, expected_sin = whole.model.rotary_emb(torch.empty(1), torch.arange(length)[None])
@@ -195,7 +195,7 @@ def test_a_rope_that_changes_with_the_prompt_is_refused(
 ) -> None:
     spec = open_checkpoint(model(rope=rope)).spec
     with pytest.raises(UnsupportedError, match=f"RoPE changes .* within {context} tokens") as caught:
-        lowered_rope_tables(spec, context)
+        compute_rope_tables(spec, context)
     assert "original" in caught.value.remedy
 
 
@@ -206,12 +206,12 @@ def test_a_longer_prompt_than_the_sliding_window_is_refused(
     checkpoint = open_checkpoint(folder)
     short = some_tokens(1, 16)
     assert_same(torch.stack(list(logits(checkpoint, short))), stock(folder, short).logits)
-    cos, _ = lowered_rope_tables(checkpoint.spec, 16)
+    cos, _ = compute_rope_tables(checkpoint.spec, 16)
     assert cos.shape == (16, 32)
     with pytest.raises(UnsupportedError, match=r"17 tokens exceed .* window of 16"):
         list(logits(checkpoint, some_tokens(1, 17)))
     with pytest.raises(UnsupportedError, match=r"64 tokens exceed .* window of 16"):
-        lowered_rope_tables(checkpoint.spec, 64)
+        compute_rope_tables(checkpoint.spec, 64)
 
 
 def test_a_window_that_is_switched_off_is_no_limit(make_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from anequant.errors import InputError, UnsupportedError, UsageError
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
 from anequant.request import LowerRequest
-from anequant.runtime.continue_text import Chat, TextModel, continue_text, open_text_model, stop_tokens
-from anequant.runtime.generate import decoded, new_tokens, score
+from anequant.runtime.continue_text import Chat, TextModel, continue_text, open_text_model, read_stop_tokens
+from anequant.runtime.generate import decode_pieces, generate_tokens, score
 from anequant.runtime.sampling import Sampling
 from anequant.targets.coreml.meta import read_meta
 
@@ -136,10 +136,10 @@ def test_parts_of_a_head_need_not_be_equal(packages: Path) -> None:
 def test_a_full_context_ends_the_text(packages: Path) -> None:
     model = open_text_model(packages, "interpreter")
     prompt = model.tokenizer(PROMPT)["input_ids"]
-    produced = list(new_tokens(model.decoder, prompt, best, limit=500, stop=()))
+    produced = list(generate_tokens(model.decoder, prompt, best, limit=500, stop=()))
     assert model.full and len(prompt) + len(produced) == 48 + 1
     with pytest.raises(UsageError, match="49 tokens, the model holds 1 to 48"):
-        next(new_tokens(model.decoder, [1], lambda values: 0, limit=1, stop=()))
+        next(generate_tokens(model.decoder, [1], lambda values: 0, limit=1, stop=()))
 
 
 def test_arg_max_heads_refuse_to_sample(packages: Path) -> None:
@@ -176,7 +176,7 @@ def test_scores_are_the_models_own(checkpoint: Path) -> None:
 def test_pieces_make_up_the_text(tiny_qwen2: Path, text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
     tokens = tokenizer(text)["input_ids"]
-    pieces = list(decoded(tokenizer, iter(tokens)))
+    pieces = list(decode_pieces(tokenizer, iter(tokens)))
     assert "".join(pieces) == tokenizer.decode(tokens)
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
 
@@ -229,7 +229,7 @@ def test_pieces_are_what_decoding_everything_says(kind: Callable[[], Any]) -> No
     choose = random.Random(0)
     for _ in range(600):
         tokens = choose.choices(some, k=choose.randrange(1, 10))
-        pieces = list(decoded(tokenizer, iter(tokens)))
+        pieces = list(decode_pieces(tokenizer, iter(tokens)))
         assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
         assert "" not in pieces
 
@@ -240,7 +240,7 @@ def test_pieces_come_one_by_one_and_go_on_from_the_prompt(kind: Callable[[], Any
     before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the", " the house"))
     whole = tokenizer.decode([*before, *after, *after])
     assert whole == "the the house the house"
-    pieces = list(decoded(tokenizer, iter([*after, *after]), before))
+    pieces = list(decode_pieces(tokenizer, iter([*after, *after]), before))
     assert "".join(pieces) == " the house the house" and len(pieces) > 2
 
 
@@ -280,7 +280,7 @@ class Counter:
 )
 def test_where_a_text_ends(limit: int, stop: tuple[int, ...], produced: list[int]) -> None:
     counter: Any = Counter()
-    assert list(new_tokens(counter, [4, 5], best, limit=limit, stop=stop)) == produced
+    assert list(generate_tokens(counter, [4, 5], best, limit=limit, stop=stop)) == produced
     assert counter.fed == [4, 5, *produced[:8]][: 2 + min(len(produced), limit - 1, 8)]
 
 
@@ -303,12 +303,12 @@ def test_end_tokens_are_transformers_own(
         ends = {} if of_generation is ABSENT else {"eos_token_id": of_generation}
         (tmp_path / "generation_config.json").write_text(json.dumps(ends))
     stock = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
-    assert stop_tokens(tmp_path) == set(stock if isinstance(stock, list) else [stock]) - {None}
+    assert read_stop_tokens(tmp_path) == set(stock if isinstance(stock, list) else [stock]) - {None}
 
 
 def test_packages_end_where_their_checkpoint_does(checkpoint: Path, packages: Path) -> None:
     assert not (packages / "generation_config.json").exists()
-    assert open_text_model(packages, "interpreter").stop == stop_tokens(checkpoint) == {8189}
+    assert open_text_model(packages, "interpreter").stop == read_stop_tokens(checkpoint) == {8189}
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
@@ -316,7 +316,7 @@ def test_packages_end_where_their_checkpoint_does(checkpoint: Path, packages: Pa
 def test_end_tokens_that_are_none(tmp_path: Path, name: str, value: Any) -> None:
     (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(InputError, match=f"'eos_token_id' of '{name}' is") as caught:
-        stop_tokens(tmp_path)
+        read_stop_tokens(tmp_path)
     assert caught.value.exit_code == 3 and caught.value.where == str(tmp_path / name)
 
 

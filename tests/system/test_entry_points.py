@@ -30,7 +30,7 @@ from anequant.inspection.device_profile import measure_agreement, time_decoding
 from anequant.quantization.fold_scales import premultiply_scales
 from anequant.quantization.linear import QuantizedLinear
 from anequant.runtime.coreml_backend import PackageModel
-from anequant.targets.coreml.placement import Placement, operations_by_device, plan_placements
+from anequant.targets.coreml.device import Placement, count_by_device, list_placements
 
 SCRIPTS = REPOSITORY / "tests" / "dev"
 TOOLS = REPOSITORY / "tools"
@@ -608,14 +608,14 @@ def test_placements_follow_the_plan() -> None:
             SimpleNamespace(weight=0.5) if op.operator_name == "ios18.conv" else None
         ),
     )
-    placements = list(plan_placements(plan))
+    placements = list(list_placements(plan))
     assert placements == [
         Placement("infer", "ios18.conv", "y", "neural engine", ("cpu", "neural engine"), 0.5),
         Placement("infer", "gather", "z", "cpu", ("cpu",), None),
         Placement("infer", "add", "s", "unknown", (), None),
         Placement("prefill", "add", "t", "unknown", (), None),
     ]
-    assert operations_by_device(placements) == {"neural engine": 1, "cpu": 1, "unknown": 2}
+    assert count_by_device(placements) == {"neural engine": 1, "cpu": 1, "unknown": 2}
 
 
 def test_timing_and_agreement_by_the_interpreter(packages: Path) -> None:

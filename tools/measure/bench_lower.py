@@ -93,18 +93,20 @@ def ours_stage(work: Path, layers: int, lap: Lap) -> Path:
     from anequant.architectures.spec import FINAL_NORM
     from anequant.checkpoints.layers import load_layer
     from anequant.checkpoints.reader import open_checkpoint
-    from anequant.targets.coreml.program.decoder import Geometry, chunk_program
+    from anequant.targets.coreml.program.decoder import chunk_program
     from anequant.targets.coreml.program.package import save_package
-    from anequant.targets.shared.rope_tables import lowered_rope_tables
+    from anequant.targets.shared.geometry import Geometry
+    from anequant.targets.shared.package_task import Chunk
+    from anequant.targets.shared.rope_tables import compute_rope_tables
 
     lap("imports")
     package = work / "ours.mlpackage"
     checkpoint = open_checkpoint(work / "quantized")
-    stack = [load_layer(checkpoint, number) for number in range(layers)]
+    stack = tuple(load_layer(checkpoint, number) for number in range(layers))
     gain = checkpoint.read(f"{FINAL_NORM}.weight")
     lap("read codes")
-    tables = lowered_rope_tables(checkpoint.spec, CONTEXT)
-    program = chunk_program(Geometry(checkpoint.spec, CONTEXT, BATCH, *tables), stack, gain)
+    tables = compute_rope_tables(checkpoint.spec, CONTEXT)
+    program = chunk_program(Chunk(Geometry(checkpoint.spec, CONTEXT, BATCH, *tables), stack, gain))
     lap("build")
     save_package(program, package, {})
     lap("convert and save")

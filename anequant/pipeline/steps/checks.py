@@ -27,10 +27,10 @@ from anequant.pipeline.steps.sizes import (
 from anequant.recipe import LowerOptions
 from anequant.reference.forward import HEAD_ROWS
 from anequant.reference.windows import DECODE_TOKENS, PREFILL_TOKENS
-from anequant.targets.coreml.lint.rules import Finding, lint, require_clean
-from anequant.targets.shared.geometry import GRAPH_BYTES_PER_LAYER, chunk_ranges
-from anequant.targets.shared.lowerable import head_parts
-from anequant.verification.verify import CheckpointCheck, PackageCheck, verify_checkpoint, verify_packages
+from anequant.targets.coreml.lint.lint import Finding, lint, require_clean
+from anequant.targets.shared.agreement import PackageCheck
+from anequant.targets.shared.geometry import GRAPH_BYTES_PER_LAYER, count_head_parts, split_layers
+from anequant.verification.verify import CheckpointCheck, verify_checkpoint, verify_packages
 
 PROBABILITIES = 5
 """Tables [length, vocab] that a comparison of two models' predictions holds at once."""
@@ -105,8 +105,8 @@ class VerifyPackages(Step[Converting, PackageCheck]):
         """The largest package in float32, transformers' logits, or a constant and what it is held against."""
         spec = self.facts.spec
         chunks = len(self.packages) - 2
-        most = max(len(layers) for layers in chunk_ranges(spec.num_layers, chunks))
-        parts = head_parts(spec)
+        most = max(len(layers) for layers in split_layers(spec.num_layers, chunks))
+        parts = count_head_parts(spec)
         return max(
             _interpreted_bytes(list(spec.linear_weights.values()) * most),
             _interpreted_bytes([table_size(spec) // parts] * parts),

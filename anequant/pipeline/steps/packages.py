@@ -18,8 +18,8 @@ from anequant.pipeline.steps.sizes import (
     table_size,
 )
 from anequant.quantization.linear import ROWS
-from anequant.targets.coreml.build import PackageSize
-from anequant.targets.shared.geometry import layer_bytes, table_bytes, vocabulary_bytes
+from anequant.targets.shared.geometry import count_layer_bytes, count_table_bytes, count_vocabulary_bytes
+from anequant.targets.shared.package_task import PackageSize
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ class BuildTable(BuildPackage):
 
     @property
     def moves(self) -> tuple[int, int]:
-        return stored_bytes(self.written, f"{self.name}."), vocabulary_bytes(self.written, self.name)
+        return stored_bytes(self.written, f"{self.name}."), count_vocabulary_bytes(self.written, self.name)
 
     @property
     def holds(self) -> int:
@@ -84,8 +84,8 @@ class BuildChunk(BuildPackage):
     @property
     def moves(self) -> tuple[int, int]:
         read = sum(stored_bytes(self.written, layer_prefix(layer)) for layer in self.layers)
-        sizes = layer_bytes(self.written)
-        shared = table_bytes(self.written.spec, self.context, self.written.online)
+        sizes = count_layer_bytes(self.written)
+        shared = count_table_bytes(self.written.spec, self.context, self.written.online)
         return read, sum(sizes[layer] for layer in self.layers) + shared
 
     @property

@@ -28,7 +28,7 @@ from anequant.pipeline.converting import measure_sample
 from anequant.report.page.report_layers import Known, collect_layers
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.signatures import TensorSpec
-from anequant.verification.hashes import CONVERSION
+from anequant.verification.files import CONVERSION
 
 SCHEMA = 1
 

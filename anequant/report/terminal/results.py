@@ -18,10 +18,11 @@ from anequant.pipeline.lowering import LowerResult
 from anequant.pipeline.quantizing import QuantizeResult, RotateResult
 from anequant.pipeline.rounder import TensorError
 from anequant.report.page.write_report import Report
-from anequant.targets.coreml.lint.rules import Finding
+from anequant.targets.coreml.lint.lint import Finding
+from anequant.targets.shared.agreement import PackageCheck
 from anequant.targets.shared.headroom import Headroom
 from anequant.units import format_bytes
-from anequant.verification.verify import CheckpointCheck, PackageCheck
+from anequant.verification.verify import CheckpointCheck
 
 Rows = list[tuple[str, str]]
 

@@ -12,12 +12,11 @@ from torch import Tensor
 from anequant.targets.coreml.signatures import (
     FunctionSpec,
     TensorSpec,
-    block_of,
-    constant_spec,
-    function_spec,
-    tensor_spec,
+    read_constant_spec,
+    read_functions,
+    read_tensor_spec,
 )
-from anequant.targets.coreml.storage import Weights, damage, model_file, read_model
+from anequant.targets.coreml.storage import Weights, damage, find_model_file, read_model
 
 LUT, BLOCKS = "constexpr_lut_to_dense", "constexpr_blockwise_shift_scale"
 
@@ -61,22 +60,22 @@ class Graph:
         return [user for output in node.outputs for user in self._consumers.get(output.name, [])]
 
     def source(self, node: Node, name: str) -> Node | None:
-        """What makes the (first) value of input `name`; None for a function input or an immediate value."""
+        """Return what makes the (first) value of input `name`; None for a function input or an immediate."""
         names = node.inputs.get(name, ())
         return self.producer.get(names[0]) if names and names[0] is not None else None
 
     def shape(self, node: Node, name: str) -> tuple[int | None, ...]:
-        """Of input `name`; () when unknown."""
+        """Return the shape of input `name`; () when unknown."""
         source = self.source(node, name)
         if source is not None:
             return source.outputs[0].shape
         names = node.inputs.get(name, ())
         if names and names[0] is None:
-            return tensor_spec(name, node.proto.inputs[name].arguments[0].value.type).shape
+            return read_tensor_spec(name, node.proto.inputs[name].arguments[0].value.type).shape
         return next((spec.shape for spec in self.spec.inputs if names and spec.name == names[0]), ())
 
     def value(self, node: Node | None, name: str) -> Tensor | str | None:
-        """A constant input, read from disk; None when it is computed or absent."""
+        """Read a constant input from disk; None when it is computed or absent."""
         if node is None or name not in node.inputs:
             return None
         binding = node.proto.inputs[name].arguments[0]
@@ -86,11 +85,11 @@ class Graph:
         return self.literal(source) if source is not None and source.kind == "const" else None
 
     def literal(self, node: Node) -> Tensor | str:
-        """The value of a const."""
+        """Read the value of a const."""
         return self.content(node.proto.attributes["val"])
 
     def content(self, value: Any) -> Tensor | str:
-        """A MIL_pb2.Value, read from disk."""
+        """Read a MIL_pb2.Value from disk."""
         return self._weights.read(value)
 
     def of_kind(self, *kinds: str) -> Iterator[Node]:
@@ -100,18 +99,14 @@ class Graph:
         return (node for node in self.nodes if not node.constant)
 
 
-def package_graphs(package: Path) -> list[Graph]:
-    """Every function of an .mlpackage. Raises InputError for a damaged one."""
-    file = model_file(package)
+def read_graphs(package: Path) -> list[Graph]:
+    """Read every function of an .mlpackage. Raises InputError for a damaged one."""
+    file = find_model_file(package)
     model, weights = read_model(file), Weights(file.parent)
-    features = {part.name: part.input for part in model.description.functions}
-    graphs = []
     with damage(str(package)):
-        for name, function in sorted(model.mlProgram.functions.items()):
-            block = block_of(function, str(package))
-            spec = function_spec(function, block, features.get(name, model.description.input))
-            graphs.append(Graph(name, block, spec, weights))
-    return graphs
+        return [
+            Graph(name, block, spec, weights) for name, block, spec in read_functions(model, str(package))
+        ]
 
 
 def _node(operation: Any) -> Node:
@@ -122,5 +117,5 @@ def _node(operation: Any) -> Node:
         )
         for name, argument in sorted(operation.inputs.items())
     }
-    outputs = tuple(constant_spec(value.name, value.type) for value in operation.outputs)
+    outputs = tuple(read_constant_spec(value.name, value.type) for value in operation.outputs)
     return Node(operation.type, outputs, inputs, operation)

@@ -12,6 +12,9 @@ from anequant.errors import InputError, quote
 from anequant.strict import parse_yaml, read_plain
 
 META = "meta.yaml"
+INFER, PREFILL = "infer", "prefill"
+"""The functions of a decoder's chunk."""
+
 LARGEST_META = 100_000
 LARGEST_NUMBER, MOST_PACKAGES, LARGEST_WIDTH = 10**7, 1000, 16
 FORMAT_VERSION = "0.3.4"

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from anequant.errors import InputError
-from anequant.targets.coreml.meta import META, PackageSet
-from anequant.targets.coreml.program.decoder import INFER, PREFILL
+from anequant.targets.coreml.meta import INFER, META, PREFILL, PackageSet
 from anequant.targets.coreml.signatures import FunctionSpec, TensorSpec
 from anequant.targets.coreml.storage import damage
 
@@ -23,11 +22,11 @@ def check_package(packages: PackageSet, name: str, functions: Functions, folder:
     it lacks.
     """
     if name == packages.embeddings:
-        claims = _of_embeddings(packages, functions)
+        claims = _claim_embeddings(packages, functions)
     elif name == packages.head:
-        claims = _of_head(packages, functions)
+        claims = _claim_head(packages, functions)
     else:
-        claims = _of_chunk(packages, functions)
+        claims = _claim_chunk(packages, functions)
     package = f"{name}.mlpackage"
     with damage(str(folder / package)):
         for key, said, found in claims:
@@ -39,25 +38,25 @@ def check_package(packages: PackageSet, name: str, functions: Functions, folder:
                 )
 
 
-def _of_embeddings(packages: PackageSet, functions: Functions) -> Iterator[Claim]:
-    spec = _only(functions)
+def _claim_embeddings(packages: PackageSet, functions: Functions) -> Iterator[Claim]:
+    spec = _take_only(functions)
     lengths = [shape[-1] for shape in spec.enumerated.get("input_ids", ())]
     if lengths and packages.batch not in lengths:
         yield "batch_size", packages.batch, max(lengths)
 
 
-def _of_chunk(packages: PackageSet, functions: Functions) -> Iterator[Claim]:
+def _claim_chunk(packages: PackageSet, functions: Functions) -> Iterator[Claim]:
     for function in (INFER, PREFILL):
         if function not in functions:
             raise LookupError(f"no function '{function}'")
-        *_, rows, columns = _named(functions[function].inputs, "causal_mask").shape
+        *_, rows, columns = _find_tensor(functions[function].inputs, "causal_mask").shape
         yield "context_length", packages.context, columns
         if function == PREFILL:
             yield "batch_size", packages.batch, rows
 
 
-def _of_head(packages: PackageSet, functions: Functions) -> Iterator[Claim]:
-    spec = _only(functions)
+def _claim_head(packages: PackageSet, functions: Functions) -> Iterator[Claim]:
+    spec = _take_only(functions)
     logits = [tensor.shape[-1] for tensor in spec.outputs if tensor.name.startswith("logits")]
     yield "argmax_in_model", packages.argmax, not logits
     parts = logits or list(spec.choices)
@@ -71,13 +70,13 @@ def _of_head(packages: PackageSet, functions: Functions) -> Iterator[Claim]:
         yield "lm_head_chunk_sizes", packages.head_sizes, sizes
 
 
-def _only(functions: Functions) -> FunctionSpec:
+def _take_only(functions: Functions) -> FunctionSpec:
     if not functions:
         raise LookupError("no function")
     return next(iter(functions.values()))
 
 
-def _named(tensors: tuple[TensorSpec, ...], name: str) -> TensorSpec:
+def _find_tensor(tensors: tuple[TensorSpec, ...], name: str) -> TensorSpec:
     for tensor in tensors:
         if tensor.name == name and tensor.shape:
             return tensor

@@ -18,7 +18,7 @@ BITS = 4
 KEPT = ("lm_head", "model.embed_tokens")
 
 
-def kmeans(model: Any, *, channel_scale: bool = False) -> Any:
+def palettize_by_kmeans(model: Any, *, channel_scale: bool = False) -> Any:
     """PostTrainingPalettizer of coremltools on every linear of a transformers model; the model palettized.
 
     `channel_scale`: the rows are brought to one range first, and keep a scale each.
@@ -32,7 +32,7 @@ def kmeans(model: Any, *, channel_scale: bool = False) -> Any:
         return palettization.PostTrainingPalettizer(model, config).compress(num_kmeans_workers=1)
 
 
-def sensitive_kmeans(model: Any, windows: Tensor, loss: Callable[[nn.Module, Tensor], Tensor]) -> Any:
+def palettize_by_sensitivity(model: Any, windows: Tensor, loss: Callable[[nn.Module, Tensor], Tensor]) -> Any:
     """SKMPalettizer of coremltools: the same, weighted by the diagonal of the Fisher information of `loss` on
     token windows [n, length]."""
     from coremltools.optimize.torch import palettization

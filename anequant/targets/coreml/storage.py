@@ -69,7 +69,7 @@ class Palettized:
     axis: int = 0
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The values, in the codebook's type or in `dtype`."""
+        """Return the values, in the codebook's type or in `dtype`."""
         *groups, entries, width = self.codebook.shape
         trailing = (width,) if width > 1 else ()
         table = self.codebook.reshape(-1, *trailing).to(dtype or self.codebook.dtype)
@@ -93,7 +93,7 @@ class Palettized:
         return values.movedim(-1, axis + 1).flatten(axis, axis + 1) if trailing else values
 
     def rows(self, index: Tensor) -> Palettized:
-        """The rows `index` (int64, one axis) of axis 0, still as codes."""
+        """Return the rows `index` (int64, one axis) of axis 0, still as codes."""
         codebook = self.codebook
         if codebook.shape[0] > 1:
             codebook = codebook.index_select(0, index // (self.codes.shape[0] // codebook.shape[0]))
@@ -114,14 +114,14 @@ class Weights:
         self._readers: dict[str, Any] = {}
 
     def read(self, value: Any) -> Tensor | str:
-        """A MIL_pb2.Value as a tensor of its declared shape, or as a string; InputError if it is damaged."""
+        """Read a MIL_pb2.Value as a tensor of its declared shape, or a string; InputError if damaged."""
         if value.type.WhichOneof("type") != "tensorType":
             raise UnsupportedError("a constant that is neither a tensor nor a string")
         dims = value.type.tensorType.dimensions
         shape = tuple(dim.constant.size for dim in dims)
         if value.type.tensorType.dataType == STRING:
             return str(value.immediateValue.tensor.strings.values[0])
-        dtype = data_type(value.type.tensorType)
+        dtype = read_data_type(value.type.tensorType)
         if value.WhichOneof("value") == "blobFileValue":
             flat = self._blob(value.blobFileValue, dtype)
         else:
@@ -133,7 +133,7 @@ class Weights:
 
     def _blob(self, blob: Any, dtype: DataType) -> np.ndarray[Any, Any]:
         name = blob.fileName.removeprefix("@model_path/")
-        path = inside(self._folder, name)
+        path = resolve_below(self._folder, name)
         try:
             if name not in self._readers:
                 if not path.is_file():
@@ -166,15 +166,15 @@ def _immediate(value: Any, dtype: DataType) -> np.ndarray[Any, Any]:
     return codes.astype(numpy_type)
 
 
-def data_type(tensor_type: Any) -> DataType:
-    """The element type of a MIL_pb2.TensorType; UnsupportedError for one that nothing here can hold."""
+def read_data_type(tensor_type: Any) -> DataType:
+    """Read the element type of a MIL_pb2.TensorType; UnsupportedError for one that nothing here can hold."""
     if tensor_type.dataType not in DATA_TYPES:
         raise UnsupportedError(f"element type {MIL_pb2.DataType.Name(tensor_type.dataType)}")
     return DATA_TYPES[tensor_type.dataType]
 
 
-def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, refusing with InputError any name that is not a plain relative path below it."""
+def resolve_below(folder: Path, name: str) -> Path:
+    """Return `folder / name`; InputError for a name that is not a plain relative path below it."""
     parts = PurePosixPath(name).parts
     if not parts or "\\" in name or ":" in name or "\0" in name or name.startswith("/") or ".." in parts:
         raise InputError(f"the path '{name}' leaves the package", where=str(folder))
@@ -183,8 +183,8 @@ def inside(folder: Path, name: str) -> Path:
 
 @contextmanager
 def damage(where: str) -> Iterator[None]:
-    """InputError for whatever a well-formed protobuf can say that makes no program: a missing part, a name
-    that nothing has, sizes that do not agree."""
+    """Raise InputError for whatever a well-formed protobuf can say that makes no program: a missing part, a
+    name that nothing has, sizes that do not agree."""
     try:
         yield
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -192,8 +192,8 @@ def damage(where: str) -> Iterator[None]:
         raise InputError(f"the package is damaged ({reason})", where=where) from error
 
 
-def model_file(package: Path) -> Path:
-    """The root model of an .mlpackage, as its Manifest.json says; InputError if it says nothing usable."""
+def find_model_file(package: Path) -> Path:
+    """Find the root model of an .mlpackage by its Manifest.json; InputError if it says nothing usable."""
     manifest = package / "Manifest.json"
     remedy = "point to an .mlpackage folder"
     try:
@@ -205,14 +205,14 @@ def model_file(package: Path) -> Path:
         raise InputError("the manifest does not name a root model", where=str(manifest)) from error
     if not isinstance(name, str):
         raise InputError("the manifest does not name a root model", where=str(manifest))
-    path = inside(package / "Data", name)
+    path = resolve_below(package / "Data", name)
     if not path.is_file():
         raise InputError("the manifest's model file is missing", where=str(path))
     return path
 
 
 def read_model(path: Path) -> Any:
-    """The Model_pb2.Model in a model file; it must be an mlProgram (UnsupportedError otherwise)."""
+    """Read the Model_pb2.Model in a model file; it must be an mlProgram (UnsupportedError otherwise)."""
     model = Model_pb2.Model()
     try:
         model.ParseFromString(path.read_bytes())

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_logging() -> Iterator[None]:
-    """Keeps every logger silent below errors."""
+    """Keep every logger silent below errors."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:

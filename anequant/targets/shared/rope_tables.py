@@ -10,8 +10,8 @@ from anequant.errors import UnsupportedError
 from anequant.reference.forward import ReferenceModel, check_window
 
 
-def lowered_rope_tables(spec: ModelSpec, context: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [context, head_dim] that hold for every prompt of up to `context` tokens.
+def compute_rope_tables(spec: ModelSpec, context: int) -> tuple[Tensor, Tensor]:
+    """Return cos and sin [context, head_dim] that hold for every prompt of up to `context` tokens.
 
     Raises UnsupportedError where RoPE depends on the prompt's length (dynamic and longrope beyond the
     original context), or covers only a part of the head, or attention slides within the context.

@@ -14,26 +14,26 @@ from anequant.rotation.orthogonal import Rotation
 
 WIDEST = 256
 QUERY, KEY, FFN = "r3_query", "r3_key", "r4"
-"""What the rotations are called: `weight_name` tells their constants."""
+"""What the rotations are called: `name_factor` tells their constants."""
 
 
-def online_weights(spec: ModelSpec, online: Online) -> dict[str, list[Tensor]]:
-    """`hadamard_weights` of every rotation that runs, by QUERY, KEY and FFN."""
+def make_online_weights(spec: ModelSpec, online: Online) -> dict[str, list[Tensor]]:
+    """Make the weights of every rotation that runs, by QUERY, KEY and FFN."""
     widths = {
         QUERY: (online.r3, spec.num_heads * spec.head_dim),
         KEY: (online.r3, spec.num_key_value_heads * spec.head_dim),
         FFN: (online.r4, spec.intermediate_size),
     }
     return {
-        name: hadamard_weights(rotation, width)
+        name: make_hadamard_weights(rotation, width)
         for name, (rotation, width) in widths.items()
         if rotation is not None
     }
 
 
-def hadamard_weights(rotation: Rotation, width: int) -> list[Tensor]:
-    """float16 weights [channels, factor, 1, 1] of convolutions that turn each `rotation.size` of `width`
-    channels, in their order. The rotation is a Hadamard matrix, without signs."""
+def make_hadamard_weights(rotation: Rotation, width: int) -> list[Tensor]:
+    """Make float16 weights [channels, factor, 1, 1] of convolutions that rotate each `rotation.size` of
+    `width` channels, in their order. The rotation is a Hadamard matrix, without signs."""
     assert rotation.order is not None and rotation.signs is None
     order = rotation.order
     factors: Sequence[Tensor] = orthonormal_factors(order, torch.float64)
@@ -46,6 +46,6 @@ def hadamard_weights(rotation: Rotation, width: int) -> list[Tensor]:
     return weights
 
 
-def weight_name(name: str, number: int) -> str:
-    """What the constant of a rotation's factor is called."""
+def name_factor(name: str, number: int) -> str:
+    """Return the name of the constant that is a rotation's factor."""
     return f"{name}_factor_{number + 1}"

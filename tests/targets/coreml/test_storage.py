@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anequant.errors import InputError
-from anequant.targets.coreml.storage import Palettized, Weights, inside
+from anequant.targets.coreml.storage import Palettized, Weights, resolve_below
 from anequant.targets.coreml.toolkit import MIL_pb2 as MIL
 
 UNSIGNED = {n: getattr(types, f"np_uint{n}_dtype") for n in (1, 2, 3, 4, 6)} | {8: np.uint8, 16: np.uint16}
@@ -99,11 +99,11 @@ def test_palettized(palette, data):
 @pytest.mark.parametrize("name", ["..", "a/../../b", "/a", "\\a", "a\\..\\b", "c:a", "", "a\0b"])
 def test_inside_refuses(tmp_path, name):
     with pytest.raises(InputError, match="leaves the package"):
-        inside(tmp_path, name)
+        resolve_below(tmp_path, name)
 
 
 def test_inside_accepts(tmp_path):
     assert (
-        inside(tmp_path, "com.apple.CoreML/./model.mlmodel")
+        resolve_below(tmp_path, "com.apple.CoreML/./model.mlmodel")
         == tmp_path / "com.apple.CoreML" / "model.mlmodel"
     )

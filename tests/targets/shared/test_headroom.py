@@ -184,7 +184,7 @@ def test_loud_sums_move_from_codebook_to_scales(
     check = verify_packages(tmp_path / "out", folder)
     assert check.weights == 21 and check.agreement >= 0.99
     chunk = Package.open(tmp_path / "out" / f"{read_meta(tmp_path / 'out').chunk_names[0]}.mlpackage")
-    stored = {value: weight for _, value, weight in chunk.compressed_weights()}
+    stored = {value: weight for _, value, weight in chunk.read_compressed_weights()}
     (name,) = [name for name in stored if "layers_1_mlp_down_proj" in name]
     whole = load_layer(open_quantized(folder), 1).linears["mlp.down_proj"]
     expected = whole.codebook * moved["model.layers.1.mlp.down_proj"]

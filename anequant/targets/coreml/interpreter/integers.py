@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anequant.targets.coreml.interpreter.constants import Constant, Constants
+from anequant.targets.coreml.interpreter.constant_store import Constant, Constants
 from anequant.targets.coreml.interpreter.operators import conv
 
 INTEGERS = ("int8", "uint8", "int4", "uint4")
@@ -30,7 +30,7 @@ EXACT_PRODUCTS = 256
 def integer_conv(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **form: Any
 ) -> Tensor:
-    """`conv` of x_scale * x and weight_scale * weight in float32; x and weight are integers as float32."""
+    """Compute `conv` of x_scale * x and weight_scale * weight; x and weight are integers as float32."""
     by_channel = (-1, *[1] * (x.ndim - 2))
     result = _sums(x, weight, form) * (x_scale.double() * weight_scale.double().reshape(by_channel))
     if bias is not None:
@@ -38,10 +38,10 @@ def integer_conv(
     return result.float()
 
 
-def integer_operands(
+def find_integer_operands(
     operation: Any, producers: Mapping[str, Any], known: Mapping[str, Constant], constants: Constants
 ) -> tuple[Any, dict[str, Constant]] | None:
-    """What stands in for the `x` and `weight` of a MIL operation, if it is a convolution of integers.
+    """Find what stands in for the `x` and `weight` of a MIL operation, if it is a convolution of integers.
 
     The binding of the codes that are its x, and x_scale, weight and weight_scale. `producers` are a block's
     operations by output, `known` its constants by name.
@@ -49,18 +49,18 @@ def integer_operands(
     if operation.type != "conv":
         return None
     rounded = producers.get(operation.inputs["x"].arguments[0].name)
-    weight = constants.bound(operation.inputs["weight"].arguments[0], known)
+    weight = constants.find_bound(operation.inputs["weight"].arguments[0], known)
     if rounded is None or rounded.type != "dequantize" or weight is None or not _is_integer(weight):
         return None
-    scale = constants.bound(rounded.inputs["scale"].arguments[0], known)
+    scale = constants.find_bound(rounded.inputs["scale"].arguments[0], known)
     if scale is None or scale.spec.shape or "zero_point" in rounded.inputs:
         return None
     parts = {"x_scale": scale, "weight": weight.parts["data"], "weight_scale": weight.parts["scale"]}
     return rounded.inputs["input"].arguments[0], parts
 
 
-def before_rounding(binding: Any, producers: Mapping[str, Any]) -> Any:
-    """The binding of what a dequantized value was before it was quantized; any other binding itself."""
+def skip_rounding(binding: Any, producers: Mapping[str, Any]) -> Any:
+    """Return the binding of what a dequantized value was before it was quantized; any other as it is."""
     dequantize = producers.get(binding.name)
     if dequantize is None or dequantize.type != "dequantize":
         return binding
@@ -68,11 +68,11 @@ def before_rounding(binding: Any, producers: Mapping[str, Any]) -> Any:
     quantize = producers.get(codes.name)
     if quantize is None or quantize.type != "quantize":
         return binding
-    return before_rounding(quantize.inputs["input"].arguments[0], producers)
+    return skip_rounding(quantize.inputs["input"].arguments[0], producers)
 
 
 def _is_integer(weight: Constant) -> bool:
-    """Whether a weight is integers times one scale, or one for each output channel."""
+    """Tell whether a weight is integers times one scale, or one for each output channel."""
     if weight.kind != "constexpr_blockwise_shift_scale" or "offset" in weight.parts:
         return False
     rows, *others = weight.parts["scale"].spec.shape
@@ -81,7 +81,7 @@ def _is_integer(weight: Constant) -> bool:
 
 
 def _sums(x: Tensor, weight: Tensor, form: Mapping[str, Any]) -> Tensor:
-    """The convolution itself, float64."""
+    """Compute the convolution itself, in float64."""
     channels = EXACT_PRODUCTS // math.prod(weight.shape[2:])
     if form.get("groups", 1) > 1 or not channels:
         sums: Tensor = conv(x.double(), weight.double(), **form)

@@ -12,8 +12,8 @@ by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,24 @@ import torch
 from torch import Tensor
 
 from anequant.errors import InputError, UnsupportedError, did_you_mean
-from anequant.targets.coreml.interpreter.compressed import CompressedWeight, compressed_constants
-from anequant.targets.coreml.interpreter.constants import Constants, converted, storage_of
-from anequant.targets.coreml.interpreter.integers import before_rounding, integer_conv, integer_operands
+from anequant.targets.coreml.interpreter.constant_store import (
+    Constants,
+    convert_form,
+    read_compressed,
+    storage_of,
+)
+from anequant.targets.coreml.interpreter.integers import find_integer_operands, integer_conv, skip_rounding
 from anequant.targets.coreml.interpreter.movement import Operator
 from anequant.targets.coreml.interpreter.operators import OPERATORS
+from anequant.targets.coreml.interpreter.supported import Form, read_parameters, refuse_unsupported
 from anequant.targets.coreml.signatures import (
-    Form,
     FunctionSpec,
     TensorSpec,
-    block_of,
-    function_spec,
-    parameters,
-    refuse_unsupported,
-    tensor_spec,
+    read_functions,
+    read_tensor_spec,
 )
-from anequant.targets.coreml.storage import TORCH_TYPES, Weights, damage, model_file, read_model
+from anequant.targets.coreml.storage import TORCH_TYPES, Weights, damage, find_model_file, read_model
+from anequant.targets.shared.packed_codes import CompressedWeight
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class _Use:
     form: Form
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Step:
     """One operation with its constants in place, which `run` computes. After it, nothing reads the values
     `frees` again, nor the present content of the states `replaces`."""
@@ -57,39 +59,35 @@ class _Step:
     run: Operator | None
     arguments: dict[str, Any]
     outputs: tuple[TensorSpec, ...]
-    frees: set[str] = field(default_factory=set)
-    replaces: set[str] = field(default_factory=set)
+    frees: frozenset[str] = frozenset()
+    replaces: frozenset[str] = frozenset()
 
 
 class Package:
     """An opened .mlpackage: its `path`, its `functions` by name, and the `default_function`."""
 
     def __init__(self, path: Path, model: Any, weights: Weights, *, rounding: bool = True) -> None:
-        functions = dict(sorted(model.mlProgram.functions.items()))
-        refuse_unsupported(functions, weights, str(path))
+        refuse_unsupported(model.mlProgram.functions, weights, str(path))
+        read = list(read_functions(model, str(path)))
         self.path = path
         self.default_function: str = model.description.defaultFunctionName or "main"
-        self._blocks = {name: block_of(function, str(path)) for name, function in functions.items()}
-        features = {part.name: part.input for part in model.description.functions}
-        self.functions: dict[str, FunctionSpec] = {
-            name: function_spec(function, self._blocks[name], features.get(name, model.description.input))
-            for name, function in functions.items()
-        }
+        self.functions = {name: spec for name, _, spec in read}
+        self._blocks = {name: block for name, block, _ in read}
         self._constants = Constants(weights)
         self._rounding = rounding
         self._prepared: dict[str, tuple[list[_Step], dict[str, Any]]] = {}
 
     @classmethod
     def open(cls, path: str | Path, *, rounding: bool = True) -> Package:
-        """Reads everything but the weights. Without `rounding`, what takes the result of quantize and
+        """Read everything but the weights. Without `rounding`, what takes the result of quantize and
         dequantize takes their input instead. InputError if the package is damaged; UnsupportedError, listing
         all of them, if it has operations, or inputs of operations, that cannot be run."""
-        file = model_file(Path(path))
+        file = find_model_file(Path(path))
         with damage(str(path)):
             return cls(Path(path), read_model(file), Weights(file.parent), rounding=rounding)
 
     def new_state(self) -> dict[str, Tensor]:
-        """Zeros for every state of every function, by name."""
+        """Return zeros for every state of every function, by name."""
         specs = [state for function in self.functions.values() for state in function.states]
         return {
             spec.name: torch.zeros([size or 0 for size in spec.shape], dtype=TORCH_TYPES[spec.dtype])
@@ -102,7 +100,7 @@ class Package:
         state: dict[str, Tensor] | None = None,
         function: str | None = None,
     ) -> dict[str, Tensor]:
-        """The outputs of a function by name; `state` is updated in place.
+        """Return the outputs of a function by name; `state` is updated in place.
 
         InputError if an input or a state is missing, unknown, or not of the declared shape and type.
         """
@@ -112,7 +110,7 @@ class Package:
             raise InputError(f"no function '{name}'", where=str(self.path), remedy=remedy)
         where = f"{self.path}, function '{name}'"
         spec = self.functions[name]
-        values = {tensor.name: _input(tensor, inputs, spec, where) for tensor in spec.inputs}
+        values = {tensor.name: _take_input(tensor, inputs, spec, where) for tensor in spec.inputs}
         for unknown in sorted(set(inputs) - set(values)):
             raise InputError(f"unknown input '{unknown}'", where=where, remedy=did_you_mean(unknown, values))
         states = {} if state is None else state
@@ -125,16 +123,17 @@ class Package:
         with torch.no_grad(), damage(where):
             for step in steps:
                 self._execute(step, values, states, where)
-            return {key: _resolved(output, values).clone() for key, output in outputs.items()}
+            return {key: _resolve(output, values).clone() for key, output in outputs.items()}
 
-    def compressed_weights(self) -> Iterator[tuple[str, str, CompressedWeight]]:
-        """Every compressed constant as (function, name of its value, content), read from disk each time."""
+    def read_compressed_weights(self) -> Iterator[tuple[str, str, CompressedWeight]]:
+        """Yield every compressed constant as (function, name of its value, content), read from disk."""
         for name, block in self._blocks.items():
-            for value, content in compressed_constants(block, self._constants.named(block)):
+            for value, content in read_compressed(block, self._constants.read_block(block)):
                 yield name, value, content
 
     def _execute(self, step: _Step, values: dict[str, Tensor], states: dict[str, Tensor], where: str) -> None:
-        arguments = {name: _resolved(argument, values) for name, argument in step.arguments.items()}
+        """Compute one step of a run: results go to `values` or `states`, and what it frees leaves them."""
+        arguments = {name: _resolve(argument, values) for name, argument in step.arguments.items()}
         for name in step.frees:
             values.pop(name, None)
         if step.kind == "write_state":
@@ -162,7 +161,7 @@ class Package:
 
     def _prepare(self, name: str) -> tuple[list[_Step], dict[str, Any]]:
         block = self._blocks[name]
-        constants = self._constants.named(block)
+        constants = self._constants.read_block(block)
         states = {state.name for state in self.functions[name].states}
 
         producers: dict[str, Any] = {}
@@ -170,8 +169,8 @@ class Package:
         def argument(binding: Any, form: Form) -> Any:
             if binding.name in states:
                 return binding.name
-            binding = binding if self._rounding else before_rounding(binding, producers)
-            constant = self._constants.bound(binding, constants)
+            binding = binding if self._rounding else skip_rounding(binding, producers)
+            constant = self._constants.find_bound(binding, constants)
             return self._constants.get(constant, form) if constant else _Use(binding.name, form)
 
         steps = []
@@ -181,37 +180,39 @@ class Package:
                 continue
             arguments = {}
             for key, bound in sorted(operation.inputs.items()):
-                parameter = parameters(operation.type)[key]
+                parameter = read_parameters(operation.type)[key]
                 listed = [argument(binding, parameter.form) for binding in bound.arguments]
                 arguments[key] = listed if parameter.variadic else listed[0]
             run = OPERATORS.get(operation.type)
-            operands = integer_operands(operation, producers, constants, self._constants)
+            operands = find_integer_operands(operation, producers, constants, self._constants)
             if operands and self._rounding:
                 codes, parts = operands
                 run, arguments["x"] = integer_conv, argument(codes, "float32")
                 arguments |= {key: self._constants.get(part, "float32") for key, part in parts.items()}
-            outputs = tuple(tensor_spec(output.name, output.type) for output in operation.outputs)
+            outputs = tuple(read_tensor_spec(output.name, output.type) for output in operation.outputs)
             steps.append(_Step(operation.type, run, arguments, outputs))
-        _set_lifetimes(steps, set(block.outputs))
         results = {}
         for output in block.outputs:
             constant = constants.get(output)
             results[output] = self._constants.get(constant, "stored") if constant else _Use(output, "stored")
-        return steps, results
+        return _with_lifetimes(steps, set(block.outputs)), results
 
 
-def _set_lifetimes(steps: list[_Step], live: set[str]) -> None:
+def _with_lifetimes(steps: Sequence[_Step], live: set[str]) -> list[_Step]:
+    """Return the steps with what each `frees` and `replaces`; the values `live` are read after the last."""
     overwritten: set[str] = set()
+    found = []
     for step in reversed(steps):
         listed = [item if isinstance(item, list) else [item] for item in step.arguments.values()]
         used = {item.name for items in listed for item in items if isinstance(item, _Use)}
-        step.frees = (used | {output.name for output in step.outputs}) - live
-        step.replaces = set(overwritten)
+        frees = frozenset((used | {output.name for output in step.outputs}) - live)
+        found.append(replace(step, frees=frees, replaces=frozenset(overwritten)))
         live = live | used
         if step.kind == "write_state":
             overwritten.add(step.arguments["input"])
         elif step.kind == "read_state":
             overwritten.discard(step.arguments["input"])
+    return found[::-1]
 
 
 def _call(step: _Step, arguments: Mapping[str, Any], where: str) -> tuple[Tensor, ...]:
@@ -225,13 +226,13 @@ def _call(step: _Step, arguments: Mapping[str, Any], where: str) -> tuple[Tensor
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _resolved(argument: Any, values: Mapping[str, Tensor]) -> Any:
+def _resolve(argument: Any, values: Mapping[str, Tensor]) -> Any:
     if isinstance(argument, list):
-        return [_resolved(item, values) for item in argument]
-    return converted(values[argument.name], argument.form) if isinstance(argument, _Use) else argument
+        return [_resolve(item, values) for item in argument]
+    return convert_form(values[argument.name], argument.form) if isinstance(argument, _Use) else argument
 
 
-def _input(spec: TensorSpec, inputs: Mapping[str, Any], function: FunctionSpec, where: str) -> Tensor:
+def _take_input(spec: TensorSpec, inputs: Mapping[str, Any], function: FunctionSpec, where: str) -> Tensor:
     given = inputs.get(spec.name)
     value = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
     what = f"input '{spec.name}'"

@@ -6,7 +6,11 @@ arrives.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,6 +26,30 @@ MOVING: dict[str, Operator] = {}
 def moves(function: Operator) -> Operator:
     MOVING[function.__name__] = function
     return function
+
+
+def takes(group: type) -> Callable[[Operator], Operator]:
+    """Have an operation take the fields of a dataclass, which is one of its parameters, as inputs of their
+    own."""
+    fields = inspect.signature(group).parameters
+
+    def decorate(function: Operator) -> Operator:
+        hints = typing.get_type_hints(function)
+        given = inspect.signature(function).parameters.values()
+        whole = next(name for name, hint in hints.items() if hint is group)
+
+        @functools.wraps(function)
+        def operate(*values: Any, **inputs: Any) -> Any:
+            own = {name: inputs.pop(name) for name in fields if name in inputs}
+            return function(*values, **inputs, **{whole: group(**own)})
+
+        apart = [field.replace(kind=inspect.Parameter.KEYWORD_ONLY) for field in fields.values()]
+        signature = inspect.Signature([*(one for one in given if one.name != whole), *apart])
+        vars(operate)["__signature__"] = signature
+        operate.__annotations__ = {**hints, **typing.get_type_hints(group)}
+        return operate
+
+    return decorate
 
 
 @moves
@@ -78,7 +106,7 @@ def tile(x: Tensor, reps: list[int]) -> Tensor:
 
 @moves
 def reshape(x: Tensor, shape: list[int]) -> Tensor:
-    """A 0 in `shape` copies the size of x's axis counted from the right; -1 is whatever remains."""
+    """Reshape x: a 0 in `shape` copies the size of x's axis counted from the right; -1 is what remains."""
     sizes = [1] * max(len(shape) - x.ndim, 0) + list(x.shape)
     return x.reshape([size or sizes[i - len(shape)] for i, size in enumerate(shape)])
 
@@ -108,7 +136,7 @@ def gather(
     batch_dims: Literal[0] = 0,
     validate_indices: bool = False,
 ) -> Tensor:
-    """Negative indices count from the end; any other index outside of x is an IndexError."""
+    """Take rows: negative indices count from the end; any other index outside of x is an IndexError."""
     if isinstance(x, Palettized) and (axis != 0 or x.codebook.shape[-1] > 1):
         x = x.dense()
     table = x.codes if isinstance(x, Palettized) else x
@@ -121,64 +149,56 @@ def gather(
 
 @moves
 def slice_by_size(x: Tensor, begin: list[int], size: list[int]) -> Tensor:
-    """A size of -1 reaches to the end of its axis."""
+    """Take a slice: a size of -1 reaches to the end of its axis."""
     for axis, (start, length) in enumerate(zip(begin, size, strict=True)):
         x = x.narrow(axis, start, x.shape[axis] - start if length == -1 else length)
     return x
 
 
-@moves
-def slice_by_index(
-    x: Tensor,
-    begin: list[int],
-    end: list[int],
-    stride: list[int] | None = None,
-    begin_mask: list[bool] | None = None,
-    end_mask: list[bool] | None = None,
-    squeeze_mask: list[bool] | None = None,
-) -> Tensor:
-    return x[_slices(begin, end, stride, begin_mask, end_mask, squeeze_mask)]
+@dataclass(frozen=True)
+class Slices:
+    """Where a slice lies: `begin`, `end` and `stride` for each axis. Masks say from or to where it is open,
+    and which axes are a single index."""
+
+    begin: list[int]
+    end: list[int]
+    stride: list[int] | None = None
+    begin_mask: list[bool] | None = None
+    end_mask: list[bool] | None = None
+    squeeze_mask: list[bool] | None = None
+
+    def index(self) -> tuple[int | slice, ...]:
+        """Return what indexes a tensor so; raises UnsupportedError for a stride below one."""
+        rank = len(self.begin)
+        steps = self.stride or [1] * rank
+        if min(steps) < 1:
+            raise UnsupportedError(f"a slice with stride {steps}")
+        no = [False] * rank
+        open_begin, open_end, single = self.begin_mask or no, self.end_mask or no, self.squeeze_mask or no
+        starts = [None if open_begin[i] else self.begin[i] for i in range(rank)]
+        return tuple(
+            (starts[i] or 0)
+            if single[i]
+            else slice(starts[i], None if open_end[i] else self.end[i], steps[i])
+            for i in range(rank)
+        )
 
 
 @moves
-def slice_update(
-    x: Tensor,
-    update: Tensor,
-    begin: list[int],
-    end: list[int],
-    stride: list[int] | None = None,
-    begin_mask: list[bool] | None = None,
-    end_mask: list[bool] | None = None,
-    squeeze_mask: list[bool] | None = None,
-) -> Tensor:
-    """Writes into x itself: whoever still needs the old x passes a copy."""
-    target = x[_slices(begin, end, stride, begin_mask, end_mask, squeeze_mask)]
+@takes(Slices)
+def slice_by_index(x: Tensor, place: Slices) -> Tensor:
+    return x[place.index()]
+
+
+@moves
+@takes(Slices)
+def slice_update(x: Tensor, update: Tensor, place: Slices) -> Tensor:
+    """Write into x itself: whoever still needs the old x passes a copy."""
+    target = x[place.index()]
     if target.shape != update.shape:
         raise IndexError(f"the slice is {tuple(target.shape)}, the update {tuple(update.shape)}")
     target.copy_(update)
     return x
-
-
-def _slices(
-    begin: list[int],
-    end: list[int],
-    stride: list[int] | None,
-    begin_mask: list[bool] | None,
-    end_mask: list[bool] | None,
-    squeeze_mask: list[bool] | None,
-) -> tuple[int | slice, ...]:
-    rank = len(begin)
-    steps = stride or [1] * rank
-    if min(steps) < 1:
-        raise UnsupportedError(f"a slice with stride {steps}")
-    no = [False] * rank
-    open_begin, open_end, single = begin_mask or no, end_mask or no, squeeze_mask or no
-    return tuple(
-        (0 if open_begin[i] else begin[i])
-        if single[i]
-        else slice(None if open_begin[i] else begin[i], None if open_end[i] else end[i], steps[i])
-        for i in range(rank)
-    )
 
 
 @moves

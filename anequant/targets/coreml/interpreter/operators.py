@@ -3,14 +3,16 @@
 A function's parameters are the operation's inputs, under their MIL names; an input that is not a parameter
 is not supported. The annotations say what arrives: `Tensor` a tensor, `list[Tensor]` a variadic input,
 `Tensor | Palettized` a table that may still be codes, `Literal[...]` one of the values that are supported,
-anything else plain Python values. The operations of COMPUTING, here, see their fp16 tensors as float32;
-those of MOVING, in movement.py, see what is stored. The caller casts results to their declared type.
+anything else plain Python values; `takes` spreads a dataclass over its fields. The operations of COMPUTING,
+here, see their fp16 tensors as float32; those of MOVING, in movement.py, see what is stored. The caller casts
+results to their declared type.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anequant.errors import UnsupportedError
-from anequant.targets.coreml.interpreter.movement import MOVING, Operator
+from anequant.targets.coreml.interpreter.movement import MOVING, Operator, takes
 from anequant.targets.coreml.storage import TORCH_TYPES
 
 COMPUTING: dict[str, Operator] = {}
@@ -170,31 +172,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+@dataclass(frozen=True)
+class Window:
+    """How a kernel moves over its input, by spatial axis; `pad` has two ends for each."""
+
+    strides: list[int] | None = None
+    pad_type: Literal["valid", "custom"] = "valid"
+    pad: list[int] | None = None
+    dilations: list[int] | None = None
+    groups: int = 1
+
+
 @computes
-def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    strides: list[int] | None = None,
-    pad_type: Literal["valid", "custom"] = "valid",
-    pad: list[int] | None = None,
-    dilations: list[int] | None = None,
-    groups: int = 1,
-) -> Tensor:
-    """x (N, I, *spatial), weight (O, I / groups, *kernel); one to three spatial axes."""
-    rank = x.ndim - 2
-    strides = strides or [1] * rank
+@takes(Window)
+def conv(x: Tensor, weight: Tensor, window: Window, bias: Tensor | None = None) -> Tensor:
+    """Convolve x (N, I, *spatial) with weight (O, I / groups, *kernel); one to three spatial axes."""
+    rank, pad = x.ndim - 2, window.pad
+    strides = window.strides or [1] * rank
     if pad and any(pad):
-        if pad_type != "custom":
-            raise UnsupportedError(f"conv with pad {pad} and pad_type '{pad_type}'")
+        if window.pad_type != "custom":
+            raise UnsupportedError(f"conv with pad {pad} and pad_type '{window.pad_type}'")
         x = F.pad(x, [n for i in reversed(range(rank)) for n in pad[2 * i : 2 * i + 2]])
-    if groups == 1 and set(strides) == {1} and math.prod(weight.shape[2:]) == 1:
+    if window.groups == 1 and set(strides) == {1} and math.prod(weight.shape[2:]) == 1:
         product = torch.matmul(weight.flatten(1), x.flatten(2))
         if bias is not None:
             product += bias[:, None]
         return product.reshape(x.shape[0], -1, *x.shape[2:])
     general = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
-    return general(x, weight, bias, strides, 0, dilations or [1] * rank, groups)
+    return general(x, weight, bias, strides, 0, window.dilations or [1] * rank, window.groups)
 
 
 @computes
@@ -205,7 +210,7 @@ def quantize(
     zero_point: Tensor | None = None,
     axis: int = 0,
 ) -> Tensor:
-    """clip(round(input / scale) + zero_point), ties to even, as coremltools' own evaluation."""
+    """Return clip(round(input / scale) + zero_point), ties to even, as coremltools' own evaluation."""
     codes = torch.round(input / _along(scale, axis, input.ndim))
     if zero_point is not None:
         codes = codes + _along(zero_point, axis, input.ndim)
@@ -215,19 +220,19 @@ def quantize(
 
 @computes
 def dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None, axis: int = 0) -> Tensor:
-    """scale * (input - zero_point)."""
+    """Return scale * (input - zero_point)."""
     values = input if zero_point is None else input - _along(zero_point, axis, input.ndim)
     return values * _along(scale, axis, input.ndim)
 
 
 def _along(vector: Tensor, axis: int, rank: int) -> Tensor:
-    """A scalar as it is; a vector with its entries along `axis` of `rank` axes."""
+    """Return a scalar as it is; a vector with its entries along `axis` of `rank` axes."""
     return vector if vector.ndim == 0 else vector.reshape([-1] + [1] * (rank - 1 - axis % rank))
 
 
 @computes
 def constexpr_blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """scale * (data - offset), one scale for each block of data; the blocks divide every axis evenly."""
+    """Return scale * (data - offset), one scale a block of data; the blocks divide every axis evenly."""
     blocks = [n for size, count in zip(data.shape, scale.shape, strict=True) for n in (count, size // count)]
     each = [n for count in scale.shape for n in (count, 1)]
     values = data.reshape(blocks).float()

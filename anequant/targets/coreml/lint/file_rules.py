@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from anequant.targets.coreml.graph import Graph
-from anequant.targets.coreml.lint.rule import ERROR, WARNING, Hit, Rule
+from anequant.targets.coreml.lint.rule import ERROR, WARNING, Hit, rule
 from anequant.targets.coreml.program.package import WEIGHT_FILE
-from anequant.targets.coreml.storage import Weights, model_file
+from anequant.targets.coreml.storage import Weights, find_model_file
 
 PHONE_BYTES, MAC_BYTES = 950_000_000, 2_000_000_000
 
 
+@rule("P1", WARNING, "iOS loads about 1 GB a package, macOS 2 GB", "use more chunks")
 def _size(graphs: Sequence[Graph], package: Path) -> Iterator[Hit]:
     file = package / WEIGHT_FILE
     size = file.stat().st_size if file.is_file() else 0
@@ -24,11 +25,12 @@ def _size(graphs: Sequence[Graph], package: Path) -> Iterator[Hit]:
         yield Hit(package.name, f"{size / 1e6:.0f} MB of weights", ERROR if size > MAC_BYTES else None)
 
 
+@rule("P2", WARNING, "functions share weights by weight_id only", "give equal constants one id")
 def _sharing(graphs: Sequence[Graph], package: Path) -> Iterator[Hit]:
     """Equal constants that lie at one place for one function and elsewhere for another."""
     if len(graphs) < 2:
         return
-    weights = Weights(model_file(package).parent)
+    weights = Weights(find_model_file(package).parent)
     blobs = {graph.function: dict(_blobs(graph)) for graph in graphs}
     shared = set.intersection(*(set(held) for held in blobs.values()))
     places: dict[str, dict[str, set[int]]] = {}
@@ -51,7 +53,7 @@ def _sharing(graphs: Sequence[Graph], package: Path) -> Iterator[Hit]:
 
 
 def _blobs(graph: Graph) -> Iterator[tuple[int, tuple[str, Any]]]:
-    """Place in the weight file, operation and MIL_pb2.Value of every constant that a function holds there.
+    """Yield the place in the weight file, operation and MIL_pb2.Value of every constant held there.
 
     Operands of a constexpr operation are bound by value; before iOS 18 they are attributes.
     """
@@ -69,7 +71,4 @@ def _digest(content: Tensor) -> str:
     return form + hashlib.sha256(content.numpy().tobytes()).hexdigest()
 
 
-PACKAGE_RULES = (
-    Rule("P1", WARNING, "iOS loads about 1 GB a package, macOS 2 GB", "use more chunks", _size),
-    Rule("P2", WARNING, "functions share weights by weight_id only", "give equal constants one id", _sharing),
-)
+PACKAGE_RULES = (_size, _sharing)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anequant.quantization.nearest import LARGEST_FLOAT16
 from anequant.targets.coreml.graph import Graph
-from anequant.targets.coreml.lint.rule import ERROR, NOTE, WARNING, Chip, Hit, Rule
+from anequant.targets.coreml.lint.rule import ERROR, NOTE, WARNING, Chip, Hit, rule
 
 INT32_OPERATIONS = {
     *("add", "sub", "concat", "gather", "reduce_argmax", "squeeze", "expand_dims", "reshape", "cast"),
@@ -26,6 +26,7 @@ LONGEST_GATHER = 65535
 IDENTIFIER = re.compile(r"[A-Za-z_@][A-Za-z0-9_@]*")
 
 
+@rule("D1", ERROR, "the engine computes in float16; anything else runs on the CPU", "cast at the border only")
 def _types(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.computing():
         types = {output.dtype for output in node.outputs}
@@ -37,6 +38,12 @@ def _types(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(node.name, f"{node.kind} in int32", WARNING)
 
 
+@rule(
+    "D2",
+    WARNING,
+    "indices are cast to 16 bits beyond 65535 rows (executorch 7616)",
+    "keep the table in a package of its own",
+)
 def _long_gather(graph: Graph, chip: Chip) -> Iterator[Hit]:
     alone = not any(node.kind in ("conv", "matmul") for node in graph.nodes)
     for node in graph.of_kind("gather"):
@@ -46,6 +53,7 @@ def _long_gather(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(node.name, f"gather from {rows} rows", NOTE if alone else None)
 
 
+@rule("D3", ERROR, "an infinite mask value becomes NaN in softmax", "use -1e4")
 def _infinities(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind("const"):
         if node.outputs and node.outputs[0].dtype in ("fp16", "fp32"):
@@ -58,11 +66,15 @@ def _infinities(graph: Graph, chip: Chip) -> Iterator[Hit]:
                 yield Hit(node.name, "a constant at float16's end, infinite with any score below it", WARNING)
 
 
+@rule(
+    "D4", NOTE, "the engine's table for silu is coarse at large inputs", "x/2 (1 + tanh(x/2)) if it matters"
+)
 def _silu(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind("silu", "softplus"):
         yield Hit(node.name, f"{node.kind} is off by up to 1.5e-2 where its input is large")
 
 
+@rule("N2", WARNING, "RMSNorm as layer_norm of concat(x, -x) does not square in float16", "use that form")
 def _norms(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind(*SQUARING):
         yield Hit(node.name, f"{node.kind}: squares overflow float16 at 256")
@@ -72,6 +84,12 @@ def _norms(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(node.name, "layer_norm of something else than concat(x, -x)", NOTE)
 
 
+@rule(
+    "N3",
+    NOTE,
+    "attention weights near zero lose 4 to 5 % in the product (cadamcat, attention-product-precision)",
+    "multiply the weights by 64 and divide the product",
+)
 def _tiny_weights(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind("matmul"):
         source = graph.source(node, "x")
@@ -79,6 +97,12 @@ def _tiny_weights(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(node.name, "softmax straight into matmul")
 
 
+@rule(
+    "Q1",
+    WARNING,
+    "one scale a tensor, and a gain from a17 and m4 on only (Apple, opt-quantization-perf)",
+    "keep activations in float16",
+)
 def _activations(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind("quantize"):
         scales = graph.shape(node, "scale")
@@ -88,11 +112,18 @@ def _activations(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(node.name, f"8-bit activations, slower than float16 on {chip.name}")
 
 
+@rule(
+    "A1",
+    WARNING,
+    "the fused attention operation is wrong on iOS 26 (executorch 15833)",
+    "emit matmul, softmax, matmul",
+)
 def _attention(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind("scaled_dot_product_attention"):
         yield Hit(node.name, "scaled_dot_product_attention")
 
 
+@rule("A2", WARNING, "choosing tokens runs on the CPU and splits the graph", "choose last")
 def _choices(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind(*CHOOSING):
         later, seen = graph.consumers(node), set()
@@ -106,6 +137,12 @@ def _choices(graph: Graph, chip: Chip) -> Iterator[Hit]:
                 later += graph.consumers(user)
 
 
+@rule(
+    "I1",
+    ERROR,
+    "Core ML's parser takes identifiers only, each once in a function",
+    "use letters, digits and _",
+)
 def _identifiers(graph: Graph, chip: Chip) -> Iterator[Hit]:
     names = [graph.function, *(output.name for node in graph.nodes for output in node.outputs)]
     names += [spec.name for spec in (*graph.spec.inputs, *graph.spec.states)]
@@ -118,74 +155,14 @@ def _identifiers(graph: Graph, chip: Chip) -> Iterator[Hit]:
 
 
 GRAPH_RULES = (
-    Rule(
-        "D1",
-        ERROR,
-        "the engine computes in float16; anything else runs on the CPU",
-        "cast at the border only",
-        _types,
-    ),
-    Rule(
-        "D2",
-        WARNING,
-        "indices are cast to 16 bits beyond 65535 rows (executorch 7616)",
-        "keep the table in a package of its own",
-        _long_gather,
-    ),
-    Rule(
-        "D3",
-        ERROR,
-        "an infinite mask value becomes NaN in softmax",
-        "use -1e4",
-        _infinities,
-    ),
-    Rule(
-        "D4",
-        NOTE,
-        "the engine's table for silu is coarse at large inputs",
-        "x/2 (1 + tanh(x/2)) if it matters",
-        _silu,
-    ),
-    Rule(
-        "N2",
-        WARNING,
-        "RMSNorm as layer_norm of concat(x, -x) does not square in float16",
-        "use that form",
-        _norms,
-    ),
-    Rule(
-        "N3",
-        NOTE,
-        "attention weights near zero lose 4 to 5 % in the product (cadamcat, attention-product-precision)",
-        "multiply the weights by 64 and divide the product",
-        _tiny_weights,
-    ),
-    Rule(
-        "Q1",
-        WARNING,
-        "one scale a tensor, and a gain from a17 and m4 on only (Apple, opt-quantization-perf)",
-        "keep activations in float16",
-        _activations,
-    ),
-    Rule(
-        "A1",
-        WARNING,
-        "the fused attention operation is wrong on iOS 26 (executorch 15833)",
-        "emit matmul, softmax, matmul",
-        _attention,
-    ),
-    Rule(
-        "A2",
-        WARNING,
-        "choosing tokens runs on the CPU and splits the graph",
-        "choose last",
-        _choices,
-    ),
-    Rule(
-        "I1",
-        ERROR,
-        "Core ML's parser takes identifiers only, each once in a function",
-        "use letters, digits and _",
-        _identifiers,
-    ),
+    _types,
+    _long_gather,
+    _infinities,
+    _silu,
+    _norms,
+    _tiny_weights,
+    _activations,
+    _attention,
+    _choices,
+    _identifiers,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
@@ -28,8 +29,9 @@ CHIPS = {
         Chip("m5", 65536, w8a8=True, integers=True),
     )
 }
-"""By generation of the engine (H13 to H15: 16384; H16 on: 65536). `any` is the strictest. The a17 is not
-placed by the source for axes and so counts as the older one; 8-bit activations pay off from it on (Apple)."""
+"""Each chip, by generation of its engine (H13 to H15: 16384; H16 on: 65536). `any` is the strictest. The a17
+is not placed by the source for axes and so counts as the older one; 8-bit activations pay off from it on
+(Apple)."""
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,8 @@ class Rule:
     why: str
     remedy: str
     check: Callable[..., Iterator[Hit]]
+
+
+def rule(id: str, severity: str, why: str, remedy: str) -> Callable[[Callable[..., Iterator[Hit]]], Rule]:
+    """Make the check below it a Rule."""
+    return partial(Rule, id, severity, why, remedy)

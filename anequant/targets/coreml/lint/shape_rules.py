@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anequant.targets.coreml.graph import Graph
-from anequant.targets.coreml.lint.rule import ERROR, NOTE, WARNING, Chip, Hit, Rule
+from anequant.targets.coreml.lint.rule import ERROR, NOTE, WARNING, Chip, Hit, rule
 
 UNSUITED = {
     *("gather_nd", "gather_along_axis", "tile", "non_zero", "while_loop", "cond", "scatter", "scatter_nd"),
@@ -21,6 +21,7 @@ ROW = 32
 NOTCH, MEGABYTE = 16 * 1024, 1 << 20
 
 
+@rule("S1", WARNING, "the engine's tensors have four axes (Apple, ml-ane-transformers)", "reshape to rank 4")
 def _rank(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.computing():
         rank = max((len(output.shape) for output in node.outputs), default=0)
@@ -28,6 +29,12 @@ def _rank(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(node.name, f"{node.kind} of rank {rank}", ERROR if rank > 5 else None)
 
 
+@rule(
+    "S2",
+    WARNING,
+    "linears run best as 1x1 convolutions on (1, C, 1, S) (Apple, ml-ane-transformers)",
+    "emit conv",
+)
 def _linears(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind("linear", "matmul"):
         names = ("weight",) if node.kind == "linear" else ("x", "y")
@@ -35,6 +42,12 @@ def _linears(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(node.name, f"{node.kind} with a constant weight")
 
 
+@rule(
+    "S3",
+    NOTE,
+    'last axes are padded to 64 bytes (Apple, "Deploying Transformers on the Apple Neural Engine")',
+    "choose a multiple of 32",
+)
 def _alignment(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind("conv", "matmul"):
         for name in ("x", "y"):
@@ -46,6 +59,9 @@ def _alignment(graph: Graph, chip: Chip) -> Iterator[Hit]:
                 )
 
 
+@rule(
+    "S4", ERROR, "axes are limited by generation (hal_analysis of the H13 to H16 engines)", "split the axis"
+)
 def _axes(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.nodes:
         users = graph.consumers(node)
@@ -57,6 +73,7 @@ def _axes(graph: Graph, chip: Chip) -> Iterator[Hit]:
                 yield Hit(node.name, f"an axis of {longest}, {chip.name} holds {chip.axis}")
 
 
+@rule("S6", ERROR, "shapes must be static; dynamic operations fall to the CPU", "fix or enumerate shapes")
 def _static(graph: Graph, chip: Chip) -> Iterator[Hit]:
     enumerated = set(graph.spec.enumerated)
     for spec in graph.spec.inputs:
@@ -74,6 +91,7 @@ def _static(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(node.name, f"a kernel of width {width}, the engine takes {WIDEST_KERNEL}", WARNING)
 
 
+@rule("S7", WARNING, "graphs of elementwise operations alone go to the CPU", "join it with a neighbour")
 def _elementwise(graph: Graph, chip: Chip) -> Iterator[Hit]:
     heavy = {"conv", "matmul", "linear", "gather", "scaled_dot_product_attention", "conv_transpose"}
     kinds = {node.kind for node in graph.computing()}
@@ -81,6 +99,7 @@ def _elementwise(graph: Graph, chip: Chip) -> Iterator[Hit]:
         yield Hit(graph.function, "only elementwise operations")
 
 
+@rule("S7b", WARNING, "one tensor under two output names fails to compile", "return it once")
 def _repeated_outputs(graph: Graph, chip: Chip) -> Iterator[Hit]:
     sources: dict[str | None, str] = {}
     for name in graph.outputs:
@@ -91,6 +110,12 @@ def _repeated_outputs(graph: Graph, chip: Chip) -> Iterator[Hit]:
         sources[source] = name
 
 
+@rule(
+    "S8",
+    WARNING,
+    "operands near a multiple of 1 MiB a core load at a third of the rate (stablehlo-coreml, pull 110)",
+    "choose another context length",
+)
 def _notch(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind("matmul"):
         shape = graph.shape(node, "y")
@@ -103,61 +128,4 @@ def _notch(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(node.name, f"an operand of {payload} bytes a core, {away} from a multiple of 1 MiB")
 
 
-SHAPE_RULES = (
-    Rule(
-        "S1",
-        WARNING,
-        "the engine's tensors have four axes (Apple, ml-ane-transformers)",
-        "reshape to rank 4",
-        _rank,
-    ),
-    Rule(
-        "S2",
-        WARNING,
-        "linears run best as 1x1 convolutions on (1, C, 1, S) (Apple, ml-ane-transformers)",
-        "emit conv",
-        _linears,
-    ),
-    Rule(
-        "S3",
-        NOTE,
-        'last axes are padded to 64 bytes (Apple, "Deploying Transformers on the Apple Neural Engine")',
-        "choose a multiple of 32",
-        _alignment,
-    ),
-    Rule(
-        "S4",
-        ERROR,
-        "axes are limited by generation (hal_analysis of the H13 to H16 engines)",
-        "split the axis",
-        _axes,
-    ),
-    Rule(
-        "S6",
-        ERROR,
-        "shapes must be static; dynamic operations fall to the CPU",
-        "fix or enumerate shapes",
-        _static,
-    ),
-    Rule(
-        "S7",
-        WARNING,
-        "graphs of elementwise operations alone go to the CPU",
-        "join it with a neighbour",
-        _elementwise,
-    ),
-    Rule(
-        "S7b",
-        WARNING,
-        "one tensor under two output names fails to compile",
-        "return it once",
-        _repeated_outputs,
-    ),
-    Rule(
-        "S8",
-        WARNING,
-        "operands near a multiple of 1 MiB a core load at a third of the rate (stablehlo-coreml, pull 110)",
-        "choose another context length",
-        _notch,
-    ),
-)
+SHAPE_RULES = (_rank, _linears, _alignment, _axes, _static, _elementwise, _repeated_outputs, _notch)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anequant.targets.coreml.graph import Graph, Node
-from anequant.targets.coreml.lint.rule import ERROR, WARNING, Chip, Hit, Rule
+from anequant.targets.coreml.lint.rule import ERROR, WARNING, Chip, Hit, rule
 
 MOST_STATES = 2
 STATE_ALIGNMENT = 32
 
 
+@rule("T1", ERROR, "states are float16, static, and at most two a function", "use one state for all layers")
 def _states(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for state in graph.spec.states:
         if state.dtype != "fp16" or None in state.shape:
@@ -19,12 +20,14 @@ def _states(graph: Graph, chip: Chip) -> Iterator[Hit]:
         yield Hit(graph.function, f"{len(graph.spec.states)} states")
 
 
+@rule("T2", WARNING, "a state's last axis must divide by 32 (coremltools 2631)", "pad the head size")
 def _alignment(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for state in graph.spec.states:
         if (state.shape[-1] or 0) % STATE_ALIGNMENT:
             yield Hit(state.name, f"a last axis of {state.shape[-1]}")
 
 
+@rule("T3", ERROR, "shifting a state by concat fails to compile", "write a slice at the position")
 def _shifts(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind("write_state"):
         source = graph.source(node, "data")
@@ -32,6 +35,12 @@ def _shifts(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(source.name, "a state shifted by concat")
 
 
+@rule(
+    "T4",
+    WARNING,
+    "what is read of a state may reach outputs through its update only (ANEMLL Forge)",
+    "write the state first and use what was written",
+)
 def _stale_reads(graph: Graph, chip: Chip) -> Iterator[Hit]:
     """What a function reads of a state before it writes it, and returns."""
     written = set()
@@ -44,7 +53,7 @@ def _stale_reads(graph: Graph, chip: Chip) -> Iterator[Hit]:
 
 
 def _reaches_an_output(graph: Graph, node: Node) -> bool:
-    """Along values only: a state that is written hands nothing on."""
+    """Follow values only: a state that is written hands nothing on."""
     reached, later = {node.name}, [node]
     while later:
         current = later.pop()
@@ -56,33 +65,4 @@ def _reaches_an_output(graph: Graph, node: Node) -> bool:
     return False
 
 
-STATE_RULES = (
-    Rule(
-        "T1",
-        ERROR,
-        "states are float16, static, and at most two a function",
-        "use one state for all layers",
-        _states,
-    ),
-    Rule(
-        "T2",
-        WARNING,
-        "a state's last axis must divide by 32 (coremltools 2631)",
-        "pad the head size",
-        _alignment,
-    ),
-    Rule(
-        "T3",
-        ERROR,
-        "shifting a state by concat fails to compile",
-        "write a slice at the position",
-        _shifts,
-    ),
-    Rule(
-        "T4",
-        WARNING,
-        "what is read of a state may reach outputs through its update only (ANEMLL Forge)",
-        "write the state first and use what was written",
-        _stale_reads,
-    ),
-)
+STATE_RULES = (_states, _alignment, _shifts, _stale_reads)

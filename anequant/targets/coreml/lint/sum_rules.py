@@ -17,14 +17,14 @@ from torch import Tensor
 
 from anequant.targets.coreml.graph import BLOCKS, LUT, Graph, Node
 from anequant.targets.coreml.interpreter.operators import OPERATORS
-from anequant.targets.coreml.lint.rule import WARNING, Chip, Hit, Rule
+from anequant.targets.coreml.lint.rule import WARNING, Chip, Hit, rule
 from anequant.targets.coreml.storage import Palettized
 from anequant.targets.shared.headroom import LARGEST_SUM
 
 LEAST_INPUT = 1.0
 
 
-def weight_values(graph: Graph, node: Node) -> Tensor | None:
+def read_weight(graph: Graph, node: Node) -> Tensor | None:
     """The float32 values of a const or of a constexpr over codes or blocks; None for any other."""
     if node.kind == "const":
         value = graph.literal(node)
@@ -34,7 +34,7 @@ def weight_values(graph: Graph, node: Node) -> Tensor | None:
     arguments = {}
     for name in node.inputs:
         source = graph.source(node, name)
-        operand = graph.value(node, name) if source is None else weight_values(graph, source)
+        operand = graph.value(node, name) if source is None else read_weight(graph, source)
         if not isinstance(operand, Tensor):
             return None
         arguments[name] = int(operand) if name == "vector_axis" else operand
@@ -54,10 +54,16 @@ def _largest_row(graph: Graph, node: Node, room: float) -> float:
         bound = float(table.abs().max()) * math.prod(size or 1 for size in weight.outputs[0].shape[1:])
         if bound * LEAST_INPUT < room:
             return bound
-    values = weight_values(graph, weight)
+    values = read_weight(graph, weight)
     return 0.0 if values is None else float(values.flatten(1).abs().sum(1).max())
 
 
+@rule(
+    "N1",
+    WARNING,
+    "the accumulator is fixed point and overflows at 32768, in any partial sum (M4, M6)",
+    "move a power of two from codebook to scales",
+)
 def _accumulators(graph: Graph, chip: Chip) -> Iterator[Hit]:
     for node in graph.of_kind("conv"):
         bias = graph.value(node, "bias")
@@ -68,12 +74,4 @@ def _accumulators(graph: Graph, chip: Chip) -> Iterator[Hit]:
             yield Hit(node.name, f"a row of magnitudes adds up to {largest:.0f}: {safe}")
 
 
-SUM_RULES = (
-    Rule(
-        "N1",
-        WARNING,
-        "the accumulator is fixed point and overflows at 32768, in any partial sum (M4, M6)",
-        "move a power of two from codebook to scales",
-        _accumulators,
-    ),
-)
+SUM_RULES = (_accumulators,)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
-from torch import Tensor
 
-from anequant.architectures.spec import ModelSpec, Space, layer_prefix
+from anequant.architectures.spec import Space, layer_prefix
 from anequant.checkpoints.layers import QuantizedLayer
-from anequant.quantization.online import NOTHING, Online
-from anequant.targets.coreml.program.linears import linear, stored_codes
-from anequant.targets.coreml.program.online_rotations import turned, weight_constants
+from anequant.targets.coreml.meta import INFER, PREFILL
+from anequant.targets.coreml.program.linears import StoredLinear, linear, prepare_codes
+from anequant.targets.coreml.program.online_rotations import emit_weights, rotate_channels
 from anequant.targets.coreml.program.program import (
     Var,
     attention,
@@ -28,63 +25,30 @@ from anequant.targets.coreml.program.program import (
     write_state,
 )
 from anequant.targets.coreml.toolkit import TARGET, Function, Program, mb, types
-from anequant.targets.shared.rotation_weights import FFN, KEY, QUERY, online_weights
+from anequant.targets.shared.geometry import Geometry
+from anequant.targets.shared.package_task import Chunk
+from anequant.targets.shared.packed_codes import Array
+from anequant.targets.shared.rotation_weights import FFN, KEY, QUERY, make_online_weights
 
 STATE = "model_model_kv_cache_0"
-SMALLEST_FLOAT16 = 2.0**-24
-INFER, PREFILL = "infer", "prefill"
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes that are fixed in the packages; cos and sin are float tables [context, head_dim].
-
-    The residual stream carries `residual_scale` times the model's values. `online` says what runs beside the
-    weights: its activations have static scales.
-    """
-
-    spec: ModelSpec
-    context: int
-    batch: int
-    cos: Tensor
-    sin: Tensor
-    residual_scale: float = 1.0
-    online: Online = NOTHING
-
-    @property
-    def residual_eps(self) -> float:
-        """The epsilon of a norm that reads the scaled stream, at least float16's smallest number."""
-        return max(self.spec.rms_norm_eps * self.residual_scale**2, SMALLEST_FLOAT16)
-
-
-def chunk_program(geometry: Geometry, layers: Sequence[QuantizedLayer], final_gain: Tensor | None) -> Program:
-    """Some consecutive layers with `infer` and `prefill`; `final_gain` marks the last chunk."""
+def chunk_program(chunk: Chunk) -> Program:
+    """The layers of a chunk with `infer`, which ends in the final norm of the last chunk, and `prefill`."""
+    activations = chunk.geometry.online.activations
     codes = {
-        _linear_name(layer, name): stored_codes(
-            quantized, _full_name(layer, name), rounded=_full_name(layer, name) in geometry.online.activations
+        _linear_name(layer, name): prepare_codes(
+            quantized, _full_name(layer, name), rounded=_full_name(layer, name) in activations
         )
-        for layer in layers
+        for layer in chunk.layers
         for name, quantized in layer.linears.items()
     }
-    functions = {
-        INFER: _chunk_function(geometry, layers, codes, 1, final_gain, first_row_only=False),
-        PREFILL: _chunk_function(
-            geometry, layers, codes, geometry.batch, None, first_row_only=final_gain is not None
-        ),
-    }
-    return build_program(functions)
+    return build_program({name: _chunk_function(chunk, codes, name) for name in (INFER, PREFILL)})
 
 
-def _chunk_function(
-    geometry: Geometry,
-    layers: Sequence[QuantizedLayer],
-    codes: Mapping[str, np.ndarray[Any, Any]],
-    length: int,
-    final_gain: Tensor | None,
-    *,
-    first_row_only: bool,
-) -> Function:
-    spec = geometry.spec
+def _chunk_function(chunk: Chunk, codes: Mapping[str, Array], name: str) -> Function:
+    geometry, spec = chunk.geometry, chunk.geometry.spec
+    length = 1 if name == INFER else geometry.batch
     cache_shape = (2 * spec.num_layers, spec.num_key_value_heads, geometry.context, spec.head_dim)
     inputs = {
         "hidden_states": mb.placeholder((1, length, spec.hidden_size), dtype=types.fp16),
@@ -96,11 +60,11 @@ def _chunk_function(
     with Function(inputs, opset_version=TARGET) as function:
         builder = _LayerBuilder(geometry, function.inputs, codes, length)
         x = to_channels(function.inputs["hidden_states"])
-        for layer in layers:
+        for layer in chunk.layers:
             x = builder.add_layer(x, layer)
-        if final_gain is not None:
-            x = rms_norm(x, final_gain, geometry.residual_eps, 1, "final_norm")
-        if first_row_only:
+        if chunk.final_gain is not None and name == INFER:
+            x = rms_norm(x, chunk.final_gain, geometry.residual_eps, 1, "final_norm")
+        if chunk.final_gain is not None and name == PREFILL:
             x = mb.slice_by_index(x=x, begin=[0, 0, 0, 0], end=[1, spec.hidden_size, 1, 1], name="first_row")
         x = mb.squeeze(x=x, axes=[2], name="flat_output")
         function.set_outputs([mb.transpose(x=x, perm=[0, 2, 1], name="output_hidden_states")])
@@ -114,7 +78,7 @@ class _LayerBuilder:
         self,
         geometry: Geometry,
         inputs: Mapping[str, Var],
-        codes: Mapping[str, np.ndarray[Any, Any]],
+        codes: Mapping[str, Array],
         length: int,
     ) -> None:
         spec = geometry.spec
@@ -126,15 +90,15 @@ class _LayerBuilder:
         self._group = spec.num_heads // spec.num_key_value_heads
         self._mask = finite_mask(inputs["causal_mask"], self._group)
         self._turns = {
-            name: weight_constants(weights, name)
-            for name, weights in online_weights(spec, geometry.online).items()
+            name: emit_weights(weights, name)
+            for name, weights in make_online_weights(spec, geometry.online).items()
         }
         self._into_ffn = {
             linear.name for linear in spec.architecture.linears if linear.input.space is Space.FFN
         }
         self._cos, self._sin = rope_factors(geometry.cos, geometry.sin, inputs["position_ids"])
-        self._start = inputs["current_pos"]
-        self._end = mb.add(x=self._start, y=np.array([length], np.int32), name="end_pos")
+        start = inputs["current_pos"]
+        self._positions = (start, mb.add(x=start, y=np.array([length], np.int32), name="end_pos"))
         self._state = inputs[STATE]
         self._cache = mb.read_state(input=self._state, name="cache")
 
@@ -152,17 +116,15 @@ class _LayerBuilder:
     def _attend(self, normed: Var, layer: QuantizedLayer) -> Var:
         spec, prefix, length = self._spec, _layer_name(layer), self._length
         heads, kv_heads, head_dim = spec.num_heads, spec.num_key_value_heads, spec.head_dim
-        query = self._rotated(normed, layer, "self_attn.q", heads, QUERY)
+        query = self._project_rotated(normed, layer, "self_attn.q", heads, QUERY)
         query = mb.mul(x=query, y=np.float16(head_dim**-0.5), name=f"{prefix}_query_scaled")
-        key = self._rotated(normed, layer, "self_attn.k", kv_heads, KEY)
+        key = self._project_rotated(normed, layer, "self_attn.k", kv_heads, KEY)
         value = self._heads(self._linear(normed, layer, "self_attn.v_proj"), kv_heads, f"{prefix}_value")
 
         value_row = spec.num_layers + layer.index
         for row, new, name in ((layer.index, key, f"{prefix}_key"), (value_row, value, f"{prefix}_value")):
             by_position = mb.transpose(x=new, perm=[0, 1, 3, 2], name=f"{name}_by_position")
-            self._cache = write_state(
-                self._state, self._cache, row, by_position, self._start, self._end, name
-            )
+            self._cache = write_state(self._state, self._cache, row, by_position, self._positions, name)
         keys = state_row(self._cache, layer.index, f"{prefix}_keys")
         values = state_row(self._cache, value_row, f"{prefix}_values")
 
@@ -175,8 +137,8 @@ class _LayerBuilder:
         flat = mb.reshape(x=attended, shape=[1, heads * head_dim, 1, length], name=f"{prefix}_attended_flat")
         return self._linear(flat, layer, "self_attn.o_proj")
 
-    def _rotated(self, normed: Var, layer: QuantizedLayer, side: str, heads: int, turn: str) -> Var:
-        """q or k as (1, heads, head_dim, S): projected, normalised where the model does, then RoPE and R3."""
+    def _project_rotated(self, normed: Var, layer: QuantizedLayer, side: str, heads: int, turn: str) -> Var:
+        """Emit q or k (1, heads, head_dim, S): projected, normalised if the model does, then RoPE, R3."""
         name = f"{_layer_name(layer)}_{identifier(side)}"
         x = self._heads(self._linear(normed, layer, f"{side}_proj"), heads, name)
         gain = layer.gains.get(f"{side}_norm")
@@ -186,7 +148,9 @@ class _LayerBuilder:
         if turn not in self._turns:
             return x
         flat = [1, heads * self._spec.head_dim, 1, self._length]
-        x = turned(mb.reshape(x=x, shape=flat, name=f"{name}_flat"), self._turns[turn], f"{name}_{turn}")
+        x = rotate_channels(
+            mb.reshape(x=x, shape=flat, name=f"{name}_flat"), self._turns[turn], f"{name}_{turn}"
+        )
         return self._heads(x, heads, f"{name}_turned")
 
     def _heads(self, x: Var, heads: int, name: str) -> Var:
@@ -199,10 +163,10 @@ class _LayerBuilder:
     def _linear(self, x: Var, layer: QuantizedLayer, name: str) -> Var:
         label = _linear_name(layer, name)
         if name in self._into_ffn and FFN in self._turns:
-            x = turned(x, self._turns[FFN], f"{label}_{FFN}")
+            x = rotate_channels(x, self._turns[FFN], f"{label}_{FFN}")
         format_ = self._online.activations.get(_full_name(layer, name))
         step = None if format_ is None else format_.scale
-        return linear(x, layer.linears[name], self._codes[label], label, label, step)
+        return linear(x, StoredLinear(layer.linears[name], self._codes[label], label, label), step)
 
 
 def _layer_name(layer: QuantizedLayer) -> str:

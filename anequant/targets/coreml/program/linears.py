@@ -16,22 +16,19 @@ are for GPUs.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from anequant.architectures.spec import HEAD
-from anequant.errors import UnsupportedError
-from anequant.quantization.codebook import codebook_step
 from anequant.quantization.linear import FloatTable, QuantizedLinear
-from anequant.targets.coreml.program.program import Var, float16_constant, identifier, shared_constant
-from anequant.targets.coreml.program.streaming import streamed_constant
+from anequant.targets.coreml.program.program import Var, float16_constant, identifier, share_constant
+from anequant.targets.coreml.program.streaming import stream_constant
 from anequant.targets.coreml.toolkit import mb, types
-from anequant.targets.shared.weight_forms import stores_integers
+from anequant.targets.shared.packed_codes import Array, look_up_integers, split_codebook
 
-Array = np.ndarray[Any, Any]
 CODE_DTYPES = {
     2: types.np_uint2_dtype,
     3: types.np_uint3_dtype,
@@ -42,79 +39,64 @@ CODE_DTYPES = {
 INTEGER_DTYPES = {4: types.np_int4_dtype, 8: np.dtype(np.int8)}
 
 
-def weight_value(name: str) -> str:
-    """The name of the value that is the weight of the linear or table `name`."""
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear, its `codes` as `prepare_codes` gives them, and the names of both it and its codebook."""
+
+    quantized: QuantizedLinear
+    codes: Array
+    name: str
+    codebook: str
+
+
+def name_weight(name: str) -> str:
+    """Return the name of the value that is the weight of the linear or table `name`."""
     return f"{identifier(name)}_weight"
 
 
-def head_part(part: int) -> str:
-    """The name of one of the head's convolutions, counted from 1."""
+def name_head_part(part: int) -> str:
+    """Return the name of one of the head's convolutions, counted from 1."""
     return f"{identifier(HEAD)}_{part}"
 
 
-def palettized(codes: Array, codebook: Tensor, name: str, shared_codebook: str, value: str = "") -> Var:
-    """A weight as codes (already of a CODE_DTYPES type) and one codebook, float16 or int8, for all."""
+def palettize_weight(codes: Array, codebook: Tensor, name: str, shared_codebook: str, value: str = "") -> Var:
+    """Emit a weight as codes (already of a CODE_DTYPES type) and one codebook, float16 or int8, for all."""
     entries = codebook.numpy() if codebook.dtype == torch.int8 else codebook.half().numpy()
-    table = shared_constant(entries.reshape(*(1,) * codes.ndim, -1, 1), f"{shared_codebook}_codebook")
-    indices = shared_constant(codes, f"{name}_codes")
-    return mb.constexpr_lut_to_dense(indices=indices, lut=table, name=value or weight_value(name))
+    table = share_constant(entries.reshape(*(1,) * codes.ndim, -1, 1), f"{shared_codebook}_codebook")
+    indices = share_constant(codes, f"{name}_codes")
+    return mb.constexpr_lut_to_dense(indices=indices, lut=table, name=value or name_weight(name))
 
 
-def packed_codes(quantized: QuantizedLinear) -> Array:
-    """Codes [out, in] as numpy in the sub-byte type of their width."""
+def pack_codes(quantized: QuantizedLinear) -> Array:
+    """Return codes [out, in] as numpy in the sub-byte type of their width."""
     return quantized.codes.numpy().view(CODE_DTYPES[quantized.bits])
 
 
-def stored_codes(quantized: QuantizedLinear, name: str, *, rounded: bool) -> Array:
-    """What a package holds of the codes [out, in]: the integers, or `packed_codes`.
+def prepare_codes(quantized: QuantizedLinear, name: str, *, rounded: bool) -> Array:
+    """Return what a package holds of the codes [out, in]: the integers, or `pack_codes`.
 
-    Raises as `integer_entries`.
+    Raises as `split_codebook`.
     """
-    if not stores_integers(quantized, rounded=rounded):
-        return packed_codes(quantized)
-    entries = quantized.codebook.to(torch.int8)
-    if rounded:
-        entries, _ = integer_entries(quantized.codebook, name)
-    return entries[quantized.codes.int()].numpy().astype(INTEGER_DTYPES[quantized.bits])
+    integers = look_up_integers(quantized, name, rounded=rounded)
+    if integers is None:
+        return pack_codes(quantized)
+    return integers.numpy().astype(INTEGER_DTYPES[quantized.bits])
 
 
-def integer_entries(codebook: Tensor, name: str) -> tuple[Tensor, float]:
-    """codebook as int8 [K], and the power of two that multiplies it.
+def linear(x: Var, stored: StoredLinear, input_step: float | None = None) -> Var:
+    """Emit output_scale * (codebook[codes] (input_scale * x)) + bias: (1, in, 1, S) -> (1, out, 1, S).
 
-    Raises UnsupportedError, naming the linear, when it is not integers from -128 to 127 times one.
+    With `input_step`, input_scale * x is rounded to 8-bit integers times it.
     """
-    step = codebook_step(codebook)
-    entries = codebook.double() / step
-    exact = torch.equal(entries, entries.round()) and float(np.float16(step)) == step
-    if not exact:
-        raise UnsupportedError(
-            f"the codebook of '{name}' is not 8-bit integers times a power of two, as rounded inputs need",
-            remedy="quantize the float model with activation_scales = 'static'",
-        )
-    return entries.to(torch.int8), step
-
-
-def linear(
-    x: Var,
-    quantized: QuantizedLinear,
-    codes: Array,
-    name: str,
-    codebook: str,
-    input_step: float | None = None,
-) -> Var:
-    """y = output_scale * (codebook[codes] (input_scale * x)) + bias on (1, in, 1, S) -> (1, out, 1, S).
-
-    `codes` are `stored_codes`; with `input_step`, input_scale * x is rounded to 8-bit integers times it.
-    """
+    quantized, name = stored.quantized, stored.name
     rows, columns = quantized.codes.shape
     grouped = quantized.output_scale.ndim == 2
     if bool((quantized.input_scale != 1).any()):
         scale = float16_constant(quantized.input_scale, (1, columns, 1, 1), f"{name}_input_scale")
         x = mb.mul(x=x, y=scale, name=f"{name}_scaled_input")
     if input_step is not None:
-        x = _rounded(x, input_step, name)
-    weight = _weight(quantized, codes.reshape(rows, columns, 1, 1), name, codebook, input_step is not None)
-    y = mb.conv(x=x, weight=weight, name=f"{name}_conv")
+        x = _round_input(x, input_step, name)
+    y = mb.conv(x=x, weight=_emit_weight(stored, rounded=input_step is not None), name=f"{name}_conv")
     if not grouped:
         scale = float16_constant(quantized.output_scale, (1, rows, 1, 1), f"{name}_output_scale")
         y = mb.mul(x=y, y=scale, name=f"{name}_scaled_output")
@@ -125,30 +107,31 @@ def linear(
 
 
 def float_linear(x: Var, weight: FloatTable, name: str) -> Var:
-    """y = W x on (1, in, 1, S) with a float16 weight [out, in], which is streamed."""
+    """Emit W x on (1, in, 1, S) with a float16 weight [out, in], which is streamed."""
     rows, columns = weight.shape
-    constant = streamed_constant((rows, columns, 1, 1), weight.blocks, f"{name}_weight")
+    constant = stream_constant((rows, columns, 1, 1), weight.blocks, f"{name}_weight")
     return mb.conv(x=x, weight=constant, name=f"{name}_conv")
 
 
-def _rounded(x: Var, step: float, name: str) -> Var:
+def _round_input(x: Var, step: float, name: str) -> Var:
     codes = mb.quantize(input=x, scale=np.float16(step), output_dtype="int8", name=f"{name}_input_codes")
     return mb.dequantize(input=codes, scale=np.float16(step), name=f"{name}_rounded_input")
 
 
-def _weight(quantized: QuantizedLinear, codes: Array, name: str, codebook: str, rounded: bool) -> Var:
-    """The weight (out, in, 1, 1) whose codes are these, with the scales that are inside of it."""
-    entries, scales = quantized.codebook, quantized.output_scale
+def _emit_weight(stored: StoredLinear, *, rounded: bool) -> Var:
+    """Emit the weight (out, in, 1, 1), with the scales that are inside of it."""
+    name, codes = stored.name, stored.codes[:, :, None, None]
+    entries, scales = stored.quantized.codebook, stored.quantized.output_scale
     if rounded:
-        entries, step = integer_entries(quantized.codebook, name)
+        entries, step = split_codebook(entries, name)
         scales = torch.full((1, 1), step)
     elif scales.ndim == 1:
-        return palettized(codes, entries, name, codebook)
+        return palettize_weight(codes, entries, name, stored.codebook)
     integers = codes.dtype.kind == "i"
     data = (
-        shared_constant(codes, f"{name}_codes")
+        share_constant(codes, f"{name}_codes")
         if integers
-        else palettized(codes, entries, name, codebook, f"{name}_entries")
+        else palettize_weight(codes, entries, name, stored.codebook, f"{name}_entries")
     )
     scale = float16_constant(scales, (*scales.shape, 1, 1), f"{name}_weight_scale")
-    return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=weight_value(name))
+    return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=name_weight(name))

@@ -16,18 +16,18 @@ from torch import Tensor
 
 from anequant.targets.coreml.program.program import Var, float16_constant
 from anequant.targets.coreml.toolkit import mb
-from anequant.targets.shared.rotation_weights import weight_name
+from anequant.targets.shared.rotation_weights import name_factor
 
 
-def weight_constants(weights: Sequence[Tensor], name: str) -> list[Var]:
+def emit_weights(weights: Sequence[Tensor], name: str) -> list[Var]:
     return [
-        float16_constant(weight, tuple(weight.shape), weight_name(name, number))
+        float16_constant(weight, tuple(weight.shape), name_factor(name, number))
         for number, weight in enumerate(weights)
     ]
 
 
-def turned(x: Var, weights: Sequence[Var], name: str) -> Var:
-    """x (1, C, 1, S) turned by `weight_constants` for C channels."""
+def rotate_channels(x: Var, weights: Sequence[Var], name: str) -> Var:
+    """Rotate x (1, C, 1, S) by the `emit_weights` of C channels."""
     _, width, _, length = x.shape
     for number, weight in enumerate(weights):
         channels, factor = weight.shape[:2]

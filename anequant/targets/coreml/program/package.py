@@ -60,7 +60,7 @@ def save_package(program: Program, path: Path, metadata: Mapping[str, str]) -> N
 
 @contextmanager
 def _without_passes() -> Iterator[None]:
-    """coremltools runs no pass, and does not validate and print all of the program between them: that takes
+    """Have coremltools run no pass, and not validate and print all of the program between them: that takes
     longer than writing it. It is validated when it is written."""
     before = PassPipelineManager.apply_pipeline
     PassPipelineManager.apply_pipeline = staticmethod(lambda program, pipeline: None)
@@ -98,12 +98,12 @@ def _take_modes(path: Path, mode: int) -> None:
 
 
 def package_bytes(path: Path) -> tuple[int, int]:
-    """Bytes of the weight file and of the graph."""
+    """Return the bytes of the weight file and of the graph."""
     return (path / WEIGHT_FILE).stat().st_size, (path / MODEL_FILE).stat().st_size
 
 
 def _make_deterministic(path: Path, metadata: Mapping[str, str]) -> None:
-    """Sorted protobuf maps, our own metadata only, and manifest ids derived from what they name."""
+    """Sort protobuf maps, keep our own metadata only, and derive manifest ids from what they name."""
     model = Model_pb2.Model()
     model_file = path / MODEL_FILE
     model.ParseFromString(model_file.read_bytes())

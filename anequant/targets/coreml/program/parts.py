@@ -22,7 +22,14 @@ import numpy as np
 
 from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec
 from anequant.quantization.linear import FloatTable, QuantizedLinear
-from anequant.targets.coreml.program.linears import float_linear, head_part, linear, packed_codes, palettized
+from anequant.targets.coreml.program.linears import (
+    StoredLinear,
+    float_linear,
+    linear,
+    name_head_part,
+    pack_codes,
+    palettize_weight,
+)
 from anequant.targets.coreml.program.program import (
     Var,
     build_program,
@@ -30,8 +37,9 @@ from anequant.targets.coreml.program.program import (
     identifier,
     to_channels,
 )
-from anequant.targets.coreml.program.streaming import streamed_constant
+from anequant.targets.coreml.program.streaming import stream_constant
 from anequant.targets.coreml.toolkit import TARGET, Function, Program, ct, get_new_symbol, mb, types
+from anequant.targets.shared.packed_codes import take_rows
 
 
 def embeddings_program(table: QuantizedLinear | FloatTable, batch: int) -> Program:
@@ -42,13 +50,13 @@ def embeddings_program(table: QuantizedLinear | FloatTable, batch: int) -> Progr
         ids = function.inputs["input_ids"]
         name = identifier(EMBEDDING)
         if isinstance(table, QuantizedLinear):
-            weight = palettized(packed_codes(table), table.codebook, name, name)
+            weight = palettize_weight(pack_codes(table), table.codebook, name, name)
             rows = mb.gather(x=weight, indices=ids, axis=0, validate_indices=False, name=f"{name}_rows")
             scales = float16_constant(table.output_scale, (len(table.output_scale), 1), f"{name}_scales")
             scale = mb.gather(x=scales, indices=ids, axis=0, validate_indices=False, name=f"{name}_row_scale")
             hidden = mb.mul(x=rows, y=scale, name="hidden_states")
         else:
-            weight = streamed_constant(table.shape, table.blocks, f"{name}_weight")
+            weight = stream_constant(table.shape, table.blocks, f"{name}_weight")
             hidden = mb.gather(x=weight, indices=ids, axis=0, validate_indices=False, name="hidden_states")
         function.set_outputs([hidden])
     shapes = ct.EnumeratedShapes([[1, 1], [1, batch]], default=[1, 1])
@@ -65,19 +73,14 @@ def head_program(spec: ModelSpec, head: QuantizedLinear | FloatTable, parts: int
         x = to_channels(function.inputs["hidden_states"])
         logits = []
         name = identifier(HEAD)
-        codes = packed_codes(head) if isinstance(head, QuantizedLinear) else None
+        codes = pack_codes(head) if isinstance(head, QuantizedLinear) else None
         for part in range(parts):
             rows_of_part = slice(part * rows, (part + 1) * rows)
-            label = head_part(part + 1)
+            label = name_head_part(part + 1)
             if isinstance(head, QuantizedLinear):
                 assert codes is not None
-                piece = QuantizedLinear(
-                    head.codes[rows_of_part],
-                    head.codebook,
-                    head.input_scale,
-                    head.output_scale[rows_of_part],
-                )
-                y = linear(x, piece, codes[rows_of_part], label, name)
+                piece = take_rows(head, rows_of_part)
+                y = linear(x, StoredLinear(piece, codes[rows_of_part], label, name))
             else:
                 y = float_linear(x, head.part(rows_of_part), label)
             logits.append(mb.reshape(x=y, shape=[1, 1, rows], name=f"logits{part + 1}"))

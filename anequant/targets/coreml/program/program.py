@@ -26,15 +26,15 @@ SMALLEST_MASK = -1e4
 
 
 def identifier(name: str) -> str:
-    """A tensor's name as a MIL identifier."""
+    """Return a tensor's name as a MIL identifier."""
     return name.replace(".", "_")
 
 
 def float16_constant(values: Tensor, shape: tuple[int, ...], name: str) -> Var:
-    return shared_constant(values.half().numpy().reshape(shape), name)
+    return share_constant(values.half().numpy().reshape(shape), name)
 
 
-def shared_constant(values: np.ndarray[Any, Any], name: str) -> Var:
+def share_constant(values: np.ndarray[Any, Any], name: str) -> Var:
     constant = mb.const(val=values, name=name)
     constant.op.weight_id = name
     return constant
@@ -91,9 +91,9 @@ def finite_mask(mask: Var, repeats: int) -> Var:
     return mb.concat(values=[finite] * repeats, axis=2, name="group_mask")
 
 
-def write_state(state: Var, current: Var, row: int, new: Var, start: Var, end: Var, name: str) -> Var:
-    """Put new (1, kv, S, D) into rows [row] and positions [start, end) of the cache; the cache after it."""
-    shape = new.shape
+def write_state(state: Var, current: Var, row: int, new: Var, positions: tuple[Var, Var], name: str) -> Var:
+    """Put new (1, kv, S, D) into row [row] of the cache, from one position up to another; the cache then."""
+    shape, (start, end) = new.shape, positions
     begin = mb.concat(
         values=[np.array([row, 0], np.int32), start, np.array([0], np.int32)], axis=0, name=f"{name}_begin"
     )
@@ -120,7 +120,7 @@ def forget_names() -> None:
 
 
 def build_program(functions: Mapping[str, Function]) -> Program:
-    """A program of these functions; the first is the default one."""
+    """Build a program of these functions; the first is the default one."""
     program = Program()
     for name, function in functions.items():
         program.add_function(name, function)

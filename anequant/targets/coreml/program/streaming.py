@@ -30,8 +30,8 @@ METADATA = struct.Struct("<IIQQQ")
 Blocks = Callable[[], Iterable[Tensor]]
 
 
-def streamed_constant(shape: tuple[int, ...], blocks: Blocks, name: str) -> Any:
-    """A float16 constant of `shape` whose values are those of the float16 `blocks`, one after the other.
+def stream_constant(shape: tuple[int, ...], blocks: Blocks, name: str) -> Any:
+    """Emit a float16 constant of `shape` whose values are those of the float16 `blocks`, one after the other.
 
     A program either streams all constants of its weight file or none.
     """
@@ -69,7 +69,7 @@ def streaming(scratch: Path, weights: Path) -> Iterator[None]:
 
 
 def append_float16(file: Path, blocks: Iterable[Tensor]) -> int:
-    """Append a blob to a weight file; the offset of its metadata. The header is left as it is."""
+    """Append a blob to a weight file; return the offset of its metadata. The header is left as it is."""
     with file.open("r+b") as target:
         place = target.seek(-(-target.seek(0, 2) // ALIGNMENT) * ALIGNMENT)
         place = max(place, ALIGNMENT)

@@ -306,7 +306,7 @@ def test_palettized_conv(tmp_path, bits):
         main=function(lambda x: mb.conv(x=x, weight=palettized(codes, codebook, bits, "w")), x=x),
     )
     package = Package.open(path)
-    ((_, name, weight),) = package.compressed_weights()
+    ((_, name, weight),) = package.read_compressed_weights()
     operation, dense = materialized(path, "w")
     assert name == "w" and weight.codes.dtype == np.uint8 and weight.codebook.dtype == np.float16
     np.testing.assert_array_equal(weight.codes, codes)
@@ -522,7 +522,7 @@ def test_attention_with_a_state_shared_by_functions_and_packages(tmp_path):
     np.testing.assert_array_equal(results[0], results[1])
     assert np.abs(results[0] - expected).max() <= 8 * 2.0**-11 * np.abs(expected).max()
     assert whole.default_function == "infer"
-    places = [(name, weight.place) for _, name, weight in whole.compressed_weights()]
+    places = [(name, weight.place) for _, name, weight in whole.read_compressed_weights()]
     assert len(places) == 2 * len(set(places)) == 2 * len(weights)
 
 

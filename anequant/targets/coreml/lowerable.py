@@ -1,4 +1,4 @@
-"""What can be lowered: the sizes, the model, and what it does while it runs."""
+"""What can become Core ML packages: the sizes, the model, and what it does while it runs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from anequant.architectures.spec import ModelSpec
 from anequant.errors import UnsupportedError, UsageError
 from anequant.quantization.online import Online
 from anequant.recipe import LowerOptions
-from anequant.targets.shared.rope_tables import lowered_rope_tables
-
-LARGEST_AXIS = 16384
-MOST_HEAD_PARTS = 64
+from anequant.targets.shared.geometry import count_head_parts
+from anequant.targets.shared.rope_tables import compute_rope_tables
 
 
 def check_lowering(spec: ModelSpec, options: LowerOptions, online: Online) -> None:
-    """Raises UsageError for impossible sizes, UnsupportedError for a model that cannot be lowered to them."""
+    """Raise UsageError for impossible sizes, UnsupportedError for a model that cannot be lowered to them."""
     for name, value, most in (
         ("context", options.context, 65536),
         ("batch", options.batch, options.context),
@@ -37,23 +35,12 @@ def check_lowering(spec: ModelSpec, options: LowerOptions, online: Online) -> No
             remedy="ANEMLL's Swift runtime prefills whole batches only",
         )
     _check_online(online)
-    head_parts(spec)
-    lowered_rope_tables(spec, options.context)
-
-
-def head_parts(spec: ModelSpec) -> int:
-    """The least number of equal parts, from the architecture's own on, that keeps each within an axis."""
-    for parts in range(spec.architecture.head_split, MOST_HEAD_PARTS + 1):
-        if spec.vocab_size % parts == 0 and spec.vocab_size // parts <= LARGEST_AXIS:
-            return parts
-    raise UnsupportedError(
-        f"a vocabulary of {spec.vocab_size} does not split into equal parts of at most {LARGEST_AXIS}",
-        remedy="pad the embedding and the head to a multiple of 64 rows",
-    )
+    count_head_parts(spec)
+    compute_rope_tables(spec, options.context)
 
 
 def _check_online(online: Online) -> None:
-    """Raises UnsupportedError for what the packages cannot do while they run."""
+    """Raise UnsupportedError for what the packages cannot do while they run."""
     if online.kv_bits < 16:
         raise UnsupportedError(
             f"a KV cache of {online.kv_bits} bits cannot be lowered: Core ML keeps an fp16 state",

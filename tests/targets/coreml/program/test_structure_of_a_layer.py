@@ -23,14 +23,16 @@ from torch.nn import functional
 from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.layers import QuantizedLayer, load_layer, open_quantized
 from anequant.quantization.linear import QuantizedLinear
-from anequant.targets.coreml.graph import Graph, Node, package_graphs
+from anequant.targets.coreml.graph import Graph, Node, read_graphs
 from anequant.targets.coreml.interpreter.interpreter import Package
-from anequant.targets.coreml.program.decoder import STATE, Geometry, chunk_program
+from anequant.targets.coreml.program.decoder import STATE, chunk_program
 from anequant.targets.coreml.program.package import save_package
 from anequant.targets.coreml.signatures import TensorSpec
-from anequant.targets.coreml.storage import model_file, read_model
+from anequant.targets.coreml.storage import find_model_file, read_model
 from anequant.targets.coreml.toolkit import ct
-from anequant.targets.shared.rope_tables import lowered_rope_tables
+from anequant.targets.shared.geometry import Geometry
+from anequant.targets.shared.package_task import Chunk
+from anequant.targets.shared.rope_tables import compute_rope_tables
 
 CONTEXT, BATCH, LAYER = 32, 8, 1
 LENGTHS = {"infer": 1, "prefill": BATCH}
@@ -158,8 +160,8 @@ class Pair:
 
     @property
     def graphs(self) -> tuple[Graph, Graph]:
-        (traced,) = package_graphs(self.traced)
-        return next(graph for graph in package_graphs(self.ours) if graph.function == self.function), traced
+        (traced,) = read_graphs(self.traced)
+        return next(graph for graph in read_graphs(self.ours) if graph.function == self.function), traced
 
 
 @pytest.fixture(scope="module", params=LENGTHS)
@@ -177,9 +179,10 @@ def pair(
     generator = torch.Generator().manual_seed(0)
     gains = {name: torch.rand(gain.shape, generator=generator).add(0.5) for name, gain in layer.gains.items()}
     layer = replace(layer, gains={name: gain.half() for name, gain in gains.items()})
-    tables = lowered_rope_tables(spec, CONTEXT)
+    tables = compute_rope_tables(spec, CONTEXT)
     ours, traced = folder / "ours.mlpackage", folder / "traced.mlpackage"
-    save_package(chunk_program(Geometry(spec, CONTEXT, BATCH, *tables), [layer], None), ours, {})
+    chunk = Chunk(Geometry(spec, CONTEXT, BATCH, *tables), (layer,), None)
+    save_package(chunk_program(chunk), ours, {})
     peer = Layer(spec, layer, *tables, LENGTHS[request.param]).requires_grad_(False)
     convert(peer, traced)
     return Pair(request.param, peer, ours, traced)
@@ -306,7 +309,7 @@ def test_interfaces_are_the_same(pair: Pair) -> None:
     spec = pair.layer.spec
     shape = (2 * spec.num_layers, spec.num_key_value_heads, CONTEXT, spec.head_dim)
     assert ours.spec.states == (TensorSpec(STATE, "fp16", shape),)
-    mine, theirs = (read_model(model_file(path)) for path in (pair.ours, pair.traced))
+    mine, theirs = (read_model(find_model_file(path)) for path in (pair.ours, pair.traced))
     assert mine.specificationVersion == theirs.specificationVersion
     opsets = [
         model.mlProgram.functions[name].opset for model, name in ((mine, pair.function), (theirs, "main"))

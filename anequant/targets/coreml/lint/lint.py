@@ -20,9 +20,8 @@ from pathlib import Path
 
 from anequant.checkpoints.places import find_packages
 from anequant.errors import InputError, UsageError, VerificationError, did_you_mean
-from anequant.targets.coreml.graph import package_graphs
+from anequant.targets.coreml.graph import read_graphs
 from anequant.targets.coreml.lint.file_rules import PACKAGE_RULES
-from anequant.targets.coreml.lint.integer_rules import INTEGER_RULES
 from anequant.targets.coreml.lint.operation_rules import GRAPH_RULES
 from anequant.targets.coreml.lint.rule import CHIPS, ERROR, NOTE, WARNING, Hit, Rule
 from anequant.targets.coreml.lint.shape_rules import SHAPE_RULES
@@ -31,7 +30,7 @@ from anequant.targets.coreml.lint.sum_rules import SUM_RULES
 from anequant.targets.coreml.lint.weight_rules import WEIGHT_RULES
 from anequant.targets.coreml.storage import damage
 
-FUNCTION_RULES = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *INTEGER_RULES, *SUM_RULES, *STATE_RULES)
+FUNCTION_RULES = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *SUM_RULES, *STATE_RULES)
 
 
 @dataclass(frozen=True)
@@ -47,35 +46,35 @@ class Finding:
 
 
 def lint_package(package: Path, chip: str = "any") -> list[Finding]:
-    """Every breach in an .mlpackage, errors first.
+    """Return every breach in an .mlpackage, errors first.
 
     Raises UsageError for an unknown chip, InputError for a damaged package.
     """
     if chip not in CHIPS:
         raise UsageError(f"unknown chip '{chip}'", remedy=did_you_mean(chip, CHIPS))
-    graphs = package_graphs(package)
+    graphs = read_graphs(package)
     findings = []
     with damage(str(package)):
         for graph in graphs:
             for rule in FUNCTION_RULES:
                 hits = rule.check(graph, CHIPS[chip])
-                findings += [_finding(rule, package, graph.function, hit) for hit in hits]
+                findings += [_make_finding(rule, package, graph.function, hit) for hit in hits]
         for whole in PACKAGE_RULES:
-            findings += [_finding(whole, package, "", hit) for hit in whole.check(graphs, package)]
+            findings += [_make_finding(whole, package, "", hit) for hit in whole.check(graphs, package)]
     return sorted(findings, key=lambda finding: (ERROR, WARNING, NOTE).index(finding.severity))
 
 
-def errors_of(findings: Sequence[Finding]) -> list[Finding]:
+def select_errors(findings: Sequence[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.severity == ERROR]
 
 
-def _finding(rule: Rule, package: Path, function: str, hit: Hit) -> Finding:
+def _make_finding(rule: Rule, package: Path, function: str, hit: Hit) -> Finding:
     severity = hit.severity or rule.severity
     return Finding(rule.id, severity, package.name, function, hit.op, hit.detail, rule.why, rule.remedy)
 
 
 def lint(path: Path, chip: str = "any") -> list[Finding]:
-    """`path` is an .mlpackage, a folder of them, or an output of convert.
+    """Return every breach in an .mlpackage, a folder of them, or an output of convert.
 
     Raises InputError when there is none or one is damaged, UsageError for an unknown chip.
     """
@@ -88,8 +87,8 @@ def lint(path: Path, chip: str = "any") -> list[Finding]:
 
 
 def require_clean(findings: list[Finding]) -> list[Finding]:
-    """The findings; raises VerificationError with the first error among them and their number."""
-    errors = errors_of(findings)
+    """Return the findings; raises VerificationError with the first error among them and their number."""
+    errors = select_errors(findings)
     if errors:
         first = errors[0]
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

@@ -24,10 +24,9 @@ from anequant.pipeline.lower import lower
 from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.request import LowerRequest, Request
-from anequant.targets.coreml.lint.integer_rules import INTEGER_RULES
+from anequant.targets.coreml.lint.lint import Finding, lint, lint_package, require_clean
 from anequant.targets.coreml.lint.operation_rules import GRAPH_RULES
 from anequant.targets.coreml.lint.rule import CHIPS
-from anequant.targets.coreml.lint.rules import Finding, lint, lint_package, require_clean
 from anequant.targets.coreml.lint.shape_rules import SHAPE_RULES
 from anequant.targets.coreml.lint.state_rules import STATE_RULES
 from anequant.targets.coreml.lint.sum_rules import SUM_RULES
@@ -296,7 +295,7 @@ def test_a_breach_that_needs_other_inputs_is_found(tmp_path: Path, case: str) ->
 
 
 def test_every_rule_has_a_program_that_breaks_it() -> None:
-    rules = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *INTEGER_RULES, *SUM_RULES, *STATE_RULES)
+    rules = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *SUM_RULES, *STATE_RULES)
     covered = {case.partition(",")[0] for case in (*BREACHES, *WITH_INPUTS)}
     assert sorted(rule.id for rule in rules) == sorted(covered)
 

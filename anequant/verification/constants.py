@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,32 +14,30 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import VerificationError
 from anequant.jobs.control import Progress
-from anequant.quantization.linear import QuantizedLinear
-from anequant.targets.coreml.graph import Graph, Node, package_graphs
-from anequant.targets.coreml.interpreter.compressed import CompressedWeight
+from anequant.targets.coreml.graph import Graph, Node, read_graphs
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
-from anequant.targets.coreml.program.linears import head_part, weight_value
-from anequant.targets.shared.rotation_weights import online_weights, weight_name
+from anequant.targets.coreml.program.linears import name_head_part, name_weight
+from anequant.targets.shared.packed_codes import CompressedWeight, check_weight, take_rows
+from anequant.targets.shared.rotation_weights import make_online_weights, name_factor
 
-Array = np.ndarray[Any, Any]
 Names = dict[str, tuple[str, slice]]
 
 
 def verify_constants(folder: Path, checkpoint: Checkpoint, progress: Progress) -> int:
-    """How many compressed weights equal the checkpoint's, bit for bit.
+    """Return how many compressed weights equal the checkpoint's, bit for bit.
 
     Raises VerificationError for one that does not or is missing or unknown, for functions of a package that
-    do not share it, and where inputs are rounded or turned otherwise than the checkpoint says.
+    do not share it, and where inputs are rounded or rotated otherwise than the checkpoint says.
     """
     packages = read_meta(folder)
-    quantized = _quantized_names(checkpoint, packages.head_parts)
+    quantized = _name_quantized(checkpoint, packages.head_parts)
     count = 0
     for number, package in enumerate(packages.package_names):
         progress(f"weights of {package}", 0.5 * number / len(packages.package_names))
         path = folder / f"{package}.mlpackage"
         count += _verify_weights(Package.open(path), quantized, checkpoint)
-        for graph in package_graphs(path):
+        for graph in read_graphs(path):
             _verify_rounding(graph, quantized, checkpoint, str(path))
             if package in packages.chunk_names:
                 _verify_rotations(graph, quantized, checkpoint, str(path))
@@ -56,7 +52,7 @@ def _verify_weights(package: Package, quantized: Names, checkpoint: Checkpoint) 
     places: dict[str, list[int | None]] = {}
     first: dict[str, CompressedWeight] = {}
     loaded, where = "", str(package.path)
-    for _, value, weight in package.compressed_weights():
+    for _, value, weight in package.read_compressed_weights():
         if value not in quantized:
             raise VerificationError(f"compressed weight '{value}' is unknown", where=where)
         name, part = quantized[value]
@@ -64,9 +60,9 @@ def _verify_weights(package: Package, quantized: Names, checkpoint: Checkpoint) 
             if name != loaded:
                 whole, loaded = load(name, checkpoint.read, checkpoint.tensors), name
             rounded = name in checkpoint.online.activations
-            _check_weight(value, weight, whole, part, where, rounded=rounded)
+            check_weight(value, weight, take_rows(whole, part), where, rounded=rounded)
             first[value] = weight
-        elif not _same_tables(weight, first[value]):
+        elif not weight.has_tables_of(first[value]):
             raise VerificationError(f"'{value}' has not the same codebook or scales twice", where=where)
         places.setdefault(value, []).append(weight.place)
     for value, found in places.items():
@@ -77,69 +73,25 @@ def _verify_weights(package: Package, quantized: Names, checkpoint: Checkpoint) 
     return len(places)
 
 
-def _same_tables(one: CompressedWeight, other: CompressedWeight) -> bool:
-    """Whether two functions' constants mean the same by the same codes."""
-    tables = ((one.codebook, other.codebook), (one.scale, other.scale))
-    return all(np.array_equal(a, b) if a is not None and b is not None else a is b for a, b in tables)
-
-
-def _quantized_names(checkpoint: Checkpoint, head_parts: int) -> Names:
-    """What each compressed value of the packages holds: a quantized tensor's name, and which rows."""
+def _name_quantized(checkpoint: Checkpoint, head_parts: int) -> Names:
+    """Tell what each compressed value of the packages holds: a quantized tensor's name, and which rows."""
     everything = slice(None)
     names = {}
     for layer in range(checkpoint.spec.num_layers):
         for linear in checkpoint.spec.architecture.linears:
             name = layer_prefix(layer) + linear.name
-            names[weight_value(name)] = (name, everything)
+            names[name_weight(name)] = (name, everything)
     if f"{EMBEDDING}.codebook" in checkpoint.tensors:
-        names[weight_value(EMBEDDING)] = (EMBEDDING, everything)
+        names[name_weight(EMBEDDING)] = (EMBEDDING, everything)
     if f"{HEAD}.codebook" in checkpoint.tensors:
         rows = checkpoint.spec.vocab_size // head_parts
         for part in range(head_parts):
-            names[weight_value(head_part(part + 1))] = (HEAD, slice(part * rows, (part + 1) * rows))
+            names[name_weight(name_head_part(part + 1))] = (HEAD, slice(part * rows, (part + 1) * rows))
     return names
 
 
-def _check_weight(
-    value: str, weight: CompressedWeight, whole: QuantizedLinear, part: slice, where: str, *, rounded: bool
-) -> None:
-    """Equal codes, and a codebook and scales equal but for the power of two that headroom may have moved."""
-    codes, codebook = whole.codes[part].numpy(), whole.codebook.double().numpy()
-    stored, used = weight.codes.reshape(codes.shape), np.unique(codes)
-    if weight.codebook is not None:
-        same, entries = np.array_equal(stored, codes), weight.codebook.reshape(-1)
-    else:
-        entries = np.zeros(len(codebook), stored.dtype)
-        entries[codes] = stored
-        same = np.array_equal(entries[codes], stored)
-    if not same:
-        raise VerificationError(f"the codes of '{value}' are not the checkpoint's", where=where)
-    scale = np.ones(1) if weight.scale is None else weight.scale.astype(np.float64)
-    grouped = whole.output_scale.ndim == 2
-    if grouped:
-        expected = whole.output_scale[part].double().numpy()
-        same = scale.size == expected.size and _equal_but_for_a_power(scale.reshape(expected.shape), expected)
-    else:
-        same = scale.size == 1 and (weight.scale is not None) == rounded
-    if not same:
-        raise VerificationError(f"'{value}' has not the checkpoint's scales", where=where)
-    table = entries.astype(np.float64) * (1 if grouped else float(scale.reshape(-1)[0]))
-    integers = entries.dtype == np.int8
-    if not _equal_but_for_a_power(table[used], codebook[used]) or (rounded and not integers):
-        raise VerificationError(f"'{value}' has not the checkpoint's one codebook", where=where)
-
-
-def _equal_but_for_a_power(stored: Array, expected: Array) -> bool:
-    """Whether one power of two makes `stored` equal to `expected`; float64."""
-    if stored.shape != expected.shape:
-        return False
-    ends = [float(np.abs(values).max()) for values in (stored, expected)]
-    power = np.frexp(ends[1])[1] - np.frexp(ends[0])[1]
-    return np.array_equal(np.ldexp(stored, power), expected)
-
-
 def _verify_rounding(graph: Graph, quantized: Names, checkpoint: Checkpoint, where: str) -> None:
-    """Each linear's input passes through quantize and dequantize, with its scale, or through neither."""
+    """Check that each linear's input passes through quantize and dequantize, with its scale, or neither."""
     for conv, name in _linears(graph, quantized):
         format_ = checkpoint.online.activations.get(name)
         back = graph.source(conv, "x")
@@ -160,11 +112,11 @@ def _verify_rounding(graph: Graph, quantized: Names, checkpoint: Checkpoint, whe
 
 
 def _verify_rotations(graph: Graph, quantized: Names, checkpoint: Checkpoint, where: str) -> None:
-    """Every layer has one convolution with each factor of the online rotations, and no other float one."""
+    """Check that a layer has one convolution with each factor of online rotations, and no other float one."""
     spec = checkpoint.spec
     expected = {
-        weight_name(name, number): weight
-        for name, weights in online_weights(spec, checkpoint.online).items()
+        name_factor(name, number): weight
+        for name, weights in make_online_weights(spec, checkpoint.online).items()
         for number, weight in enumerate(weights)
     }
     layers = len(list(_linears(graph, quantized))) // len(spec.architecture.linears)
@@ -185,7 +137,7 @@ def _verify_rotations(graph: Graph, quantized: Names, checkpoint: Checkpoint, wh
 
 
 def _linears(graph: Graph, quantized: Names) -> Iterator[tuple[Node, str]]:
-    """The convolutions whose weight is a quantized tensor, and its name."""
+    """Yield the convolutions whose weight is a quantized tensor, and its name."""
     for conv in graph.of_kind("conv"):
         source = graph.source(conv, "weight")
         if source is not None and source.name in quantized:

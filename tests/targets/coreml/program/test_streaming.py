@@ -13,8 +13,8 @@ from torch import Tensor
 from anequant.quantization.linear import ROWS, FloatTable
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE, save_package
-from anequant.targets.coreml.program.program import build_program, shared_constant
-from anequant.targets.coreml.program.streaming import streamed_constant
+from anequant.targets.coreml.program.program import build_program, share_constant
+from anequant.targets.coreml.program.streaming import stream_constant
 from anequant.targets.coreml.toolkit import TARGET, Function, Program, mb, types
 
 SHAPES = ((ROWS * 2 + 3, 40), (7, 40), (33, 40))
@@ -43,11 +43,11 @@ def program(constant: Callable[[Tensor, str], object]) -> Program:
 
 
 def whole(weight: Tensor, name: str) -> object:
-    return shared_constant(weight.numpy(), name)
+    return share_constant(weight.numpy(), name)
 
 
 def streamed(weight: Tensor, name: str) -> object:
-    return streamed_constant(tuple(weight.shape), table(weight).blocks, name)
+    return stream_constant(tuple(weight.shape), table(weight).blocks, name)
 
 
 def test_streamed_constants_give_the_bytes_of_coremltools_and_run(tmp_path: Path) -> None:

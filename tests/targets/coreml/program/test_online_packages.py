@@ -36,19 +36,20 @@ from anequant.rotation.hadamard import hadamard
 from anequant.rotation.orthogonal import make_plain_hadamard
 from anequant.targets.coreml.interpreter.integers import integer_conv
 from anequant.targets.coreml.interpreter.interpreter import Package
-from anequant.targets.coreml.lint.rules import lint
+from anequant.targets.coreml.lint.lint import lint
+from anequant.targets.coreml.lowerable import check_lowering
 from anequant.targets.coreml.meta import read_meta
-from anequant.targets.coreml.program.linears import integer_entries
-from anequant.targets.coreml.program.online_rotations import turned, weight_constants
+from anequant.targets.coreml.program.online_rotations import emit_weights, rotate_channels
 from anequant.targets.coreml.program.package import MODEL_FILE, save_package
 from anequant.targets.coreml.program.program import build_program
 from anequant.targets.coreml.storage import read_model
 from anequant.targets.coreml.toolkit import TARGET, Function, mb, types
+from anequant.targets.shared.agreement import compare_rounding
 from anequant.targets.shared.headroom import plan_headroom
-from anequant.targets.shared.lowerable import check_lowering
-from anequant.targets.shared.rotation_weights import WIDEST, hadamard_weights
-from anequant.verification.package_weights import verify_constants
-from anequant.verification.verify import compare_rounding, verify_packages
+from anequant.targets.shared.packed_codes import split_codebook
+from anequant.targets.shared.rotation_weights import WIDEST, make_hadamard_weights
+from anequant.verification.constants import verify_constants
+from anequant.verification.verify import verify_packages
 
 SIZES = LowerOptions(context=32, batch=16)
 STATIC: dict[str, Any] = {"activation_bits": 8, "activation_scales": "static"}
@@ -148,7 +149,7 @@ def test_a_convolution_of_integers_is_exact(tmp_path: Path, form: str, scale: Ar
     package = saved(tmp_path, conv_of_integers(form, scale, bias=bias), (1, 1500, 1, 4))
     x = (np.random.default_rng(3).normal(size=(1, 1500, 1, 4)) * 0.5).astype(np.float16)
     x[..., 0] = -100
-    (_, _, weight), *_ = package.compressed_weights()
+    (_, _, weight), *_ = package.read_compressed_weights()
     integers = weight.codes if weight.codebook is None else weight.codebook.reshape(-1)[weight.codes]
     step = float(np.float16(0.0137))
     codes = np.clip(np.rint(x.astype(np.float64) / step), -128, 127).astype(np.int64)
@@ -205,7 +206,7 @@ def test_without_rounding_the_same_program_is_one_of_floats(tmp_path: Path) -> N
     saved(tmp_path, conv_of_integers("lut", ONE), (1, 1500, 1, 4))
     package = Package.open(tmp_path / "p.mlpackage", rounding=False)
     x = np.random.default_rng(6).normal(size=(1, 1500, 1, 4)).astype(np.float16)
-    (_, _, weight), *_ = package.compressed_weights()
+    (_, _, weight), *_ = package.read_compressed_weights()
     assert weight.codebook is not None
     dense = weight.codebook.reshape(-1)[weight.codes][:, :, 0, 0].astype(np.float64) * 2.0**-14
     expected = np.einsum("oi,is->os", dense, x[0, :, 0].astype(np.float64))
@@ -216,8 +217,10 @@ def test_without_rounding_the_same_program_is_one_of_floats(tmp_path: Path) -> N
 def test_the_factors_are_the_hadamard_matrix(tmp_path: Path, width: int, order: int) -> None:
     """Two unit vectors and two random ones through a saved program, against the matrix itself."""
     rotation = make_plain_hadamard(width, order)
-    weights = hadamard_weights(rotation, width)
-    package = saved(tmp_path, lambda x: [turned(x, weight_constants(weights, "r"), "x")], (1, width, 1, 4))
+    weights = make_hadamard_weights(rotation, width)
+    package = saved(
+        tmp_path, lambda x: [rotate_channels(x, emit_weights(weights, "r"), "x")], (1, width, 1, 4)
+    )
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).half()
     x[:2] = 0
     x[0, 1] = x[1, width - 2] = 1
@@ -244,7 +247,7 @@ WIDTHS = [4864, 8960, 11008, 18944, 27648, 29568, 3072, 6144, 9728, 12288, 17408
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_published_width_has_small_factors(width: int) -> None:
     """Of orthonormal rows, up to the rounding of their one magnitude to float16."""
-    weights = hadamard_weights(make_plain_hadamard(width, width), width)
+    weights = make_hadamard_weights(make_plain_hadamard(width, width), width)
     assert math.prod(weight.shape[1] for weight in weights) == width
     for weight in weights:
         size = weight.shape[1]
@@ -257,15 +260,15 @@ def test_all_integers_of_8_bits_stay_what_they_are() -> None:
     for step in (1.0, 2.0**-5, 4.0):
         codebook = make_uniform_codebook(8) * step
         assert torch.equal(round_to_integers(codebook), codebook)
-        entries, found = integer_entries(codebook, "some")
+        entries, found = split_codebook(codebook, "some")
         assert found == step and torch.equal(entries.float(), make_uniform_codebook(8))
 
 
 def test_a_free_codebook_is_not_made_of_integers() -> None:
     codebook = lloyd_max(torch.randn(5000, generator=torch.Generator().manual_seed(0)), 4)
     with pytest.raises(UnsupportedError, match="the codebook of 'some' is not 8-bit integers"):
-        integer_entries(codebook, "some")
-    entries, step = integer_entries(round_to_integers(codebook), "some")
+        split_codebook(codebook, "some")
+    entries, step = split_codebook(round_to_integers(codebook), "some")
     assert entries.dtype == torch.int8 and torch.equal(entries.float() * step, round_to_integers(codebook))
 
 

@@ -28,13 +28,13 @@ from anequant.recipe_files import load_recipe
 from anequant.reference.sources import read_text
 from anequant.reference.windows import cut_windows, load_tokenizer
 from anequant.request import LowerRequest, Request
-from anequant.runtime.coreml_backend import PackageModel, package_by_package
+from anequant.runtime.coreml_backend import PackageModel, run_package_by_package
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
-from anequant.targets.coreml.program.linears import weight_value
-from anequant.targets.shared.geometry import chunk_ranges
-from anequant.targets.shared.lowerable import head_parts
-from anequant.verification.verify import compare_logits, verify_packages
+from anequant.targets.coreml.program.linears import name_weight
+from anequant.targets.shared.agreement import compare_logits
+from anequant.targets.shared.geometry import count_head_parts, split_layers
+from anequant.verification.verify import verify_packages
 
 PREFILL = DECODE = 64
 WINDOWS = 4
@@ -108,7 +108,7 @@ def test_package_by_package_is_the_same_with_a_single_one_open(trained: Written,
         opened.append(weakref.ref(package))
         return package
 
-    ours = package_by_package(packages, tokens, 16, silent, alone)
+    ours = run_package_by_package(packages, tokens, 16, silent, alone)
     assert len(opened) == 4
     assert torch.equal(ours, package_logits(PackageModel(packages), tokens, 16))
 
@@ -139,7 +139,7 @@ def test_every_palettized_weight_is_the_checkpoints_bit_for_bit(trained: Written
     checkpoint = open_checkpoint(trained.checkpoint)
     spec = checkpoint.spec
     expected = {
-        weight_value(name): name
+        name_weight(name): name
         for name in (
             f"model.layers.{layer}.{linear.name}"
             for layer in range(spec.num_layers)
@@ -168,7 +168,7 @@ def test_functions_share_one_copy_of_every_weight(trained: Written) -> None:
         offsets: dict[str, set[int | None]] = {}
         opened = Package.open(trained.packages / f"{chunk}.mlpackage")
         assert opened.default_function == "infer"
-        for _, value, weight in opened.compressed_weights():
+        for _, value, weight in opened.read_compressed_weights():
             offsets.setdefault(value, set()).add(weight.place)
         assert offsets and all(len(places) == 1 for places in offsets.values())
 
@@ -252,13 +252,13 @@ def test_files_inputs_outputs_and_state_are_anemlls(trained: Written) -> None:
 
 
 def test_layers_spread_over_chunks_without_loss() -> None:
-    assert [list(chunk) for chunk in chunk_ranges(7, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert [list(chunk) for chunk in split_layers(7, 3)] == [[0, 1, 2], [3, 4], [5, 6]]
 
 
 def test_head_split_needs_a_divisor(make_model: Callable[..., Path], tmp_path: Path) -> None:
     spec = open_checkpoint(make_model(tmp_path / "prime", "qwen2", True, vocab_size=97)).spec
     with pytest.raises(UnsupportedError, match="97"):
-        head_parts(spec)
+        count_head_parts(spec)
 
 
 @pytest.mark.parametrize(

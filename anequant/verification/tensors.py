@@ -22,13 +22,12 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.writer import DTYPE_NAMES
 from anequant.errors import VerificationError, quote
+from anequant.quantization.nearest import LARGEST_FLOAT16
 from anequant.recipe import Recipe
-
-LARGEST_FLOAT16 = 65504.0
 
 
 def verify_layout(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype) -> None:
-    """Raises VerificationError unless the tensors are those that `recipe` writes; floats are of `dtype`."""
+    """Raise VerificationError unless the tensors are those that `recipe` writes; floats are of `dtype`."""
     bits = {name: _bits(checkpoint, name, recipe) for name in list_projections(checkpoint.spec)}
     entries = list_entries(checkpoint.spec, recipe, bits, dtype)
     for entry in entries:
@@ -46,7 +45,7 @@ def verify_layout(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype) ->
 
 
 def verify_numbers(checkpoint: Checkpoint, name: str) -> None:
-    """Raises VerificationError unless the quantized linear or table `name` holds what the module says."""
+    """Raise VerificationError unless the quantized linear or table `name` holds what the module says."""
     parts = {
         suffix: checkpoint.read(f"{name}.{suffix}").float()
         for suffix in ("codebook", "input_scales", "output_scales", "bias")
@@ -62,7 +61,7 @@ def verify_numbers(checkpoint: Checkpoint, name: str) -> None:
 
 
 def verify_static_scales(checkpoint: Checkpoint) -> None:
-    """Raises VerificationError for a static activation scale that float16 cannot hold, or of no linear.
+    """Raise VerificationError for a static activation scale that float16 cannot hold, or of no linear.
 
     That every linear with rounded inputs has one is checked when the checkpoint is opened.
     """
@@ -81,7 +80,7 @@ def verify_static_scales(checkpoint: Checkpoint) -> None:
 
 
 def _bits(checkpoint: Checkpoint, name: str, recipe: Recipe) -> int:
-    """A width that the recipe allows, by the length of the codebook."""
+    """Return a width that the recipe allows, by the length of the codebook."""
     codebook = checkpoint.tensors.get(f"{name}.codebook")
     if codebook is None:
         return 16 if recipe.bits == 16 else recipe.widths[0]

@@ -35,7 +35,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @contextmanager
 def failing(where: Path) -> Iterator[None]:
-    """What is wrong with the files of an output is a failed verification, whichever reader finds it."""
+    """Make what is wrong with the files of an output a failed verification, whichever reader finds it."""
     try:
         yield
     except (InputError, UnsupportedError) as error:
@@ -49,7 +49,7 @@ def verify_files(folder: Path, *kinds: str) -> dict[str, Any]:
     Raises InputError where there is no anequant.json, VerificationError when it makes no sense, or naming
     the first file that is missing, changed, extra or no regular file.
     """
-    recorded = written_manifest(folder)
+    recorded = read_checked_manifest(folder)
     if kinds and recorded["kind"] not in kinds:
         raise VerificationError(f"'{MANIFEST}' is of the kind {quote(recorded['kind'])}", where=str(folder))
     expected: dict[str, str] = recorded["files"]
@@ -72,8 +72,8 @@ def verify_files(folder: Path, *kinds: str) -> dict[str, Any]:
     return recorded
 
 
-def written_manifest(folder: Path) -> dict[str, Any]:
-    """The folder's anequant.json, checked by itself; raises as `verify_files`."""
+def read_checked_manifest(folder: Path) -> dict[str, Any]:
+    """Read the folder's anequant.json, checked by itself; raises as `verify_files`."""
     if not (folder / MANIFEST).exists():
         return read_manifest(folder)
     with failing(folder):
@@ -83,8 +83,8 @@ def written_manifest(folder: Path) -> dict[str, Any]:
     return recorded
 
 
-def recipe_of(recorded: dict[str, Any]) -> Recipe:
-    """The recipe in a checked manifest; what a rotated checkpoint leaves out is what `rotate` leaves out.
+def read_recorded_recipe(recorded: dict[str, Any]) -> Recipe:
+    """Read the recipe in a checked manifest; a rotated checkpoint leaves out what `rotate` leaves out.
 
     Raises UsageError for values that make none.
     """
@@ -114,6 +114,6 @@ def _problems(recorded: dict[str, Any]) -> Iterator[str]:
             yield f"has no sha256 for {quote(name)}"
     if "recipe" in PARTS[kind]:
         try:
-            recipe_of(recorded)
+            read_recorded_recipe(recorded)
         except UsageError as error:
             yield f"holds an impossible recipe: {error.what}"

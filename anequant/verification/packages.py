@@ -6,7 +6,7 @@ path, and one of them as the root model (coremltools, modelpackage/src/ModelPack
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from torch import Tensor
 
 from anequant.errors import InputError, VerificationError, quote
 from anequant.strict import parse_json, read_plain
-from anequant.targets.coreml.graph import LUT, Graph, package_graphs
-from anequant.targets.coreml.meta import META, read_meta
+from anequant.targets.coreml.graph import LUT, Graph, Node, read_graphs
+from anequant.targets.coreml.meta import INFER, META, PREFILL, read_meta
 from anequant.targets.coreml.meta_check import check_package
-from anequant.targets.coreml.program.decoder import INFER, PREFILL
-from anequant.targets.coreml.storage import LARGEST_MANIFEST, damage, inside, model_file
-from anequant.verification.hashes import PACKAGES, failing, verify_files
+from anequant.targets.coreml.storage import LARGEST_MANIFEST, damage, find_model_file, resolve_below
+from anequant.verification.files import PACKAGES, failing, verify_files
 
 DATA, MANIFEST_FILE = "Data", "Manifest.json"
+
+Constant = tuple[str, str, Any]
+"""An operation's name, the input's, and the MIL_pb2.Value that it is bound to."""
 
 
 def verify_package_folder(folder: Path) -> dict[str, Any]:
@@ -51,21 +53,22 @@ def verify_package_files(folder: Path) -> None:
         path = folder / f"{name}.mlpackage"
         verify_items(path)
         with damage(str(path)):
-            graphs = package_graphs(path)
+            graphs = read_graphs(path)
             check_package(packages, name, {graph.function: graph.spec for graph in graphs}, folder)
-            seen: set[bytes] = set()
-            for graph in graphs:
-                _verify_constants(graph, path, seen)
+            for graph, constants, tables in _read_once(graphs):
+                where = f"{path}, {graph.function}"
+                _verify_finite(graph, constants, where)
+                _verify_codes(graph, tables, where)
                 if name in packages.chunk_names and graph.function not in (INFER, PREFILL):
                     problem = f"function {quote(graph.function)} is none of a decoder's"
                     raise VerificationError(problem, where=str(path))
 
 
 def verify_items(package: Path) -> None:
-    """Raises InputError or VerificationError unless Manifest.json lists the files below Data: each once, and
+    """Raise InputError or VerificationError unless Manifest.json lists the files below Data: each once, and
     by a path that stays there."""
     where = str(package / MANIFEST_FILE)
-    model = model_file(package)
+    model = find_model_file(package)
     try:
         items = list(
             parse_json(read_plain(package / MANIFEST_FILE, LARGEST_MANIFEST))["itemInfoEntries"].values()
@@ -75,7 +78,7 @@ def verify_items(package: Path) -> None:
         raise InputError("the manifest lists no items", where=where) from error
     if not all(isinstance(path, str) for path in paths) or len(set(paths)) != len(paths):
         raise VerificationError("the manifest lists items without a path of their own", where=where)
-    listed = {inside(package / DATA, path) for path in paths}
+    listed = {resolve_below(package / DATA, path) for path in paths}
     for path in sorted(listed):
         if not path.exists():
             name = path.relative_to(package).as_posix()
@@ -89,20 +92,33 @@ def verify_items(package: Path) -> None:
         raise VerificationError("the root model is none of the manifest's items", where=where)
 
 
-def _verify_constants(graph: Graph, package: Path, seen: set[bytes]) -> None:
-    """Every constant can be read and is finite, and every code is inside its codebook. What functions share
-    is read once: `seen` are the protobufs."""
-    where = f"{package}, {graph.function}"
-    for name, key, value in _values(graph):
-        if not _new(value, seen):
-            continue
+def _read_once(graphs: Sequence[Graph]) -> Iterator[tuple[Graph, list[Constant], list[Node]]]:
+    """Yield each graph with its constants bound by value and its lookup tables, but for those that it shares
+    with a graph before it."""
+    seen: set[bytes] = set()
+
+    def is_new(message: Any) -> bool:
+        before = len(seen)
+        seen.add(message.SerializeToString(deterministic=True))
+        return len(seen) > before
+
+    for graph in graphs:
+        constants = [constant for constant in _bound_values(graph) if is_new(constant[2])]
+        yield graph, constants, [node for node in graph.of_kind(LUT) if is_new(node.proto)]
+
+
+def _verify_finite(graph: Graph, constants: Sequence[Constant], where: str) -> None:
+    """Check that every constant can be read and is finite."""
+    for name, key, value in constants:
         content = graph.content(value)
         if isinstance(content, Tensor) and not bool(torch.isfinite(content).all()):
             count = int((~torch.isfinite(content)).sum())
             raise VerificationError(f"'{name}' ({key}) holds {count} values that are not finite", where=where)
-    for node in graph.of_kind(LUT):
-        if not _new(node.proto, seen):
-            continue
+
+
+def _verify_codes(graph: Graph, tables: Sequence[Node], where: str) -> None:
+    """Check that every code is inside its codebook."""
+    for node in tables:
         codes, table = graph.value(node, "indices"), graph.value(node, "lut")
         if not isinstance(codes, Tensor) or not isinstance(table, Tensor):
             raise VerificationError(f"'{node.name}' has no codes or no codebook", where=where)
@@ -113,15 +129,8 @@ def _verify_constants(graph: Graph, package: Path, seen: set[bytes]) -> None:
             )
 
 
-def _new(message: Any, seen: set[bytes]) -> bool:
-    key = message.SerializeToString(deterministic=True)
-    new = key not in seen
-    seen.add(key)
-    return new
-
-
-def _values(graph: Graph) -> Iterator[tuple[str, str, Any]]:
-    """(operation, input, MIL_pb2.Value) of every constant that is bound by value."""
+def _bound_values(graph: Graph) -> Iterator[Constant]:
+    """Yield every constant that is bound by value."""
     for node in graph.nodes:
         if node.kind == "const":
             yield node.name, "val", node.proto.attributes["val"]
