@@ -112,15 +112,9 @@ def plan_llmc(path: Path) -> LlmcRun:
         raise UsageError(f"'{path}' has no section 'calib', which its method and scales need")
     if calibration is not None and not (recipe.calibrated and file.quantizes):
         notes += ("nothing here is calibrated: no use for calib",)
-    return LlmcRun(
-        source,
-        Path(file.values["save.save_path"]),
-        recipe,
-        calibration or Calibration(),
-        file.transforms,
-        file.quantizes,
-        file.notes + notes,
-    )
+    output, notes = Path(file.values["save.save_path"]), file.notes + notes
+    calibration = calibration or Calibration()
+    return LlmcRun(source, output, recipe, calibration, file.transforms, file.quantizes, notes)
 
 
 def run_llmc(run: LlmcRun, progress: Progress, *, force: bool = False) -> LlmcResult:

@@ -35,7 +35,7 @@ from anequant.pipeline.steps.checks import (
 )
 from anequant.pipeline.steps.collect_tokens import CollectTokens, fits_whole
 from anequant.pipeline.steps.magnitudes import MeasureRanges
-from anequant.pipeline.steps.packages import BuildChunk, BuildPackage, BuildTable, WritePackageFiles
+from anequant.pipeline.steps.build_packages import BuildChunk, BuildPackage, BuildTable, WritePackageFiles
 from anequant.pipeline.steps.rotations import ChooseRotations
 from anequant.pipeline.steps.rounding import RoundEmbedding, RoundHead, RoundLayer
 from anequant.pipeline.steps.sizes import Facts, resident

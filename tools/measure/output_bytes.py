@@ -21,6 +21,9 @@ from pathlib import Path
 
 CALIBRATION = ("--calib-samples", "8", "--calib-length", "128")
 LOWERING = ("--context", "256", "--batch", "64")
+UNSUPPORTED = 4
+"""The exit code for a recipe that packages cannot hold, which is quantized alone."""
+
 TIMED = ("report.html", "report.json")
 LEFT_OUT = "anequant.json"
 """Compared without its "versions" and without the hashes of what is left out."""
@@ -30,8 +33,12 @@ def convert(recipe: Path, text: Path, folder: Path) -> dict[str, str]:
     """Convert with a recipe; return the hash of each file by its name in the output."""
     words = ["convert", "-o", str(folder), "--recipe", str(recipe), "--calib", str(text), "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "0"}
-    command = [sys.executable, "-m", "anequant", *words, *CALIBRATION, *LOWERING]
-    subprocess.run(command, check=True, env=environment)
+    command = [sys.executable, "-m", "anequant", *words, *CALIBRATION]
+    ran = subprocess.run([*command, *LOWERING], env=environment, check=False)
+    if ran.returncode == UNSUPPORTED:
+        command[3] = "quantize"
+        ran = subprocess.run(command, env=environment, check=False)
+    ran.check_returncode()
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in TIMED)
     return {path.relative_to(folder).as_posix(): digest(path) for path in files}
 

@@ -13,7 +13,7 @@ from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
 from anequant.outputs.card import write_conversion_card
 from anequant.pipeline.converting import Converting, measure_sample
-from anequant.pipeline.steps.packages import BuildPackage, packages_size
+from anequant.pipeline.steps.build_packages import BuildPackage, packages_size
 from anequant.pipeline.steps.sizes import (
     FLOAT16,
     FLOAT32,
