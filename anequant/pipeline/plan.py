@@ -25,6 +25,7 @@ from anequant.jobs.process import resident_bytes
 from anequant.jobs.step import AnyStep, Speed
 from anequant.pipeline.skips import Kept, kept_in_float
 from anequant.pipeline.speed import measure_speed
+from anequant.pipeline.steps.build_packages import BuildChunk, BuildPackage, BuildTable, WritePackageFiles
 from anequant.pipeline.steps.checkpoint_files import WriteCheckpointFiles, WriteRotatedFiles
 from anequant.pipeline.steps.checks import (
     Lint,
@@ -35,7 +36,6 @@ from anequant.pipeline.steps.checks import (
 )
 from anequant.pipeline.steps.collect_tokens import CollectTokens, fits_whole
 from anequant.pipeline.steps.magnitudes import MeasureRanges
-from anequant.pipeline.steps.build_packages import BuildChunk, BuildPackage, BuildTable, WritePackageFiles
 from anequant.pipeline.steps.rotations import ChooseRotations
 from anequant.pipeline.steps.rounding import RoundEmbedding, RoundHead, RoundLayer
 from anequant.pipeline.steps.sizes import Facts, resident
