@@ -33,6 +33,8 @@ settings.load_profile("reproducible")
 torch.set_num_threads(1)
 """Tiny tensors gain nothing from threads, and lose much where cores are shared."""
 
+pytest_plugins = ("damage",)
+
 FEW_TOKENS = Calibration("self", samples=6, length=64)
 
 REPOSITORY = Path(__file__).parent.parent

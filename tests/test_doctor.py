@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -29,7 +30,6 @@ from anequant.doctor import (
 )
 from anequant.jobs.machine import Memory, memory, usable_cores
 from anequant.report.terminal.diagnosed import diagnosed
-from anequant.versions import installed_versions
 
 GB = 10**9
 
@@ -78,7 +78,7 @@ def test_packages_in_range_out_of_range_and_missing() -> None:
 
 def test_packages_of_other_pythons_are_not_asked_for() -> None:
     other = 'tomli>=2.0; python_version < "3.0"'
-    assert list(doctor.packages([other], installed_versions())) == []
+    assert list(doctor.packages([other], versions())) == []
 
 
 def failing(*names: str, error: Exception | None = None) -> Callable[[str], Any]:
@@ -144,7 +144,7 @@ def test_little_room(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.os, "access", lambda folder, mode: folder != tmp_path)
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)
     other = tmp_path / "tmp"
     working, temporary = doctor.disk(tmp_path, other, lambda folder: 10**12)
     assert working.status == WARNING and "cannot be written" in working.detail

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from damage import assert_refused, parts, raw
 
 from anequant.cli import main
 from anequant.errors import InputError, UsageError
-from attacks.damage import assert_refused
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 BAD, USAGE = InputError.exit_code, UsageError.exit_code
 LENGTH = 16
@@ -141,8 +143,6 @@ def test_one_sample_leaves_a_singular_hessian_and_is_used(model: Path) -> None:
 
 def test_dead_inputs_are_counted(model: Path) -> None:
     """Five rows of up_proj are zero, so five inputs of down_proj never fire, and the count says so."""
-    from attacks.test_models import parts, raw
-
     name = "model.layers.0.mlp.up_proj.weight"
     header, data = parts(model / "model.safetensors")
     begin, _ = header[name]["data_offsets"]

@@ -16,18 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from damage import Damage, assert_refused, parts, raw
 
 from anequant.cli import main
 from anequant.errors import InputError, VerificationError
 from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE
 from anequant.targets.coreml.toolkit import Model_pb2
-from attacks.damage import assert_refused, parts, raw
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 FAILED, BAD = VerificationError.exit_code, InputError.exit_code
 MANIFEST, SHARD, META = "anequant.json", "model.safetensors", "meta.yaml"
 HEAD, CHUNK = "qwen25_lm_head.mlpackage", "qwen25_FFN_PF_lut4_chunk_01of01.mlpackage"
 LINEAR = "model.layers.0.mlp.gate_proj"
-Damage = Callable[[Path], None]
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -82,7 +83,7 @@ def agreeing(damage: Damage) -> Damage:
 
 
 def text(name: str, content: str) -> Damage:
-    return lambda folder: (folder / name).write_text(content) and None
+    return lambda folder: (folder / name).write_text(content)
 
 
 def removed(name: str) -> Damage:
@@ -402,7 +403,7 @@ PACKAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         (f"package '{HEAD}' is missing; model_prefix and lut_lmhead of meta.yaml name it so",),
     ),
     "package too many": (
-        agreeing(lambda folder: shutil.copytree(folder / HEAD, folder / "more.mlpackage") and None),
+        agreeing(lambda folder: shutil.copytree(folder / HEAD, folder / "more.mlpackage")),
         ("package 'more.mlpackage' is none of meta.yaml",),
     ),
     "meta: not yaml": (agreeing(text(META, "[")), ("'meta.yaml' cannot be read",)),

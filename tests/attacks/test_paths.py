@@ -14,13 +14,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from damage import assert_refused, fingerprint
 from safetensors import safe_open
 
 from anequant.checkpoints import reader
 from anequant.checkpoints.writer import CheckpointWriter
 from anequant.cli import main
 from anequant.errors import InputError, ResourceError, UsageError
-from attacks.damage import assert_refused, fingerprint
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 BAD, USAGE = InputError.exit_code, UsageError.exit_code
 SHARD = "model.safetensors"

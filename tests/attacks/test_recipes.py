@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from damage import assert_refused
 
 from anequant.cli import main
 from anequant.errors import UsageError
 from anequant.recipe_files import load_recipe
-from attacks.damage import assert_refused
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 CASES: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "unknown key": ("toml", "bitz = 4", ("unknown recipe key 'bitz'", "did you mean 'bits'?")),

@@ -126,6 +126,7 @@ def test_a_step_descends_the_divergence_of_whole_models(
         if expected.grad is None:
             assert leaf.grad is None
         else:
+            assert leaf.grad is not None
             assert float((leaf.grad - expected.grad).norm()) <= 1e-4 * float(expected.grad.norm()) + 1e-7
 
 
@@ -273,7 +274,8 @@ def test_a_tuned_checkpoint_is_closer_to_the_float_model(
 
     def log_probabilities(folder: Path) -> Tensor:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        return model(tokens, use_cache=False).logits.double().log_softmax(-1)
+        logits: Tensor = model(tokens, use_cache=False).logits
+        return logits.double().log_softmax(-1)
 
     log_p = log_probabilities(tiny_qwen2)
     plain, tuned = (

@@ -34,7 +34,7 @@ def folder(tiny_qwen2: Path, quantize_model: Callable[..., Any], tmp_path: Path)
 
 
 def rewrite(folder: Path, change: Callable[[Tensors], object]) -> Tensors:
-    tensors = load_file(folder / SHARD)
+    tensors: Tensors = load_file(folder / SHARD)
     change(tensors)
     save_file(tensors, folder / SHARD, metadata={"format": "pt"})
     return tensors

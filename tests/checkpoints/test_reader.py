@@ -54,7 +54,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(folder / SINGLE)
     change(tensors)
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})

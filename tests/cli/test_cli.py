@@ -19,16 +19,19 @@ import huggingface_hub
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from hub import HTTP
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.cli import console, main
 from anequant.errors import InputError
 from anequant.pipeline import rounder
+from anequant.quantization.calibrated import quantize_calibrated
 from anequant.recipe import Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, load_recipe
 from anequant.targets.coreml import build as lower_package
 from anequant.targets.coreml.interpreter.interpreter import Package
+from anequant.targets.coreml.program.package import save_package
 
 SCRIPT = Path(sys.executable).with_name("anequant")
 SUCCESS, USAGE, INPUT, UNSUPPORTED, RESOURCE, VERIFICATION, INTERRUPTED = 0, 2, 3, 4, 5, 6, 130
@@ -47,9 +50,6 @@ CHECK_FIELDS = {
 QUALITY_FIELDS = {
     *("windows", "tokens", "perplexity", "nll", "nll_error", "base_perplexity", "extra_nll", "kl", "top1")
 }
-HTTP = importlib.import_module(HTTPError.__module__.partition(".")[0])
-"""The HTTP library of huggingface_hub, which is not the same in every version."""
-
 WEIGHT_BIN = "Data/com.apple.CoreML/weights/weight.bin"
 
 
@@ -976,7 +976,7 @@ def test_an_interrupt_keeps_what_is_done(
     model: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tests/test_resume.py goes on from there."""
-    work = interrupt_at(10, rounder.quantize_calibrated)
+    work = interrupt_at(10, quantize_calibrated)
     monkeypatch.setattr(rounder, "quantize_calibrated", work)
     monkeypatch.setattr(sys, "argv", ["anequant", "quantize", str(model), "-o", str(output)])
     result = run(*sys.argv[1:])
@@ -992,7 +992,7 @@ def test_an_interrupt_between_packages_keeps_those_that_are_done(
 ) -> None:
     before = snapshot(checkpoint.folder)
     with monkeypatch.context() as patch:
-        patch.setattr(lower_package, "save_package", interrupt_at(2, lower_package.save_package))
+        patch.setattr(lower_package, "save_package", interrupt_at(2, save_package))
         result = run("lower", checkpoint.folder, "-o", output, *SIZES)
     assert result.exit_code == INTERRUPTED and not output.exists()
     result = run("lower", checkpoint.folder, "-o", output, *SIZES)

@@ -17,6 +17,9 @@ from anequant.comparison import batch as module
 from anequant.comparison.batch import DONE, FAILED, STATE, TAKEN_OVER
 from anequant.comparison.batch_file import read_batch
 from anequant.errors import Interrupted
+from anequant.jobs.control import Unit
+from anequant.pipeline.kept import collect_tokens
+from anequant.pipeline.quantize import quantize
 from anequant.recipe import Calibration, LowerOptions
 from anequant.report.terminal.batched import COLUMNS
 
@@ -100,11 +103,10 @@ def test_a_batch_goes_on_past_a_failure_and_is_taken_over(
     place: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collected: list[str] = []
-    collect = module.collect_tokens
 
     def spy(calibration: Calibration, checkpoint: Any, *more: Any) -> Any:
         collected.append(checkpoint.folder.name)
-        return collect(calibration, checkpoint, *more)
+        return collect_tokens(calibration, checkpoint, *more)
 
     monkeypatch.setattr(module, "collect_tokens", spy)
     result = run("--json")
@@ -145,7 +147,8 @@ def test_a_batch_goes_on_past_a_failure_and_is_taken_over(
 
 def test_an_interrupted_batch_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     last_jobs(3)
-    quantize, asked, units = module.quantize, [], []
+    asked: list[Any] = []
+    units: list[Unit] = []
 
     def embedded() -> bool:
         return any(unit.name == "embedding" for unit in units)

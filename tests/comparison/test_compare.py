@@ -18,6 +18,7 @@ from page import HIDDEN, OUTSIDE, SMALL, WIDER, Tree, violations
 from safetensors.torch import load_file
 from terminal import on_terminal, rows
 
+from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import BUNDLED_MODEL, SAMPLE_TEXT, Source
 from anequant.cli import console, main
 from anequant.comparison import compare as module
@@ -30,6 +31,7 @@ from anequant.comparison.peers import (
     projection_bits,
 )
 from anequant.comparison.trials import PEER, RECIPE, Comparison, StoredBits, Trial, with_front
+from anequant.evaluation.divergence import summarise
 from anequant.evaluation.evaluate import evaluate_text
 from anequant.jobs.output_folder import file_hashes
 from anequant.pipeline import kept
@@ -101,7 +103,7 @@ def test_bits_count_codebooks_and_scales(compared: dict[str, Any]) -> None:
         assert trial["bits"]["whole"] == pytest.approx(whole / (PROJECTIONS + TABLES), rel=1e-12)
         assert abs(trial["bits"]["nbytes"] - whole / 8) <= 1
     peer = next(peer for peer in PEERS if peer.run is affine_groups)
-    spec = module.open_checkpoint(BUNDLED_MODEL).spec
+    spec = open_checkpoint(BUNDLED_MODEL).spec
     assert projection_bits(peer, spec) == 5 * PROJECTIONS
     (plain,) = (peer for peer in PEERS if peer.run is coremltools_kmeans)
     assert projection_bits(plain, spec) == 4 * PROJECTIONS + 28 * 16 * 16
@@ -139,7 +141,7 @@ def test_tokens_are_collected_once_and_the_float_model_runs_once(
 
 
 def trial(name: str, bits: float, kl: float, on_ane: bool = True) -> Trial:
-    quality = module.summarise(torch.zeros(1, 2, dtype=torch.int64), [torch.zeros(2, 3)], [torch.zeros(2, 3)])
+    quality = summarise(torch.zeros(1, 2, dtype=torch.int64), [torch.zeros(2, 3)], [torch.zeros(2, 3)])
     stored = StoredBits(bits, bits, 1)
     return Trial(name, RECIPE, on_ane, stored, replace(quality, kl=kl), 1.0)
 

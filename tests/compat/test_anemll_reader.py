@@ -107,7 +107,7 @@ class Loader:
             assert values.shape == local.shape == (self.parts,)
             best = int(values.float().argmax())
             sizes = self.parameters["lm_head_chunk_sizes"]
-            return int(local[best]) + sum(sizes[:best])
+            return int(local[best]) + int(sum(sizes[:best]))
         parts = [outputs[f"logits{i + 1}"] for i in range(self.parts)]
         assert len({part.shape for part in parts}) == 1
         return int(torch.cat(parts, -1)[0, 0].argmax())

@@ -63,7 +63,8 @@ def recipe_of(folder: Path) -> dict[str, Any]:
 
 
 def weights(folder: Path, stem: str = "anequant") -> dict[str, Tensor]:
-    return load_file(folder / f"{stem}.safetensors")
+    loaded: dict[str, Tensor] = load_file(folder / f"{stem}.safetensors")
+    return loaded
 
 
 def folded(model: Path, name: str = QUERY, gain: str = GAIN) -> Tensor:

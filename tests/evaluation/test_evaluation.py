@@ -35,7 +35,7 @@ def tokens(tiny_qwen2: Path) -> Tensor:
 @torch.no_grad()
 def log_probabilities(folder: Path, tokens: Tensor) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    logits = model(input_ids=tokens, use_cache=False).logits
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits.double().log_softmax(-1)[:, :-1]
 
 
@@ -99,7 +99,11 @@ def test_more_bits_are_closer(quantize_model: Callable[..., Any], tiny_qwen2: Pa
     folders = [
         quantize_model(tiny_qwen2, name).folder for name in ("w_int4_per_tensor", "w4-nearest", "w8-nearest")
     ]
-    divergences = [evaluate(open_checkpoint(folder), tokens, base).kl for folder in folders]
+    divergences: list[float] = []
+    for folder in folders:
+        kl = evaluate(open_checkpoint(folder), tokens, base).kl
+        assert kl is not None
+        divergences.append(kl)
     assert divergences[0] > 2 * divergences[1] > 20 * divergences[2] > 0
 
 

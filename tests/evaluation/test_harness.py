@@ -46,6 +46,7 @@ def model(
     """Both hold CONTEXT tokens; the bundled model itself would hold 2048."""
     if request.param == "transformers":
         opened = open_text_model(checkpoint, "transformers")
+        assert isinstance(opened.decoder, TransformersModel)
         opened.decoder.context = CONTEXT
         return opened
     folder = tmp_path_factory.mktemp("packages") / "out"

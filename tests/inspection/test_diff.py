@@ -42,7 +42,7 @@ SAME, DIFFERENT, USAGE, INPUT = 0, 1, 2, 3
 VOCAB = 8192
 DOWN = "model.layers.1.mlp.down_proj"
 FFN = "llama_FFN_PF_lut4_chunk_01of01.mlpackage"
-NOTHING = {"only_a": [], "only_b": [], "forms": [], "values": []}
+NOTHING: dict[str, list[str]] = {"only_a": [], "only_b": [], "forms": [], "values": []}
 
 
 @dataclass(frozen=True)

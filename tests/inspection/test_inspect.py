@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from anequant.checkpoints import reader
 from anequant.checkpoints.source import Source
+from anequant.checkpoints.stored import read_stored
 from anequant.cli import main
 from anequant.cli.console import Console
 from anequant.evaluation import distribution as distribution_module
@@ -182,11 +183,10 @@ def test_what_a_checkpoint_does_at_run_time(made: Made, tmp_path: Path) -> None:
 
 def test_no_weight_is_read(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    stored = inspect_checkpoint.read_stored
 
     def spy(tensors: Any, names: list[str]) -> Any:
         asked.extend(names)
-        return stored(tensors, names)
+        return read_stored(tensors, names)
 
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("a weight was read")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ def begun(work: WorkFolder) -> list[str]:
     """A journal of three units; its lines."""
     journal = Journal(work, PRINT, Control())
     for number, data in enumerate(DATA):
-        assert journal.unit(f"unit {number}", lambda data=data: data) == data
+        assert journal.unit(f"unit {number}", partial(deepcopy, data)) == data
     return work.journal.read_text().splitlines(keepends=True)
 
 
@@ -137,10 +139,15 @@ def test_without_resuming_the_folder_is_emptied(work: WorkFolder) -> None:
 
 
 def test_a_stop_is_raised_when_the_unit_is_on_record(work: WorkFolder) -> None:
-    asked = []
+    asked: list[int] = []
+
+    def ask() -> int:
+        asked.append(1)
+        return 5
+
     journal = Journal(work, PRINT, Control(stopping=lambda: bool(asked)))
     with pytest.raises(KeyboardInterrupt):
-        journal.unit("unit 0", lambda: asked.append(1) or 5)
+        journal.unit("unit 0", ask)
     assert Journal(work, PRINT, Control()).unit("unit 0", never) == 5
 
 

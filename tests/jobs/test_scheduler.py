@@ -34,6 +34,7 @@ from anequant.quantization.linear import QuantizedLinear
 from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.targets.coreml import build as lower_package
+from anequant.targets.coreml.program.package import save_package
 
 SIZES = LowerOptions(context=32, batch=16, chunks=2)
 FEW_TOKENS = Calibration("self", samples=3, length=16)
@@ -66,7 +67,7 @@ def run(*words: object) -> Result:
 
 def test_a_value_comes_back_as_it_was(tmp_path: Path) -> None:
     one = linear()
-    value = {
+    value: dict[str | int, Any] = {
         "dataclasses": (one, load_recipe("w4-ane"), [SIZES, None]),
         3: (True, 1.5, float("inf"), -0.0, "text", range(2, 9, 3), tmp_path),
         "tensors": (torch.arange(24).view(2, 3, 4).permute(2, 0, 1), torch.tensor(7), torch.empty(0, 3)),
@@ -278,11 +279,10 @@ def test_a_job_begun_on_a_cluster_goes_on_here(
         with pytest.raises(Interrupted, match="the last is 'qwen25_FFN_PF_lut4_chunk_01of02'"):
             lower(here / "checkpoint", tmp_path / "packages", SIZES, control=control)
     built: list[str] = []
-    save = lower_package.save_package
 
     def listed(program: Any, path: Path, metadata: Any) -> None:
         built.append(path.stem)
-        save(program, path, metadata)
+        save_package(program, path, metadata)
 
     monkeypatch.setattr(lower_package, "save_package", listed)
     lower(here / "checkpoint", tmp_path / "packages", SIZES)

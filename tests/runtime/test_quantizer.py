@@ -167,4 +167,4 @@ def test_it_is_not_saved_as_something_else(everything: Path, tmp_path: Path) -> 
 
 def test_an_unknown_name_is_no_attribute() -> None:
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
-        _ = anequant.lode  # type: ignore[attr-defined]
+        _ = anequant.lode

@@ -129,9 +129,9 @@ def test_every_command_runs(
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(SAMPLE_TEXT, "sample.txt")
     for block in blocks(page):
-        name = re.match(r"# (\S+\.toml)\n", block.body)
-        if block.language == "toml" and name:
-            Path(name[1]).write_text(placed(block.body, converted), encoding="utf-8")
+        file = re.match(r"# (\S+\.toml)\n", block.body)
+        if block.language == "toml" and file:
+            Path(file[1]).write_text(placed(block.body, converted), encoding="utf-8")
         if block.language != "sh" or block.skip:
             continue
         for program, *words in block.commands:

@@ -63,7 +63,7 @@ def script(name: str, *arguments: object, **more: str) -> str:
     return result.stdout
 
 
-def call(name: str, *arguments: object, **more: str) -> Result:
+def call(name: str, *arguments: object, **more: str | None) -> Result:
     """A script's command in this process."""
     specification = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert specification is not None and specification.loader is not None
@@ -73,7 +73,8 @@ def call(name: str, *arguments: object, **more: str) -> Result:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
+    loaded: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    return loaded
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from anequant.checkpoints.writer import CheckpointWriter
 from anequant.cli import console, main
 from anequant.jobs import journal as journal_module
-from anequant.jobs import output_folder as output_module
-from anequant.jobs import resume as resume_module
 from anequant.jobs.work_folder import WorkFolder
+from anequant.pipeline import fingerprint
+from anequant.versions import installed_versions
 
 SCRIPT = Path(__file__).with_name("killing.py")
 SUCCESS, USAGE, INPUT, RESOURCE, INTERRUPTED = 0, 2, 3, 5, 130
@@ -175,7 +176,7 @@ def stopped_at(out: Path, unit: str, model: Path, *options: str, run: Any = quan
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal_module, "append_line", press)
-        result = run(model, out, *options)
+        result: Result = run(model, out, *options)
     assert result.exit_code == INTERRUPTED, (result.output, result.exception)
     return result
 
@@ -267,8 +268,8 @@ def test_another_source_is_refused(model: Path, out: Path, tmp_path: Path) -> No
 
 def test_another_version_is_refused(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped_at(out, "layer 2 of 3", model)
-    versions = resume_module.installed_versions()
-    monkeypatch.setattr(resume_module, "versions", lambda: {**versions, "torch": "9.9"})
+    versions = installed_versions()
+    monkeypatch.setattr(fingerprint, "installed_versions", lambda: {**versions, "torch": "9.9"})
     refused(quantize(model, out), USAGE, "versions.torch", "has '9.9'")
 
 
@@ -276,7 +277,7 @@ def test_another_number_of_threads_is_refused(
     model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped_at(out, "layer 2 of 3", model)
-    monkeypatch.setattr(resume_module.torch, "get_num_threads", lambda: 99)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     refused(quantize(model, out), USAGE, "threads", "has 99")
 
 
@@ -339,18 +340,20 @@ def test_a_kill_when_the_output_has_its_name(
 
 def test_two_runs_on_one_target(model: Path, out: Path) -> None:
     """The second one, started while the first one works, is refused; the first one ends well."""
-    append, seen = journal_module.append_line, []
+    append = journal_module.append_line
+    begun: list[str] = []
+    seen: list[Result] = []
 
     def meet(path: Path, line: str) -> None:
         append(path, line)
-        if not seen:
-            seen.append(True)
+        begun.append(line)
+        if len(begun) == 1:
             seen.append(quantize(model, out, "--force"))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal_module, "append_line", meet)
         assert quantize(model, out).exit_code == SUCCESS
-    refused(seen[1], USAGE, "out' is being written by another process")
+    refused(seen[0], USAGE, "out' is being written by another process")
     assert names(out.parent) == {"out"}
 
 
@@ -395,7 +398,7 @@ def test_room_is_checked_first(model: Path, out: Path, monkeypatch: pytest.Monke
     used = sum(path.stat().st_size for path in out.parent.rglob("*") if path.is_file())
     usage = shutil.disk_usage(out.parent)
     room = size - used - 20_000
-    monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: usage._replace(free=room))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room))
     refused(quantize(model, out), RESOURCE, f"bytes, and {room:,} are free")
     refused(quantize(model, out.with_name("new")), RESOURCE, f"bytes, and {room:,} are free")
     assert names(out.parent) == {".out.partial"}

@@ -15,10 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-import huggingface_hub
 import pytest
 import torch
 from click.testing import CliRunner
+from hub import HTTP, played
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -183,7 +183,6 @@ def test_the_hub_is_asked_for_one_commit_and_the_commit_is_recorded(
     hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over a transport that is played: which files are asked for, and at which revision."""
-    httpx = importlib.import_module(huggingface_hub.errors.HTTPError.__module__.partition(".")[0])
     files = {path.name: path.read_bytes() for path in hostile.iterdir()}
     asked: list[tuple[str, str, str]] = []
 
@@ -192,32 +191,24 @@ def test_the_hub_is_asked_for_one_commit_and_the_commit_is_recorded(
         if path.startswith("/api/models/org/m/revision/"):
             asked.append(("list", path.rsplit("/", 1)[1], ""))
             siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
-            return httpx.Response(200, json={"id": "org/m", "sha": COMMIT, "siblings": siblings})
+            return HTTP.Response(200, json={"id": "org/m", "sha": COMMIT, "siblings": siblings})
         if path.startswith("/api/models/org/m/tree/"):
             asked.append(("tree", path.rsplit("/", 1)[1], ""))
             listed = [{"type": "file", "path": name, "size": len(files[name]), "oid": name} for name in files]
-            return httpx.Response(200, json=listed)
+            return HTTP.Response(200, json=listed)
         if path.startswith("/org/m/resolve/"):
             revision, name = path.removeprefix("/org/m/resolve/").split("/", 1)
             asked.append((request.method, revision, name))
             headers = {"x-repo-commit": COMMIT, "etag": f'"{len(files[name])}-{name}"'}
             body = files[name]
             if request.method == "HEAD":
-                return httpx.Response(200, headers={**headers, "content-length": str(len(body))})
-            return httpx.Response(200, headers=headers, content=body)
-        return httpx.Response(404, json={})
+                return HTTP.Response(200, headers={**headers, "content-length": str(len(body))})
+            return HTTP.Response(200, headers=headers, content=body)
+        return HTTP.Response(404, json={})
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(socket, "create_connection", forbidden("the network"))
-    client = httpx.Client(transport=httpx.MockTransport(answer), follow_redirects=True)
-    huggingface_hub.set_client_factory(lambda: client)
-    try:
+    with played(answer, tmp_path / "cache"):
         run("quantize", "org/m@v1.0", "-o", tmp_path / "out", "--recipe", "w4-nearest")
-    finally:
-        from huggingface_hub.utils import _http
-
-        huggingface_hub.set_client_factory(_http.default_client_factory)
     listed = [revision for method, revision, _ in asked if method == "list"]
     fetched = {(revision, name) for method, revision, name in asked if method != "list"}
     assert listed == ["v1.0"]

@@ -460,7 +460,8 @@ class Scaled(nn.Module):
         self.output_scale = nn.Parameter(torch.rand(1, 128, 1, 1, generator=generator) + 0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(x * self.input_scale) * self.output_scale
+        y: torch.Tensor = self.conv(x * self.input_scale)
+        return y * self.output_scale
 
 
 @pytest.mark.parametrize(
