@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from running import invoke, succeed
 
-from anequant.cli import main
 from anequant.reference.windows import load_tokenizer
 
 SECONDS, MEGABYTES = 1.0, 300
@@ -70,10 +69,10 @@ def assert_refused(place: Path, arguments: list[Any], code: int, *words: str, pl
     """
     before = fingerprint(place)
     memory, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    result = invoke(*arguments)
     seconds = time.process_time() - begun
     megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1e3
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    assert result.exit_code == code, result.stderr
     for word in words:
         assert word in result.stderr, result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) <= 4
@@ -83,7 +82,7 @@ def assert_refused(place: Path, arguments: list[Any], code: int, *words: str, pl
     if planned and arguments[0] in JOBS:
         at = next(place for place, word in enumerate(arguments) if word in NO_PLAN)
         words_of_plan = ["plan", *arguments[1:at], *arguments[at + 2 :]]
-        plan = CliRunner().invoke(main, [str(word) for word in words_of_plan])
+        plan = invoke(*words_of_plan)
         assert (plan.exit_code, plan.stderr) == (result.exit_code, result.stderr)
 
 
@@ -98,8 +97,7 @@ def warm(sound: Path, tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory
     """What is imported and compiled once counts for no case of `assert_refused`."""
     load_tokenizer(tiny_qwen2)
     output = tmp_path_factory.mktemp("warm") / "out"
-    result = CliRunner().invoke(main, ["quantize", str(sound), "-o", str(output), "--recipe", "w4-nearest"])
-    assert result.exit_code == 0, result.output
+    succeed("quantize", sound, "-o", output, "--recipe", "w4-nearest")
 
 
 @pytest.fixture

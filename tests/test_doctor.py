@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from running import execute_python, invoke
 
 from anequant import doctor
-from anequant.cli import main
 from anequant.doctor import (
     FAILURE,
     LEAST_MEMORY,
@@ -226,7 +224,7 @@ def test_this_machine_runs_the_tests_and_so_has_no_failure() -> None:
     required = {"python", "torch", "coremltools", "transformers", "safetensors", "coremltools library"}
     assert required | {"cores", "memory", "working folder", "temporary folder"} <= set(names)
     assert len(names) == len(set(names))
-    result = CliRunner().invoke(main, ["doctor", "--json"])
+    result = invoke("doctor", "--json")
     assert result.exit_code == 0
     printed = json.loads(result.stdout)["checks"]
     assert [check["name"] for check in printed] == names
@@ -241,7 +239,7 @@ def test_a_failure_is_exit_code_4_and_a_warning_is_not(monkeypatch: pytest.Monke
         ([warning, failure, failure], 4, "2 failures, 1 warning"),
     ):
         monkeypatch.setattr(doctor, "PROBES", (lambda found=checks: iter(found),))
-        result = CliRunner().invoke(main, ["doctor"])
+        result = invoke("doctor")
         assert result.exit_code == code
         lines = [line.split() for line in result.stdout.splitlines()]
         assert lines[:2] == [["warning", "disk", "full"], ["do:", "empty", "it"]]
@@ -264,8 +262,8 @@ sys.meta_path.insert(0, Refuse())
 from anequant.cli import main
 main(["doctor"])
 """
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stderr) == (4, "")
+    ran = execute_python(script)
+    assert (ran.exit_code, ran.stderr) == (4, "")
     assert "torch cannot be imported: torch is broken" in ran.stdout
     assert "no package can be written" in ran.stdout
     assert "nothing can be rounded: torch is broken" in ran.stdout

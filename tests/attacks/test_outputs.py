@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from damage import Damage, assert_refused, parts, raw
+from running import succeed
 
-from anequant.cli import main
 from anequant.errors import InputError, VerificationError
 from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE
 from anequant.targets.coreml.toolkit import Model_pb2
@@ -47,8 +46,7 @@ def written(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         ("quantize", model, "-o", place / "static", *nearest, *static, *calibration),
         ("lower", place / "checkpoint", "-o", place / "packages", "--context", 16, "--batch", 8),
     ):
-        result = CliRunner().invoke(main, [*map(str, words), "--quiet"])
-        assert result.exit_code == 0, result.output
+        succeed(*words, "--quiet")
     return place
 
 
@@ -473,8 +471,7 @@ def test_the_copies_are_sound(copies: Path) -> None:
         ("verify", copies / "static"),
         ("verify", copies / "packages", "--checkpoint", copies / "checkpoint"),
     ):
-        result = CliRunner().invoke(main, [str(word) for word in words])
-        assert result.exit_code == 0, result.output
+        succeed(*words)
 
 
 def test_what_is_no_output_at_all(copies: Path) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from damage import Damage, assert_refused, parts, raw, write
+from running import succeed
 from safetensors.torch import load_file
 
-from anequant.cli import main
 from anequant.errors import InputError, UnsupportedError, UsageError
 
 pytestmark = pytest.mark.usefixtures("warm")
@@ -151,8 +150,7 @@ def arguments(model: Path) -> list[Any]:
 def test_strange_numbers_are_quantized_and_verified(model: Path, case: str) -> None:
     HANDLED[case](model)
     for words in (arguments(model), ["verify", model.parent / "out"]):
-        result = CliRunner().invoke(main, [str(word) for word in words])
-        assert result.exit_code == 0, (result.output, result.exception)
+        succeed(*words)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -232,7 +230,6 @@ def test_mixed_dtypes_are_read(model: Path) -> None:
 
 def quantized(model: Path, name: str) -> dict[str, torch.Tensor]:
     words = ["quantize", model, "-o", model.parent / name, "--recipe", "w4-nearest", "--quiet"]
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
+    succeed(*words)
     loaded: dict[str, torch.Tensor] = load_file(model.parent / name / "model.safetensors")
     return loaded

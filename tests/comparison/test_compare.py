@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from browser import browser
-from click.testing import CliRunner, Result
 from page import HIDDEN, OUTSIDE, SMALL, WIDER, Tree, violations
+from running import Ran, invoke
 from safetensors.torch import load_file
 from terminal import on_terminal, rows
 
@@ -49,8 +49,8 @@ TABLES = 2 * 8192 * 192
 ROWS_AND_COLUMNS = 4 * (2 * (192 + 192) + 2 * (64 + 192) + 3 * (576 + 192))
 
 
-def run(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in ("compare", BUNDLED_MODEL, *words)])
+def run(*words: object) -> Ran:
+    return invoke("compare", BUNDLED_MODEL, *words)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def compared(place: Path) -> dict[str, Any]:
             "--quiet",
         )
     )
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == 2, result.stderr
     values: dict[str, Any] = json.loads(result.stdout)
     return values
 
@@ -270,7 +270,7 @@ def test_lines_on_a_terminal(columns: int) -> None:
 )
 def test_mistakes_are_noticed_before_anything_runs(words: tuple[str, ...], what: str) -> None:
     result = run(*words)
-    assert result.exit_code == 2 and what in result.stderr, result.output
+    assert result.exit_code == 2 and what in result.stderr, result.stderr
 
 
 def test_the_table_of_a_terminal() -> None:

@@ -11,13 +11,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from running import Ran, invoke, succeed
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
-from anequant.cli import main
 from anequant.evaluation.evaluate import evaluate_checkpoint
 from anequant.evaluation.layer_errors import embedding_error, layer_errors
 from anequant.recipe_files import load_recipe
@@ -78,9 +77,9 @@ def test_a_float_model_against_itself(tiny_qwen2: Path) -> None:
     assert result.layers is not None and all(error.relative_error == 0 for error in result.layers)
 
 
-def compared(model: Path, base: Path, *more: str) -> Result:
+def compared(model: Path, base: Path, *more: str) -> Ran:
     arguments = ["eval", str(model), "--text", str(SAMPLE_TEXT), "--base", str(base)]
-    return CliRunner().invoke(main, [*arguments, "--windows", "1", "--length", "16", *more])
+    return invoke(*arguments, "--windows", "1", "--length", "16", *more)
 
 
 def test_the_worst_three_layers_are_printed(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> None:
@@ -181,8 +180,7 @@ def test_wikitext2_is_a_text(tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     arguments = ["eval", str(tiny_qwen2), "--text", "wikitext2", "--windows", "2", "--length", "32"]
-    result = CliRunner().invoke(main, [*arguments, "--json"])
-    assert result.exit_code == 0, result.output
+    result = succeed(*arguments, "--json")
     values = json.loads(result.stdout)
     assert values["text"] == "wikitext2" and values["windows"] == 2 and values["layers"] is None
 
@@ -192,15 +190,15 @@ def test_wikitext2_without_a_network(tiny_qwen2: Path, monkeypatch: pytest.Monke
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    result = CliRunner().invoke(main, ["eval", str(tiny_qwen2), "--text", "wikitext2"])
+    result = invoke("eval", tiny_qwen2, "--text", "wikitext2")
     assert result.exit_code == 5 and "WikiText-2" in result.stderr and result.stdout == ""
 
 
 def test_something_to_evaluate_on_is_needed(tiny_qwen2: Path) -> None:
-    result = CliRunner().invoke(main, ["eval", str(tiny_qwen2)])
+    result = invoke("eval", tiny_qwen2)
     assert result.exit_code == 2 and "--lm-eval" in result.stderr
 
 
 def test_a_base_needs_a_text(tiny_qwen2: Path) -> None:
-    result = CliRunner().invoke(main, ["eval", str(tiny_qwen2), "--lm-eval", "x", "--base", str(tiny_qwen2)])
+    result = invoke("eval", tiny_qwen2, "--lm-eval", "x", "--base", tiny_qwen2)
     assert result.exit_code == 2 and "--text" in result.stderr

@@ -11,9 +11,9 @@ from typing import Any
 
 import datasets
 import pytest
-from click.testing import CliRunner, Result
+from running import Ran, invoke
 
-from anequant.cli import console, main
+from anequant.cli import console
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
 
@@ -72,13 +72,13 @@ def folder(with_harness: None, tmp_path: Path) -> Path:
     return folder
 
 
-def run(model: Path, tasks: object, *more: str) -> Result:
-    return CliRunner().invoke(main, ["eval", str(model), "--lm-eval", str(tasks), *more])
+def run(model: Path, tasks: object, *more: str) -> Ran:
+    return invoke("eval", model, "--lm-eval", tasks, *more)
 
 
 def scores(model: Path, tasks: object, *more: str) -> dict[str, Any]:
     result = run(model, tasks, *more, "--json")
-    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    assert (result.exit_code, result.stderr) == (0, ""), result.stderr
     values: dict[str, Any] = json.loads(result.stdout)
     assert set(values) == {"checkpoint", "tasks", "shortened_prompts"}
     return values
@@ -86,7 +86,7 @@ def scores(model: Path, tasks: object, *more: str) -> dict[str, Any]:
 
 def refusal(model: Path, tasks: object, code: int) -> str:
     result = run(model, tasks)
-    assert isinstance(result.exception, SystemExit) and result.exit_code == code, repr(result.exception)
+    assert result.exit_code == code, result.stderr
     assert result.stdout == "" and result.stderr.startswith("error: ")
     return result.stderr
 

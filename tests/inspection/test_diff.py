@@ -15,15 +15,14 @@ import coremltools as ct
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from google.protobuf.message import Message
+from running import invoke
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import Source
-from anequant.cli import main
 from anequant.inspection.diff import difference
 from anequant.inspection.diff_packages import function_differences, pairs
 from anequant.inspection.diff_paths import LENGTH, compare, diff
@@ -77,8 +76,7 @@ def package(made: Made, tmp_path: Path) -> Path:
 
 
 def run(*args: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, ["diff", *map(str, args)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    result = invoke("diff", *args)
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -366,7 +364,7 @@ def test_the_order_of_maps_does_not_matter(made: Made, package: Path) -> None:
     assert orders[0] != orders[1]
     assert the_package(found(made.packages / FFN, package, SAME))["functions"] == []
     for command in (["lint"], ["inspect", "--json"]):
-        said = [CliRunner().invoke(main, [*command, str(package)]).stdout for _ in range(2)]
+        said = [invoke(*command, package).stdout for _ in range(2)]
         assert said[0] == said[1] != ""
     opened = [interpreter.Package.open(package) for _ in range(2)]
     named = [[(function, value) for function, value, _ in one.compressed_weights()] for one in opened]

@@ -18,15 +18,14 @@ import coremltools as ct
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
+from running import invoke
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from anequant.checkpoints import reader
 from anequant.checkpoints.source import Source
 from anequant.checkpoints.stored import read_stored
-from anequant.cli import main
 from anequant.cli.console import Console
 from anequant.evaluation import distribution as distribution_module
 from anequant.evaluation.distribution import distribution
@@ -68,8 +67,7 @@ def made(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def run(*args: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, ["inspect", *map(str, args)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    result = invoke("inspect", *args)
     return result.exit_code, result.stdout, result.stderr
 
 

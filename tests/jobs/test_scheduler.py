@@ -16,12 +16,11 @@ from typing import Any
 import cluster_tasks
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from distributed import LocalCluster
+from running import invoke, succeed
 from safetensors.torch import save_file
 
 from anequant.checkpoints.source import BUNDLED_MODEL, resolve_source
-from anequant.cli import main
 from anequant.errors import InputError, Interrupted, ResourceError, UsageError
 from anequant.jobs import dask_scheduler as scheduler_dask
 from anequant.jobs.control import Control, Unit
@@ -56,10 +55,6 @@ def linear(seed: int = 0) -> QuantizedLinear:
     codes = torch.randint(16, (6, 4), generator=generator, dtype=torch.uint8)
     scales = torch.rand(10, generator=generator)
     return QuantizedLinear(codes.t(), torch.arange(16.0), scales[:6].clone(), scales[6:].clone())
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
 
 
 # Files
@@ -254,14 +249,12 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_conversion_has_the_same_bytes(here: Path, address: str, tmp_path: Path) -> None:
     words = ("-o", tmp_path / "checkpoint", "--recipe", "w4-nearest", "--scheduler", address)
-    result = run("quantize", BUNDLED_MODEL, *words)
-    assert result.exit_code == 0, result.output
+    result = succeed("quantize", BUNDLED_MODEL, *words)
     assert len(re.findall(r"\d+ tasks done by worker tcp://", result.stderr)) == 2
     sizes = ("--context", 32, "--batch", 16, "--chunks", 2)
-    result = run(
+    result = succeed(
         "lower", tmp_path / "checkpoint", "-o", tmp_path / "packages", *sizes, "--scheduler", address
     )
-    assert result.exit_code == 0, result.output
     assert contents(tmp_path) == contents(here)
 
 
@@ -292,12 +285,12 @@ def test_a_job_begun_on_a_cluster_goes_on_here(
 
 def test_a_comparison_goes_to_the_cluster(address: str, tmp_path: Path) -> None:
     few = ("--windows", 1, "--length", 16, "--json", "--quiet")
-    result = run("compare", BUNDLED_MODEL, "--recipes", "w4-nearest", *few, "--scheduler", address)
-    assert result.exit_code == USAGE and "--output" in result.output
+    result = invoke("compare", BUNDLED_MODEL, "--recipes", "w4-nearest", *few, "--scheduler", address)
+    assert result.exit_code == USAGE and "--output" in result.stderr
     for name in ("local", address):
         output = tmp_path / name[:4]
         words = ("--recipes", "w4-nearest", "-o", output, *few, "--scheduler", name)
-        assert run("compare", BUNDLED_MODEL, *words).exit_code == 0
+        succeed("compare", BUNDLED_MODEL, *words)
     assert contents(tmp_path / "loca") == contents(tmp_path / "dask")
 
 
@@ -379,14 +372,14 @@ def test_a_scheduler_that_is_none(
 ) -> None:
     monkeypatch.setattr(scheduler_dask, "CONNECT_SECONDS", 2.0)
     begun = time.monotonic()
-    result = run("quantize", BUNDLED_MODEL, "-o", tmp_path / "out", "--scheduler", name)
-    assert (result.exit_code, list(tmp_path.iterdir())) == (code, []), result.output
-    assert words in result.stderr and "Traceback" not in result.output
+    result = invoke("quantize", BUNDLED_MODEL, "-o", tmp_path / "out", "--scheduler", name)
+    assert (result.exit_code, list(tmp_path.iterdir())) == (code, []), result.stderr
+    assert words in result.stderr and "Traceback" not in result.stderr
     assert time.monotonic() - begun < DISTRIBUTED_WAITS
 
 
 def test_without_dask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    result = run("quantize", BUNDLED_MODEL, "-o", tmp_path / "out", "--scheduler", "dask://127.0.0.1:1")
+    result = invoke("quantize", BUNDLED_MODEL, "-o", tmp_path / "out", "--scheduler", "dask://127.0.0.1:1")
     assert result.exit_code == USAGE and "pip install 'anequant[cluster]'" in result.stderr
     assert replace(Control(), note=print).scheduler is local

@@ -13,16 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from conftest import FEW_TOKENS, REPOSITORY, Quantized
 from hypothesis import given
 from hypothesis import strategies as st
+from running import succeed
 from scipy import stats
 from torch import Tensor
 
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
-from anequant.cli import main
 from anequant.errors import InputError, UsageError
 from anequant.inspection.measurements import Measurements, Outliers, measure, token_outliers
 from anequant.pipeline.quantize import quantize
@@ -184,8 +183,7 @@ def test_the_command_writes_both_files_and_verify_accepts_them(
     monkeypatch.setattr("anequant.pipeline.convert.SAMPLE_LENGTH", 64)
     copy = tmp_path / "out"
     quantize(Source(BUNDLED_MODEL, "tiny-qwen2"), copy, load_recipe("w4-nearest"), Calibration())
-    result = CliRunner().invoke(main, ["report", str(copy), "--json"])
-    assert result.exit_code == 0, result.output
+    result = succeed("report", copy, "--json")
     values = json.loads(result.stdout)
     data = json.loads((copy / "report.json").read_text())
     assert values == {

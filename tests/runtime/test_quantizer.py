@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from running import execute_python
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -101,9 +100,8 @@ with torch.no_grad():
 
 def test_without_the_import_transformers_finds_no_weights(everything: Path) -> None:
     """And with it, after transformers is imported, it does."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(everything)], capture_output=True, text=True, check=True
-    )
+    done = execute_python(SCRIPT, everything)
+    assert done.exit_code == 0, done.stderr
     refused, total = done.stdout.splitlines()
     assert refused.startswith("refused: ") and "no file named model.safetensors" in refused
     ours = run(anequant.load(everything, dtype=torch.float64), torch.arange(9)[None])

@@ -6,18 +6,15 @@ import json
 import os
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from running import SCRIPT, succeed
 
 from anequant.checkpoints.header import read_header
-from anequant.cli import main
 
-SCRIPT = Path(sys.executable).with_name("anequant")
 REPORTS = {"report.html", "report.json"}
 """They hold times and memory, so the promise does not cover them."""
 
@@ -73,10 +70,7 @@ def one_thread() -> Iterator[None]:
 
 
 def quantized(folder: Path, model: Path, *options: str) -> dict[str, bytes | None]:
-    result = CliRunner().invoke(
-        main, ["quantize", str(model), "-o", str(folder), "--quiet", *FEW_TOKENS, *options]
-    )
-    assert result.exit_code == 0, result.output
+    succeed("quantize", model, "-o", folder, "--quiet", *FEW_TOKENS, *options)
     return contents(folder)
 
 

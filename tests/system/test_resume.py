@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,16 +16,16 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from running import Ran, execute, invoke
 
 from anequant.checkpoints.writer import CheckpointWriter
-from anequant.cli import console, main
+from anequant.cli import console
 from anequant.jobs import journal as journal_module
 from anequant.jobs.work_folder import WorkFolder
 from anequant.pipeline import fingerprint
 from anequant.versions import installed_versions
 
-SCRIPT = Path(__file__).with_name("killing.py")
+KILLING = Path(__file__).with_name("killing.py")
 SUCCESS, USAGE, INPUT, RESOURCE, INTERRUPTED = 0, 2, 3, 5, 130
 QUICK_GPTQ = {"codebook": "uniform", "correction": 0.0, "descent": 0, "refinement": 0}
 NEVER = 1000
@@ -69,15 +68,9 @@ def no_progress() -> Iterator[None]:
 @pytest.fixture(scope="module", params=MATRICES)
 def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("killed")
-    ran = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), json.dumps(MATRICES[request.param])],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-    assert ran.returncode == 0, ran.stderr
+    words = (sys.executable, KILLING, folder, json.dumps(MATRICES[request.param]))
+    ran = execute(*words, env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    assert ran.exit_code == 0, ran.stderr
     shutil.rmtree(folder)
     result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     return {**result, **MATRICES[request.param], "stderr": ran.stderr}
@@ -148,24 +141,24 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "home" / "out"
 
 
-def quantize(model: Path, out: Path, *options: str) -> Result:
+def quantize(model: Path, out: Path, *options: str) -> Ran:
     words = ["quantize", str(model), "-o", str(out), "--recipe", "w4-nearest", *options]
-    return CliRunner().invoke(main, words)
+    return invoke(*words)
 
 
-def rotate(model: Path, out: Path) -> Result:
+def rotate(model: Path, out: Path) -> Ran:
     tokens = ("--calib-samples", "2", "--calib-length", "8")
-    return CliRunner().invoke(main, ["rotate", str(model), "-o", str(out), "--r1", "pca", *tokens])
+    return invoke("rotate", model, "-o", out, "--r1", "pca", *tokens)
 
 
-def refused(result: Result, code: int, *words: str) -> None:
+def refused(result: Ran, code: int, *words: str) -> None:
     lines = [line for line in result.stderr.splitlines() if not line.startswith("resuming '")]
-    assert (result.exit_code, lines[0][:7]) == (code, "error: "), (result.output, result.exception)
+    assert (result.exit_code, lines[0][:7]) == (code, "error: "), result.stderr
     for word in words:
         assert any(word in line for line in lines), (word, lines)
 
 
-def stopped_at(out: Path, unit: str, model: Path, *options: str, run: Any = quantize) -> Result:
+def stopped_at(out: Path, unit: str, model: Path, *options: str, run: Any = quantize) -> Ran:
     """A run that Ctrl-C stops in that unit."""
     append = journal_module.append_line
 
@@ -176,8 +169,8 @@ def stopped_at(out: Path, unit: str, model: Path, *options: str, run: Any = quan
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal_module, "append_line", press)
-        result: Result = run(model, out, *options)
-    assert result.exit_code == INTERRUPTED, (result.output, result.exception)
+        result: Ran = run(model, out, *options)
+    assert result.exit_code == INTERRUPTED, result.stderr
     return result
 
 
@@ -342,7 +335,7 @@ def test_two_runs_on_one_target(model: Path, out: Path) -> None:
     """The second one, started while the first one works, is refused; the first one ends well."""
     append = journal_module.append_line
     begun: list[str] = []
-    seen: list[Result] = []
+    seen: list[Ran] = []
 
     def meet(path: Path, line: str) -> None:
         append(path, line)

@@ -17,14 +17,13 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from click.testing import CliRunner
 from hub import HTTP, played
+from running import invoke, succeed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import anequant
-from anequant.cli import main
 from anequant.cli.console import Console
 from anequant.errors import InputError, VerificationError
 
@@ -110,8 +109,7 @@ def edit(file: Path, **changes: Any) -> None:
 
 
 def run(*words: object) -> str:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exit_code == 0, (result.output, result.exception)
+    result = succeed(*words)
     return result.stdout + result.stderr
 
 
@@ -167,14 +165,14 @@ def test_a_tokenizer_that_is_nothing_but_code_is_refused(
     edit(hostile / "tokenizer_config.json", tokenizer_class="XTokenizer")
     (tmp_path / "text.txt").write_text("w1 w2")
     words = ["quantize", str(hostile), "-o", str(tmp_path / "out"), "--calib", str(tmp_path / "text.txt")]
-    result = CliRunner().invoke(main, words)
+    result = invoke(*words)
     assert result.exit_code == InputError.exit_code and "the tokenizer of" in result.stderr
     assert guard.asked == [] and not (tmp_path / "sentinel").exists()
 
 
 def test_only_pickles_are_no_model(hostile: Path, tmp_path: Path) -> None:
     (hostile / "model.safetensors").unlink()
-    result = CliRunner().invoke(main, ["quantize", str(hostile), "-o", str(tmp_path / "out")])
+    result = invoke("quantize", hostile, "-o", tmp_path / "out")
     assert result.exit_code == InputError.exit_code and "pytorch_model.bin" in result.stderr
     assert not (tmp_path / "sentinel").exists() and not (tmp_path / "out").exists()
 
@@ -255,7 +253,6 @@ def test_a_running_text_is_what_the_model_says(capsys: pytest.CaptureFixture[str
 def test_a_folder_with_a_hostile_name(hostile: Path, tmp_path: Path, as_json: bool) -> None:
     model = hostile.rename(tmp_path / "a\x1b[2Jb")
     words = ["quantize", str(model), "-o", str(tmp_path / "out\x1b[2J"), "--recipe", "w4-nearest"]
-    result = CliRunner().invoke(main, [*words, *(["--json"] if as_json else [])])
-    assert result.exit_code == 0, result.output
+    result = succeed(*words, *(["--json"] if as_json else []))
     for stream in (result.stdout, result.stderr):
         assert stream.replace("\n", "").isprintable(), repr(stream)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from running import execute_python
 
 import anequant
 from anequant.recipe import Recipe
@@ -249,6 +248,6 @@ for args in [["--help"], *([command, "--help"] for command in {COMMANDS})]:
     assert code == 0 and "Usage:" in shown.getvalue(), (args, code, shown.getvalue())
 print(sorted(name for name in {HEAVY} if name in sys.modules))
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr) == (0, "")
+    result = execute_python(script)
+    assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.strip() == "[]"

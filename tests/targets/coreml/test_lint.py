@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from running import invoke
 from torch import nn
 
 from anequant.checkpoints.source import Source
-from anequant.cli import main
 from anequant.errors import InputError, UsageError, VerificationError
 from anequant.pipeline.convert import convert
 from anequant.pipeline.lower import lower
@@ -519,16 +518,16 @@ def test_convert_ends_with_lint_and_writes_nothing_on_errors(
 
 def test_the_command_exits_with_6_on_errors(tmp_path: Path) -> None:
     bad = package(tmp_path, BREACHES["D1"][1])
-    result = CliRunner().invoke(main, ["lint", str(bad)])
+    result = invoke("lint", bad)
     assert result.exit_code == 6 and "error" in result.stdout and "D1" in result.stdout
-    result = CliRunner().invoke(main, ["lint", str(bad), "--json"])
+    result = invoke("lint", bad, "--json")
     assert json.loads(result.stdout)["findings"][0]["rule"] == "D1"
     with pytest.raises(VerificationError, match="rule D1"):
         require_clean(lint(bad))
 
 
 def test_the_command_on_a_clean_package(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["lint", str(package(tmp_path, lambda v: conv(v["x"])))])
+    result = invoke("lint", package(tmp_path, lambda v: conv(v["x"])))
     assert (result.exit_code, result.stdout) == (0, "lint  nothing found\n")
 
 
