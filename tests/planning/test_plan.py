@@ -139,7 +139,7 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
 def test_a_conversion_that_is_refused_is_not_planned(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the same words; tests/attacks/damage.py does the same for every input that is refused there."""
+    """In the same words; tests/damage.py does the same for every input that is refused there."""
     monkeypatch.chdir(tmp_path)
     words = (str(BUNDLED_MODEL), *CONVERSIONS[case])
     converted, plan = invoke("convert", "-o", "out", *words), invoke("plan", *words)

@@ -61,6 +61,9 @@ COMMANDS = (
     "rotate",
     "verify",
 )
+ACROSS = ("attacks", "dev", "system")
+"""Folders of tests that cross those of the package."""
+
 MOST_LINES, MOST_FILES, LARGEST_SHARE = 300, 20, 0.15
 
 
@@ -157,6 +160,14 @@ def test_folders_are_of_a_size_to_look_over() -> None:
 def test_no_two_modules_have_the_same_name() -> None:
     stems = Counter(path.stem for path in MODULES if path.stem != "__init__")
     assert [stem for stem, count in stems.items() if count > 1] == []
+
+
+def test_tests_lie_in_the_folders_of_what_they_test() -> None:
+    tests = PACKAGE.parent / "tests"
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")}
+    across = {folder for folder in folders if folder.parts and folder.parts[0] in ACROSS}
+    assert {folder.as_posix() for folder in across} == set(ACROSS)
+    assert {folder.as_posix() for folder in folders - across if not (PACKAGE / folder).is_dir()} == set()
 
 
 def test_only_coreml_imports_coremltools() -> None:
