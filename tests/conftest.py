@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
+from anequant.cli import console
 from anequant.pipeline import rounder
 from anequant.pipeline.quantize import QuantizeResult, quantize
 from anequant.quantization.calibrated import Rounding, quantize_calibrated
@@ -103,6 +104,14 @@ def calibration_text(shared: Path) -> Path:
 def make_model() -> Callable[..., Path]:
     """`make_model(folder, model_type, tied, **config)`: see `write_model`."""
     return write_model
+
+
+@pytest.fixture(scope="module")
+def no_progress() -> Iterator[None]:
+    """Whatever takes longer than two seconds today shows no progress, so that stderr is the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "SHOW_AFTER", 3600.0)
+        yield
 
 
 @dataclass(frozen=True)

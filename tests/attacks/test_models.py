@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from damage import Damage, assert_refused, parts, raw, write
+from files import edit_json
 
 from anequant.errors import InputError, UnsupportedError
 
@@ -39,11 +40,7 @@ def index_text(text: str) -> Damage:
 
 
 def config(**changes: Any) -> Damage:
-    def damage(model: Path) -> None:
-        values = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps({**values, **changes}))
-
-    return damage
+    return lambda model: edit_json(model / "config.json", **changes)
 
 
 def layers(count: int) -> Damage:

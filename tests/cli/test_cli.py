@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from files import edit_json
 from hub import HTTP
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from running import SCRIPT, Ran, execute, invoke
@@ -33,6 +34,8 @@ from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.program.package import save_package
 
 SUCCESS, USAGE, INPUT, UNSUPPORTED, RESOURCE, VERIFICATION, INTERRUPTED = 0, 2, 3, 4, 5, 6, 130
+pytestmark = pytest.mark.usefixtures("no_progress")
+
 LINEARS = 4 * 7
 """Quantized projections of the bundled model."""
 
@@ -49,23 +52,6 @@ QUALITY_FIELDS = {
     *("windows", "tokens", "perplexity", "nll", "nll_error", "base_perplexity", "extra_nll", "kl", "top1")
 }
 WEIGHT_BIN = "Data/com.apple.CoreML/weights/weight.bin"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are tiny: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_progress() -> Iterator[None]:
-    """Whatever takes longer than two seconds today shows no progress, so that stderr is the same."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "SHOW_AFTER", 3600.0)
-        yield
 
 
 @pytest.fixture
@@ -136,10 +122,6 @@ def read(path: Path) -> dict[str, Any]:
     value = json.loads(path.read_text(encoding="utf-8"))
     assert isinstance(value, dict)
     return value
-
-
-def edit(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**read(path), **values}), encoding="utf-8")
 
 
 def recipe_of(checkpoint: Path) -> dict[str, Any]:
@@ -508,7 +490,7 @@ def a_file(model: Path) -> Path:
 
 
 def unknown_architecture(model: Path) -> Path:
-    edit(model / "config.json", model_type="gpt_neox")
+    edit_json(model / "config.json", model_type="gpt_neox")
     return model
 
 
@@ -532,7 +514,7 @@ def no_config(model: Path) -> Path:
 
 
 def quantized_elsewhere(model: Path) -> Path:
-    edit(model / "config.json", quantization_config={"quant_method": "gptq"})
+    edit_json(model / "config.json", quantization_config={"quant_method": "gptq"})
     return model
 
 
@@ -784,7 +766,7 @@ def test_verify_notices_a_missing_and_an_extra_file(
 def rehash(folder: Path, name: str) -> None:
     """Make anequant.json say that the file is as it should be."""
     files = read(folder / "anequant.json")["files"]
-    edit(
+    edit_json(
         folder / "anequant.json",
         files={**files, name: hashlib.sha256((folder / name).read_bytes()).hexdigest()},
     )
@@ -945,7 +927,7 @@ def interrupt_at(call: int, work: Callable[..., Any]) -> Callable[..., Any]:
 def test_an_interrupt_keeps_what_is_done(
     model: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """tests/test_resume.py goes on from there."""
+    """tests/system/test_resume.py goes on from there."""
     work = interrupt_at(10, quantize_calibrated)
     monkeypatch.setattr(rounder, "quantize_calibrated", work)
     monkeypatch.setattr(sys, "argv", ["anequant", "quantize", str(model), "-o", str(output)])

@@ -17,6 +17,7 @@ import cluster_tasks
 import pytest
 import torch
 from distributed import LocalCluster
+from files import contents
 from running import invoke, succeed
 from safetensors.torch import save_file
 
@@ -41,13 +42,6 @@ QUICK = {"codebook": "uniform", "descent": 1, "refinement": 1}
 USAGE, RESOURCE = 2, 5
 DISTRIBUTED_WAITS = 30.0
 """Seconds, for a scheduler that does not answer, unless it is told otherwise."""
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 def linear(seed: int = 0) -> QuantizedLinear:

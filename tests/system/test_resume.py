@@ -10,20 +10,22 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from files import contents
 from running import Ran, execute, invoke
 
 from anequant.checkpoints.writer import CheckpointWriter
-from anequant.cli import console
 from anequant.jobs import journal as journal_module
 from anequant.jobs.work_folder import WorkFolder
 from anequant.pipeline import fingerprint
 from anequant.versions import installed_versions
+
+pytestmark = pytest.mark.usefixtures("no_progress")
 
 KILLING = Path(__file__).with_name("killing.py")
 SUCCESS, USAGE, INPUT, RESOURCE, INTERRUPTED = 0, 2, 3, 5, 130
@@ -55,14 +57,6 @@ MATRICES = {
 }
 """Every kill of `every` is followed by a run to the end; all are survived by the one process after the other
 that does a unit each."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_progress() -> Iterator[None]:
-    """Whatever takes longer than two seconds today shows no progress, so that stderr is the same."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "SHOW_AFTER", 3600.0)
-        yield
 
 
 @pytest.fixture(scope="module", params=MATRICES)
@@ -174,17 +168,6 @@ def stopped_at(out: Path, unit: str, model: Path, *options: str, run: Any = quan
     return result
 
 
-def differing(one: Path, other: Path) -> list[str]:
-    """Files that are not in both with the same bytes."""
-    files = [
-        {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        for root in (one, other)
-    ]
-    return sorted(
-        name for name in files[0].keys() | files[1].keys() if files[0].get(name) != files[1].get(name)
-    )
-
-
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -207,7 +190,7 @@ def test_ctrl_c_ends_the_unit_and_tells_how_to_go_on(
     result = quantize(model, out)
     assert result.exit_code == SUCCESS
     assert result.stderr == f"resuming '{out}': 5 units are done, the last is 'layer 2 of 3'\n"
-    assert names(out.parent) == {"out"} and differing(whole, out) == []
+    assert names(out.parent) == {"out"} and contents(whole) == contents(out)
 
 
 def test_a_second_ctrl_c_stops_at_once(
@@ -227,7 +210,7 @@ def test_a_second_ctrl_c_stops_at_once(
         result = quantize(model, out)
     assert result.exit_code == INTERRUPTED and "to go on: anequant" in result.stderr
     assert quantize(model, out).exit_code == SUCCESS
-    assert differing(whole, out) == []
+    assert contents(whole) == contents(out)
 
 
 def test_ctrl_c_before_anything_is_done_leaves_nothing(model: Path, out: Path) -> None:
@@ -240,7 +223,7 @@ def test_no_resume_starts_over(model: Path, whole: Path, out: Path) -> None:
     stopped_at(out, "layer 2 of 3", model)
     result = quantize(model, out, "--no-resume")
     assert (result.exit_code, result.stderr) == (SUCCESS, "")
-    assert names(out.parent) == {"out"} and differing(whole, out) == []
+    assert names(out.parent) == {"out"} and contents(whole) == contents(out)
 
 
 def test_another_recipe_is_refused(model: Path, whole: Path, out: Path) -> None:
@@ -248,7 +231,7 @@ def test_another_recipe_is_refused(model: Path, whole: Path, out: Path) -> None:
     result = quantize(model, out, "--bits", "8", "--seed", "3")
     refused(result, USAGE, "recipe.seed 0, this one has 3 (and 1 more)", "--no-resume")
     assert quantize(model, out).exit_code == SUCCESS
-    assert differing(whole, out) == []
+    assert contents(whole) == contents(out)
 
 
 def test_another_source_is_refused(model: Path, out: Path, tmp_path: Path) -> None:
@@ -282,7 +265,7 @@ def test_a_damaged_journal_is_refused(model: Path, whole: Path, out: Path) -> No
     refused(quantize(model, out), INPUT, "is damaged in line 3", "--no-resume")
     journal.write_text(text)
     assert quantize(model, out).exit_code == SUCCESS
-    assert differing(whole, out) == []
+    assert contents(whole) == contents(out)
 
 
 def test_weights_that_are_cut_off_are_refused(model: Path, whole: Path, out: Path) -> None:
@@ -292,7 +275,7 @@ def test_weights_that_are_cut_off_are_refused(model: Path, whole: Path, out: Pat
     for _ in range(2):
         refused(quantize(model, out), INPUT, "'model.safetensors' of an interrupted run is cut off")
     assert quantize(model, out, "--no-resume").exit_code == SUCCESS
-    assert differing(whole, out) == []
+    assert contents(whole) == contents(out)
 
 
 @pytest.mark.parametrize("unit", ["rotations", "layer 2 of 3", "checkpoint files"])
@@ -302,7 +285,7 @@ def test_rotations_are_found_once(model: Path, out: Path, unit: str) -> None:
     stopped_at(out, unit, model, run=rotate)
     result = rotate(model, out)
     assert result.exit_code == SUCCESS and f"the last is '{unit}'" in result.stderr
-    assert (whole / "rotations.safetensors").is_file() and differing(whole, out) == []
+    assert (whole / "rotations.safetensors").is_file() and contents(whole) == contents(out)
 
 
 def test_a_kill_when_the_output_has_its_name(
@@ -328,7 +311,7 @@ def test_a_kill_when_the_output_has_its_name(
             refused(result, USAGE, "out' exists", "--force")
         else:
             assert result.exit_code == SUCCESS and "the last is 'checkpoint files'" in result.stderr
-        assert names(out.parent) == {"out"} and differing(whole, out) == []
+        assert names(out.parent) == {"out"} and contents(whole) == contents(out)
 
 
 def test_two_runs_on_one_target(model: Path, out: Path) -> None:
@@ -372,7 +355,7 @@ def test_a_full_disk_keeps_what_is_done(
         refused(quantize(model, out), RESOURCE, "no space left for", "goes on where it stopped")
     assert names(out.parent) == {".out.partial"}
     assert quantize(model, out).exit_code == SUCCESS
-    assert names(out.parent) == {"out"} and differing(whole, out) == []
+    assert names(out.parent) == {"out"} and contents(whole) == contents(out)
 
 
 def test_a_disk_that_is_full_at_once_leaves_nothing(
@@ -397,7 +380,7 @@ def test_room_is_checked_first(model: Path, out: Path, monkeypatch: pytest.Monke
     assert names(out.parent) == {".out.partial"}
     room = size - used + 20_000
     assert quantize(model, out).exit_code == SUCCESS
-    assert differing(whole, out) == []
+    assert contents(whole) == contents(out)
 
 
 def test_an_error_leaves_nothing_also_when_it_went_on(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from files import edit_tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
@@ -34,9 +34,7 @@ Change = Callable[[dict[str, Tensor]], None]
 
 def changed(folder: Path, change: Change) -> Path:
     """A model whose tensors are changed in place."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(folder, change)
     return folder
 
 
