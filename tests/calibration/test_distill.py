@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Quantized
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -76,7 +77,7 @@ def test_gradients_through_layers_and_head_are_autograds(
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
 def test_a_step_descends_the_divergence_of_whole_models(
-    make_model: Callable[..., Path], quantize_model: Callable[..., Any], tmp_path: Path, model_type: str
+    make_model: Callable[..., Path], quantize_model: Callable[..., Quantized], tmp_path: Path, model_type: str
 ) -> None:
     """Gradients of every codebook, scale, bias and gain, by autograd through transformers' whole model. One
     step on all windows leaves them in the leaves."""
@@ -136,7 +137,7 @@ STEPS = 25
 
 
 @pytest.fixture(scope="module")
-def lessons(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> dict[str, Any]:
+def lessons(tiny_qwen2: Path, quantize_model: Callable[..., Quantized]) -> dict[str, Any]:
     """The bundled model at 3 bits, and windows of the bundled text."""
     original = open_checkpoint(tiny_qwen2)
     folder = quantize_model(tiny_qwen2, "w4-nearest", bits=3).folder
@@ -238,7 +239,7 @@ def test_an_exact_model_is_left_alone(lessons: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def plain_and_tuned(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> tuple[Any, Any]:
+def plain_and_tuned(tiny_qwen2: Path, quantize_model: Callable[..., Quantized]) -> tuple[Any, Any]:
     return quantize_model(tiny_qwen2, "w4-nearest"), quantize_model(tiny_qwen2, "w4-nearest", tune=16)
 
 

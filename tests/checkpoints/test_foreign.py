@@ -6,10 +6,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from conftest import Quantized
 from files import Tensors, edit_tensors
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,7 +28,7 @@ SHARD = "model.safetensors"
 
 
 @pytest.fixture
-def folder(tiny_qwen2: Path, quantize_model: Callable[..., Any], tmp_path: Path) -> Path:
+def folder(tiny_qwen2: Path, quantize_model: Callable[..., Quantized], tmp_path: Path) -> Path:
     shutil.copytree(quantize_model(tiny_qwen2, "w4-nearest").folder, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 

@@ -12,10 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
+from conftest import Quantized
 from running import SCRIPT, execute, execute_python, invoke, succeed
 from terminal import on_terminal, rows
 
@@ -384,7 +384,7 @@ main()
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_libraries_keep_quiet(quantize_model: Callable[..., Any], debug: bool) -> None:
+def test_libraries_keep_quiet(quantize_model: Callable[..., Quantized], debug: bool) -> None:
     """Also transformers, which lists the codebooks and scales as tensors that it does not know."""
     folder = quantize_model(BUNDLED_MODEL, "w4-nearest").folder
     words = ["generate", str(folder), "--prompt", "The", "--max-tokens", "1", "--backend", "transformers"]

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from conftest import Quantized
 from running import Ran, invoke, succeed
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -50,7 +51,7 @@ def residuals(folder: Path, tokens: Tensor) -> list[Tensor]:
     ],
 )
 def test_errors_are_those_of_rotated_hidden_states(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], recipe: str, r1: str, limit: float
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized], recipe: str, r1: str, limit: float
 ) -> None:
     made = quantize_model(tiny_qwen2, recipe, r1=r1, seed=3)
     result = evaluate_checkpoint(
@@ -82,7 +83,9 @@ def compared(model: Path, base: Path, *more: str) -> Ran:
     return invoke(*arguments, "--windows", "1", "--length", "16", *more)
 
 
-def test_the_worst_three_layers_are_printed(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> None:
+def test_the_worst_three_layers_are_printed(
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized]
+) -> None:
     folder = quantize_model(tiny_qwen2, "w4-nearest").folder
     values = json.loads(compared(folder, tiny_qwen2, "--json").stdout)
     assert values["layers_missing"] is None
@@ -94,7 +97,10 @@ def test_the_worst_three_layers_are_printed(tiny_qwen2: Path, quantize_model: Ca
 
 @pytest.mark.parametrize("manifest", [None, {"format": 1, "kind": "packages"}])
 def test_an_unknown_rotation_is_said(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], tmp_path: Path, manifest: dict[str, Any] | None
+    tiny_qwen2: Path,
+    quantize_model: Callable[..., Quantized],
+    tmp_path: Path,
+    manifest: dict[str, Any] | None,
 ) -> None:
     shutil.copytree(quantize_model(tiny_qwen2, "w4-nearest").folder, tmp_path / "foreign")
     (tmp_path / "foreign" / "anequant.json").unlink()
@@ -116,7 +122,7 @@ def test_a_base_of_another_shape_compares_only_what_is_said(tiny_qwen2: Path, tm
 
 
 def test_a_rotation_that_nothing_tells_is_noticed(
-    tiny_qwen2: Path, tmp_path: Path, quantize_model: Callable[..., Any]
+    tiny_qwen2: Path, tmp_path: Path, quantize_model: Callable[..., Quantized]
 ) -> None:
     """Turned float weights without a recipe, and a base that the checkpoint was not made from."""
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.float32)
@@ -166,7 +172,7 @@ class TurnedWeights:
 
 
 def test_a_quantized_base_is_in_a_basis_of_its_own(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any]
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized]
 ) -> None:
     base = quantize_model(tiny_qwen2, "w8-nearest").folder
     result = compared(quantize_model(tiny_qwen2, "w4-nearest").folder, base)

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import pytest
+from conftest import Quantized
 from running import Ran, invoke
 
 from anequant.cli import console
@@ -105,7 +106,7 @@ def test_the_tasks_of_a_folder(tiny_qwen2: Path, folder: Path) -> None:
 
 
 def test_the_packages_of_a_conversion(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], folder: Path, tmp_path: Path
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized], folder: Path, tmp_path: Path
 ) -> None:
     """A context of 10 tokens, which the longer question and its answers do not fit."""
     checkpoint = quantize_model(tiny_qwen2, "w4-nearest").folder

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Quantized
 from running import invoke, succeed
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import Unigram
@@ -40,9 +41,8 @@ def best(logits: torch.Tensor) -> int:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> Path:
-    folder: Path = quantize_model(tiny_qwen2, "w4-nearest").folder
-    return folder
+def checkpoint(tiny_qwen2: Path, quantize_model: Callable[..., Quantized]) -> Path:
+    return quantize_model(tiny_qwen2, "w4-nearest").folder
 
 
 @pytest.fixture(scope="module", params=[(1, False), (3, False), (1, True), (3, True)], ids=str)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Quantized
 from running import execute_python
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
@@ -31,13 +32,15 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(params=CHOICES)
-def folder(request: pytest.FixtureRequest, tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> Path:
+def folder(
+    request: pytest.FixtureRequest, tiny_qwen2: Path, quantize_model: Callable[..., Quantized]
+) -> Path:
     made: Path = quantize_model(tiny_qwen2, "w4-nearest", **CHOICES[request.param]).folder
     return made
 
 
 @pytest.fixture
-def everything(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> Path:
+def everything(tiny_qwen2: Path, quantize_model: Callable[..., Quantized]) -> Path:
     made: Path = quantize_model(tiny_qwen2, "w4-nearest", **CHOICES["all"]).folder
     return made
 
@@ -135,7 +138,7 @@ def test_the_model_without_its_head(everything: Path, tokens: Tensor) -> None:
 
 
 def test_load_opens_a_checkpoint_of_weights_alone(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], tokens: Tensor
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized], tokens: Tensor
 ) -> None:
     for made in (tiny_qwen2, quantize_model(tiny_qwen2, "w4-nearest").folder):
         stock = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Quantized
 from files import edit_tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -64,7 +65,7 @@ def loud_scores(tensors: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_ranges_are_those_of_the_model(
-    make_model: Callable[..., Path], quantize_model: Callable[..., Any], tmp_path: Path, model_type: str
+    make_model: Callable[..., Path], quantize_model: Callable[..., Quantized], tmp_path: Path, model_type: str
 ) -> None:
     folder = quantize_model(make_model(tmp_path / "model", model_type, False), "w4-nearest").folder
     tokens = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -131,7 +132,7 @@ def run(folder: Path) -> Tensor:
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_a_loud_stream_is_scaled_exactly(
     make_model: Callable[..., Path],
-    quantize_model: Callable[..., Any],
+    quantize_model: Callable[..., Quantized],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     model_type: str,
@@ -152,7 +153,7 @@ def test_a_loud_stream_is_scaled_exactly(
 
 
 def test_a_scaled_model_computes_what_the_quiet_one_does(
-    make_model: Callable[..., Path], quantize_model: Callable[..., Any], tmp_path: Path
+    make_model: Callable[..., Path], quantize_model: Callable[..., Quantized], tmp_path: Path
 ) -> None:
     """The same model with a stream of float16's size; all factors are powers of two."""
     options: dict[str, Any] = {"vocab_size": 112, "rms_norm_eps": 1e-12}
@@ -165,7 +166,7 @@ def test_a_scaled_model_computes_what_the_quiet_one_does(
 
 
 def test_loud_sums_move_from_codebook_to_scales(
-    make_model: Callable[..., Path], quantize_model: Callable[..., Any], tmp_path: Path
+    make_model: Callable[..., Path], quantize_model: Callable[..., Quantized], tmp_path: Path
 ) -> None:
     source = changed(make_model(tmp_path / "model", "qwen2", False, vocab_size=112), loud_product)
     folder = quantize_model(source, "w4-nearest").folder
@@ -189,7 +190,7 @@ def test_loud_sums_move_from_codebook_to_scales(
 
 
 def test_what_must_overflow_is_refused(
-    make_model: Callable[..., Path], quantize_model: Callable[..., Any], tmp_path: Path
+    make_model: Callable[..., Path], quantize_model: Callable[..., Quantized], tmp_path: Path
 ) -> None:
     source = changed(make_model(tmp_path / "model", "qwen2", False, vocab_size=112), loud_scores)
     folder = quantize_model(source, "w4-nearest", r2="none").folder
@@ -204,7 +205,7 @@ def test_what_must_overflow_is_refused(
 )
 def test_scores_too_coarse_for_float16_are_named(
     make_model: Callable[..., Path],
-    quantize_model: Callable[..., Any],
+    quantize_model: Callable[..., Quantized],
     tmp_path: Path,
     bias: float,
     refused: type[AnequantError] | None,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Quantized
 from running import invoke
 from torch import nn
 
@@ -434,7 +435,7 @@ def test_axes_depend_on_the_chip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_what_lower_writes_is_clean(
     make_model: Callable[..., Path],
-    quantize_model: Callable[..., Any],
+    quantize_model: Callable[..., Quantized],
     tmp_path: Path,
     model_type: str,
     options: dict[str, Any],

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Quantized
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -169,7 +170,7 @@ class Pair:
 def pair(
     request: pytest.FixtureRequest,
     make_model: Callable[..., Path],
-    quantize_model: Callable[..., Any],
+    quantize_model: Callable[..., Quantized],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Pair:
     """Gains of a layer not yet folded, so that both have something to multiply by."""
