@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from hypothesis import settings
 from torch import Tensor
 
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
+from anequant.cli import console
 from anequant.pipeline import rounder
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.quantizing import QuantizeResult
@@ -35,6 +36,8 @@ settings.load_profile("reproducible")
 
 torch.set_num_threads(1)
 """Tiny tensors gain nothing from threads, and lose much where cores are shared."""
+
+pytest_plugins = ("damage",)
 
 FEW_TOKENS = Calibration("self", samples=6, length=64)
 
@@ -104,6 +107,14 @@ def calibration_text(shared: Path) -> Path:
 def make_model() -> Callable[..., Path]:
     """`make_model(folder, model_type, tied, **config)`: see `write_model`."""
     return write_model
+
+
+@pytest.fixture(scope="module")
+def no_progress() -> Iterator[None]:
+    """Whatever takes longer than two seconds today shows no progress, so that stderr is the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "SHOW_AFTER", 3600.0)
+        yield
 
 
 @dataclass(frozen=True)

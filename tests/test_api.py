@@ -9,15 +9,14 @@ import logging
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
 from conftest import REPOSITORY
+from running import execute_python, succeed
 
 import anequant
 from anequant.checkpoints.source import BUNDLED_MODEL, SAMPLE_TEXT
@@ -39,15 +38,9 @@ OF_TERMINAL = {"as_json", "quiet", "debug", "lm_eval", "backend"}
 """Options about printing; and of tasks, which lm-evaluation-harness has an API of its own for."""
 
 
-def invoke(*words: object) -> str:
-    result = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
 def test_importing_is_light_and_every_name_is_there() -> None:
     script = "import sys, anequant; print({'torch', 'transformers', 'coremltools'} & set(sys.modules))"
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    ran = execute_python(script)
     assert ran.stdout == "set()\n", ran.stderr
     assert {*FUNCTIONS, "load"} < set(anequant.__all__)
     assert all(callable(getattr(anequant, name)) for name in anequant.__all__)
@@ -104,7 +97,9 @@ def test_a_mapping_and_keys_are_a_recipe_file_and_options(tmp_path: Path) -> Non
         BUNDLED_MODEL, tmp_path / "api", recipe={"rounding": "nearest", "bits": 8}, bits=4
     )
     told = json.loads(
-        invoke("quantize", BUNDLED_MODEL, "-o", tmp_path / "cli", "--recipe", recipe, "--bits", 4, "--json")
+        succeed(
+            "quantize", BUNDLED_MODEL, "-o", tmp_path / "cli", "--recipe", recipe, "--bits", 4, "--json"
+        ).stdout
     )
     assert {tensor.bits for tensor in result.rounding.tensors} == {4}
     assert json.loads(json.dumps(result.to_dict())) == {key: told[key] for key in result.to_dict()}
@@ -114,7 +109,7 @@ def test_a_mapping_and_keys_are_a_recipe_file_and_options(tmp_path: Path) -> Non
 
     measured = anequant.evaluate(tmp_path / "api", SAMPLE_TEXT, base=BUNDLED_MODEL, windows=2, length=32)
     words = ("--text", SAMPLE_TEXT, "--base", BUNDLED_MODEL, "--windows", 2, "--length", 32, "--json")
-    shown = json.loads(invoke("eval", tmp_path / "api", *words))
+    shown = succeed("eval", tmp_path / "api", *words).printed
     del shown["checkpoint"]
     assert json.loads(json.dumps(measured.to_dict())) == shown and measured.quality.kl is not None
 

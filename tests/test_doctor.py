@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import subprocess
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,10 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from running import execute_python, invoke
 
 from anequant import doctor
-from anequant.cli import main
 from anequant.doctor import (
     FAILURE,
     LEAST_MEMORY,
@@ -29,7 +28,6 @@ from anequant.doctor import (
     has_failure,
 )
 from anequant.jobs.machine import Memory, memory, usable_cores
-from anequant.versions import installed_versions
 
 GB = 10**9
 
@@ -78,7 +76,7 @@ def test_packages_in_range_out_of_range_and_missing() -> None:
 
 def test_packages_of_other_pythons_are_not_asked_for() -> None:
     other = 'tomli>=2.0; python_version < "3.0"'
-    assert list(doctor.check_packages([other], installed_versions())) == []
+    assert list(doctor.check_packages([other])) == []
 
 
 def failing(*names: str, error: Exception | None = None) -> Callable[[str], Any]:
@@ -144,7 +142,7 @@ def test_little_room(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.os, "access", lambda folder, mode: folder != tmp_path)
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)
     other = tmp_path / "tmp"
     working, temporary = doctor.check_disk(tmp_path, other, lambda folder: 10**12)
     assert working.status == WARNING and "cannot be written" in working.detail
@@ -226,7 +224,7 @@ def test_this_machine_runs_the_tests_and_so_has_no_failure() -> None:
     required = {"python", "torch", "coremltools", "transformers", "safetensors", "coremltools library"}
     assert required | {"cores", "memory", "working folder", "temporary folder"} <= set(names)
     assert len(names) == len(set(names))
-    result = CliRunner().invoke(main, ["doctor", "--json"])
+    result = invoke("doctor", "--json")
     assert result.exit_code == 0
     printed = json.loads(result.stdout)["checks"]
     assert [check["name"] for check in printed] == names
@@ -241,7 +239,7 @@ def test_a_failure_is_exit_code_4_and_a_warning_is_not(monkeypatch: pytest.Monke
         ([warning, failure, failure], 4, "2 failures, 1 warning"),
     ):
         monkeypatch.setattr(doctor, "PROBES", (lambda found=checks: iter(found),))
-        result = CliRunner().invoke(main, ["doctor"])
+        result = invoke("doctor")
         assert result.exit_code == code
         lines = [line.split() for line in result.stdout.splitlines()]
         assert lines[:2] == [["warning", "disk", "full"], ["do:", "empty", "it"]]
@@ -264,8 +262,8 @@ sys.meta_path.insert(0, Refuse())
 from anequant.cli import main
 main(["doctor"])
 """
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stderr) == (4, "")
+    ran = execute_python(script)
+    assert (ran.exit_code, ran.stderr) == (4, "")
     assert "torch cannot be imported: torch is broken" in ran.stdout
     assert "no package can be written" in ran.stdout
     assert "nothing can be rounded: torch is broken" in ran.stdout

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,12 @@ def test_an_unknown_recipe_that_resembles_none_lists_all() -> None:
 )
 def test_an_unknown_key_suggests_a_near_one(tmp_path: Path, key: str, suggestion: str) -> None:
     (tmp_path / "typo.toml").write_text(f"{key} = 4\n")
-    for attempt in (
+    attempts: list[Callable[[], Recipe]] = [
         lambda: load_recipe(str(tmp_path / "typo.toml")),
         lambda: load_recipe("w4-nearest", {key: 4}),
         lambda: recipe_from_dict({key: 4}),
-    ):
+    ]
+    for attempt in attempts:
         with pytest.raises(UsageError) as caught:
             attempt()
         assert f"'{key}'" in message_of(caught)

@@ -79,7 +79,7 @@ def has_bfloat16() -> bool:
 def has_slow_blas() -> bool:
     """Return whether torch's BLAS is slow here, as MKL is on processors of AMD: oneDNN's float32 kernels take
     half its time there. Nothing is timed, so a machine gives the same digits every day."""
-    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    mkl: bool = torch.backends.mkl.is_available()
     return mkl and str(get_host_cpu_name()).startswith("znver")
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from damage import assert_refused, parts, raw
+from running import invoke, succeed
 
-from anequant.cli import main
 from anequant.errors import InputError, UsageError
-from attacks.damage import assert_refused
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 BAD, USAGE = InputError.exit_code, UsageError.exit_code
 LENGTH = 16
@@ -111,7 +112,7 @@ def test_a_tokenizer_of_another_model(model: Path, tiny_qwen2: Path) -> None:
     (model.parent / "text.txt").write_text("In the morning they went down to the harbour. " * 20)
     file = model.parent / "text.txt"
     arguments = ["quantize", model, "-o", model.parent / "out", "--calib", file, "--calib-length", 16]
-    result = CliRunner().invoke(main, [str(word) for word in arguments])
+    result = invoke(*arguments)
     assert result.exit_code == BAD and not (model.parent / "out").exists()
     assert re.search(r"token \d+, the (model knows|vocabulary has) 97", result.stderr), result.stderr
 
@@ -141,8 +142,6 @@ def test_one_sample_leaves_a_singular_hessian_and_is_used(model: Path) -> None:
 
 def test_dead_inputs_are_counted(model: Path) -> None:
     """Five rows of up_proj are zero, so five inputs of down_proj never fire, and the count says so."""
-    from attacks.test_models import parts, raw
-
     name = "model.layers.0.mlp.up_proj.weight"
     header, data = parts(model / "model.safetensors")
     begin, _ = header[name]["data_offsets"]
@@ -160,8 +159,7 @@ def test_dead_inputs_are_counted(model: Path) -> None:
 
 
 def quantized(model: Path, source: Path) -> dict[str, Any]:
-    result = CliRunner().invoke(main, [str(word) for word in arguments(model, source)])
-    assert result.exit_code == 0, result.output
+    result = succeed(*arguments(model, source))
     manifest: dict[str, Any] = json.loads((model.parent / "out" / "anequant.json").read_text())
     dead = [tensor for tensor in manifest["measured"]["tensors"] if tensor["dead_inputs"]]
     assert bool(dead) == ("inputs that no token used" in result.stdout)

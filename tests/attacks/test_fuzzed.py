@@ -50,7 +50,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Target,
     return {name: (target, target.file.read_bytes()) for name, target in built.items()}
 
 
-def limits(name: str) -> Any:
+def limits(name: str) -> settings:
     health = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
     return settings(max_examples=EXAMPLES.get(name, OTHERS), deadline=None, suppress_health_check=health)
 

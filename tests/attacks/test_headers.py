@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from damage import Damage, assert_refused, parts, raw
 
 from anequant.errors import InputError
-from attacks.damage import assert_refused, parts, raw
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 NAME = "model.norm.weight"
 WEIGHTS = "model.safetensors"
-Damage = Callable[[Path], None]
 
 
 def bytes_of(content: bytes) -> Damage:
-    return lambda shard: shard.write_bytes(content) and None
+    return lambda shard: shard.write_bytes(content)
 
 
 def length(value: int) -> Damage:

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from damage import Damage, assert_refused, parts, raw, write
+from files import edit_json
 
 from anequant.errors import InputError, UnsupportedError
-from attacks.damage import assert_refused, parts, raw, write
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 BAD, UNSUPPORTED = InputError.exit_code, UnsupportedError.exit_code
-Damage = Callable[[Path], None]
 
 
 def index(change: Callable[[dict[str, Any]], Any]) -> Damage:
@@ -34,15 +36,11 @@ def shard(name: Any) -> Damage:
 
 
 def index_text(text: str) -> Damage:
-    return lambda model: (model / INDEX).write_text(text) and None
+    return lambda model: (model / INDEX).write_text(text)
 
 
 def config(**changes: Any) -> Damage:
-    def damage(model: Path) -> None:
-        values = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps({**values, **changes}))
-
-    return damage
+    return lambda model: edit_json(model / "config.json", **changes)
 
 
 def layers(count: int) -> Damage:
@@ -60,7 +58,7 @@ def without(key: str) -> Damage:
 
 
 def config_text(text: str) -> Damage:
-    return lambda model: (model / "config.json").write_text(text) and None
+    return lambda model: (model / "config.json").write_text(text)
 
 
 def in_both(model: Path) -> None:

@@ -15,19 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from damage import Damage, assert_refused, parts, raw
+from running import succeed
 
-from anequant.cli import main
 from anequant.errors import InputError, VerificationError
 from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE
 from anequant.targets.coreml.toolkit import Model_pb2
-from attacks.damage import assert_refused, parts, raw
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 FAILED, BAD = VerificationError.exit_code, InputError.exit_code
 MANIFEST, SHARD, META = "anequant.json", "model.safetensors", "meta.yaml"
 HEAD, CHUNK = "qwen25_lm_head.mlpackage", "qwen25_FFN_PF_lut4_chunk_01of01.mlpackage"
 LINEAR = "model.layers.0.mlp.gate_proj"
-Damage = Callable[[Path], None]
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -46,8 +46,7 @@ def written(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         ("quantize", model, "-o", place / "static", *nearest, *static, *calibration),
         ("lower", place / "checkpoint", "-o", place / "packages", "--context", 16, "--batch", 8),
     ):
-        result = CliRunner().invoke(main, [*map(str, words), "--quiet"])
-        assert result.exit_code == 0, result.output
+        succeed(*words, "--quiet")
     return place
 
 
@@ -82,7 +81,7 @@ def agreeing(damage: Damage) -> Damage:
 
 
 def text(name: str, content: str) -> Damage:
-    return lambda folder: (folder / name).write_text(content) and None
+    return lambda folder: (folder / name).write_text(content)
 
 
 def removed(name: str) -> Damage:
@@ -402,7 +401,7 @@ PACKAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         (f"package '{HEAD}' is missing; model_prefix and lut_lmhead of meta.yaml name it so",),
     ),
     "package too many": (
-        agreeing(lambda folder: shutil.copytree(folder / HEAD, folder / "more.mlpackage") and None),
+        agreeing(lambda folder: shutil.copytree(folder / HEAD, folder / "more.mlpackage")),
         ("package 'more.mlpackage' is none of meta.yaml",),
     ),
     "meta: not yaml": (agreeing(text(META, "[")), ("'meta.yaml' cannot be read",)),
@@ -472,8 +471,7 @@ def test_the_copies_are_sound(copies: Path) -> None:
         ("verify", copies / "static"),
         ("verify", copies / "packages", "--checkpoint", copies / "checkpoint"),
     ):
-        result = CliRunner().invoke(main, [str(word) for word in words])
-        assert result.exit_code == 0, result.output
+        succeed(*words)
 
 
 def test_what_is_no_output_at_all(copies: Path) -> None:

@@ -6,21 +6,20 @@ import errno
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from damage import assert_refused, fingerprint
+from running import SCRIPT, execute, invoke, succeed
 from safetensors import safe_open
 
 from anequant.checkpoints import reader
 from anequant.checkpoints.writer import CheckpointWriter
-from anequant.cli import main
 from anequant.errors import InputError, ResourceError, UsageError
-from attacks.damage import assert_refused, fingerprint
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 BAD, USAGE = InputError.exit_code, UsageError.exit_code
 SHARD = "model.safetensors"
@@ -97,8 +96,7 @@ def test_any_other_name_is_a_name(model: Path, name: str, monkeypatch: pytest.Mo
     before = fingerprint(model)
     output = model.parent / "made" / name
     for words in (arguments(model, output, "--quiet"), ["verify", output, "--quiet"]):
-        result = CliRunner().invoke(main, [str(word) for word in words])
-        assert result.exit_code == 0, result.output
+        succeed(*words)
     made = {path.name for path in (model.parent / "made").iterdir()}
     assert made == {name.rstrip("/")} and not (model.parent / "x").exists()
     assert fingerprint(model) == before
@@ -124,8 +122,8 @@ def test_any_name_of_a_checkpoint_and_its_packages(
         ["push", checkpoint, "org/name", "--quiet"],
         ["rotate", source, "-o", source.with_name(f"{name}.r"), "--quiet"],
     ):
-        result = CliRunner().invoke(main, [str(word) for word in words])
-        assert result.exit_code == 0, (words[0], result.output, result.exception)
+        result = invoke(*words)
+        assert result.exit_code == 0, (words[0], result.stderr)
     assert {path.name for path in source.parent.iterdir()} == {name, *(f"{name}.{end}" for end in "cpr")}
     assert {path.name for path in tmp_path.iterdir()} == {"made"}
 
@@ -135,9 +133,9 @@ def test_a_source_that_may_not_be_written_to(model: Path) -> None:
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = fingerprint(model)
     words = arguments(model, model.parent / "out", "--quiet")
-    result = CliRunner().invoke(main, [str(word) for word in words])
+    result = invoke(*words)
     model.chmod(0o755)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     assert fingerprint(model) == before
     assert os.access(model.parent / "out" / SHARD, os.W_OK)
 
@@ -199,8 +197,8 @@ def test_a_side_file_that_cannot_be_opened_is_named_first(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", denied)
-        result = CliRunner().invoke(main, [str(word) for word in arguments(model, model.parent / "out")])
-    assert result.exit_code == BAD, (result.output, result.exception)
+        result = invoke(*arguments(model, model.parent / "out"))
+    assert result.exit_code == BAD, result.stderr
     for word in (f"'{name}' cannot be read", "Permission denied", "check its permissions", str(model)):
         assert word in result.stderr
     assert [path.name for path in model.parent.iterdir()] == ["model"]
@@ -230,12 +228,10 @@ def test_what_the_system_refuses_is_named(model: Path, kind: str, monkeypatch: p
 
 def test_a_limit_on_file_sizes(model: Path) -> None:
     """The system's own error, in a process of its own."""
-    program = "from anequant.cli import main; main()"
-    words = [sys.executable, "-c", program, *map(str, arguments(model, model.parent / "out", "--quiet"))]
+    words = [str(word) for word in (SCRIPT, *arguments(model, model.parent / "out", "--quiet"))]
     before = fingerprint(model.parent)
-    limited = ["bash", "-c", f"ulimit -f 100; {shlex.join(words)}"]
-    ran = subprocess.run(limited, capture_output=True, text=True, check=False)
-    assert ran.returncode == ResourceError.exit_code, ran.stderr
+    ran = execute("bash", "-c", f"ulimit -f 100; {shlex.join(words)}")
+    assert ran.exit_code == ResourceError.exit_code, ran.stderr
     assert "File too large" in ran.stderr and "ulimit -f" in ran.stderr and "out" in ran.stderr
     assert fingerprint(model.parent) == before
 
@@ -256,8 +252,8 @@ def test_a_shard_that_vanishes_or_shrinks_while_it_is_read(
         return original(checkpoint, name, *words)
 
     monkeypatch.setattr(reader.Checkpoint, "read", read)
-    result = CliRunner().invoke(main, [str(word) for word in arguments(model, model.parent / "out")])
-    assert result.exit_code == BAD, (result.output, result.exception)
+    result = invoke(*arguments(model, model.parent / "out"))
+    assert result.exit_code == BAD, result.stderr
     assert "'model." in result.stderr and SHARD in result.stderr and "Traceback" not in result.stderr
     assert {path.name for path in model.parent.iterdir()} == {"model"}
 
@@ -270,14 +266,13 @@ def test_a_hub_cache_of_links_is_read(model: Path) -> None:
         path.rename(blobs / str(number))
         path.symlink_to(Path("..") / "blobs" / str(number))
     words = arguments(model, model.parent / "out", "--quiet")
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
+    succeed(*words)
     with safe_open(model.parent / "out" / SHARD, framework="np") as tensors:
         assert tensors.get_tensor("lm_head.weight").shape == (97, 64)
 
 
 def test_lowering_refuses_what_quantizing_refuses(model: Path) -> None:
     words = ["lower", model, "-o", model / "out"]
-    result = CliRunner().invoke(main, [str(word) for word in words])
+    result = invoke(*words)
     assert result.exit_code in (USAGE, BAD, ResourceError.exit_code)
     assert not (model / "out").exists()

@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from damage import assert_refused
 
-from anequant.cli import main
 from anequant.errors import UsageError
 from anequant.recipe_files import load_recipe
-from attacks.damage import assert_refused
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 CASES: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "unknown key": ("toml", "bitz = 4", ("unknown recipe key 'bitz'", "did you mean 'bits'?")),
@@ -110,8 +111,8 @@ def test_an_empty_toml_is_every_default(tmp_path: Path) -> None:
 
 
 def test_an_option_to_blame_blames_no_file(model: Path) -> None:
-    from click.testing import CliRunner
+    from running import invoke
 
-    result = CliRunner().invoke(main, ["quantize", str(model), "-o", str(model.parent / "o"), "--bits", "5"])
+    result = invoke("quantize", model, "-o", model.parent / "o", "--bits", "5")
     assert result.exit_code == UsageError.exit_code
     assert "'bits' cannot be 5" in result.stderr and "where" not in result.stderr

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from damage import Damage, assert_refused, parts, raw, write
+from running import succeed
 from safetensors.torch import load_file
 
-from anequant.cli import main
 from anequant.errors import InputError, UnsupportedError, UsageError
-from attacks.damage import assert_refused, parts, raw, write
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 BAD, UNSUPPORTED, USAGE = InputError.exit_code, UnsupportedError.exit_code, UsageError.exit_code
 UP, GAIN = "model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 Values = np.ndarray[Any, np.dtype[np.float32]]
-Damage = Callable[[Path], None]
 
 
 def values(name: str, change: Callable[[Values], Any]) -> Damage:
@@ -150,8 +150,7 @@ def arguments(model: Path) -> list[Any]:
 def test_strange_numbers_are_quantized_and_verified(model: Path, case: str) -> None:
     HANDLED[case](model)
     for words in (arguments(model), ["verify", model.parent / "out"]):
-        result = CliRunner().invoke(main, [str(word) for word in words])
-        assert result.exit_code == 0, (result.output, result.exception)
+        succeed(*words)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -231,6 +230,6 @@ def test_mixed_dtypes_are_read(model: Path) -> None:
 
 def quantized(model: Path, name: str) -> dict[str, torch.Tensor]:
     words = ["quantize", model, "-o", model.parent / name, "--recipe", "w4-nearest", "--quiet"]
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
-    return load_file(model.parent / name / "model.safetensors")
+    succeed(*words)
+    loaded: dict[str, torch.Tensor] = load_file(model.parent / name / "model.safetensors")
+    return loaded

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Quantized
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -85,7 +86,7 @@ def test_gradients_through_layers_and_head_are_autograds(
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
 def test_a_step_descends_the_divergence_of_whole_models(
-    make_model: Callable[..., Path], quantize_model: Callable[..., Any], tmp_path: Path, model_type: str
+    make_model: Callable[..., Path], quantize_model: Callable[..., Quantized], tmp_path: Path, model_type: str
 ) -> None:
     """Gradients of every codebook, scale, bias and gain, by autograd through transformers' whole model. One
     step on all windows leaves them in the leaves."""
@@ -135,6 +136,7 @@ def test_a_step_descends_the_divergence_of_whole_models(
         if expected.grad is None:
             assert leaf.grad is None
         else:
+            assert leaf.grad is not None
             assert float((leaf.grad - expected.grad).norm()) <= 1e-4 * float(expected.grad.norm()) + 1e-7
 
 
@@ -144,7 +146,7 @@ STEPS = 25
 
 
 @pytest.fixture(scope="module")
-def lessons(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> dict[str, Any]:
+def lessons(tiny_qwen2: Path, quantize_model: Callable[..., Quantized]) -> dict[str, Any]:
     """The bundled model at 3 bits, and windows of the bundled text."""
     original = open_checkpoint(tiny_qwen2)
     folder = quantize_model(tiny_qwen2, "w4-nearest", bits=3).folder
@@ -220,7 +222,7 @@ def test_training_that_only_hurts_ends_early_where_it_began(
     monkeypatch.setattr("anequant.calibration.distill.LEARNING_RATE", 30.0)
     monkeypatch.setattr("anequant.calibration.distill.EVALUATE_EVERY", 1)
     taken: list[str] = []
-    trained = train(lessons, 8, lambda message, _: taken.append(message))
+    trained = train(lessons, 8, Progress(lambda parts, _: taken.append(parts[-1])))
     assert trained[0].steps == 0 and trained[0].held_out_after == trained[0].held_out_before
     assert len(taken) == PATIENCE
     assert_same_leaves(trained, train(lessons, 0))
@@ -246,7 +248,7 @@ def test_an_exact_model_is_left_alone(lessons: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def plain_and_tuned(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> tuple[Any, Any]:
+def plain_and_tuned(tiny_qwen2: Path, quantize_model: Callable[..., Quantized]) -> tuple[Any, Any]:
     return quantize_model(tiny_qwen2, "w4-nearest"), quantize_model(tiny_qwen2, "w4-nearest", tune=16)
 
 
@@ -282,7 +284,8 @@ def test_a_tuned_checkpoint_is_closer_to_the_float_model(
 
     def log_probabilities(folder: Path) -> Tensor:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        return model(tokens, use_cache=False).logits.double().log_softmax(-1)
+        logits: Tensor = model(tokens, use_cache=False).logits
+        return logits.double().log_softmax(-1)
 
     log_p = log_probabilities(tiny_qwen2)
     plain, tuned = (

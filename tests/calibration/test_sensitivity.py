@@ -49,7 +49,8 @@ def real_losses(checkpoint: Checkpoint, tokens: Tensor, names: list[str], bits: 
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
 
     def logits() -> Tensor:
-        return model(tokens, use_cache=False).logits.flatten(0, 1).double()
+        logits: Tensor = model(tokens, use_cache=False).logits
+        return logits.flatten(0, 1).double()
 
     chances = logits().softmax(-1)
     entropy = cross_entropy(logits(), chances)

@@ -120,14 +120,17 @@ def test_this_processors_products_change_moments_little(
     embedded = checkpoint.read("model.embed_tokens.weight")[tokens].float()
 
     def walk(exact: bool) -> list[Tensor]:
-        walkers, found = Walkers(spec, embedded, embedded, exact=exact), []
+        walkers = Walkers(spec, embedded, embedded, exact=exact)
+        found: list[Tensor] = []
         for layer in range(spec.num_layers):
             original = {name: value.float() for name, value in checkpoint.layer(layer).items()}
             current = rounded(original)
             for inputs in walkers.layer(layer, original, current, moments=True):
                 seen = inputs.statistics
                 assert seen is not None
-                found += [seen.fit.hessian, seen.fit.cross if seen.fit.outputs is None else seen.fit.outputs]
+                product = seen.fit.cross if seen.fit.outputs is None else seen.fit.outputs
+                assert product is not None
+                found += [seen.fit.hessian, product]
         return found
 
     pairs = zip(walk(exact=False), walk(exact=True), strict=True)

@@ -112,7 +112,7 @@ def test_a_text_needs_a_tokenizer(bare: Checkpoint) -> None:
 # --- token ids ----------------------------------------------------------------------------------------
 
 ROWS = [[5, *range(20)], [5, 1, 2], [5, *range(40, 70)]]
-FORMS = {
+FORMS: dict[str, Any] = {
     "lists": ROWS,
     "objects": [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ROWS],
     "columns": {"input_ids": ROWS},

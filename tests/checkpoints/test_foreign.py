@@ -6,11 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from conftest import Quantized
+from files import Tensors, edit_tensors
+from safetensors.torch import load_file
 from torch import Tensor
 
 from anequant.checkpoints.foreign import complete_codebook, find_codebook
@@ -25,21 +26,13 @@ from anequant.reference.open_float import open_float
 from anequant.request import LowerRequest
 from anequant.verification.verify import verify_packages
 
-Tensors = dict[str, Tensor]
 SHARD = "model.safetensors"
 
 
 @pytest.fixture
-def folder(tiny_qwen2: Path, quantize_model: Callable[..., Any], tmp_path: Path) -> Path:
+def folder(tiny_qwen2: Path, quantize_model: Callable[..., Quantized], tmp_path: Path) -> Path:
     shutil.copytree(quantize_model(tiny_qwen2, "w4-nearest").folder, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
-
-
-def rewrite(folder: Path, change: Callable[[Tensors], object]) -> Tensors:
-    tensors = load_file(folder / SHARD)
-    change(tensors)
-    save_file(tensors, folder / SHARD, metadata={"format": "pt"})
-    return tensors
 
 
 def projections(tensors: Tensors) -> list[str]:
@@ -85,7 +78,7 @@ def test_it_is_read_for_what_it_is_and_lowered(
     folder: Path, tmp_path: Path, change: Callable[[Tensors], None]
 ) -> None:
     before = load_file(folder / SHARD)
-    after = rewrite(folder, change)
+    after = edit_tensors(folder, change)
     for name in projections(before):
         ours = load(name, after.__getitem__, after)
         weight = before[f"{name}.weight"].float()
@@ -111,7 +104,7 @@ def test_a_tied_head_and_anemlls_own_config(folder: Path, tmp_path: Path, quanti
             )
             tensors.update(store("model.embed_tokens", parts, bias=False))
 
-    rewrite(folder, tie)
+    edit_tensors(folder, tie)
     (folder / "anequant.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     method = {"quant_method": "quarot", "bits": 4, "group_size": -1, "per_tensor": True, "rotated": True}
@@ -188,7 +181,7 @@ def put(suffix: str, value: Callable[[Tensor], Tensor]) -> Callable[[Tensors], o
 def test_a_broken_contract_is_refused_by_tensor(
     folder: Path, tmp_path: Path, change: Callable[[Tensors], object], message: str
 ) -> None:
-    rewrite(folder, change)
+    edit_tensors(folder, change)
     with pytest.raises(InputError, match=message):
         lower(LowerRequest(folder, LowerOptions(context=80, batch=16)), tmp_path / "packages")
     assert not (tmp_path / "packages").exists()

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub.errors import HTTPError
+from hub import HTTP, played
 
 from anequant.checkpoints.header import read_header
 from anequant.checkpoints.hub_headers import fetch_headers
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import InputError
-
-HTTP = importlib.import_module(HTTPError.__module__.partition(".")[0])
-"""The HTTP library of huggingface_hub, which is not the same in every version."""
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _FILE = re.compile(rf"/org/model/resolve/{COMMIT}/(?P<name>.+)")
@@ -52,23 +48,16 @@ class Hub:
 
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[Path], Hub]]:
+def serve(tmp_path: Path) -> Iterator[Callable[[Path], Hub]]:
     """`serve(folder)`: that folder is the hub's only model, and nothing of it was cached before."""
-    if not hasattr(huggingface_hub, "set_client_factory"):
-        pytest.skip("this huggingface_hub takes no client of ours")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with ExitStack() as playing:
 
-    def start(folder: Path) -> Hub:
-        hub = Hub(folder)
-        transport = HTTP.MockTransport(hub)
-        huggingface_hub.set_client_factory(lambda: HTTP.Client(transport=transport, follow_redirects=True))
-        return hub
+        def start(folder: Path) -> Hub:
+            hub = Hub(folder)
+            playing.enter_context(played(hub, tmp_path / "hub"))
+            return hub
 
-    yield start
-    from huggingface_hub.utils._http import default_client_factory
-
-    huggingface_hub.set_client_factory(default_client_factory)
+        yield start
 
 
 @pytest.mark.parametrize("shards", ["5GB", "200KB"])

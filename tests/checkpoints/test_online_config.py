@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Quantized
 
 from anequant.checkpoints.online_config import build_config, choose_stem, read_online
 from anequant.checkpoints.reader import open_checkpoint
@@ -95,7 +96,7 @@ def test_a_static_scale_must_be_a_positive_number(tiny_qwen2: Path) -> None:
 
 
 def test_the_files_of_such_a_checkpoint_have_names_of_their_own(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any]
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized]
 ) -> None:
     folder = quantize_model(tiny_qwen2, "w4-nearest", **CHOICES["all"]).folder
     assert sorted(path.name for path in folder.glob("*.safetensors")) == ["anequant.safetensors"]

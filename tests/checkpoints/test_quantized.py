@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from conftest import Quantized
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -41,7 +41,9 @@ RECIPES: dict[str, tuple[str, dict[str, int]]] = {
 
 
 @pytest.fixture(params=RECIPES)
-def written(request: pytest.FixtureRequest, quantize_model: Callable[..., Any], tiny_qwen2: Path) -> Any:
+def written(
+    request: pytest.FixtureRequest, quantize_model: Callable[..., Quantized], tiny_qwen2: Path
+) -> Quantized:
     name, overrides = RECIPES[request.param]
     return quantize_model(tiny_qwen2, name, **overrides)
 
@@ -56,7 +58,7 @@ def anemll_codes(tensors: dict[str, Tensor], name: str) -> Tensor:
     return order[torch.bucketize(core, (entries[1:] + entries[:-1]) / 2)]
 
 
-def test_another_reader_recovers_every_code(written: Any) -> None:
+def test_another_reader_recovers_every_code(written: Quantized) -> None:
     tensors = load_file(written.folder / "model.safetensors")
     names = [f"model.layers.{layer}.{name}" for layer in range(4) for name in PROJECTIONS]
     names += ["lm_head"] if written.recipe.head_bits < 16 else []
@@ -66,7 +68,7 @@ def test_another_reader_recovers_every_code(written: Any) -> None:
         assert torch.equal(anemll_codes(tensors, name), written.chosen[name].codes.long()), name
 
 
-def test_our_reader_returns_what_was_written(written: Any) -> None:
+def test_our_reader_returns_what_was_written(written: Quantized) -> None:
     checkpoint = open_checkpoint(written.folder)
     assert checkpoint.is_quantized
     for name, chosen in written.chosen.items():
@@ -106,7 +108,7 @@ def expected_layout(recipe: Recipe) -> dict[str, tuple[torch.dtype, tuple[int, .
     return layout
 
 
-def test_the_contract(written: Any) -> None:
+def test_the_contract(written: Quantized) -> None:
     tensors = load_file(written.folder / "model.safetensors")
     actual = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     assert actual == expected_layout(written.recipe)
@@ -128,7 +130,7 @@ def test_the_contract(written: Any) -> None:
             assert bool(tensor.any()) == has_bias, name
 
 
-def test_the_stored_weight_is_the_product(written: Any) -> None:
+def test_the_stored_weight_is_the_product(written: Quantized) -> None:
     tensors = load_file(written.folder / "model.safetensors")
     for name in written.chosen:
         core = tensors[f"{name}.codebook"].double()[anemll_codes(tensors, name)]
@@ -137,7 +139,7 @@ def test_the_stored_weight_is_the_product(written: Any) -> None:
         assert bool((difference <= product.abs() * 2.0**-11 * 1.001 + 2.0**-25).all()), name
 
 
-def test_the_files_beside_the_weights(written: Any) -> None:
+def test_the_files_beside_the_weights(written: Quantized) -> None:
     config = json.loads((written.folder / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     assert "quantization_config" not in config and "auto_map" not in config
@@ -169,7 +171,7 @@ def stock_logits(folder: Path, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def logits_of_decisions(written: Any, tokens: Tensor) -> Tensor:
+def logits_of_decisions(written: Quantized, tokens: Tensor) -> Tensor:
     """The source's own class, untied, with every chosen QuantizedLinear as a plain float32 weight.
 
     Norms, and tables that stay float, come from the checkpoint's float16.
@@ -192,7 +194,7 @@ def some_tokens() -> Tensor:
     return torch.randint(8192, (2, 96), generator=torch.Generator().manual_seed(2))
 
 
-def test_stock_transformers_sees_the_quantized_model(written: Any) -> None:
+def test_stock_transformers_sees_the_quantized_model(written: Quantized) -> None:
     actual = stock_logits(written.folder, some_tokens())
     expected = logits_of_decisions(written, some_tokens())
     assert float((actual - expected).abs().max() / expected.abs().max()) <= 1e-3
@@ -201,7 +203,7 @@ def test_stock_transformers_sees_the_quantized_model(written: Any) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_eight_bits_of_any_architecture_are_close_to_its_float_model(
-    make_model: Callable[..., Path], quantize_model: Callable[..., Any], tmp_path: Path, model_type: str
+    make_model: Callable[..., Path], quantize_model: Callable[..., Quantized], tmp_path: Path, model_type: str
 ) -> None:
     """All biases of the architecture, an untied head, and rotations: nothing may be lost on the way."""
     source = make_model(tmp_path / "model", model_type, False)
@@ -213,7 +215,7 @@ def test_eight_bits_of_any_architecture_are_close_to_its_float_model(
     assert float((actual - expected).norm() / expected.norm()) <= 1e-3
 
 
-def test_reported_errors_are_those_of_the_stored_weights(written: Any) -> None:
+def test_reported_errors_are_those_of_the_stored_weights(written: Quantized) -> None:
     tensors = load_file(written.folder / "model.safetensors")
     assert {error.name for error in written.result.rounding.tensors} == set(written.chosen)
     for error in written.result.rounding.tensors:
@@ -231,7 +233,7 @@ def test_reported_errors_are_those_of_the_stored_weights(written: Any) -> None:
 
 
 def test_the_same_input_and_recipe_give_the_same_bytes(
-    quantize_model: Callable[..., Any], tiny_qwen2: Path, tmp_path: Path
+    quantize_model: Callable[..., Quantized], tiny_qwen2: Path, tmp_path: Path
 ) -> None:
     first = quantize_model(tiny_qwen2, "w4-nearest")
     quantize(Request(Source(tiny_qwen2, tiny_qwen2.name), first.recipe), tmp_path / "again")
@@ -240,7 +242,7 @@ def test_the_same_input_and_recipe_give_the_same_bytes(
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again(
-    quantize_model: Callable[..., Any], tiny_qwen2: Path, tmp_path: Path
+    quantize_model: Callable[..., Quantized], tiny_qwen2: Path, tmp_path: Path
 ) -> None:
     first = quantize_model(tiny_qwen2, "w4-nearest")
     with pytest.raises(InputError, match="already quantized"):

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from files import edit_json, edit_tensors
+from safetensors.torch import load_file
 
 from anequant.checkpoints.header import read_header
 from anequant.checkpoints.reader import open_checkpoint, read_config
@@ -49,16 +49,6 @@ def sharded(in_shards: Path, tmp_path: Path) -> Path:
 
 def shards_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("model-*.safetensors"))
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    tensors = load_file(folder / SINGLE)
-    change(tensors)
-    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
 
 
 def refused(folder: Path, kind: type[AnequantError], *parts: str) -> AnequantError:

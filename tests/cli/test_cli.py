@@ -8,9 +8,8 @@ import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,25 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from files import edit_json
+from hub import HTTP
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from running import SCRIPT, Ran, execute, invoke
 
 from anequant.checkpoints.source import SAMPLE_TEXT
-from anequant.cli import console, main
+from anequant.cli import console
 from anequant.errors import InputError
 from anequant.pipeline import rounder
+from anequant.quantization.calibrated import quantize_calibrated
 from anequant.recipe import Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, load_recipe
 from anequant.targets.coreml import build as lower_package
 from anequant.targets.coreml.interpreter.interpreter import Package
+from anequant.targets.coreml.program.package import save_package
 
-SCRIPT = Path(sys.executable).with_name("anequant")
 SUCCESS, USAGE, INPUT, UNSUPPORTED, RESOURCE, VERIFICATION, INTERRUPTED = 0, 2, 3, 4, 5, 6, 130
+pytestmark = pytest.mark.usefixtures("no_progress")
+
 LINEARS = 4 * 7
 """Quantized projections of the bundled model."""
 
@@ -47,27 +51,7 @@ CHECK_FIELDS = {
 QUALITY_FIELDS = {
     *("windows", "tokens", "perplexity", "nll", "nll_error", "base_perplexity", "extra_nll", "kl", "top1")
 }
-HTTP = importlib.import_module(HTTPError.__module__.partition(".")[0])
-"""The HTTP library of huggingface_hub, which is not the same in every version."""
-
 WEIGHT_BIN = "Data/com.apple.CoreML/weights/weight.bin"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are tiny: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_progress() -> Iterator[None]:
-    """Whatever takes longer than two seconds today shows no progress, so that stderr is the same."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "SHOW_AFTER", 3600.0)
-        yield
 
 
 @pytest.fixture
@@ -76,7 +60,7 @@ def all_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "LINE_EVERY", 0.0)
 
 
-def run(*args: object) -> Result:
+def run(*args: object) -> Ran:
     """The command in this process; SystemExit becomes an exit code, any other exception fails a test.
 
     What calibrates sees a few short windows, unless a test says which.
@@ -84,41 +68,24 @@ def run(*args: object) -> Result:
     words = [str(arg) for arg in args]
     if words[:1] in (["quantize"], ["convert"]) and "--calib-samples" not in words:
         words += ["--calib-samples", "3", "--calib-length", "32"]
-    return CliRunner().invoke(main, words)
+    return invoke(*words)
 
 
-def execute(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_installed(*args: object, folder: Path) -> Ran:
     """The installed command in a process of its own."""
-    return subprocess.run(
-        [SCRIPT, *map(str, args)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    return execute(SCRIPT, *args, folder=folder, env={"OMP_NUM_THREADS": "1"})
 
 
-def succeed(*args: object) -> Result:
+def succeed(*args: object) -> Ran:
+    """The command in this process, which says nothing on stderr."""
     result = run(*args)
-    assert (result.exit_code, result.stderr) == (SUCCESS, ""), (result.output, result.exception)
+    assert (result.exit_code, result.stderr) == (SUCCESS, "")
     return result
 
 
 def report(*args: object) -> dict[str, Any]:
     """The one JSON object that a successful `--json` run prints."""
-    return parse(succeed(*args, "--json").stdout)
-
-
-def parse(text: str) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    assert text.count("\n") == 1 and text.endswith("\n")
-    value = json.loads(text, parse_constant=refuse)
-    assert isinstance(value, dict)
-    return value
+    return succeed(*args, "--json").printed
 
 
 def snapshot(*roots: Path) -> dict[str, str]:
@@ -132,19 +99,14 @@ def snapshot(*roots: Path) -> dict[str, str]:
     return {str(path): state(path) for root in roots for path in [root, *sorted(root.rglob("*"))]}
 
 
-def refused(result: Result | subprocess.CompletedProcess[str], code: int, *words: str) -> list[str]:
+def refused(result: Ran, code: int, *words: str) -> list[str]:
     """Check how a command failed: its exit code, and a first line that names the thing; the lines."""
-    if isinstance(result, Result):
-        assert isinstance(result.exception, SystemExit), repr(result.exception)
-        got, stderr = result.exit_code, result.stderr
-    else:
-        got, stderr = result.returncode, result.stderr
-    lines = stderr.splitlines()
-    assert got == code, (got, stderr)
-    assert lines[0].startswith("error: "), stderr
+    lines = result.stderr.splitlines()
+    assert result.exit_code == code, result
+    assert lines[0].startswith("error: "), result.stderr
     for word in words:
         assert word in lines[0], (word, lines[0])
-    assert "Traceback" not in stderr
+    assert "Traceback" not in result.stderr
     return lines
 
 
@@ -160,10 +122,6 @@ def read(path: Path) -> dict[str, Any]:
     value = json.loads(path.read_text(encoding="utf-8"))
     assert isinstance(value, dict)
     return value
-
-
-def edit(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**read(path), **values}), encoding="utf-8")
 
 
 def recipe_of(checkpoint: Path) -> dict[str, Any]:
@@ -222,29 +180,29 @@ def output(tmp_path: Path) -> Path:
 
 
 def test_help_and_version(tmp_path: Path) -> None:
-    shown = execute("--help", cwd=tmp_path)
-    assert (shown.returncode, shown.stderr) == (SUCCESS, "")
+    shown = run_installed("--help", folder=tmp_path)
+    assert (shown.exit_code, shown.stderr) == (SUCCESS, "")
     for word in ("quantize", "lower", "convert", "verify", "eval", "generate", "6    verification failed"):
         assert word in shown.stdout
-    version = execute("--version", cwd=tmp_path)
-    assert (version.returncode, version.stderr) == (SUCCESS, "")
+    version = run_installed("--version", folder=tmp_path)
+    assert (version.exit_code, version.stderr) == (SUCCESS, "")
     assert importlib.metadata.version("anequant") in version.stdout
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     home = tmp_path_factory.mktemp("converted")
-    return home / "out", execute(
+    return home / "out", run_installed(
         *("convert", "-o", "out", "--context", 32, "--batch", 16, *FEW_TOKENS),
-        cwd=home,
+        folder=home,
     )
 
 
 def test_convert_without_a_model_converts_the_bundled_one(
-    converted: tuple[Path, subprocess.CompletedProcess[str]],
+    converted: tuple[Path, Ran],
 ) -> None:
     folder, ran = converted
-    assert ran.returncode == SUCCESS, ran.stderr
+    assert ran.exit_code == SUCCESS, ran.stderr
     note, *progress = ran.stderr.splitlines()
     assert note == "no model named: converting the bundled tiny-qwen2"
     assert [line for line in progress if not line.startswith("convert: ")] == []
@@ -256,7 +214,7 @@ def test_convert_without_a_model_converts_the_bundled_one(
     assert {path.name for path in folder.iterdir()} == {*files, "checkpoint", "packages"}
 
 
-def test_what_convert_wrote_verifies(converted: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+def test_what_convert_wrote_verifies(converted: tuple[Path, Ran]) -> None:
     checked = report("verify", converted[0])
     assert checked["folder"] == str(converted[0])
     assert checked["checkpoint"] == {"tensors": LINEARS}
@@ -291,7 +249,7 @@ def assert_close(kept: Any, printed: Any) -> None:
 
 
 def test_an_error_in_a_process_of_its_own(tmp_path: Path) -> None:
-    ran = execute("quantize", "nowhere", "-o", "a/b/out", cwd=tmp_path)
+    ran = run_installed("quantize", "nowhere", "-o", "a/b/out", folder=tmp_path)
     refused(ran, INPUT, "'nowhere' does not exist")
     assert ran.stdout == ""
     assert list(tmp_path.iterdir()) == []
@@ -384,13 +342,9 @@ def test_eval_agrees_with_stock_transformers(
     text = tmp_path / "text.txt"
     text.write_text(eval_text.read_text(encoding="utf-8")[:100_000], encoding="utf-8")
     windows = ("--windows", "4", "--length", "128")
-    judged = subprocess.run(
-        [sys.executable, judge, tiny_qwen2, checkpoint.folder, text, *windows],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    words = (sys.executable, judge, tiny_qwen2, checkpoint.folder, text, *windows)
+    judged = execute(*words, env={"OMP_NUM_THREADS": "1"})
+    assert judged.exit_code == 0, judged.stderr
     expected = json.loads(judged.stdout.splitlines()[-1])
     ours = report("eval", checkpoint.folder, "--base", tiny_qwen2, "--text", text, *windows)
     assert ours["perplexity"] == pytest.approx(expected["ppl"], rel=1e-3)
@@ -418,7 +372,7 @@ def test_quiet_says_nothing(tiny_qwen2: Path, tmp_path: Path, all_progress: None
         ("convert", "-o", tmp_path / "converted", "--context", 16, "--batch", 8, *FEW_TOKENS),
     ):
         result = run(*args, "--quiet")
-        assert (result.exit_code, result.stdout, result.stderr) == (SUCCESS, "", ""), (args, result.exception)
+        assert (result.exit_code, result.stdout, result.stderr) == (SUCCESS, "", ""), (args, result.stderr)
     assert (quantized / "model.safetensors").is_file() and (lowered / "meta.yaml").is_file()
 
 
@@ -452,7 +406,7 @@ def test_progress_goes_to_stderr(random_model: Path, output: Path, all_progress:
     assert all(line.startswith("quantize: ") and "%" in line for line in lines)
     assert "layer 2 of 3" not in result.stdout and "quantize: " not in result.stdout
     if as_json:
-        assert parse(result.stdout)["output"] == str(output)
+        assert result.printed["output"] == str(output)
     else:
         assert result.stdout.startswith(f"checkpoint    {output}\n")
 
@@ -536,7 +490,7 @@ def a_file(model: Path) -> Path:
 
 
 def unknown_architecture(model: Path) -> Path:
-    edit(model / "config.json", model_type="gpt_neox")
+    edit_json(model / "config.json", model_type="gpt_neox")
     return model
 
 
@@ -560,7 +514,7 @@ def no_config(model: Path) -> Path:
 
 
 def quantized_elsewhere(model: Path) -> Path:
-    edit(model / "config.json", quantization_config={"quant_method": "gptq"})
+    edit_json(model / "config.json", quantization_config={"quant_method": "gptq"})
     return model
 
 
@@ -601,7 +555,7 @@ def test_our_own_output_is_no_model_to_quantize(checkpoint: Made, tmp_path: Path
 def test_an_error_as_json(model: Path, tmp_path: Path, output: Path) -> None:
     before = snapshot(tmp_path)
     result = run("quantize", unknown_architecture(model), "-o", output, "--json")
-    error = parse(result.stdout)["error"]
+    error = result.printed["error"]
     lines = refused(result, UNSUPPORTED, error["what"])
     assert error.keys() == {"what", "where", "remedy", "exit_code"}
     assert error["exit_code"] == UNSUPPORTED and "gpt_neox" in error["what"]
@@ -760,7 +714,7 @@ def test_force_on_a_link_leaves_no_half_done_exchange(model: Path, tmp_path: Pat
     (tmp_path / "out").symlink_to(tmp_path / "real")
     result = run("quantize", model, "-o", tmp_path / "out", "--force")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out", "real"}
-    assert result.exit_code in (SUCCESS, USAGE), repr(result.exception)
+    assert result.exit_code in (SUCCESS, USAGE), result.stderr
 
 
 def test_force_on_the_current_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -770,7 +724,7 @@ def test_force_on_the_current_folder(model: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(here)
     result = run("quantize", model, "-o", ".", "--force")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "here"}
-    assert result.exit_code in (SUCCESS, USAGE), repr(result.exception)
+    assert result.exit_code in (SUCCESS, USAGE), result.stderr
 
 
 # verify notices
@@ -791,9 +745,7 @@ def test_verify_notices_one_byte_of_a_package(checkpoint: Made, packages: Made, 
     assert_refused(tmp_path, args, VERIFICATION, f"'{name}' has changed")
 
 
-def test_verify_notices_one_byte_of_a_conversion(
-    converted: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_verify_notices_one_byte_of_a_conversion(converted: tuple[Path, Ran], tmp_path: Path) -> None:
     copy = shutil.copytree(converted[0], tmp_path / "copy")
     flip(next(copy.glob(f"packages/*lm_head*/{WEIGHT_BIN}")), 5000)
     assert_refused(tmp_path, ("verify", copy), VERIFICATION, "lm_head", "weight.bin' has changed")
@@ -814,7 +766,7 @@ def test_verify_notices_a_missing_and_an_extra_file(
 def rehash(folder: Path, name: str) -> None:
     """Make anequant.json say that the file is as it should be."""
     files = read(folder / "anequant.json")["files"]
-    edit(
+    edit_json(
         folder / "anequant.json",
         files={**files, name: hashlib.sha256((folder / name).read_bytes()).hexdigest()},
     )
@@ -976,7 +928,7 @@ def test_an_interrupt_keeps_what_is_done(
     model: Path, tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tests/system/test_resume.py goes on from there."""
-    work = interrupt_at(10, rounder.quantize_calibrated)
+    work = interrupt_at(10, quantize_calibrated)
     monkeypatch.setattr(rounder, "quantize_calibrated", work)
     monkeypatch.setattr(sys, "argv", ["anequant", "quantize", str(model), "-o", str(output)])
     result = run(*sys.argv[1:])
@@ -992,7 +944,7 @@ def test_an_interrupt_between_packages_keeps_those_that_are_done(
 ) -> None:
     before = snapshot(checkpoint.folder)
     with monkeypatch.context() as patch:
-        patch.setattr(lower_package, "save_package", interrupt_at(2, lower_package.save_package))
+        patch.setattr(lower_package, "save_package", interrupt_at(2, save_package))
         result = run("lower", checkpoint.folder, "-o", output, *SIZES)
     assert result.exit_code == INTERRUPTED and not output.exists()
     result = run("lower", checkpoint.folder, "-o", output, *SIZES)
@@ -1024,6 +976,6 @@ def test_running_out_of_memory_is_reported(
 
 def test_debug_shows_where_an_error_came_from(model: Path, tmp_path: Path, output: Path) -> None:
     before = snapshot(tmp_path)
-    result = run("quantize", model / "gone", "-o", output, "--debug")
-    assert isinstance(result.exception, InputError) and "does not exist" in str(result.exception)
+    with pytest.raises(InputError, match="does not exist"):
+        run("quantize", model / "gone", "-o", output, "--debug")
     assert snapshot(tmp_path) == before

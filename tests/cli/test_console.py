@@ -8,17 +8,15 @@ import random
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
-import torch
-from click.testing import CliRunner, Result
+from conftest import Quantized
+from running import SCRIPT, execute, execute_python, invoke, succeed
 from terminal import on_terminal, rows
 
 from anequant import errors
@@ -34,7 +32,6 @@ from anequant.recipe_files import named_recipes
 from anequant.report.terminal import converted as converted_module
 from anequant.targets.coreml import build as lower_package
 
-SCRIPT = Path(sys.executable).with_name("anequant")
 SIZES = ("--context", "32", "--batch", "8")
 NEAREST = ("--recipe", "w4-nearest")
 LAYERS = 64
@@ -53,14 +50,6 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -260,13 +249,8 @@ def test_what_is_taken_over_has_no_line(clock: Clock) -> None:
     assert [line.split(",")[0] for line in lines] == [f"convert: layer {number}" for number in range(12, 20)]
 
 
-def run(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
-
-
 def test_no_terminal_gets_plain_lines_that_say_what_was_measured(at_once: None, tmp_path: Path) -> None:
-    result = run("quantize", BUNDLED_MODEL, "-o", tmp_path / "out", *NEAREST, "--json")
-    assert result.exit_code == 0, result.output
+    result = succeed("quantize", BUNDLED_MODEL, "-o", tmp_path / "out", *NEAREST, "--json")
     assert all(line.isprintable() for line in result.stderr.splitlines())
     assert result.stdout.count("\n") == 1
     tensors = json.loads(result.stdout)["tensors"]
@@ -374,7 +358,7 @@ def test_an_interrupted_conversion_says_what_is_kept(tmp_path: Path, monkeypatch
     ):
         with monkeypatch.context() as patch:
             press(patch, module, name, times=times)
-            result = run(*words)
+            result = invoke(*words)
         assert (result.exit_code, result.stdout) == (130, ""), result.stderr
         *_, stopping, kept, command = result.stderr.splitlines()
         assert stopping == "stopping when this unit of work is done; press Ctrl-C again to stop at once"
@@ -384,7 +368,7 @@ def test_an_interrupted_conversion_says_what_is_kept(tmp_path: Path, monkeypatch
         )
         assert shlex.split(command.removeprefix("to go on: ")) == ["anequant", *words]
         assert not output.exists()
-    assert run(*shlex.split(command.removeprefix("to go on: "))[1:]).exit_code == 0
+    succeed(*shlex.split(command.removeprefix("to go on: "))[1:])
     assert (output / "report.html").is_file() and not (tmp_path / ".my out.partial").exists()
 
 
@@ -405,13 +389,12 @@ main()
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_libraries_keep_quiet(quantize_model: Callable[..., Any], debug: bool) -> None:
+def test_libraries_keep_quiet(quantize_model: Callable[..., Quantized], debug: bool) -> None:
     """Also transformers, which lists the codebooks and scales as tensors that it does not know."""
     folder = quantize_model(BUNDLED_MODEL, "w4-nearest").folder
     words = ["generate", str(folder), "--prompt", "The", "--max-tokens", "1", "--backend", "transformers"]
-    command = [sys.executable, "-c", NOISY, *words, "--quiet", *(["--debug"] if debug else [])]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert (ran.returncode, ran.stdout) == (0, "")
+    ran = execute_python(NOISY, *words, "--quiet", *(["--debug"] if debug else []))
+    assert (ran.exit_code, ran.stdout) == (0, "")
     for said in ("pytree", "Failed to load a library", "UNEXPECTED"):
         assert (said in ran.stderr) == debug, ran.stderr
     assert debug or ran.stderr == ""
@@ -429,7 +412,7 @@ def examples(name: str) -> list[str]:
 def test_every_command_has_examples_that_parse(name: str) -> None:
     lines = examples(name)
     assert lines and any(line.split()[1] == name for line in lines)
-    shown = run(name, "--help").stdout
+    shown = invoke(name, "--help").stdout
     for line in lines:
         assert line in shown, "an example is not wrapped"
         command, *words = shlex.split(line.partition(" > ")[0])[1:]
@@ -437,7 +420,7 @@ def test_every_command_has_examples_that_parse(name: str) -> None:
 
 
 def test_help_lists_examples_and_every_exit_code() -> None:
-    shown = run("--help").stdout
+    shown = invoke("--help").stdout
     codes = {kind.exit_code for kind in errors.AnequantError.__subclasses__()} | {0, 1, errors.INTERRUPTED}
     listed = re.findall(r"^ +(\d+) +\S", shown.partition("Exit codes:")[2], re.MULTILINE)
     assert set(map(int, listed)) == codes
@@ -451,14 +434,17 @@ def test_help_lists_examples_and_every_exit_code() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_script_of_a_shell(shell: str) -> None:
-    result = run("completion", shell)
+    result = invoke("completion", shell)
     assert (result.exit_code, result.stderr) == (0, "")
     assert f"_ANEQUANT_COMPLETE={shell}_complete" in result.stdout
-    assert json.loads(run("completion", shell, "--json").stdout) == {"shell": shell, "script": result.stdout}
+    assert invoke("completion", shell, "--json").printed == {
+        "shell": shell,
+        "script": result.stdout,
+    }
 
 
 def test_another_shell_is_refused() -> None:
-    assert run("completion", "tcsh").exit_code == 2
+    assert invoke("completion", "tcsh").exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -474,10 +460,10 @@ def test_bash_completes(tmp_path: Path, typed: str, expected: set[str]) -> None:
     words = typed.split(" ")
     script = tmp_path / "complete.bash"
     script.write_text(
-        f"{run('completion', 'bash').stdout}\nCOMP_WORDS=({shlex.join(words[:-1])} '{words[-1]}')\n"
+        f"{invoke('completion', 'bash').stdout}\nCOMP_WORDS=({shlex.join(words[:-1])} '{words[-1]}')\n"
         f"COMP_CWORD={len(words) - 1}\n_anequant_completion {SCRIPT}\nprintf '%s\\n' \"${{COMPREPLY[@]}}\"\n"
     )
-    ran = subprocess.run(["bash", "--norc", script], capture_output=True, text=True, check=False, timeout=60)
+    ran = execute("bash", "--norc", script)
     assert set(ran.stdout.split()) == expected, ran.stderr
 
 

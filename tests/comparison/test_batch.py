@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from running import Ran, invoke, succeed
 
-from anequant.cli import main
 from anequant.comparison import batch as module
 from anequant.comparison.batch import DONE, FAILED, STATE, TAKEN_OVER
 from anequant.comparison.batch_file import read_batch
 from anequant.errors import Interrupted
-from anequant.jobs.control import Run
+from anequant.jobs.control import Run, Unit
+from anequant.pipeline.quantize import quantize
+from anequant.pipeline.steps.collect_tokens import collect_tokens
 from anequant.recipe import Calibration, LowerOptions
 from anequant.report.terminal.tables import BATCH_COLUMNS
 from anequant.request import Request
@@ -40,8 +41,8 @@ def job(**keys: Any) -> str:
     return "\n".join(["", "[[job]]", *lines, ""])
 
 
-def run(*words: object) -> Result:
-    return CliRunner().invoke(main, ["batch", "jobs.toml", *map(str, words)])
+def run(*words: object) -> Ran:
+    return invoke("batch", "jobs.toml", *words)
 
 
 def last_jobs(count: int) -> None:
@@ -50,7 +51,7 @@ def last_jobs(count: int) -> None:
     Path("jobs.toml").write_text("[[job]]".join([head, *jobs[-count:]]), encoding="utf-8")
 
 
-def states(result: Result) -> dict[str, str]:
+def states(result: Ran) -> dict[str, str]:
     return {row["name"]: row["state"] for row in json.loads(result.stdout)["jobs"]}
 
 
@@ -102,15 +103,14 @@ def test_a_batch_goes_on_past_a_failure_and_is_taken_over(
     place: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collected: list[str] = []
-    collect = module.collect_tokens
 
     def spy(calibration: Calibration, checkpoint: Any, *more: Any) -> Any:
         collected.append(checkpoint.folder.name)
-        return collect(calibration, checkpoint, *more)
+        return collect_tokens(calibration, checkpoint, *more)
 
     monkeypatch.setattr(module, "collect_tokens", spy)
     result = run("--json")
-    assert result.exit_code == INPUT, result.output
+    assert result.exit_code == INPUT, result.stderr
     done = dict.fromkeys(["llama-w4-nearest", "gptq", "gptq-6", "qwen"], DONE)
     assert states(result) == {**done, "broken": FAILED}
     assert collected == ["llama"]
@@ -122,7 +122,7 @@ def test_a_batch_goes_on_past_a_failure_and_is_taken_over(
     few = ("--calib-samples", "3", "--calib-length", "16")
     quick = ("--recipe", "w4-ane", "--descent", "1", "--refinement", "1")
     words = ["quantize", str(models / "llama"), "-o", "alone", *quick, *few]
-    assert CliRunner().invoke(main, words).exit_code == 0
+    succeed(*words)
     assert contents(Path("alone")) == contents(Path("out/gptq"))
 
     before = contents(Path("out"))
@@ -147,7 +147,8 @@ def test_a_batch_goes_on_past_a_failure_and_is_taken_over(
 
 def test_an_interrupted_batch_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     last_jobs(3)
-    quantize, asked, units = module.quantize, [], []
+    asked: list[Any] = []
+    units: list[Unit] = []
 
     def embedded() -> bool:
         return any(unit.name == "embedding" for unit in units)
@@ -160,11 +161,11 @@ def test_an_interrupted_batch_goes_on(place: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(module, "quantize", interrupted)
     result = run()
-    assert result.exit_code == INTERRUPTED, result.output
+    assert result.exit_code == INTERRUPTED, result.stderr
     assert "gptq: done" in result.stderr and "to go on: anequant" in result.stderr
     assert sorted(path.name for path in Path("out").iterdir()) == [".gptq-6.partial", STATE, "gptq"]
     result = run("--json")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     assert states(result) == {"gptq": TAKEN_OVER, "gptq-6": DONE, "qwen": DONE}
     assert "resuming 'out/gptq-6'" in result.stderr
     assert asked[2] is None, "the interrupted run kept its tokens"
@@ -241,8 +242,8 @@ def test_a_wrong_file_is_refused(
     monkeypatch.chdir(tmp_path)
     Path("jobs.toml").write_text(text, encoding="utf-8")
     result = run()
-    assert (result.exit_code, list(tmp_path.iterdir())) == (USAGE, [tmp_path / "jobs.toml"]), result.output
-    assert words in result.stderr and "jobs.toml" in result.stderr and "Traceback" not in result.output
+    assert (result.exit_code, list(tmp_path.iterdir())) == (USAGE, [tmp_path / "jobs.toml"]), result.stderr
+    assert words in result.stderr and "jobs.toml" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_file_or_a_record_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

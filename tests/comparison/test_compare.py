@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from browser import browser
-from click.testing import CliRunner, Result
 from page import HIDDEN, OUTSIDE, SMALL, WIDER, Tree, violations
+from running import Ran, invoke
 from safetensors.torch import load_file
 from terminal import on_terminal, rows
 
+from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import BUNDLED_MODEL, SAMPLE_TEXT, Source
 from anequant.cli import console, main
 from anequant.comparison import compare as module
@@ -30,6 +31,7 @@ from anequant.comparison.peers import (
     projection_bits,
 )
 from anequant.comparison.trials import PEER, RECIPE, Comparison, StoredBits, Trial, with_front
+from anequant.evaluation.divergence import summarise
 from anequant.evaluation.evaluate import evaluate_text
 from anequant.jobs.output_folder import file_hashes
 from anequant.pipeline.quantize import quantize
@@ -48,8 +50,8 @@ TABLES = 2 * 8192 * 192
 ROWS_AND_COLUMNS = 4 * (2 * (192 + 192) + 2 * (64 + 192) + 3 * (576 + 192))
 
 
-def run(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in ("compare", BUNDLED_MODEL, *words)])
+def run(*words: object) -> Ran:
+    return invoke("compare", BUNDLED_MODEL, *words)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def compared(place: Path) -> dict[str, Any]:
             "--quiet",
         )
     )
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == 2, result.stderr
     values: dict[str, Any] = json.loads(result.stdout)
     return values
 
@@ -102,7 +104,7 @@ def test_bits_count_codebooks_and_scales(compared: dict[str, Any]) -> None:
         assert trial["bits"]["whole"] == pytest.approx(whole / (PROJECTIONS + TABLES), rel=1e-12)
         assert abs(trial["bits"]["nbytes"] - whole / 8) <= 1
     peer = next(peer for peer in PEERS if peer.run is affine_groups)
-    spec = module.open_checkpoint(BUNDLED_MODEL).spec
+    spec = open_checkpoint(BUNDLED_MODEL).spec
     assert projection_bits(peer, spec) == 5 * PROJECTIONS
     (plain,) = (peer for peer in PEERS if peer.run is coremltools_kmeans)
     assert projection_bits(plain, spec) == 4 * PROJECTIONS + 28 * 16 * 16
@@ -141,7 +143,7 @@ def test_tokens_are_collected_once_and_the_float_model_runs_once(
 
 
 def trial(name: str, bits: float, kl: float, on_ane: bool = True) -> Trial:
-    quality = module.summarise(torch.zeros(1, 2, dtype=torch.int64), [torch.zeros(2, 3)], [torch.zeros(2, 3)])
+    quality = summarise(torch.zeros(1, 2, dtype=torch.int64), [torch.zeros(2, 3)], [torch.zeros(2, 3)])
     stored = StoredBits(bits, bits, 1)
     return Trial(name, RECIPE, on_ane, stored, replace(quality, kl=kl), 1.0)
 
@@ -270,7 +272,7 @@ def test_lines_on_a_terminal(columns: int) -> None:
 )
 def test_mistakes_are_noticed_before_anything_runs(words: tuple[str, ...], what: str) -> None:
     result = run(*words)
-    assert result.exit_code == 2 and what in result.stderr, result.output
+    assert result.exit_code == 2 and what in result.stderr, result.stderr
 
 
 def test_the_table_of_a_terminal() -> None:

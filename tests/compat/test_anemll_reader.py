@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
+from conftest import Quantized
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -108,7 +108,7 @@ class Loader:
             assert values.shape == local.shape == (self.parts,)
             best = int(values.float().argmax())
             sizes = self.parameters["lm_head_chunk_sizes"]
-            return int(local[best]) + sum(sizes[:best])
+            return int(local[best]) + int(sum(sizes[:best]))
         parts = [outputs[f"logits{i + 1}"] for i in range(self.parts)]
         assert len({part.shape for part in parts}) == 1
         return int(torch.cat(parts, -1)[0, 0].argmax())
@@ -134,7 +134,7 @@ def stock(folder: Path, ids: list[int]) -> list[int]:
 @pytest.mark.parametrize("argmax", [False, True], ids=["logits", "argmax"])
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_the_text_is_that_of_stock_transformers(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], tmp_path: Path, chunks: int, argmax: bool
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized], tmp_path: Path, chunks: int, argmax: bool
 ) -> None:
     checkpoint = quantize_model(tiny_qwen2, "w4-nearest").folder
     options = LowerOptions(context=CONTEXT, batch=BATCH, chunks=chunks, argmax=argmax)
@@ -150,7 +150,7 @@ def test_the_text_is_that_of_stock_transformers(
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_every_architecture_follows_the_contract(
-    make_model: Callable[..., Path], quantize_model: Callable[..., Any], tmp_path: Path, model_type: str
+    make_model: Callable[..., Path], quantize_model: Callable[..., Quantized], tmp_path: Path, model_type: str
 ) -> None:
     model = make_model(tmp_path / "model", model_type, False, vocab_size=112)
     checkpoint = quantize_model(model, "w8-nearest").folder
@@ -163,7 +163,7 @@ def test_every_architecture_follows_the_contract(
 
 
 def test_meta_can_be_read_by_column(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], tmp_path: Path
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized], tmp_path: Path
 ) -> None:
     """ANEMLL's prepare_hf.sh greps keys and cuts at spaces: four before a top key's value, six inside."""
     lower(

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
 from conftest import REPOSITORY
-from quantize import main
+from running import Ran, invoke, succeed
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,19 +37,9 @@ REMOVE = object()
 OFFLINE = {"quant.special.online_rotate": False}
 
 
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def succeed(*arguments: object) -> Result:
-    result = call(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def refused(result: Result, code: int, message: str, folder: Path) -> None:
+def refused(result: Ran, code: int, message: str, folder: Path) -> None:
     """The command failed as documented, and `folder` does not exist."""
-    assert (result.exit_code, folder.exists()) == (code, False), result.output
+    assert (result.exit_code, folder.exists()) == (code, False), result.stderr
     assert message in result.stderr, result.stderr
 
 
@@ -64,7 +53,8 @@ def recipe_of(folder: Path) -> dict[str, Any]:
 
 
 def weights(folder: Path, stem: str = "anequant") -> dict[str, Tensor]:
-    return load_file(folder / f"{stem}.safetensors")
+    loaded: dict[str, Tensor] = load_file(folder / f"{stem}.safetensors")
+    return loaded
 
 
 def folded(model: Path, name: str = QUERY, gain: str = GAIN) -> Tensor:
@@ -231,15 +221,15 @@ def test_what_run_refuses(
     model: Path, calibration: Path, tmp_path: Path, arguments: Any, code: int, message: str
 ) -> None:
     usual = ("--src", model, "--dst", tmp_path / "out", "--method", "quarot", "--calib", calibration)
-    refused(call("run", *usual, *arguments), code, message, tmp_path / "out")
+    refused(invoke("run", *usual, *arguments), code, message, tmp_path / "out")
 
 
 # quark: a scheme, and a JSON file for the rotation
 
 
-def quark(model: Path, calibration: Path, output: Path, scheme: str, config: Path | None) -> Result:
+def quark(model: Path, calibration: Path, output: Path, scheme: str, config: Path | None) -> Ran:
     quarot = ("--pre_quantization_optimization", "quarot", "--pre_optimization_config_file_path", config)
-    return call(
+    return invoke(
         *("quark", "--model_dir", model, "--output_dir", output, "--quant_scheme", scheme),
         *("--dataset", calibration, *(quarot if config else ())),
     )
@@ -260,7 +250,7 @@ def test_the_published_scheme_has_one_scale_per_tensor(
     model: Path, calibration: Path, tmp_path: Path
 ) -> None:
     result = quark(model, calibration, tmp_path / "out", "w_int8_a_int8_per_tensor_sym", None)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     weight = folded(model).float()
     scale = (weight.abs().max() / 127).half().float()
     expected = (weight / scale).round() * scale
@@ -273,7 +263,7 @@ def test_the_published_scheme_has_one_scale_per_tensor(
 
 def test_quark_rotates_as_its_file_says(model: Path, calibration: Path, tmp_path: Path) -> None:
     result = quark(model, calibration, tmp_path / "out", "w_int8_a_int8_per_tensor_sym", QUARK)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     recipe = recipe_of(tmp_path / "out")
     assert [recipe[key] for key in ("r1", "r2", "r3", "r4")] == ["hadamard", "hadamard", "none", "none"]
     assert (recipe["bits"], recipe["scales"], recipe["activation_bits"]) == (8, "tensor", 8)
@@ -329,7 +319,7 @@ def test_the_onnx_keys_choose_the_hadamard_matrix(
     words = {"name": "quarot", "r_matrix_dim": dim, "use_random_had": True, "r_config_path": "pairs.json"}
     config.write_text(json.dumps(words))
     result = quark(model, calibration, tmp_path / "out", "w_int8_per_tensor", config)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     recipe = recipe_of(tmp_path / "out")
     assert (recipe["r1"], recipe["r1_block"]) == r1
 
@@ -536,7 +526,7 @@ def test_what_an_llmc_file_may_not_say(
     """The model is not a rotated one here."""
     output = tmp_path / "out"
     config = edited(step, tmp_path, {"model.path": str(model), "save.save_path": str(output), **changes})
-    refused(call("llmc", "--config", config), code, message, output)
+    refused(invoke("llmc", "--config", config), code, message, output)
 
 
 def test_step_2_agrees_with_step_1(two_steps: tuple[Path, Path, str], tmp_path: Path) -> None:
@@ -546,9 +536,9 @@ def test_step_2_agrees_with_step_1(two_steps: tuple[Path, Path, str], tmp_path: 
         "save.save_path": str(output),
         "quant.special.online_rotate": False,
     }
-    result = call("llmc", "--config", edited(STEP_2, tmp_path, changes))
+    result = invoke("llmc", "--config", edited(STEP_2, tmp_path, changes))
     refused(result, USAGE, "'quant.special.online_rotate'", output)
-    again = call("llmc", "--config", edited(STEP_1, tmp_path, {**changes, "save.save_trans": True}))
+    again = invoke("llmc", "--config", edited(STEP_1, tmp_path, {**changes, "save.save_trans": True}))
     refused(again, INPUT, "already rotated", output)
 
 
@@ -558,5 +548,5 @@ def test_a_file_that_is_no_yaml_table(tmp_path: Path) -> None:
         path.unlink(missing_ok=True)
         if text is not None:
             path.write_text(text)
-        result = call("llmc", "--config", path)
+        result = invoke("llmc", "--config", path)
         assert result.exit_code == USAGE and message in result.stderr

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from anequant.cli.console import Console
 from anequant.cli.options import command
 from anequant.request import Request
 
@@ -20,7 +21,17 @@ PATH = click.Path(path_type=Path)
 @click.option("--premultiply_scales", "premultiply", is_flag=True, help="Write unit scales.")
 @click.option("--force", is_flag=True, help="Replace an existing output folder.")
 @command
-def main(console, model, calib, scheme, optimization, config, output, premultiply, force) -> None:
+def main(
+    console: Console,
+    model: str,
+    calib: str,
+    scheme: str,
+    optimization: str,
+    config: Path | None,
+    output: Path,
+    premultiply: bool,
+    force: bool,
+) -> None:
     from anequant.calibration.tokens import calibrate_on_whole_file
     from anequant.checkpoints.source import resolve_source
     from anequant.compat.quark import BLOCKS, closing_lines, translate_recipe

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from conftest import Quantized
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,7 +35,7 @@ def tokens(tiny_qwen2: Path) -> Tensor:
 @torch.no_grad()
 def log_probabilities(folder: Path, tokens: Tensor) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    logits = model(input_ids=tokens, use_cache=False).logits
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits.double().log_softmax(-1)[:, :-1]
 
 
@@ -46,7 +46,7 @@ def nll_of(log_p: Tensor, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("recipe", ["w4-nearest", "w_int8_per_tensor"])
 def test_a_quantized_checkpoint_against_its_float_model(
-    quantize_model: Callable[..., Any], tiny_qwen2: Path, tokens: Tensor, recipe: str
+    quantize_model: Callable[..., Quantized], tiny_qwen2: Path, tokens: Tensor, recipe: str
 ) -> None:
     folder = quantize_model(tiny_qwen2, recipe).folder
     quality = measure_quality(open_checkpoint(folder), tokens, open_checkpoint(tiny_qwen2))
@@ -93,13 +93,19 @@ def test_one_window_has_no_standard_error(tiny_qwen2: Path, tokens: Tensor) -> N
     assert measure_quality(checkpoint, tokens).nll == pytest.approx(sum(parts) / 5, rel=1e-6)
 
 
-def test_more_bits_are_closer(quantize_model: Callable[..., Any], tiny_qwen2: Path, tokens: Tensor) -> None:
+def test_more_bits_are_closer(
+    quantize_model: Callable[..., Quantized], tiny_qwen2: Path, tokens: Tensor
+) -> None:
     """The published scheme at 4 bits, ours at 4, ours at 8: each much closer to the float model."""
     base = open_checkpoint(tiny_qwen2)
     folders = [
         quantize_model(tiny_qwen2, name).folder for name in ("w_int4_per_tensor", "w4-nearest", "w8-nearest")
     ]
-    divergences = [measure_quality(open_checkpoint(folder), tokens, base).kl for folder in folders]
+    divergences: list[float] = []
+    for folder in folders:
+        kl = measure_quality(open_checkpoint(folder), tokens, base).kl
+        assert kl is not None
+        divergences.append(kl)
     assert divergences[0] > 2 * divergences[1] > 20 * divergences[2] > 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Quantized
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -35,9 +36,8 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> Path:
-    folder: Path = quantize_model(tiny_qwen2, "w4-nearest").folder
-    return folder
+def checkpoint(tiny_qwen2: Path, quantize_model: Callable[..., Quantized]) -> Path:
+    return quantize_model(tiny_qwen2, "w4-nearest").folder
 
 
 @pytest.fixture(scope="module", params=["transformers", "interpreter"])
@@ -47,6 +47,7 @@ def model(
     """Both hold CONTEXT tokens; the bundled model itself would hold 2048."""
     if request.param == "transformers":
         opened = open_text_model(checkpoint, "transformers")
+        assert isinstance(opened.decoder, TransformersModel)
         opened.decoder.context = CONTEXT
         return opened
     folder = tmp_path_factory.mktemp("packages") / "out"

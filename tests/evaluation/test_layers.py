@@ -11,13 +11,13 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from conftest import Quantized
+from running import Ran, invoke, succeed
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
-from anequant.cli import main
 from anequant.evaluation.divergence import measure_embedding_error, measure_layer_errors
 from anequant.evaluation.evaluate import evaluate_checkpoint
 from anequant.recipe_files import load_recipe
@@ -52,7 +52,7 @@ def residuals(folder: Path, tokens: Tensor) -> list[Tensor]:
     ],
 )
 def test_errors_are_those_of_rotated_hidden_states(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], recipe: str, r1: str, limit: float
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized], recipe: str, r1: str, limit: float
 ) -> None:
     made = quantize_model(tiny_qwen2, recipe, r1=r1, seed=3)
     result = evaluate_checkpoint(
@@ -79,12 +79,14 @@ def test_a_float_model_against_itself(tiny_qwen2: Path) -> None:
     assert result.layers is not None and all(error.relative_error == 0 for error in result.layers)
 
 
-def compared(model: Path, base: Path, *more: str) -> Result:
+def compared(model: Path, base: Path, *more: str) -> Ran:
     arguments = ["eval", str(model), "--text", str(SAMPLE_TEXT), "--base", str(base)]
-    return CliRunner().invoke(main, [*arguments, "--windows", "1", "--length", "16", *more])
+    return invoke(*arguments, "--windows", "1", "--length", "16", *more)
 
 
-def test_the_worst_three_layers_are_printed(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> None:
+def test_the_worst_three_layers_are_printed(
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized]
+) -> None:
     folder = quantize_model(tiny_qwen2, "w4-nearest").folder
     values = json.loads(compared(folder, tiny_qwen2, "--json").stdout)
     assert values["layers_missing"] is None
@@ -96,7 +98,10 @@ def test_the_worst_three_layers_are_printed(tiny_qwen2: Path, quantize_model: Ca
 
 @pytest.mark.parametrize("manifest", [None, {"format": 1, "kind": "packages"}])
 def test_an_unknown_rotation_is_said(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], tmp_path: Path, manifest: dict[str, Any] | None
+    tiny_qwen2: Path,
+    quantize_model: Callable[..., Quantized],
+    tmp_path: Path,
+    manifest: dict[str, Any] | None,
 ) -> None:
     shutil.copytree(quantize_model(tiny_qwen2, "w4-nearest").folder, tmp_path / "foreign")
     (tmp_path / "foreign" / "anequant.json").unlink()
@@ -118,7 +123,7 @@ def test_a_base_of_another_shape_compares_only_what_is_said(tiny_qwen2: Path, tm
 
 
 def test_a_rotation_that_nothing_tells_is_noticed(
-    tiny_qwen2: Path, tmp_path: Path, quantize_model: Callable[..., Any]
+    tiny_qwen2: Path, tmp_path: Path, quantize_model: Callable[..., Quantized]
 ) -> None:
     """Turned float weights without a recipe, and a base that the checkpoint was not made from."""
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.float32)
@@ -168,7 +173,7 @@ class TurnedWeights:
 
 
 def test_a_quantized_base_is_in_a_basis_of_its_own(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any]
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized]
 ) -> None:
     base = quantize_model(tiny_qwen2, "w8-nearest").folder
     result = compared(quantize_model(tiny_qwen2, "w4-nearest").folder, base)
@@ -182,8 +187,7 @@ def test_wikitext2_is_a_text(tiny_qwen2: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     arguments = ["eval", str(tiny_qwen2), "--text", "wikitext2", "--windows", "2", "--length", "32"]
-    result = CliRunner().invoke(main, [*arguments, "--json"])
-    assert result.exit_code == 0, result.output
+    result = succeed(*arguments, "--json")
     values = json.loads(result.stdout)
     assert values["text"] == "wikitext2" and values["windows"] == 2 and values["layers"] is None
 
@@ -193,15 +197,15 @@ def test_wikitext2_without_a_network(tiny_qwen2: Path, monkeypatch: pytest.Monke
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    result = CliRunner().invoke(main, ["eval", str(tiny_qwen2), "--text", "wikitext2"])
+    result = invoke("eval", tiny_qwen2, "--text", "wikitext2")
     assert result.exit_code == 5 and "WikiText-2" in result.stderr and result.stdout == ""
 
 
 def test_something_to_evaluate_on_is_needed(tiny_qwen2: Path) -> None:
-    result = CliRunner().invoke(main, ["eval", str(tiny_qwen2)])
+    result = invoke("eval", tiny_qwen2)
     assert result.exit_code == 2 and "--lm-eval" in result.stderr
 
 
 def test_a_base_needs_a_text(tiny_qwen2: Path) -> None:
-    result = CliRunner().invoke(main, ["eval", str(tiny_qwen2), "--lm-eval", "x", "--base", str(tiny_qwen2)])
+    result = invoke("eval", tiny_qwen2, "--lm-eval", "x", "--base", tiny_qwen2)
     assert result.exit_code == 2 and "--text" in result.stderr

@@ -11,9 +11,10 @@ from typing import Any
 
 import datasets
 import pytest
-from click.testing import CliRunner, Result
+from conftest import Quantized
+from running import Ran, invoke
 
-from anequant.cli import console, main
+from anequant.cli import console
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
 from anequant.request import LowerRequest
@@ -73,13 +74,13 @@ def folder(with_harness: None, tmp_path: Path) -> Path:
     return folder
 
 
-def run(model: Path, tasks: object, *more: str) -> Result:
-    return CliRunner().invoke(main, ["eval", str(model), "--lm-eval", str(tasks), *more])
+def run(model: Path, tasks: object, *more: str) -> Ran:
+    return invoke("eval", model, "--lm-eval", tasks, *more)
 
 
 def scores(model: Path, tasks: object, *more: str) -> dict[str, Any]:
     result = run(model, tasks, *more, "--json")
-    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    assert (result.exit_code, result.stderr) == (0, ""), result.stderr
     values: dict[str, Any] = json.loads(result.stdout)
     assert set(values) == {"checkpoint", "tasks", "shortened_prompts"}
     return values
@@ -87,7 +88,7 @@ def scores(model: Path, tasks: object, *more: str) -> dict[str, Any]:
 
 def refusal(model: Path, tasks: object, code: int) -> str:
     result = run(model, tasks)
-    assert isinstance(result.exception, SystemExit) and result.exit_code == code, repr(result.exception)
+    assert result.exit_code == code, result.stderr
     assert result.stdout == "" and result.stderr.startswith("error: ")
     return result.stderr
 
@@ -106,7 +107,7 @@ def test_the_tasks_of_a_folder(tiny_qwen2: Path, folder: Path) -> None:
 
 
 def test_the_packages_of_a_conversion(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], folder: Path, tmp_path: Path
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized], folder: Path, tmp_path: Path
 ) -> None:
     """A context of 10 tokens, which the longer question and its answers do not fit."""
     checkpoint = quantize_model(tiny_qwen2, "w4-nearest").folder

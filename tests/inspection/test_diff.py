@@ -15,15 +15,15 @@ import coremltools as ct
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from files import edit_json, edit_tensors
 from google.protobuf.message import Message
-from safetensors.torch import load_file, save_file
+from running import invoke
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import Source
-from anequant.cli import main
 from anequant.inspection.diff_checkpoints import diff_values
 from anequant.inspection.diff_packages import diff_functions, pair_packages
 from anequant.inspection.diff_paths import LENGTH, diff, diff_logits
@@ -43,7 +43,7 @@ SAME, DIFFERENT, USAGE, INPUT = 0, 1, 2, 3
 VOCAB = 8192
 DOWN = "model.layers.1.mlp.down_proj"
 FFN = "llama_FFN_PF_lut4_chunk_01of01.mlpackage"
-NOTHING = {"only_a": [], "only_b": [], "forms": [], "values": []}
+NOTHING: dict[str, list[str]] = {"only_a": [], "only_b": [], "forms": [], "values": []}
 
 
 @dataclass(frozen=True)
@@ -78,36 +78,19 @@ def package(made: Made, tmp_path: Path) -> Path:
 
 
 def run(*args: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, ["diff", *map(str, args)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    return result.exit_code, result.stdout, result.stderr
+    ran = invoke("diff", *args)
+    return ran.exit_code, ran.stdout, ran.stderr
 
 
 def found(a: Path, b: Path, code: int, *more: object) -> dict[str, Any]:
     """What --json prints, which must be JSON to the letter, after the exit code and the text agree."""
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    got, out, err = run(a, b, "--json", *more)
-    assert (got, err) == (code, ""), err
-    values = json.loads(out, parse_constant=refuse)
-    assert isinstance(values, dict)
+    ran = invoke("diff", a, b, "--json", *more)
+    assert (ran.exit_code, ran.stderr) == (code, "")
+    values = ran.printed
     assert values["same"] == (code == SAME)
-    text = run(a, b)[1]
+    text = invoke("diff", a, b).stdout
     assert text.rstrip().endswith("nothing differs" if code == SAME else "they differ")
     return values
-
-
-def change(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    edit(tensors)
-    save_file(tensors, file, {"format": "pt"})
-
-
-def edit_json(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 # Checkpoints
@@ -137,7 +120,7 @@ def test_a_changed_weight_by_how_much(made: Made, copy: Path) -> None:
         weight[5] *= 1.5
         tensors["model.norm.weight"][3] += 0.25
 
-    change(copy, edit)
+    edit_tensors(copy, edit)
     tensors = found(made.checkpoint, copy, DIFFERENT)["checkpoint"]["tensors"]
     head, norm = sorted(tensors["values"], key=lambda value: value["name"])
     after = load_file(copy / "model.safetensors")["lm_head.weight"].double().numpy()
@@ -164,7 +147,7 @@ def test_codes_that_differ_are_counted(made: Made, copy: Path) -> None:
         moved = torch.where(codes < 8, codes + 1, codes - 1)
         weight[7, :10] = (out[7] * book[moved] * given[0, :10]).half()
 
-    change(copy, edit)
+    edit_tensors(copy, edit)
     (value,) = found(made.checkpoint, copy, DIFFERENT)["checkpoint"]["tensors"]["values"]
     assert (value["name"], value["codes"]) == (f"{DOWN}.weight", 10)
     assert f"10 of {value['values']} codes" in run(made.checkpoint, copy)[1]
@@ -177,7 +160,7 @@ def test_missing_tensors_and_other_dtypes_and_shapes(made: Made, copy: Path) -> 
         tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
         tensors[f"{DOWN}.codebook"] = torch.cat([tensors[f"{DOWN}.codebook"], torch.tensor([9.0])])
 
-    change(copy, edit)
+    edit_tensors(copy, edit)
     tensors = found(made.checkpoint, copy, DIFFERENT)["checkpoint"]["tensors"]
     assert (tensors["only_a"], tensors["only_b"]) == ([f"{DOWN}.input_scales"], ["extra.weight"])
     assert {form["name"]: (form["dtypes"], form["shapes"]) for form in tensors["forms"]} == {
@@ -211,7 +194,7 @@ def test_a_float_model_and_its_checkpoint(made: Made) -> None:
 
 
 def test_a_value_that_is_not_finite_is_refused(made: Made, copy: Path) -> None:
-    change(copy, lambda tensors: tensors["model.norm.weight"].__setitem__(0, math.nan))
+    edit_tensors(copy, lambda tensors: tensors["model.norm.weight"].__setitem__(0, math.nan))
     code, out, err = run(made.checkpoint, copy)
     assert (code, out) == (INPUT, "")
     assert "'model.norm.weight' holds 1 values that are not finite" in err
@@ -366,7 +349,7 @@ def test_the_order_of_maps_does_not_matter(made: Made, package: Path) -> None:
     assert orders[0] != orders[1]
     assert the_package(found(made.packages / FFN, package, SAME))["functions"] == []
     for command in (["lint"], ["inspect", "--json"]):
-        said = [CliRunner().invoke(main, [*command, str(package)]).stdout for _ in range(2)]
+        said = [invoke(*command, package).stdout for _ in range(2)]
         assert said[0] == said[1] != ""
     opened = [interpreter.Package.open(package) for _ in range(2)]
     named = [[(function, value) for function, value, _ in one.read_compressed_weights()] for one in opened]

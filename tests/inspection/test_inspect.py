@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import re
 import shutil
@@ -18,14 +17,14 @@ import coremltools as ct
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
+from running import invoke, succeed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from anequant.checkpoints import reader
+from anequant.checkpoints.reader import read_stored
 from anequant.checkpoints.source import Source
-from anequant.cli import main
 from anequant.cli.console import Console
 from anequant.evaluation import distribution as distribution_module
 from anequant.evaluation.distribution import measure_distribution
@@ -68,22 +67,15 @@ def made(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def run(*args: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, ["inspect", *map(str, args)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-    return result.exit_code, result.stdout, result.stderr
+    ran = invoke("inspect", *args)
+    return ran.exit_code, ran.stdout, ran.stderr
 
 
 def values(*args: object) -> dict[str, Any]:
     """What --json prints, which must be JSON to the letter."""
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    code, out, err = run(*args, "--json")
-    assert (code, err) == (0, ""), err
-    found = json.loads(out, parse_constant=refuse)
-    assert isinstance(found, dict)
-    return found
+    ran = succeed("inspect", *args, "--json")
+    assert ran.stderr == ""
+    return ran.printed
 
 
 def headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
@@ -183,11 +175,10 @@ def test_what_a_checkpoint_does_at_run_time(made: Made, tmp_path: Path) -> None:
 
 def test_no_weight_is_read(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    stored = inspect_checkpoint.read_stored
 
     def spy(tensors: Any, names: list[str]) -> Any:
         asked.extend(names)
-        return stored(tensors, names)
+        return read_stored(tensors, names)
 
     def refuse(*args: Any, **options: Any) -> None:
         raise AssertionError("a weight was read")

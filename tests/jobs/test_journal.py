@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def begun(work: WorkFolder) -> list[str]:
     """A journal of three units; its lines."""
     journal = Journal(work, PRINT, Run())
     for number, data in enumerate(DATA):
-        assert journal.unit(f"unit {number}", lambda data=data: data, object) == data
+        assert journal.unit(f"unit {number}", partial(deepcopy, data), object) == data
     return work.journal.read_text().splitlines(keepends=True)
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import cluster_tasks
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from distributed import LocalCluster
+from files import contents
+from running import invoke, succeed
 from safetensors.torch import save_file
 
 from anequant.checkpoints.source import BUNDLED_MODEL, resolve_source
-from anequant.cli import main
 from anequant.errors import InputError, Interrupted, ResourceError, UsageError
 from anequant.jobs import dask_scheduler as scheduler_dask
 from anequant.jobs.control import Run, Unit
@@ -35,6 +35,7 @@ from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.request import LowerRequest, Request
 from anequant.targets.coreml import build as lower_package
+from anequant.targets.coreml.program.package import save_package
 
 SIZES = LowerOptions(context=32, batch=16, chunks=2)
 FEW_TOKENS = Calibration("self", samples=3, length=16)
@@ -44,13 +45,6 @@ DISTRIBUTED_WAITS = 30.0
 """Seconds, for a scheduler that does not answer, unless it is told otherwise."""
 
 
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
 def linear(seed: int = 0) -> QuantizedLinear:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(16, (6, 4), generator=generator, dtype=torch.uint8)
@@ -58,16 +52,12 @@ def linear(seed: int = 0) -> QuantizedLinear:
     return QuantizedLinear(codes.t(), torch.arange(16.0), scales[:6].clone(), scales[6:].clone())
 
 
-def run(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
-
-
 # Files
 
 
 def test_a_value_comes_back_as_it_was(tmp_path: Path) -> None:
     one = linear()
-    value = {
+    value: dict[str | int, Any] = {
         "dataclasses": (one, load_recipe("w4-ane"), [SIZES, None]),
         3: (True, 1.5, float("inf"), -0.0, "text", range(2, 9, 3), tmp_path),
         "tensors": (torch.arange(24).view(2, 3, 4).permute(2, 0, 1), torch.tensor(7), torch.empty(0, 3)),
@@ -254,14 +244,12 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_conversion_has_the_same_bytes(here: Path, address: str, tmp_path: Path) -> None:
     words = ("-o", tmp_path / "checkpoint", "--recipe", "w4-nearest", "--scheduler", address)
-    result = run("quantize", BUNDLED_MODEL, *words)
-    assert result.exit_code == 0, result.output
+    result = succeed("quantize", BUNDLED_MODEL, *words)
     assert len(re.findall(r"\d+ tasks done by worker tcp://", result.stderr)) == 2
     sizes = ("--context", 32, "--batch", 16, "--chunks", 2)
-    result = run(
+    result = succeed(
         "lower", tmp_path / "checkpoint", "-o", tmp_path / "packages", *sizes, "--scheduler", address
     )
-    assert result.exit_code == 0, result.output
     assert contents(tmp_path) == contents(here)
 
 
@@ -279,11 +267,10 @@ def test_a_job_begun_on_a_cluster_goes_on_here(
         with pytest.raises(Interrupted, match="the last is 'qwen25_FFN_PF_lut4_chunk_01of02'"):
             lower(LowerRequest(here / "checkpoint", SIZES), tmp_path / "packages", control)
     built: list[str] = []
-    save = lower_package.save_package
 
     def listed(program: Any, path: Path, metadata: Any) -> None:
         built.append(path.stem)
-        save(program, path, metadata)
+        save_package(program, path, metadata)
 
     monkeypatch.setattr(lower_package, "save_package", listed)
     lower(LowerRequest(here / "checkpoint", SIZES), tmp_path / "packages")
@@ -293,12 +280,12 @@ def test_a_job_begun_on_a_cluster_goes_on_here(
 
 def test_a_comparison_goes_to_the_cluster(address: str, tmp_path: Path) -> None:
     few = ("--windows", 1, "--length", 16, "--json", "--quiet")
-    result = run("compare", BUNDLED_MODEL, "--recipes", "w4-nearest", *few, "--scheduler", address)
-    assert result.exit_code == USAGE and "--output" in result.output
+    result = invoke("compare", BUNDLED_MODEL, "--recipes", "w4-nearest", *few, "--scheduler", address)
+    assert result.exit_code == USAGE and "--output" in result.stderr
     for name in ("local", address):
         output = tmp_path / name[:4]
         words = ("--recipes", "w4-nearest", "-o", output, *few, "--scheduler", name)
-        assert run("compare", BUNDLED_MODEL, *words).exit_code == 0
+        succeed("compare", BUNDLED_MODEL, *words)
     assert contents(tmp_path / "loca") == contents(tmp_path / "dask")
 
 
@@ -380,14 +367,14 @@ def test_a_scheduler_that_is_none(
 ) -> None:
     monkeypatch.setattr(scheduler_dask, "CONNECT_SECONDS", 2.0)
     begun = time.monotonic()
-    result = run("quantize", BUNDLED_MODEL, "-o", tmp_path / "out", "--scheduler", name)
-    assert (result.exit_code, list(tmp_path.iterdir())) == (code, []), result.output
-    assert words in result.stderr and "Traceback" not in result.output
+    result = invoke("quantize", BUNDLED_MODEL, "-o", tmp_path / "out", "--scheduler", name)
+    assert (result.exit_code, list(tmp_path.iterdir())) == (code, []), result.stderr
+    assert words in result.stderr and "Traceback" not in result.stderr
     assert time.monotonic() - begun < DISTRIBUTED_WAITS
 
 
 def test_without_dask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
-    result = run("quantize", BUNDLED_MODEL, "-o", tmp_path / "out", "--scheduler", "dask://127.0.0.1:1")
+    result = invoke("quantize", BUNDLED_MODEL, "-o", tmp_path / "out", "--scheduler", "dask://127.0.0.1:1")
     assert result.exit_code == USAGE and "pip install 'anequant[cluster]'" in result.stderr
     assert replace(Run(), note=print).scheduler is local

@@ -11,11 +11,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from click.testing import CliRunner, Result
 from huggingface_hub.errors import LocalTokenNotFoundError
+from running import Ran, invoke, succeed
 
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
-from anequant.cli import main
 from anequant.pipeline.quantize import quantize
 from anequant.recipe_files import load_recipe
 from anequant.request import Request
@@ -67,13 +66,13 @@ def folder(written: Path, tmp_path: Path) -> Path:
     return shutil.copytree(written, tmp_path / "out")
 
 
-def push(*words: object) -> Result:
-    return CliRunner().invoke(main, ["push", *map(str, words)])
+def push(*words: object) -> Ran:
+    return invoke("push", *words)
 
 
 def test_without_yes_nothing_is_sent(hub: Hub, folder: Path) -> None:
     result = push(folder, "org/tiny-w4")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     assert hub.calls == []
     names = {path.name for path in folder.iterdir()}
     size = sum(path.stat().st_size for path in folder.iterdir())
@@ -86,7 +85,7 @@ def test_without_yes_nothing_is_sent(hub: Hub, folder: Path) -> None:
 
 def test_with_yes_exactly_the_output_is_sent(hub: Hub, folder: Path) -> None:
     result = push(folder, "org/tiny-w4", "--private", "--yes", "--json")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     (create, asked), (upload, options) = hub.calls
     assert (create, asked) == (
         "create_repo",
@@ -102,7 +101,7 @@ def test_with_yes_exactly_the_output_is_sent(hub: Hub, folder: Path) -> None:
 
 def test_a_name_without_an_organisation_is_ones_own(hub: Hub, folder: Path) -> None:
     result = push(folder, "tiny", "--yes", "--json")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     assert hub.calls[1][1]["repo_id"] == "me/tiny"
     assert json.loads(result.stdout)["repo"] == "me/tiny"
 
@@ -181,8 +180,8 @@ def test_a_download_of_an_upload_verifies(folder: Path) -> None:
 def test_packages_alone_have_no_card_and_it_says_so(hub: Hub, written: Path, tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     words = ["lower", str(written), "-o", str(packages), "--context", "32", "--batch", "8"]
-    assert CliRunner().invoke(main, words).exit_code == 0
+    succeed(*words)
     result = push(packages, "org/packages")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     assert "none: this folder has no README.md" in result.stdout
     assert "weights/weight.bin" in result.stdout

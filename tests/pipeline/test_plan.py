@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import Any
 import measure_memory
 import pytest
 import torch
-from click.testing import CliRunner
 from measure_memory import Shape, limited_run, write_random_model
+from running import execute_python, invoke, succeed
 
 from anequant.architectures.spec import EMBEDDING, HEAD
 from anequant.calibration.sample import sample_windows
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
-from anequant.cli import main
 from anequant.errors import ResourceError
 from anequant.jobs.control import Run
 from anequant.jobs.process import give_back_memory, resident_bytes
@@ -55,10 +53,6 @@ def told(step: AnyStep) -> tuple[Any, ...]:
     return step.id, step.title, step.moves, step.holds, step.cost
 
 
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(main, list(arguments))
-
-
 @pytest.fixture
 def without_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Checkpoint, name: str, rows: slice | None = None) -> None:
@@ -69,8 +63,7 @@ def without_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_reading")
 def test_a_plan_is_one_object_with_every_job_and_reads_no_weight() -> None:
-    result = invoke("plan", str(BUNDLED_MODEL), "--recipe", "w4-ane", "--json")
-    assert result.exit_code == 0, result.output
+    result = succeed("plan", str(BUNDLED_MODEL), "--recipe", "w4-ane", "--json")
     plan = json.loads(result.stdout)
     names = [job["name"] for job in plan["jobs"]]
     layers = open_checkpoint(BUNDLED_MODEL).spec.num_layers
@@ -187,11 +180,11 @@ CONVERSIONS: dict[str, tuple[str, ...]] = {
 def test_a_conversion_that_is_refused_is_not_planned(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the same words; tests/attacks/damage.py does the same for every input that is refused there."""
+    """In the same words; tests/damage.py does the same for every input that is refused there."""
     monkeypatch.chdir(tmp_path)
     words = (str(BUNDLED_MODEL), *CONVERSIONS[case])
     converted, plan = invoke("convert", "-o", "out", *words), invoke("plan", *words)
-    assert converted.exit_code in (2, 3, 4, 5), converted.output
+    assert converted.exit_code in (2, 3, 4, 5), converted.stderr
     assert (plan.exit_code, plan.stderr) == (converted.exit_code, converted.stderr)
     assert list(tmp_path.iterdir()) == []
 
@@ -300,13 +293,8 @@ def planned_over_measured(model: Path, work: Path) -> float:
         "model, work = map(pathlib.Path, sys.argv[1:])\n"
         "print(m.compare(model.name, model, work, 'quantize', '--recipe', m.NEAREST)['ratio'])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(model), str(work)],
-        cwd=Path(measure_memory.__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = execute_python(script, model, work, folder=Path(measure_memory.__file__).parent)
+    assert done.exit_code == 0, done.stderr
     return float(done.stdout.split()[-1])
 
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from running import Ran, invoke, succeed
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.rotation_files import ROTATIONS
 from anequant.checkpoints.source import SAMPLE_TEXT
-from anequant.cli import main
 from anequant.reference.forward import logits
 
 SUCCESS, USAGE, INPUT = 0, 2, 3
@@ -25,20 +24,12 @@ CALIBRATION = ("--calib", SAMPLE_TEXT, "--calib-samples", 4, "--calib-length", 3
 QUICK = ("--descent", 1, "--refinement", 0)
 
 
-def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
+def report(*args: object) -> dict[str, Any]:
+    return succeed(*args, "--json").printed
 
 
-def succeed(*args: object) -> dict[str, Any]:
-    result = run(*args, "--json")
-    assert result.exit_code == SUCCESS, (result.stderr, result.exception)
-    values = json.loads(result.stdout)
-    assert isinstance(values, dict)
-    return values
-
-
-def refused(result: Result, code: int, *words: str) -> None:
-    assert result.exit_code == code, (result.stderr, result.exception)
+def refused(result: Ran, code: int, *words: str) -> None:
+    assert result.exit_code == code, result.stderr
     first = result.stderr.splitlines()[0]
     assert first.startswith("error: ") and all(word in first for word in words), first
 
@@ -46,7 +37,7 @@ def refused(result: Result, code: int, *words: str) -> None:
 @pytest.fixture(scope="module")
 def rotated(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rotated") / "out"
-    values = succeed("rotate", tiny_qwen2, "-o", folder)
+    values = report("rotate", tiny_qwen2, "-o", folder)
     assert values["equivalence"] <= 1e-5 and values["rotations"] is None
     return folder
 
@@ -57,7 +48,7 @@ def test_stock_transformers_gives_the_models_logits(
 ) -> None:
     source = make_model(tmp_path / "model", model_type, True)
     folder = tmp_path / "out"
-    succeed("rotate", source, "-o", folder, "--r1", "hadamard", "--seed", 7)
+    report("rotate", source, "-o", folder, "--r1", "hadamard", "--seed", 7)
     tokens = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(1))
     models = [
         AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval().double() for path in (source, folder)
@@ -75,7 +66,7 @@ def test_stock_transformers_gives_the_models_logits(
 
 def test_with_online_rotations_the_weights_are_not_stocks(tiny_qwen2: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    succeed("rotate", tiny_qwen2, "-o", folder, "--r3", "hadamard", "--r4", "block-hadamard")
+    report("rotate", tiny_qwen2, "-o", folder, "--r3", "hadamard", "--r4", "block-hadamard")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["r4"] == "block-hadamard" and config["dtype"] == "float32"
     assert [path.name for path in folder.glob("*.safetensors")] == ["anequant.safetensors"]
@@ -93,7 +84,7 @@ def test_what_rotate_writes_about_itself(rotated: Path) -> None:
     files = {path.name for path in rotated.iterdir()}
     assert files - {"anequant.json"} == set(written["files"])
     assert {"tokenizer.json", "config.json", "model.safetensors"} <= files
-    assert succeed("verify", rotated)["checkpoint"] == {"tensors": 0}
+    assert report("verify", rotated)["checkpoint"] == {"tensors": 0}
 
 
 @pytest.mark.parametrize(
@@ -114,9 +105,9 @@ def test_two_steps_equal_one(
 ) -> None:
     """Bit for bit: the weights, the config, and the rotations beside them."""
     between, two, one = (tmp_path / name for name in ("between", "two", "one"))
-    succeed("rotate", tiny_qwen2, "-o", between, *rotation)
-    twice = succeed("quantize", between, "-o", two, *rest, *CALIBRATION)
-    once = succeed("quantize", tiny_qwen2, "-o", one, *rotation, *rest, *CALIBRATION)
+    report("rotate", tiny_qwen2, "-o", between, *rotation)
+    twice = report("quantize", between, "-o", two, *rest, *CALIBRATION)
+    once = report("quantize", tiny_qwen2, "-o", one, *rotation, *rest, *CALIBRATION)
     assert twice["rotated_before"] and not once["rotated_before"]
     names = {path.name for path in one.iterdir()}
     assert names == {path.name for path in two.iterdir()}
@@ -132,11 +123,11 @@ def test_two_steps_equal_one(
 def test_rotated_models_calibrate_on_themselves(tiny_qwen2: Path, tmp_path: Path) -> None:
     """Sampling runs R3 and R4 as well: the same text as the original's own, but for float rounding."""
     between = tmp_path / "between"
-    succeed("rotate", tiny_qwen2, "-o", between, "--r3", "hadamard", "--r4", "block-hadamard")
+    report("rotate", tiny_qwen2, "-o", between, "--r3", "hadamard", "--r4", "block-hadamard")
     few = ("--calib-samples", 2, "--calib-length", 16, *QUICK)
     digests = []
     for source, name, own in ((between, "two", ()), (tiny_qwen2, "one", ("--r4", "block-hadamard"))):
-        succeed("quantize", source, "-o", tmp_path / name, *few, *own)
+        report("quantize", source, "-o", tmp_path / name, *few, *own)
         written = json.loads((tmp_path / name / "anequant.json").read_text(encoding="utf-8"))
         digests.append(written["calibration"]["tokens_sha256"])
     assert digests[0] == digests[1]
@@ -155,46 +146,46 @@ def test_rotated_models_calibrate_on_themselves(tiny_qwen2: Path, tmp_path: Path
 def test_another_rotation_is_refused(
     rotated: Path, tmp_path: Path, option: tuple[object, ...], key: str
 ) -> None:
-    refused(run("quantize", rotated, "-o", tmp_path / "out", *option, *CALIBRATION), USAGE, key, "rotated")
+    refused(invoke("quantize", rotated, "-o", tmp_path / "out", *option, *CALIBRATION), USAGE, key, "rotated")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_rotation_may_be_said_again(rotated: Path, tmp_path: Path) -> None:
     same = ("--r1", "block-hadamard", "--seed", 0, "--recipe", "w4-nearest")
-    assert succeed("quantize", rotated, "-o", tmp_path / "out", *same)["rotated_before"]
+    assert report("quantize", rotated, "-o", tmp_path / "out", *same)["rotated_before"]
 
 
 def test_rotating_again_or_what_is_quantized_is_refused(rotated: Path, tmp_path: Path) -> None:
-    refused(run("rotate", rotated, "-o", tmp_path / "out"), INPUT, "already rotated")
+    refused(invoke("rotate", rotated, "-o", tmp_path / "out"), INPUT, "already rotated")
     file = ("--r1", "file", "--rotations", "some.safetensors")
-    refused(run("quantize", rotated, "-o", tmp_path / "out", *file), USAGE, "rotated already")
+    refused(invoke("quantize", rotated, "-o", tmp_path / "out", *file), USAGE, "rotated already")
     assert list(tmp_path.iterdir()) == []
     made = tmp_path / "quantized"
-    succeed("quantize", rotated, "-o", made, "--recipe", "w4-nearest")
+    report("quantize", rotated, "-o", made, "--recipe", "w4-nearest")
     for command in ("rotate", "quantize"):
-        refused(run(command, made, "-o", tmp_path / "out"), INPUT, "already quantized")
+        refused(invoke(command, made, "-o", tmp_path / "out"), INPUT, "already quantized")
     assert [path.name for path in tmp_path.iterdir()] == ["quantized"]
     float16 = tmp_path / "float16"
-    succeed("quantize", rotated, "-o", float16, "--bits", 16)
-    refused(run("quantize", float16, "-o", tmp_path / "out"), INPUT, "already quantized")
+    report("quantize", rotated, "-o", float16, "--bits", 16)
+    refused(invoke("quantize", float16, "-o", tmp_path / "out"), INPUT, "already quantized")
 
 
 def test_a_config_that_runs_something_else(tiny_qwen2: Path, tmp_path: Path) -> None:
     folder = tmp_path / "rotated"
-    succeed("rotate", tiny_qwen2, "-o", folder, "--r4", "block-hadamard")
+    report("rotate", tiny_qwen2, "-o", folder, "--r4", "block-hadamard")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"]["r4_block"] = 32
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    refused(run("quantize", folder, "-o", tmp_path / "out", "--recipe", "w4-nearest"), INPUT, "r4")
+    refused(invoke("quantize", folder, "-o", tmp_path / "out", "--recipe", "w4-nearest"), INPUT, "r4")
 
 
 def test_rotate_takes_the_keys_of_rotations_only(tiny_qwen2: Path, tmp_path: Path) -> None:
-    result = run("rotate", tiny_qwen2, "-o", tmp_path / "out", "--bits", 8)
+    result = invoke("rotate", tiny_qwen2, "-o", tmp_path / "out", "--bits", 8)
     assert result.exit_code == USAGE and "--bits" in result.stderr
-    shown = run("rotate", "--help").stdout
+    shown = invoke("rotate", "--help").stdout
     assert all(option in shown for option in ("--r4-block", "--learn", "--rotations", "--calib", "--force"))
     folder = tmp_path / "out"
     folder.mkdir()
-    refused(run("rotate", tiny_qwen2, "-o", folder), USAGE, "exists")
-    succeed("rotate", tiny_qwen2, "-o", folder, "--force")
+    refused(invoke("rotate", tiny_qwen2, "-o", folder), USAGE, "exists")
+    report("rotate", tiny_qwen2, "-o", folder, "--force")
     shutil.rmtree(folder)

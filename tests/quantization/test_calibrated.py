@@ -20,7 +20,7 @@ from anequant.quantization.calibrated import (
     quantize_calibrated,
 )
 from anequant.quantization.codebook import find_nearest_codes
-from anequant.quantization.gptq import Grid, Rounded, damp, factorize
+from anequant.quantization.gptq import Grid, Rounded, damp, evaluate_codes, factorize
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import fit_core, quantize_linear
 from anequant.quantization.statistics import InputStatistics, Moments, measure_output_loss
@@ -139,7 +139,7 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
     """Forty rounds are more than it takes until one no longer helps."""
     losses: list[float] = []
     candidates: list[Tensor] = []
-    start, passes = calibrated.evaluate_codes, calibrated._descend
+    passes = calibrated._descend
 
     def note(grid: Grid, hessian: Tensor, current: Rounded) -> None:
         candidates.append((grid.codebook[current.codes.int()] * grid.step).T)
@@ -147,8 +147,8 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
         losses.append(current.loss)
         assert losses[-1] == pytest.approx(float((error @ hessian.double() * error).sum()), rel=1e-4)
 
-    def evaluate_codes(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
-        current = start(grid, hessian, codes)
+    def noted(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
+        current = evaluate_codes(grid, hessian, codes)
         if not losses:
             note(grid, hessian, current)
         return current
@@ -158,7 +158,7 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
         passes(grid, hessian, current, count)
         note(grid, hessian, current)
 
-    monkeypatch.setattr(calibrated, "evaluate_codes", evaluate_codes)
+    monkeypatch.setattr(calibrated, "evaluate_codes", noted)
     monkeypatch.setattr(calibrated, "_descend", descend)
     result = run(statistics(3000), replace(FULL, refinement=rounds))
     if rounds == 40:
@@ -175,6 +175,7 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
 def test_the_correction_solves_its_normal_equations() -> None:
     x, x_float = (value.double() for value in tokens(2000, 1, 0.3))
     seen = moments(x, x_float)
+    assert seen.cross is not None
     target = correct_target(weight(), Moments(seen.hessian.float(), 2000, seen.cross.float()), 1.0)
     ridge = TARGET_DAMPING * float(seen.hessian.diagonal().mean())
     wanted = x_float @ weight().double().T

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from conftest import Quantized
 from rounding import descended, gptq_codes
 from safetensors.torch import load_file
 from torch import Tensor
@@ -146,7 +146,9 @@ def test_a_file_returns_the_groups(codebook: str) -> None:
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-def test_a_checkpoint_in_groups(tiny_qwen2: Path, quantize_model: Callable[..., Any], rounding: str) -> None:
+def test_a_checkpoint_in_groups(
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized], rounding: str
+) -> None:
     made = quantize_model(tiny_qwen2, "w4-nearest", scales="group", codebook="uniform", rounding=rounding)
     checkpoint = open_quantized(made.folder)
     stored = load_file(made.folder / "model.safetensors")

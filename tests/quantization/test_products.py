@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import subprocess
-import sys
 
 import pytest
 import torch
+from running import execute_python
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -121,10 +119,8 @@ exact = rows.double() @ weight.double().T
 print(has_bfloat16(), float((torch.nn.functional.linear(rows, weight) - exact).norm() / exact.norm()))
 assert torch.get_float32_matmul_precision() == "medium"
 """
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
-    ran = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
+    ran = execute_python(script, env={"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"})
+    assert ran.exit_code == 0, ran.stderr
     has, error = ran.stdout.split()
     assert (has == "True") == (float(error) > 1e-4), ran.stdout
     assert has == "False" or platform.machine() not in ("x86_64", "AMD64")

@@ -107,7 +107,8 @@ def least_squares(p: dict[str, Tensor], part: str) -> Tensor:
         }
         matrices.append((parts[part]() @ factor).flatten())
     wanted = (p["weight"].double() @ factor).flatten()
-    return torch.linalg.lstsq(torch.stack(matrices, 1), wanted[:, None]).solution[:, 0]
+    solution: Tensor = torch.linalg.lstsq(torch.stack(matrices, 1), wanted[:, None]).solution
+    return solution[:, 0]
 
 
 @each_step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from files import edit_json, edit_tensors
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -30,17 +30,6 @@ from anequant.request import Request
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 MakeModel = Callable[..., Path]
-
-
-def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
 @torch.no_grad()
@@ -171,7 +160,7 @@ def test_a_written_config_that_is_another_model_is_named(make_model: MakeModel, 
     out = tmp_path / "out"
     rotate(Request(Source(source.folder, "model"), load_recipe("w4-nearest", {})), out)
     check_written(source, out)
-    edit_config(out, rms_norm_eps=1e-3)
+    edit_json(out / "config.json", rms_norm_eps=1e-3)
     with pytest.raises(
         VerificationError, match=r"'rms_norm_eps' was written as 0.001 and is 1e-06 in the source"
     ):
@@ -200,7 +189,7 @@ def test_a_layer_that_looks_ahead_is_found_out(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_model(tmp_path / "model", "llama", False, **SMALL)
-    edit_config(folder, is_causal=False)
+    edit_json(folder / "config.json", is_causal=False)
     with pytest.raises(UnsupportedError, match="'is_causal' is False"):
         open_checkpoint(folder)
     monkeypatch.setattr("anequant.architectures.check_settings", lambda config, where: None)
@@ -253,10 +242,10 @@ def test_no_room_for_the_miniature_is_said(
 
 def test_half_a_character_in_config_json_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "llama", False, **SMALL)
-    edit_config(folder, x="\ud800", y="\U0001f600")
+    edit_json(folder / "config.json", x="\ud800", y="\U0001f600")
     with pytest.raises(InputError, match="half a character"):
         open_checkpoint(folder)
-    edit_config(folder, x="")
+    edit_json(folder / "config.json", x="")
     assert open_checkpoint(folder).spec.config["y"] == "\U0001f600"
 
 

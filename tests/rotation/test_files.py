@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from running import invoke, succeed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.rotation_files import ROTATIONS, read_rotations, write_rotations
 from anequant.checkpoints.source import SAMPLE_TEXT
-from anequant.cli import main
 from anequant.errors import InputError, UsageError
 from anequant.recipe import Recipe
 from anequant.rotation.orthogonal import draw_random_rotation
@@ -24,15 +23,6 @@ from anequant.rotation.rotation_plan import list_matrix_sizes, plan_rotations
 SIZES = {"r1": 12, "r2.0": 4, "r2.1": 4}
 FEW_TOKENS = ("--calib-samples", 4, "--calib-length", 32)
 SUCCESS, USAGE, INPUT = 0, 2, 3
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def succeed(*args: object) -> None:
-    result = run(*args, "--quiet")
-    assert result.exit_code == SUCCESS, (result.stderr, result.exception)
 
 
 def matrices() -> dict[str, Tensor]:
@@ -121,13 +111,13 @@ def test_the_file_rotates_the_same_again(tiny_qwen2: Path, pca: Path, tmp_path: 
 def test_eval_reads_r1_from_the_file(tiny_qwen2: Path, pca: Path, tmp_path: Path) -> None:
     """Layer errors compare streams in the same basis; without the file nothing tells it."""
     text = ("--text", SAMPLE_TEXT, "--base", tiny_qwen2, "--windows", 2, "--length", 32)
-    result = run("eval", pca, *text, "--json")
+    result = invoke("eval", pca, *text, "--json")
     assert result.exit_code == SUCCESS, result.stderr
     layers = json.loads(result.stdout)["layers"]
     assert layers and all(layer["relative_error"] < 0.5 for layer in layers), layers
     (pca / ROTATIONS).rename(tmp_path / "elsewhere")
     try:
-        result = run("eval", pca, *text)
+        result = invoke("eval", pca, *text)
     finally:
         (tmp_path / "elsewhere").rename(pca / ROTATIONS)
     assert result.exit_code == INPUT
@@ -154,7 +144,9 @@ def test_what_is_refused_leaves_nothing(
     write_rotations(tmp_path / "files", matrices())
     args = [tmp_path / "files" / ROTATIONS if option == "FILE" else option for option in options]
     calibration = ("--calib", SAMPLE_TEXT, *FEW_TOKENS)
-    result = run(command, tiny_qwen2, "-o", tmp_path / "out", "--recipe", "w4-nearest", *calibration, *args)
-    assert result.exit_code == code, (result.stderr, result.exception)
+    result = invoke(
+        command, tiny_qwen2, "-o", tmp_path / "out", "--recipe", "w4-nearest", *calibration, *args
+    )
+    assert result.exit_code == code, result.stderr
     assert result.stderr.startswith("error: ") and word in result.stderr.splitlines()[0], result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["files"]

@@ -92,9 +92,9 @@ def reference_gradients(
     state["lm_head.weight"] = (state["lm_head.weight"] * state["model.norm.weight"]) @ r1
     state["model.norm.weight"] = torch.ones_like(state["model.norm.weight"])
     for layer in range(model.config.num_hidden_layers):
-        prefix, heads = f"model.layers.{layer}.", torch.block_diag
+        prefix = f"model.layers.{layer}."
         r2 = leaves[f"r2.{layer}"]
-        values, queries = heads(r2, r2), heads(r2, r2, r2, r2)
+        values, queries = torch.block_diag(r2, r2), torch.block_diag(r2, r2, r2, r2)
         for norm, names in (
             ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
             ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Quantized
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -21,7 +22,7 @@ LENGTH = 33
 
 
 @pytest.fixture(scope="module")
-def open_model(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> Callable[..., Any]:
+def open_model(tiny_qwen2: Path, quantize_model: Callable[..., Quantized]) -> Callable[..., Any]:
     """`open_model(dtype, kv_bits=..., ...)`."""
 
     def run(dtype: torch.dtype, **overrides: Any) -> Any:
@@ -136,7 +137,7 @@ def test_a_float_cache_is_not_one(tiny_qwen2: Path) -> None:
         QuantizedCache(anequant.load(tiny_qwen2).config)
 
 
-def test_the_text_backend_takes_it(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> None:
+def test_the_text_backend_takes_it(tiny_qwen2: Path, quantize_model: Callable[..., Quantized]) -> None:
     folder = quantize_model(tiny_qwen2, "w4-nearest", r3="hadamard", kv_bits=4).folder
     decoder = TransformersModel(folder)
     tokens = list(range(10, 30))

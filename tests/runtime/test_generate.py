@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from conftest import Quantized
+from running import invoke, succeed
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import Unigram
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from anequant.checkpoints.source import BUNDLED_MODEL
-from anequant.cli import main
 from anequant.errors import InputError, UnsupportedError, UsageError
 from anequant.pipeline.lower import lower
 from anequant.recipe import LowerOptions
@@ -42,9 +42,8 @@ def best(logits: torch.Tensor) -> int:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> Path:
-    folder: Path = quantize_model(tiny_qwen2, "w4-nearest").folder
-    return folder
+def checkpoint(tiny_qwen2: Path, quantize_model: Callable[..., Quantized]) -> Path:
+    return quantize_model(tiny_qwen2, "w4-nearest").folder
 
 
 @pytest.fixture(scope="module", params=[(1, False), (3, False), (1, True), (3, True)], ids=str)
@@ -156,7 +155,7 @@ def test_arg_max_heads_refuse_to_sample(packages: Path) -> None:
 def test_core_ml_is_refused_elsewhere(packages: Path) -> None:
     with pytest.raises(UnsupportedError, match="macOS only"):
         open_text_model(packages, "coreml")
-    result = CliRunner().invoke(main, ["generate", str(packages), "--prompt", "a", "--backend", "coreml"])
+    result = invoke("generate", packages, "--prompt", "a", "--backend", "coreml")
     assert result.exit_code == 4 and "macOS" in result.stderr
 
 
@@ -372,8 +371,8 @@ def test_a_template_that_does_not_take_the_conversation(
     (folder / "chat_template.jinja").write_text(template)
     arguments = ["chat", str(folder), "--backend", "transformers", "--max-tokens", "4"]
     for words, remedy in (([], "use `anequant generate`"), (["--system", "Be brief."], "leave out --system")):
-        result = CliRunner().invoke(main, [*arguments, *words], input="Hello there.\n")
-        assert result.exit_code == InputError.exit_code, result.exception
+        result = invoke(*arguments, *words, typed="Hello there.\n")
+        assert result.exit_code == InputError.exit_code, result.stderr
         what, where, do = result.stderr.splitlines()
         assert what.startswith("error: the chat template does not take this conversation: ") and told in what
         assert str(folder) in where and do == f"  do: {remedy}"
@@ -381,8 +380,8 @@ def test_a_template_that_does_not_take_the_conversation(
 
 def test_input_that_is_no_utf8_is_no_turn(chatty: Path) -> None:
     arguments = ["chat", str(chatty), "--backend", "transformers", "--max-tokens", "4"]
-    result = CliRunner().invoke(main, arguments, input=b"\xff\n")
-    assert result.exit_code == UsageError.exit_code, result.exception
+    result = invoke(*arguments, typed=b"\xff\n")
+    assert result.exit_code == UsageError.exit_code, result.stderr
     assert result.stderr.startswith("error: the input is not UTF-8")
     talk = Chat(open_text_model(chatty, "transformers"), GREEDY)
     with pytest.raises(UsageError, match="is not UTF-8"):
@@ -391,7 +390,7 @@ def test_input_that_is_no_utf8_is_no_turn(chatty: Path) -> None:
 
 def test_an_empty_prompt_is_told_to_say_something(checkpoint: Path) -> None:
     arguments = ["generate", str(checkpoint), "--backend", "transformers", "--prompt", ""]
-    result = CliRunner().invoke(main, arguments)
+    result = invoke(*arguments)
     assert result.exit_code == UsageError.exit_code
     assert result.stderr == "error: there is no token to go on from\n  do: write at least a word\n"
 
@@ -407,8 +406,8 @@ def test_an_empty_prompt_is_told_to_say_something(checkpoint: Path) -> None:
     ],
 )
 def test_numbers_without_bounds_are_refused(words: tuple[str, ...]) -> None:
-    result = CliRunner().invoke(main, words)
-    assert result.exit_code == UsageError.exit_code, result.exception
+    result = invoke(*words)
+    assert result.exit_code == UsageError.exit_code, result.stderr
     assert "rror: " in result.stderr and "Traceback" not in result.stderr
 
 
@@ -424,8 +423,7 @@ def test_tokens_without_an_embedding_are_refused(checkpoint: Path, packages: Pat
 
 def test_chat_reads_turns_until_the_input_ends(chatty: Path) -> None:
     arguments = ["chat", str(chatty), "--backend", "transformers", "--max-tokens", "4"]
-    result = CliRunner().invoke(main, arguments, input="Hello there.\n\nAnd you?\n")
-    assert result.exit_code == 0, result.output
+    result = succeed(*arguments, typed="Hello there.\n\nAnd you?\n")
     assert result.stdout.count("\n") >= 2 and result.stderr == ""
     talk = Chat(open_text_model(chatty, "transformers"), GREEDY)
     answers = ["".join(talk.reply(turn, 4)) for turn in ("Hello there.", "And you?")]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Quantized
+from running import execute_python
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -32,13 +32,15 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(params=CHOICES)
-def folder(request: pytest.FixtureRequest, tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> Path:
+def folder(
+    request: pytest.FixtureRequest, tiny_qwen2: Path, quantize_model: Callable[..., Quantized]
+) -> Path:
     made: Path = quantize_model(tiny_qwen2, "w4-nearest", **CHOICES[request.param]).folder
     return made
 
 
 @pytest.fixture
-def everything(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> Path:
+def everything(tiny_qwen2: Path, quantize_model: Callable[..., Quantized]) -> Path:
     made: Path = quantize_model(tiny_qwen2, "w4-nearest", **CHOICES["all"]).folder
     return made
 
@@ -101,9 +103,8 @@ with torch.no_grad():
 
 def test_without_the_import_transformers_finds_no_weights(everything: Path) -> None:
     """And with it, after transformers is imported, it does."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(everything)], capture_output=True, text=True, check=True
-    )
+    done = execute_python(SCRIPT, everything)
+    assert done.exit_code == 0, done.stderr
     refused, total = done.stdout.splitlines()
     assert refused.startswith("refused: ") and "no file named model.safetensors" in refused
     ours = run(anequant.load(everything, dtype=torch.float64), torch.arange(9)[None])
@@ -137,7 +138,7 @@ def test_the_model_without_its_head(everything: Path, tokens: Tensor) -> None:
 
 
 def test_load_opens_a_checkpoint_of_weights_alone(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], tokens: Tensor
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized], tokens: Tensor
 ) -> None:
     for made in (tiny_qwen2, quantize_model(tiny_qwen2, "w4-nearest").folder):
         stock = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
@@ -167,4 +168,4 @@ def test_it_is_not_saved_as_something_else(everything: Path, tmp_path: Path) -> 
 
 def test_an_unknown_name_is_no_attribute() -> None:
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
-        _ = anequant.lode  # type: ignore[attr-defined]
+        _ = anequant.lode

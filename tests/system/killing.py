@@ -36,6 +36,7 @@ from anequant.report.page import write_report as report_module
 from anequant.report.terminal.converted import convert_and_report
 from anequant.request import Request
 from anequant.targets.coreml import build as lower_package
+from anequant.targets.coreml.program.package import save_package
 
 AT_ONCE = 2
 CALIBRATION = Calibration("self", samples=3, length=16)
@@ -190,22 +191,22 @@ def _kill_in_tensor(name: str) -> None:
             _die()
         write(self, tensor, values)
 
-    writer.CheckpointWriter.write = halved  # type: ignore[method-assign]
+    _replace(writer.CheckpointWriter, "write", halved)
 
 
 def _kill_in_package(number: int) -> None:
-    save, count = lower_package.save_package, 0
+    count = 0
 
     def broken(program: Any, path: Path, metadata: Any) -> None:
         nonlocal count
         count += 1
-        save(program, path, metadata)
+        save_package(program, path, metadata)
         if count == number:
             weights = next(path.rglob("weight.bin"))
             os.truncate(weights, weights.stat().st_size // 2)
             _die()
 
-    lower_package.save_package = broken
+    _replace(lower_package, "save_package", broken)
 
 
 def _kill_in_report() -> None:
@@ -224,7 +225,7 @@ def _kill_in_publish() -> None:
     def killed(self: WorkFolder) -> None:
         _die()
 
-    WorkFolder.publish = killed  # type: ignore[method-assign]
+    _replace(WorkFolder, "publish", killed)
 
 
 BETWEEN = {
@@ -235,6 +236,11 @@ BETWEEN = {
     "publish": lambda: _kill_in_publish(),
 }
 """Kills inside a unit, by its name."""
+
+
+def _replace(owner: object, name: str, new: object) -> None:
+    """Replace an attribute for the rest of the process."""
+    setattr(owner, name, new)
 
 
 def _die() -> None:
@@ -263,7 +269,8 @@ def _collect(running: dict[int, str], results: dict[str, Any], folder: Path) -> 
 
 def main(words: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    converting.SAMPLE_WINDOWS, converting.SAMPLE_LENGTH = 1, 16
+    _replace(converting, "SAMPLE_WINDOWS", 1)
+    _replace(converting, "SAMPLE_LENGTH", 16)
     report_layers.WINDOWS, report_layers.LENGTH = 1, 16
     print(json.dumps(kill_matrix(Path(words[0]), **json.loads(words[1]))))
 

@@ -23,7 +23,7 @@ import click
 import conftest
 import pytest
 import yaml
-from click.testing import CliRunner
+from running import succeed
 from safetensors import safe_open
 
 import anequant
@@ -94,13 +94,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OUT of the pages: the bundled model, converted once."""
     output = tmp_path_factory.mktemp("docs") / "OUT"
     words = ["convert", str(BUNDLED_MODEL), "-o", str(output), "--recipe", "w4-nearest"]
-    invoke([*words, *(word for pair in SMALL.items() for word in pair)])
+    succeed(*words, *(word for pair in SMALL.items() for word in pair), "--quiet")
     return output
-
-
-def invoke(words: list[str]) -> None:
-    result = CliRunner().invoke(main, [*words, "--quiet"] if "--quiet" not in words else words)
-    assert result.exit_code == 0, (words, result.output, result.exception)
 
 
 def placed(text: str, output: Path) -> str:
@@ -133,9 +128,9 @@ def test_every_command_runs(
     monkeypatch.chdir(tmp_path)
     shutil.copyfile(SAMPLE_TEXT, "sample.txt")
     for block in blocks(page):
-        name = re.match(r"# (\S+\.toml)\n", block.body)
-        if block.language == "toml" and name:
-            Path(name[1]).write_text(placed(block.body, converted), encoding="utf-8")
+        file = re.match(r"# (\S+\.toml)\n", block.body)
+        if block.language == "toml" and file:
+            Path(file[1]).write_text(placed(block.body, converted), encoding="utf-8")
         if block.language != "sh" or block.skip:
             continue
         for program, *words in block.commands:
@@ -146,8 +141,9 @@ def test_every_command_runs(
                 options |= QUICK
             if words[0] in ("lower", "convert"):
                 options |= SMALL
+            quiet = () if "--quiet" in words else ("--quiet",)
             extra = [word for pair in options.items() if pair[0] not in words for word in pair]
-            invoke([*(placed(word, converted) for word in words), *extra])
+            succeed(*(placed(word, converted) for word in words), *extra, *quiet)
 
 
 def make_targets() -> set[str]:

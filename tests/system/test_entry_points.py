@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from conftest import REPOSITORY
+from running import Ran, execute, invoke
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anequant.checkpoints.contract import check_contract
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
-from anequant.cli import main
 from anequant.errors import UnsupportedError
 from anequant.inspection.device_profile import measure_agreement, time_decoding
 from anequant.quantization.fold_scales import premultiply_scales
@@ -44,36 +42,31 @@ FIRST, SECOND = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj
 PROMPT = "In the morning they went down to the"
 
 
-def environment(**more: str) -> dict[str, str]:
+def run(*command: object, **more: str) -> Ran:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    kept = {key: value for key, value in os.environ.items() if key not in SWITCHED}
-    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", **more}
-
-
-def run(*command: object, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=environment(**more), check=False
-    )
+    unset = dict.fromkeys(SWITCHED)
+    return execute(*command, env={**unset, "PATH": path, "OMP_NUM_THREADS": "1", **more})
 
 
 def script(name: str, *arguments: object, **more: str) -> str:
     """stdout of one of the scripts, run by itself."""
     result = run(sys.executable, SCRIPTS / f"{name}.py", *arguments, **more)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     return result.stdout
 
 
-def call(name: str, *arguments: object, **more: str) -> Result:
+def call(name: str, *arguments: object, **more: str | None) -> Ran:
     """A script's command in this process."""
     specification = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    return CliRunner().invoke(module.main, [str(argument) for argument in arguments], env=more)
+    return invoke(*arguments, command=module.main, env=more)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
+    loaded: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +108,7 @@ def packages(place: Path) -> Path:
     """What convert_model.sh makes of the bundled model."""
     output = place / "packages"
     result = convert(place, output, "--restart", 1, *SIZES, "--", "--recipe", "w_int4_per_tensor")
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"done: {output}"
     for line in (
         "steps 1-3: quantize",
@@ -130,7 +123,7 @@ def packages(place: Path) -> Path:
 SIZES = ("--context", 32, "--batch", 8, "--chunk", 2, "--lut3", "none", "--prefix", "named")
 
 
-def convert(place: Path, output: Path, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+def convert(place: Path, output: Path, *arguments: object, **more: str) -> Ran:
     script = TOOLS / "convert_model.sh"
     return run(script, "--model", place / "float", "--output", output, *arguments, **more)
 
@@ -156,7 +149,7 @@ def test_calibration_file_is_one_that_calibrates(place: Path, calibration: Path)
         *("quantize_qwen25_quarot", "--model_dir", place / "float", "--calib_data", calibration),
         *("--quant_scheme", recipe, "--output_dir", place / "calibrated"),
     )
-    assert result.exit_code == 0 and "no use for" not in result.stderr, result.output
+    assert result.exit_code == 0 and "no use for" not in result.stderr, result.stderr
     record = json.loads((place / "calibrated" / "anequant.json").read_text(encoding="utf-8"))["calibration"]
     assert (record["source"], record["windows"], record["length"]) == ("calib.json", 3, 32)
 
@@ -194,7 +187,7 @@ def test_the_depth_of_qwen25_counts_168_layers(tmp_path: Path, make_model: Calla
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 24, "num_key_value_heads": 1}
     model = make_model(tmp_path / "model", "qwen2", True, **sizes)
     result = call("quantize_qwen25_quarot", "--model_dir", model, "--output_dir", tmp_path / "out")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "Quantized 168 layers with 4-bit precision"
 
 
@@ -204,7 +197,7 @@ def test_premultiplied_scales_are_ones_and_the_weights_stay(place: Path, quantiz
         *("quantize_qwen25_quarot", "--model_dir", place / "float", "--quarot_config", CONFIG),
         *("--output_dir", output, "--premultiply_scales"),
     )
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     ours, separate = tensors(output), tensors(quantized)
     assert ours.keys() == separate.keys()
     for name, tensor in ours.items():
@@ -263,7 +256,7 @@ def test_what_a_quarot_file_may_not_say(
         *("quantize_qwen25_quarot", "--model_dir", place / "float"),
         *("--quarot_config", config, "--output_dir", output),
     )
-    assert (result.exit_code, output.exists()) == (code, False), result.output
+    assert (result.exit_code, output.exists()) == (code, False), result.stderr
     assert message in result.stderr
 
 
@@ -272,7 +265,7 @@ def test_settings_without_use_are_named(place: Path, tmp_path: Path) -> None:
     config.write_text(json.dumps({"name": "quarot", "block_size": 32, "search_iters": 100, "lr": 1e-4}))
     arguments = ("--model_dir", place / "float", "--quarot_config", config, "--output_dir", tmp_path / "out")
     result = call("quantize_qwen25_quarot", *arguments, "--quant_scheme", "w_int8_per_tensor")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, result.stderr
     assert "no use for search_iters, lr" in result.stderr and "no use for calibration data" in result.stderr
     assert result.stdout.endswith(f"Quantized {PROJECTIONS} layers with 8-bit precision\n")
     said = json.loads((tmp_path / "out" / "quantization_config.json").read_text(encoding="utf-8"))
@@ -293,7 +286,7 @@ def test_words_that_mean_nothing(place: Path, tmp_path: Path, arguments: Any, me
     result = call(
         *("quantize_qwen25_quarot", "--model_dir", place / "float", "--output_dir", output, *arguments)
     )
-    assert (result.exit_code, output.exists()) == (USAGE, False), result.output
+    assert (result.exit_code, output.exists()) == (USAGE, False), result.stderr
     assert message in result.stderr
 
 
@@ -331,7 +324,7 @@ print(json.dumps({{
 }}))
 """
     result = run(sys.executable, "-c", program)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     said = json.loads(result.stdout)
     assert said["refusal"].startswith("the model was not fused")
     done = said["done"]
@@ -415,7 +408,7 @@ def test_a_broken_checkpoint_fails_with_a_reason(
     change(stored)
     save_file(stored, broken / "model.safetensors")
     result = call("test_qwen25_sp_quant", "--model", broken, "--skip-default", **SWITCHED)
-    assert (result.exit_code, "PASSED" in result.stdout) == (code, False), result.output
+    assert (result.exit_code, "PASSED" in result.stdout) == (code, False), result.stderr
     assert message in result.stderr
 
 
@@ -494,7 +487,7 @@ def test_steps_of_convert_model(
 ) -> None:
     path = stubs(tmp_path / "bin", anequant=":", uname="echo Linux")
     result = convert(place, packages, *arguments, PATH=path)
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     log = tmp_path / "bin" / "log"
     called = [line.split()[1] for line in log.read_text().splitlines() if line.startswith("anequant")]
     assert called == commands
@@ -507,7 +500,7 @@ def test_convert_model_ends_at_the_step_that_fails(
 ) -> None:
     path = stubs(tmp_path / "bin", anequant=f'[ "$1" != {failing} ] || exit 6', uname="echo Linux")
     result = convert(place, packages, PATH=path)
-    assert result.returncode == VERIFICATION and "done:" not in result.stdout
+    assert result.exit_code == VERIFICATION and "done:" not in result.stdout
     assert (tmp_path / "bin" / "log").read_text().splitlines()[-1].startswith(f"anequant {failing}")
 
 
@@ -525,20 +518,20 @@ def test_convert_model_refuses_what_it_cannot_do(
     place: Path, tmp_path: Path, arguments: tuple[object, ...], code: int, message: str
 ) -> None:
     result = convert(place, tmp_path / "out put", *arguments)
-    assert result.returncode == code and message in result.stderr
+    assert result.exit_code == code and message in result.stderr
     assert "done:" not in result.stdout and not (tmp_path / "out put").exists()
 
 
 def test_convert_model_compiles_and_predicts_on_a_mac(packages: Path, place: Path, tmp_path: Path) -> None:
     path = stubs(tmp_path / "bin", anequant="")
     result = convert(place, packages, "--restart", 6, PATH=path)
-    assert result.returncode == 0 and "left for the Mac" not in result.stdout
+    assert result.exit_code == 0 and "left for the Mac" not in result.stdout
     log = (tmp_path / "bin" / "log").read_text()
     assert log.count("xcrun coremlcompiler compile") == 4
     assert f"anequant generate {packages} --prompt Who are you? --max-tokens 16 --backend coreml" in log
     path = stubs(tmp_path / "failing", anequant="", xcrun='case "$1" in coremlcompiler) exit 7;; esac')
     result = convert(place, packages, "--only", 6, PATH=path)
-    assert result.returncode == 7 and "done:" not in result.stdout
+    assert result.exit_code == 7 and "done:" not in result.stdout
 
 
 @pytest.mark.parametrize("failing", [None, "profile"])
@@ -555,7 +548,7 @@ echo '{{"command": "'$1'"}}'
         script, "--model", place / "float", "--work", work, "--report", report, "--tokens", 5, PATH=path
     )
     code = VERIFICATION if failing else 0
-    assert result.returncode == code, result.stderr
+    assert result.exit_code == code, result.stderr
     written = report.read_text().replace('"memory_bytes": Apple "M4"', '"memory_bytes": 0')
     said = json.loads(written)
     assert (said["chip"], said["macos"], said["exit_code"]) == ("Apple M4", "15.1", code)
@@ -570,9 +563,9 @@ echo '{{"command": "'$1'"}}'
 
 def test_elsewhere_a_mac_is_asked_for(packages: Path) -> None:
     result = run(TOOLS / "verify_on_mac.sh")
-    assert result.returncode == UNSUPPORTED and "needs a Mac" in result.stderr
+    assert result.exit_code == UNSUPPORTED and "needs a Mac" in result.stderr
     if sys.platform != "darwin":
-        refused = CliRunner().invoke(main, ["profile", str(packages)])
+        refused = invoke("profile", packages)
         assert refused.exit_code == UNSUPPORTED and "macOS only" in refused.stderr
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -22,6 +20,7 @@ import pytest
 import why_figure
 from browser import browser
 from quality_runs import table
+from running import execute_python
 
 from anequant.report.page.charts import contrast
 
@@ -156,10 +155,10 @@ def test_the_peak_of_what_a_newcomer_runs(tmp_path: Path) -> None:
     """Measured from a process of its own: a child's peak counts what its parent held when it began."""
     script = "import newcomer, pathlib, sys; words = [sys.executable, '-c', 'bytearray(b\"x\") * 10**8']\n"
     script += "print(newcomer.run(words, pathlib.Path('.')).peak)"
-    tools = {**os.environ, "PYTHONPATH": str(conftest.REPOSITORY / "tools" / "measure")}
-    told = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=tools, check=True, capture_output=True, text=True
+    told = execute_python(
+        script, folder=tmp_path, env={"PYTHONPATH": str(conftest.REPOSITORY / "tools" / "measure")}
     )
+    assert told.exit_code == 0, told.stderr
     assert 10**8 < int(told.stdout.splitlines()[-1]) < 3 * 10**8
 
 

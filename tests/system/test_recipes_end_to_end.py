@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Quantized
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
 from coremltools.models import MLModel
 from safetensors.torch import load_file, save_file
@@ -38,7 +39,9 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(params=RECIPES)
-def made(request: pytest.FixtureRequest, tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> Any:
+def made(
+    request: pytest.FixtureRequest, tiny_qwen2: Path, quantize_model: Callable[..., Quantized]
+) -> Quantized:
     name, overrides = RECIPES[request.param]
     return quantize_model(tiny_qwen2, name, **overrides)
 
@@ -51,7 +54,7 @@ def divided_and_snapped(tensors: dict[str, Tensor], name: str) -> Tensor:
     return torch.bucketize(weight / (columns * rows), (codebook[1:] + codebook[:-1]) / 2)
 
 
-def test_the_checkpoint_is_what_was_chosen(made: Any) -> None:
+def test_the_checkpoint_is_what_was_chosen(made: Quantized) -> None:
     tensors = load_file(made.folder / "model.safetensors")
     errors = {error.name: error for error in made.result.rounding.tensors}
     assert errors.keys() == made.chosen.keys()
@@ -70,13 +73,13 @@ def test_the_checkpoint_is_what_was_chosen(made: Any) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_the_packages_compute_what_the_checkpoint_does(made: Any, tmp_path: Path) -> None:
+def test_the_packages_compute_what_the_checkpoint_does(made: Quantized, tmp_path: Path) -> None:
     lower(LowerRequest(made.folder, SIZES), tmp_path / "packages")
     check = verify_packages(tmp_path / "packages", made.folder)
     assert check.weights >= 28 and check.agreement + check.ties / check.positions >= 0.99
 
 
-def test_manifest_says_what_calibration_did(made: Any) -> None:
+def test_manifest_says_what_calibration_did(made: Quantized) -> None:
     manifest = json.loads((made.folder / "anequant.json").read_text())
     recorded = manifest["calibration"]
     assert (recorded["source"], recorded["windows"], recorded["length"]) == ("self", 6, 64)
@@ -89,7 +92,7 @@ def test_manifest_says_what_calibration_did(made: Any) -> None:
 
 
 def test_inputs_that_nothing_uses_are_counted(
-    make_model: Callable[..., Path], quantize_model: Callable[..., Any], tmp_path: Path
+    make_model: Callable[..., Path], quantize_model: Callable[..., Quantized], tmp_path: Path
 ) -> None:
     """Rows of zeros in up, which a uniform codebook keeps, leave inputs of down that are always zero."""
     folder = make_model(tmp_path / "model", "qwen2", False)
@@ -102,7 +105,7 @@ def test_inputs_that_nothing_uses_are_counted(
     assert dead == {"model.layers.1.mlp.down_proj": 2}
 
 
-def test_mixed_bits_meet_their_target(tiny_qwen2: Path, quantize_model: Callable[..., Any]) -> None:
+def test_mixed_bits_meet_their_target(tiny_qwen2: Path, quantize_model: Callable[..., Quantized]) -> None:
     name, overrides = RECIPES["mixed"]
     tensors = quantize_model(tiny_qwen2, name, **overrides).result.rounding.tensors
     average = sum(t.bits * t.weights for t in tensors) / sum(t.weights for t in tensors)
@@ -118,7 +121,7 @@ def infer_operations(package: Path) -> list[Any]:
 
 
 def test_folded_scales_cost_no_multiplication(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], tmp_path: Path
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized], tmp_path: Path
 ) -> None:
     """Seven input scales a layer, and not one more multiplication than there is otherwise."""
     folded = quantize_model(tiny_qwen2, "w4-ane", fold_input_scales=True)

@@ -9,23 +9,25 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+import torch
+from files import contents
+from running import Ran, execute, invoke
 
 from anequant import request as request_module
 from anequant.checkpoints.writer import CheckpointWriter
-from anequant.cli import console, main
 from anequant.jobs import journal as journal_module
-from anequant.jobs import output_folder as output_module
 from anequant.jobs.work_folder import WorkFolder
+from anequant.versions import installed_versions
 
-SCRIPT = Path(__file__).with_name("killing.py")
+pytestmark = pytest.mark.usefixtures("no_progress")
+
+KILLING = Path(__file__).with_name("killing.py")
 SUCCESS, USAGE, INPUT, RESOURCE, INTERRUPTED = 0, 2, 3, 5, 130
 QUICK_GPTQ = {"codebook": "uniform", "correction": 0.0, "descent": 0, "refinement": 0}
 NEVER = 1000
@@ -57,26 +59,12 @@ MATRICES = {
 that does a unit each."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_progress() -> Iterator[None]:
-    """Whatever takes longer than two seconds today shows no progress, so that stderr is the same."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "SHOW_AFTER", 3600.0)
-        yield
-
-
 @pytest.fixture(scope="module", params=MATRICES)
 def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("killed")
-    ran = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), json.dumps(MATRICES[request.param])],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-    assert ran.returncode == 0, ran.stderr
+    words = (sys.executable, KILLING, folder, json.dumps(MATRICES[request.param]))
+    ran = execute(*words, env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    assert ran.exit_code == 0, ran.stderr
     shutil.rmtree(folder)
     result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
     return {**result, **MATRICES[request.param], "stderr": ran.stderr}
@@ -147,24 +135,24 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "home" / "out"
 
 
-def quantize(model: Path, out: Path, *options: str) -> Result:
+def quantize(model: Path, out: Path, *options: str) -> Ran:
     words = ["quantize", str(model), "-o", str(out), "--recipe", "w4-nearest", *options]
-    return CliRunner().invoke(main, words)
+    return invoke(*words)
 
 
-def rotate(model: Path, out: Path) -> Result:
+def rotate(model: Path, out: Path) -> Ran:
     tokens = ("--calib-samples", "2", "--calib-length", "8")
-    return CliRunner().invoke(main, ["rotate", str(model), "-o", str(out), "--r1", "pca", *tokens])
+    return invoke("rotate", model, "-o", out, "--r1", "pca", *tokens)
 
 
-def refused(result: Result, code: int, *words: str) -> None:
+def refused(result: Ran, code: int, *words: str) -> None:
     lines = [line for line in result.stderr.splitlines() if not line.startswith("resuming '")]
-    assert (result.exit_code, lines[0][:7]) == (code, "error: "), (result.output, result.exception)
+    assert (result.exit_code, lines[0][:7]) == (code, "error: "), result.stderr
     for word in words:
         assert any(word in line for line in lines), (word, lines)
 
 
-def stopped_at(out: Path, unit: str, model: Path, *options: str, run: Any = quantize) -> Result:
+def stopped_at(out: Path, unit: str, model: Path, *options: str, run: Any = quantize) -> Ran:
     """A run that Ctrl-C stops in that unit."""
     append = journal_module.append_line
 
@@ -175,20 +163,9 @@ def stopped_at(out: Path, unit: str, model: Path, *options: str, run: Any = quan
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal_module, "append_line", press)
-        result = run(model, out, *options)
-    assert result.exit_code == INTERRUPTED, (result.output, result.exception)
+        result: Ran = run(model, out, *options)
+    assert result.exit_code == INTERRUPTED, result.stderr
     return result
-
-
-def differing(one: Path, other: Path) -> list[str]:
-    """Files that are not in both with the same bytes."""
-    files = [
-        {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        for root in (one, other)
-    ]
-    return sorted(
-        name for name in files[0].keys() | files[1].keys() if files[0].get(name) != files[1].get(name)
-    )
 
 
 def names(folder: Path) -> set[str]:
@@ -213,7 +190,7 @@ def test_ctrl_c_ends_the_unit_and_tells_how_to_go_on(
     result = quantize(model, out)
     assert result.exit_code == SUCCESS
     assert result.stderr == f"resuming '{out}': 5 units are done, the last is 'layer 2 of 3'\n"
-    assert names(out.parent) == {"out"} and differing(whole, out) == []
+    assert names(out.parent) == {"out"} and contents(whole) == contents(out)
 
 
 def test_a_second_ctrl_c_stops_at_once(
@@ -233,7 +210,7 @@ def test_a_second_ctrl_c_stops_at_once(
         result = quantize(model, out)
     assert result.exit_code == INTERRUPTED and "to go on: anequant" in result.stderr
     assert quantize(model, out).exit_code == SUCCESS
-    assert differing(whole, out) == []
+    assert contents(whole) == contents(out)
 
 
 def test_ctrl_c_before_anything_is_done_leaves_nothing(model: Path, out: Path) -> None:
@@ -246,7 +223,7 @@ def test_no_resume_starts_over(model: Path, whole: Path, out: Path) -> None:
     stopped_at(out, "layer 2 of 3", model)
     result = quantize(model, out, "--no-resume")
     assert (result.exit_code, result.stderr) == (SUCCESS, "")
-    assert names(out.parent) == {"out"} and differing(whole, out) == []
+    assert names(out.parent) == {"out"} and contents(whole) == contents(out)
 
 
 def test_another_recipe_is_refused(model: Path, whole: Path, out: Path) -> None:
@@ -254,7 +231,7 @@ def test_another_recipe_is_refused(model: Path, whole: Path, out: Path) -> None:
     result = quantize(model, out, "--bits", "8", "--seed", "3")
     refused(result, USAGE, "recipe.seed 0, this one has 3 (and 1 more)", "--no-resume")
     assert quantize(model, out).exit_code == SUCCESS
-    assert differing(whole, out) == []
+    assert contents(whole) == contents(out)
 
 
 def test_another_source_is_refused(model: Path, out: Path, tmp_path: Path) -> None:
@@ -267,7 +244,7 @@ def test_another_source_is_refused(model: Path, out: Path, tmp_path: Path) -> No
 
 def test_another_version_is_refused(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped_at(out, "layer 2 of 3", model)
-    versions = request_module.installed_versions()
+    versions = installed_versions()
     monkeypatch.setattr(request_module, "installed_versions", lambda: {**versions, "torch": "9.9"})
     refused(quantize(model, out), USAGE, "versions.torch", "has '9.9'")
 
@@ -276,7 +253,7 @@ def test_another_number_of_threads_is_refused(
     model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped_at(out, "layer 2 of 3", model)
-    monkeypatch.setattr(request_module.torch, "get_num_threads", lambda: 99)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     refused(quantize(model, out), USAGE, "threads", "has 99")
 
 
@@ -288,7 +265,7 @@ def test_a_damaged_journal_is_refused(model: Path, whole: Path, out: Path) -> No
     refused(quantize(model, out), INPUT, "is damaged in line 3", "--no-resume")
     journal.write_text(text)
     assert quantize(model, out).exit_code == SUCCESS
-    assert differing(whole, out) == []
+    assert contents(whole) == contents(out)
 
 
 def test_weights_that_are_cut_off_are_refused(model: Path, whole: Path, out: Path) -> None:
@@ -298,7 +275,7 @@ def test_weights_that_are_cut_off_are_refused(model: Path, whole: Path, out: Pat
     for _ in range(2):
         refused(quantize(model, out), INPUT, "'model.safetensors' of an interrupted run is cut off")
     assert quantize(model, out, "--no-resume").exit_code == SUCCESS
-    assert differing(whole, out) == []
+    assert contents(whole) == contents(out)
 
 
 @pytest.mark.parametrize("unit", ["rotations", "layer 2 of 3", "checkpoint files"])
@@ -308,7 +285,7 @@ def test_rotations_are_found_once(model: Path, out: Path, unit: str) -> None:
     stopped_at(out, unit, model, run=rotate)
     result = rotate(model, out)
     assert result.exit_code == SUCCESS and f"the last is '{unit}'" in result.stderr
-    assert (whole / "rotations.safetensors").is_file() and differing(whole, out) == []
+    assert (whole / "rotations.safetensors").is_file() and contents(whole) == contents(out)
 
 
 def test_a_kill_when_the_output_has_its_name(
@@ -334,23 +311,25 @@ def test_a_kill_when_the_output_has_its_name(
             refused(result, USAGE, "out' exists", "--force")
         else:
             assert result.exit_code == SUCCESS and "the last is 'checkpoint files'" in result.stderr
-        assert names(out.parent) == {"out"} and differing(whole, out) == []
+        assert names(out.parent) == {"out"} and contents(whole) == contents(out)
 
 
 def test_two_runs_on_one_target(model: Path, out: Path) -> None:
     """The second one, started while the first one works, is refused; the first one ends well."""
-    append, seen = journal_module.append_line, []
+    append = journal_module.append_line
+    begun: list[str] = []
+    seen: list[Ran] = []
 
     def meet(path: Path, line: str) -> None:
         append(path, line)
-        if not seen:
-            seen.append(True)
+        begun.append(line)
+        if len(begun) == 1:
             seen.append(quantize(model, out, "--force"))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal_module, "append_line", meet)
         assert quantize(model, out).exit_code == SUCCESS
-    refused(seen[1], USAGE, "out' is being written by another process")
+    refused(seen[0], USAGE, "out' is being written by another process")
     assert names(out.parent) == {"out"}
 
 
@@ -376,7 +355,7 @@ def test_a_full_disk_keeps_what_is_done(
         refused(quantize(model, out), RESOURCE, "no space left for", "goes on where it stopped")
     assert names(out.parent) == {".out.partial"}
     assert quantize(model, out).exit_code == SUCCESS
-    assert names(out.parent) == {"out"} and differing(whole, out) == []
+    assert names(out.parent) == {"out"} and contents(whole) == contents(out)
 
 
 def test_a_disk_that_is_full_at_once_leaves_nothing(
@@ -395,13 +374,13 @@ def test_room_is_checked_first(model: Path, out: Path, monkeypatch: pytest.Monke
     used = sum(path.stat().st_size for path in out.parent.rglob("*") if path.is_file())
     usage = shutil.disk_usage(out.parent)
     room = size - used - 20_000
-    monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: usage._replace(free=room))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room))
     refused(quantize(model, out), RESOURCE, f"bytes, and {room:,} are free")
     refused(quantize(model, out.with_name("new")), RESOURCE, f"bytes, and {room:,} are free")
     assert names(out.parent) == {".out.partial"}
     room = size - used + 20_000
     assert quantize(model, out).exit_code == SUCCESS
-    assert differing(whole, out) == []
+    assert contents(whole) == contents(out)
 
 
 def test_an_error_leaves_nothing_also_when_it_went_on(

@@ -15,16 +15,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-import huggingface_hub
 import pytest
 import torch
-from click.testing import CliRunner
+from hub import HTTP, played
+from running import invoke, succeed
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import anequant
-from anequant.cli import main
 from anequant.cli.console import Console
 from anequant.errors import InputError, VerificationError
 
@@ -110,8 +109,7 @@ def edit(file: Path, **changes: Any) -> None:
 
 
 def run(*words: object) -> str:
-    result = CliRunner().invoke(main, [str(word) for word in words])
-    assert result.exit_code == 0, (result.output, result.exception)
+    result = succeed(*words)
     return result.stdout + result.stderr
 
 
@@ -167,14 +165,14 @@ def test_a_tokenizer_that_is_nothing_but_code_is_refused(
     edit(hostile / "tokenizer_config.json", tokenizer_class="XTokenizer")
     (tmp_path / "text.txt").write_text("w1 w2")
     words = ["quantize", str(hostile), "-o", str(tmp_path / "out"), "--calib", str(tmp_path / "text.txt")]
-    result = CliRunner().invoke(main, words)
+    result = invoke(*words)
     assert result.exit_code == InputError.exit_code and "the tokenizer of" in result.stderr
     assert guard.asked == [] and not (tmp_path / "sentinel").exists()
 
 
 def test_only_pickles_are_no_model(hostile: Path, tmp_path: Path) -> None:
     (hostile / "model.safetensors").unlink()
-    result = CliRunner().invoke(main, ["quantize", str(hostile), "-o", str(tmp_path / "out")])
+    result = invoke("quantize", hostile, "-o", tmp_path / "out")
     assert result.exit_code == InputError.exit_code and "pytorch_model.bin" in result.stderr
     assert not (tmp_path / "sentinel").exists() and not (tmp_path / "out").exists()
 
@@ -183,7 +181,6 @@ def test_the_hub_is_asked_for_one_commit_and_the_commit_is_recorded(
     hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over a transport that is played: which files are asked for, and at which revision."""
-    httpx = importlib.import_module(huggingface_hub.errors.HTTPError.__module__.partition(".")[0])
     files = {path.name: path.read_bytes() for path in hostile.iterdir()}
     asked: list[tuple[str, str, str]] = []
 
@@ -192,32 +189,24 @@ def test_the_hub_is_asked_for_one_commit_and_the_commit_is_recorded(
         if path.startswith("/api/models/org/m/revision/"):
             asked.append(("list", path.rsplit("/", 1)[1], ""))
             siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
-            return httpx.Response(200, json={"id": "org/m", "sha": COMMIT, "siblings": siblings})
+            return HTTP.Response(200, json={"id": "org/m", "sha": COMMIT, "siblings": siblings})
         if path.startswith("/api/models/org/m/tree/"):
             asked.append(("tree", path.rsplit("/", 1)[1], ""))
             listed = [{"type": "file", "path": name, "size": len(files[name]), "oid": name} for name in files]
-            return httpx.Response(200, json=listed)
+            return HTTP.Response(200, json=listed)
         if path.startswith("/org/m/resolve/"):
             revision, name = path.removeprefix("/org/m/resolve/").split("/", 1)
             asked.append((request.method, revision, name))
             headers = {"x-repo-commit": COMMIT, "etag": f'"{len(files[name])}-{name}"'}
             body = files[name]
             if request.method == "HEAD":
-                return httpx.Response(200, headers={**headers, "content-length": str(len(body))})
-            return httpx.Response(200, headers=headers, content=body)
-        return httpx.Response(404, json={})
+                return HTTP.Response(200, headers={**headers, "content-length": str(len(body))})
+            return HTTP.Response(200, headers=headers, content=body)
+        return HTTP.Response(404, json={})
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(socket, "create_connection", forbidden("the network"))
-    client = httpx.Client(transport=httpx.MockTransport(answer), follow_redirects=True)
-    huggingface_hub.set_client_factory(lambda: client)
-    try:
+    with played(answer, tmp_path / "cache"):
         run("quantize", "org/m@v1.0", "-o", tmp_path / "out", "--recipe", "w4-nearest")
-    finally:
-        from huggingface_hub.utils import _http
-
-        huggingface_hub.set_client_factory(_http.default_client_factory)
     listed = [revision for method, revision, _ in asked if method == "list"]
     fetched = {(revision, name) for method, revision, name in asked if method != "list"}
     assert listed == ["v1.0"]
@@ -264,7 +253,6 @@ def test_a_running_text_is_what_the_model_says(capsys: pytest.CaptureFixture[str
 def test_a_folder_with_a_hostile_name(hostile: Path, tmp_path: Path, as_json: bool) -> None:
     model = hostile.rename(tmp_path / "a\x1b[2Jb")
     words = ["quantize", str(model), "-o", str(tmp_path / "out\x1b[2J"), "--recipe", "w4-nearest"]
-    result = CliRunner().invoke(main, [*words, *(["--json"] if as_json else [])])
-    assert result.exit_code == 0, result.output
+    result = succeed(*words, *(["--json"] if as_json else []))
     for stream in (result.stdout, result.stderr):
         assert stream.replace("\n", "").isprintable(), repr(stream)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from running import execute_python
 
 import anequant
 from anequant.recipe import Recipe
@@ -62,6 +61,9 @@ COMMANDS = (
     "rotate",
     "verify",
 )
+ACROSS = ("attacks", "dev", "system")
+"""Folders of tests that cross those of the package."""
+
 MOST_LINES, MOST_FILES, LARGEST_SHARE = 300, 20, 0.15
 
 
@@ -149,7 +151,8 @@ def test_folders_are_of_a_size_to_look_over() -> None:
     assert crowded == {}
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
     shares = {
-        str(folder): sum(map(lines.get, files)) / sum(lines.values()) for folder, files in folders.items()
+        str(folder): sum(lines[file] for file in files) / sum(lines.values())
+        for folder, files in folders.items()
     }
     assert {folder: share for folder, share in shares.items() if share > LARGEST_SHARE} == {}
 
@@ -157,6 +160,14 @@ def test_folders_are_of_a_size_to_look_over() -> None:
 def test_no_two_modules_have_the_same_name() -> None:
     stems = Counter(path.stem for path in MODULES if path.stem != "__init__")
     assert [stem for stem, count in stems.items() if count > 1] == []
+
+
+def test_tests_lie_in_the_folders_of_what_they_test() -> None:
+    tests = PACKAGE.parent / "tests"
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")}
+    across = {folder for folder in folders if folder.parts and folder.parts[0] in ACROSS}
+    assert {folder.as_posix() for folder in across} == set(ACROSS)
+    assert {folder.as_posix() for folder in folders - across if not (PACKAGE / folder).is_dir()} == set()
 
 
 def test_only_coreml_imports_coremltools() -> None:
@@ -248,6 +259,6 @@ for args in [["--help"], *([command, "--help"] for command in {COMMANDS})]:
     assert code == 0 and "Usage:" in shown.getvalue(), (args, code, shown.getvalue())
 print(sorted(name for name in {HEAVY} if name in sys.modules))
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr) == (0, "")
+    result = execute_python(script)
+    assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.strip() == "[]"

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from running import execute_python, invoke
 
 from anequant import doctor
-from anequant.cli import main
 from anequant.doctor import OK, WARNING
 from anequant.errors import INTERRUPTED, UnsupportedError, UsageError
 from anequant.jobs import resume
@@ -28,16 +24,6 @@ COMMAND = "from anequant.__main__ import main; main()"
 
 NO_TEXT = "bad\udcff"
 """What Python makes of an argument with the byte 0xff in it."""
-
-
-def run(code: str, *words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *words],
-        env={**os.environ, **environment},
-        cwd=folder,
-        capture_output=True,
-        check=False,
-    )
 
 
 # --- nothing below HOME, and nothing beside the modules ---------------------------------------------------
@@ -60,15 +46,15 @@ print(count_values(torch.tensor([0.1, 0.6, 0.7]), 2, 0.0, 1.0).tolist())
 
 def test_loops_are_compiled_where_no_folder_can_keep_them(tmp_path: Path) -> None:
     kept = {"HOME": NOWHERE, "XDG_CACHE_HOME": NOWHERE, "NUMBA_CACHE_DIR": ""}
-    ran = run(UNWRITABLE, folder=tmp_path, **kept)
-    assert (ran.returncode, ran.stdout) == (0, b"[1.0, 2.0]\n"), ran.stderr
+    ran = execute_python(UNWRITABLE, folder=tmp_path, env=kept)
+    assert (ran.exit_code, ran.stdout) == (0, "[1.0, 2.0]\n"), ran.stderr
 
 
 def test_doctor_tells_whether_loops_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    (kept,) = doctor.compiled_loops()
+    (kept,) = doctor.check_compiled_loops()
     assert (kept.status, kept.detail) == (OK, f"kept in {kernels.cache_folder()}")
     monkeypatch.setattr(kernels, "cache_folder", lambda: None)
-    (check,) = doctor.compiled_loops()
+    (check,) = doctor.check_compiled_loops()
     assert check.status == WARNING and "every run compiles" in check.detail
     assert "NUMBA_CACHE_DIR" in check.remedy
 
@@ -79,7 +65,7 @@ def test_a_job_tells_that_its_loops_are_not_kept(
     monkeypatch.setattr(resume, "cache_folder", lambda: None)
     model = make_model(tmp_path / "model", "qwen2", False)
     arguments = ["quantize", str(model), "-o", str(tmp_path / "out"), "--recipe", "w4-nearest"]
-    result = CliRunner().invoke(main, arguments)
+    result = invoke(*arguments)
     assert result.exit_code == 0 and f"{resume.UNCACHED}\n" in result.stderr
 
 
@@ -87,8 +73,8 @@ def test_a_conversion_without_a_home_in_an_ascii_locale(tmp_path: Path) -> None:
     """Nothing else is written below a home, and nothing is read or written in the locale's encoding."""
     words = ("convert", "-o", "out", "--recipe", "w4-nearest")
     homes = {"HOME": NOWHERE, "XDG_CACHE_HOME": NOWHERE, "XDG_CONFIG_HOME": NOWHERE}
-    ran = run(COMMAND, *words, folder=tmp_path, **homes, **ASCII)
-    assert ran.returncode == 0, ran.stderr
+    ran = execute_python(COMMAND, *words, folder=tmp_path, env={**homes, **ASCII})
+    assert ran.exit_code == 0, ran.stderr
     assert ran.stdout.isascii() and {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
@@ -112,9 +98,9 @@ main()
 @pytest.mark.parametrize("module", ["click", "torch", "transformers"])
 def test_ctrl_c_at_an_import(tmp_path: Path, module: str) -> None:
     """By the first one the command is not known yet, by the last one the job has begun."""
-    ran = run(PRESSED, module, "convert", "-o", "out", "--recipe", "w4-nearest", folder=tmp_path)
-    assert ran.returncode == INTERRUPTED, ran.stderr
-    assert ran.stderr.decode().splitlines()[-1] == NOTHING_LEFT
+    ran = execute_python(PRESSED, module, "convert", "-o", "out", "--recipe", "w4-nearest", folder=tmp_path)
+    assert ran.exit_code == INTERRUPTED, ran.stderr
+    assert ran.stderr.splitlines()[-1] == NOTHING_LEFT
     assert not list(tmp_path.iterdir())
 
 
@@ -149,8 +135,8 @@ print("after")
 @pytest.mark.parametrize(("handled", "said"), [("default", "interrupted"), ("ignored", "to the end")])
 def test_an_interrupt_waits_for_the_end_of_an_import(tmp_path: Path, handled: str, said: str) -> None:
     """A process that nohup started ignores it; what has ended cannot be interrupted."""
-    ran = run(SWALLOWED, handled, folder=tmp_path)
-    assert (ran.returncode, ran.stdout.decode().split("\n")[:2]) == (0, [said, "after"]), ran.stderr
+    ran = execute_python(SWALLOWED, handled, folder=tmp_path)
+    assert (ran.exit_code, ran.stdout.split("\n")[:2]) == (0, [said, "after"]), ran.stderr
 
 
 # --- encodings, and -OO -----------------------------------------------------------------------------------
@@ -161,16 +147,17 @@ def test_an_ascii_terminal_gets_escapes(tmp_path: Path) -> None:
     said += (
         "Console().result({}, [('a', '5 \\u00b1 1')]); Console(json=True).result({'a': '5 \\u00b1 1'}, [])"
     )
-    ran = run(said, folder=tmp_path, **ASCII)
-    rows, values = ran.stdout.decode("ascii").splitlines()
+    ran = execute_python(said, folder=tmp_path, env=ASCII)
+    assert ran.stdout.isascii()
+    rows, values = ran.stdout.splitlines()
     assert rows == r"a  5 \xb1 1" and json.loads(values) == {"a": "5 ± 1"}
 
 
 def test_a_python_without_docstrings_is_named(tmp_path: Path) -> None:
-    ran = run(COMMAND, "convert", "-o", "out", folder=tmp_path, PYTHONOPTIMIZE="2")
-    assert ran.returncode == UnsupportedError.exit_code
-    assert b"docstrings (-OO" in ran.stderr and b"unset PYTHONOPTIMIZE" in ran.stderr
-    assert b"config.json" not in ran.stderr and not list(tmp_path.iterdir())
+    ran = execute_python(COMMAND, "convert", "-o", "out", folder=tmp_path, env={"PYTHONOPTIMIZE": "2"})
+    assert ran.exit_code == UnsupportedError.exit_code
+    assert "docstrings (-OO" in ran.stderr and "unset PYTHONOPTIMIZE" in ran.stderr
+    assert "config.json" not in ran.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -187,6 +174,6 @@ def test_a_python_without_docstrings_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_an_argument_that_is_no_utf8_is_refused(words: tuple[str, ...]) -> None:
-    result = CliRunner().invoke(main, words)
-    assert result.exit_code == UsageError.exit_code, result.exception
+    result = invoke(*words)
+    assert result.exit_code == UsageError.exit_code, result.stderr
     assert r"error: 'bad\udcff' is not UTF-8" in result.stderr and "Traceback" not in result.stderr

@@ -36,7 +36,7 @@ def convert(recipe: Path, text: Path, folder: Path) -> dict[str, str]:
     command = [sys.executable, "-m", "anequant", *words, *CALIBRATION]
     ran = subprocess.run([*command, *LOWERING], env=environment, check=False)
     if ran.returncode == UNSUPPORTED:
-        command[3] = "quantize"
+        command[3:4] = ["quantize", str(text.parent / "tiny-qwen2")]
         ran = subprocess.run(command, env=environment, check=False)
     ran.check_returncode()
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in TIMED)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,34 +15,43 @@ from coremltools.libmilstoragepython import _BlobStorageWriter
 from coremltools.optimize._utils import lut_to_dense
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from anequant.errors import InputError
 from anequant.targets.coreml.storage import Palettized, Weights, resolve_below
 from anequant.targets.coreml.toolkit import MIL_pb2 as MIL
 
+Array = np.ndarray[Any, Any]
+
 UNSIGNED = {n: getattr(types, f"np_uint{n}_dtype") for n in (1, 2, 3, 4, 6)} | {8: np.uint8, 16: np.uint16}
 SIGNED = {4: types.np_int4_dtype, 8: np.int8, 16: np.int16, 32: np.int32}
 
 
+def read_tensor(folder: Path, value: Any) -> Tensor:
+    read = Weights(folder).read(value)
+    assert isinstance(read, Tensor)
+    return read
+
+
 @pytest.mark.parametrize("bits", [*UNSIGNED, *(-n for n in SIGNED)])
-def test_immediate_integers(tmp_path, bits):
+def test_immediate_integers(tmp_path: Path, bits: int) -> None:
     low, high = (0, 2**bits) if bits > 0 else (-(2 ** (-bits - 1)), 2 ** (-bits - 1))
     values = np.random.default_rng(0).integers(low, high, (3, 7))
     values[0, :2] = low, high - 1
     array = values.astype(UNSIGNED[bits] if bits > 0 else SIGNED[-bits])
     with Function({"unused": mb.placeholder((1,))}):
         value = create_immediate_value(mb.const(val=array))
-    np.testing.assert_array_equal(Weights(tmp_path).read(value).numpy(), values)
+    np.testing.assert_array_equal(read_tensor(tmp_path, value).numpy(), values)
 
 
 @pytest.mark.parametrize(
-    "array", [np.float16([[1.5, -0.0]]), np.float32(2.5), np.array([True, False]), "valid"]
+    "array", [np.array([[1.5, -0.0]], np.float16), np.float32(2.5), np.array([True, False]), "valid"]
 )
-def test_immediate_values(tmp_path, array):
+def test_immediate_values(tmp_path: Path, array: Any) -> None:
     with Function({"unused": mb.placeholder((1,))}):
         value = create_immediate_value(mb.const(val=array))
     read = Weights(tmp_path).read(value)
-    assert read == array if isinstance(array, str) else np.array_equal(read.numpy(), array)
+    assert read == array if isinstance(read, str) else np.array_equal(read.numpy(), array)
 
 
 KINDS = [
@@ -52,7 +64,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("blob", "mil"), KINDS)
-def test_values_in_a_weight_file(tmp_path, blob, mil):
+def test_values_in_a_weight_file(tmp_path: Path, blob: str, mil: str) -> None:
     numpy_type = {"fp16": "float16", "float": "float32"}.get(blob, blob)
     values = np.arange(24).astype(numpy_type)
     writer = _BlobStorageWriter(str(tmp_path / "w.bin"))
@@ -63,7 +75,7 @@ def test_values_in_a_weight_file(tmp_path, blob, mil):
     value.type.tensorType.dataType = MIL.DataType.Value(mil)
     for size in (4, 6):
         value.type.tensorType.dimensions.add().constant.size = size
-    np.testing.assert_array_equal(Weights(tmp_path).read(value).numpy(), values.reshape(4, 6))
+    np.testing.assert_array_equal(read_tensor(tmp_path, value).numpy(), values.reshape(4, 6))
     value.type.tensorType.dimensions[0].constant.size = 5
     with pytest.raises(InputError, match=r"shape \(5, 6\) has 24 values"):
         Weights(tmp_path).read(value)
@@ -73,7 +85,7 @@ def test_values_in_a_weight_file(tmp_path, blob, mil):
 
 
 @st.composite
-def palettes(draw):
+def palettes(draw: st.DrawFn) -> tuple[Array, Array, int]:
     """Codes, codebook and axis, with every way to group the codes."""
     groups = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
     blocks = [draw(st.integers(1, 3)) for _ in groups]
@@ -85,7 +97,7 @@ def palettes(draw):
 
 
 @given(palettes(), st.data())
-def test_palettized(palette, data):
+def test_palettized(palette: tuple[Array, Array, int], data: st.DataObject) -> None:
     codes, codebook, axis = palette
     weight = Palettized(torch.from_numpy(codes), torch.from_numpy(codebook), axis)
     dense = lut_to_dense(codes, codebook, axis)
@@ -97,12 +109,12 @@ def test_palettized(palette, data):
 
 
 @pytest.mark.parametrize("name", ["..", "a/../../b", "/a", "\\a", "a\\..\\b", "c:a", "", "a\0b"])
-def test_inside_refuses(tmp_path, name):
+def test_inside_refuses(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match="leaves the package"):
         resolve_below(tmp_path, name)
 
 
-def test_inside_accepts(tmp_path):
+def test_inside_accepts(tmp_path: Path) -> None:
     assert (
         resolve_below(tmp_path, "com.apple.CoreML/./model.mlmodel")
         == tmp_path / "com.apple.CoreML" / "model.mlmodel"

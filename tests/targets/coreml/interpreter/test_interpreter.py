@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import coremltools as ct
 import numpy as np
@@ -13,25 +15,33 @@ import torch
 from coremltools.converters.mil.converter import mil_convert
 from coremltools.converters.mil.frontend.milproto.load import load as milproto_load
 from coremltools.converters.mil.mil import Builder as mb
-from coremltools.converters.mil.mil import Function, Program, get_new_symbol, types
+from coremltools.converters.mil.mil import Function, Program, Var, get_new_symbol, types
+from torch import Tensor
 
 from anequant.errors import InputError, UnsupportedError
 from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.interpreter.operators import OPERATORS
 
+Array = np.ndarray[Any, Any]
+Palette = tuple[Array, Array]
+"""Codes and their codebook."""
+
+Run = Callable[[Array, dict[str, Array], str], Array]
+"""Run a function with a hidden state and further inputs."""
+
 TYPES = {"float16": types.fp16, "float32": types.fp32, "int32": types.int32, "bool": types.bool}
 CODES = {n: getattr(types, f"np_uint{n}_dtype") for n in (1, 2, 3, 4, 6)} | {8: np.dtype(np.uint8)}
 
 
-def generator(seed=0):
+def generator(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def half(*shape, seed=0, scale=1.0):
+def half(*shape: int, seed: int = 0, scale: float = 1.0) -> Array:
     return (generator(seed).standard_normal(shape) * scale).astype(np.float16)
 
 
-def function(body, **inputs):
+def function(body: Callable[..., Any], **inputs: Any) -> Function:
     """`inputs` are arrays (for their shapes and types), or ready placeholders."""
     given = {
         name: mb.placeholder(value.shape, dtype=TYPES[value.dtype.name])
@@ -46,7 +56,7 @@ def function(body, **inputs):
     return result
 
 
-def save(path, input_types=None, **functions):
+def save(path: Path, input_types: list[ct.TensorType] | None = None, **functions: Function) -> Path:
     program = Program()
     for name, body in functions.items():
         program.add_function(name, body)
@@ -68,11 +78,11 @@ def save(path, input_types=None, **functions):
     return path
 
 
-def outputs(path, inputs, **keywords):
-    return [value.numpy() for value in Package.open(path).run(inputs, **keywords).values()]
+def outputs(path: Path, inputs: Mapping[str, Array]) -> list[Array]:
+    return [value.numpy() for value in Package.open(path).run(inputs).values()]
 
 
-def assert_rounded(got, exact, ulps=1.0):
+def assert_rounded(got: Array, exact: Array, ulps: float = 1.0) -> None:
     """fp16 `got` is `exact` up to the rounding of one operation; other types are equal."""
     exact = np.asarray(exact)
     assert got.shape == exact.shape
@@ -84,22 +94,34 @@ def assert_rounded(got, exact, ulps=1.0):
 
 
 A, B = half(2, 3, 4, seed=1), half(2, 3, 4, seed=2)
-POSITIVE, M, N = np.abs(A) + np.float16(0.25), *generator(3).integers(-9, 9, (2, 2, 5)).astype(np.int32)
+POSITIVE = np.abs(A) + np.float16(0.25)
+M, N = generator(3).integers(-9, 9, (2, 2, 5)).astype(np.int32)
 TRUE_FALSE, FALSE_TRUE = np.array([True, False, True]), np.array([False, False, True])
 T1, T2 = np.array([1], np.int32), np.array([2], np.int32)
-MASKS = {"begin_mask": [True, False, False], "end_mask": [False, False, True]}
-SLICE = {"begin": [0, -2, 1], "end": [1, 3, 0], "stride": [1, 1, 2], **MASKS}
+MASKS: dict[str, Any] = {"begin_mask": [True, False, False], "end_mask": [False, False, True]}
+SLICE: dict[str, Any] = {"begin": [0, -2, 1], "end": [1, 3, 0], "stride": [1, 1, 2], **MASKS}
 BACKWARDS = {"begin": [0, 2, 0], "end": [2, 0, 4], "stride": [1, -1, 1]}
 SQUEEZE = {"begin": [1, 0, 1], "end": [0, 3, 3], "squeeze_mask": [True, False, False]}
 
 
-def numpy_silu(x):
-    return x / (1 + np.exp(-x))
+def numpy_silu(x: Array) -> Array:
+    y: Array = x / (1 + np.exp(-x))
+    return y
 
 
-def numpy_conv(x, weight, bias=None, strides=(1, 1), pad=(0, 0, 0, 0), dilations=(1, 1), groups=1, **_):
-    x = np.pad(x, ((0, 0), (0, 0), pad[:2], pad[2:]))
-    n, rows, columns = x.shape[0], *x.shape[2:]
+def numpy_conv(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    strides: Sequence[int] = (1, 1),
+    pad: Sequence[int] = (0, 0, 0, 0),
+    dilations: Sequence[int] = (1, 1),
+    groups: int = 1,
+    pad_type: str = "valid",
+) -> Array:
+    assert pad_type == "custom" or not any(pad)
+    x = np.pad(x, ((0, 0), (0, 0), (pad[0], pad[1]), (pad[2], pad[3])))
+    n, _, rows, columns = x.shape
     o, i, kh, kw = weight.shape
     height = (rows - dilations[0] * (kh - 1) - 1) // strides[0] + 1
     width = (columns - dilations[1] * (kw - 1) - 1) // strides[1] + 1
@@ -116,14 +138,14 @@ def numpy_conv(x, weight, bias=None, strides=(1, 1), pad=(0, 0, 0, 0), dilations
 
 
 X, W, BIAS = half(2, 4, 5, 6, seed=4), half(6, 4, 1, 1, seed=5), half(6, seed=6)
-CONVS = [
+CONVS: list[dict[str, Any]] = [
     {"weight": W, "bias": BIAS},
     {"weight": W, "strides": [2, 1]},
     {"weight": half(6, 4, 3, 2), "pad_type": "custom", "pad": [1, 0, 2, 1], "strides": [1, 2]},
     {"weight": half(6, 2, 2, 2), "bias": BIAS, "groups": 2, "dilations": [2, 3]},
     {"weight": half(4, 1, 1, 1), "groups": 4},
 ]
-CASES = [
+CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *[(name, {"x": A, "y": B}, {}) for name in ("add", "sub", "mul", "maximum", "minimum", "real_div")],
     *[(name, {"x": M, "y": N}, {}) for name in ("add", "sub", "mul", "maximum", "minimum")],
     *[(name, {"x": M, "y": np.abs(N) + T1}, {}) for name in ("floor_div", "mod")],
@@ -183,7 +205,7 @@ CASES = [
     ("slice_by_index", {"x": A}, SQUEEZE),
     ("slice_update", {"x": A, "update": B[:1, :2, :2]}, SLICE),
 ]
-OWN_REFERENCE = [
+OWN_REFERENCE: list[tuple[str, dict[str, Any], dict[str, Any], Callable[..., Array]]] = [
     ("silu", {"x": A}, {}, numpy_silu),
     ("gather", {"x": A, "indices": np.array([-1, 0], np.int32)}, {}, lambda x, indices: x[[1, 0]]),
     *[("conv", {"x": X}, keywords, numpy_conv) for keywords in CONVS],
@@ -199,7 +221,7 @@ OWN_REFERENCE = [
 ]
 
 
-def widened(value):
+def widened(value: Any) -> Any:
     """Every fp16 array in a value, a list or a dictionary as float32."""
     if isinstance(value, dict):
         return {name: widened(item) for name, item in value.items()}
@@ -209,19 +231,19 @@ def widened(value):
     return value.astype(np.float32) if is_half else value
 
 
-def cast(value, dtype):
+def cast(value: Var, dtype: str) -> Var:
     """Functions neither take nor give bool."""
     return mb.cast(x=value, dtype=dtype)
 
 
-def run_operation(tmp_path, kind, arrays, keywords):
-    flat = {}
+def run_operation(tmp_path: Path, kind: str, arrays: dict[str, Any], keywords: dict[str, Any]) -> list[Array]:
+    flat: dict[str, Array] = {}
     for name, value in arrays.items():
         flat |= (
             {f"{name}{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
         )
 
-    def body(**given):
+    def body(**given: Var) -> list[Var]:
         given.pop("unused", None)
         given = {
             name: cast(value, "bool") if flat[name].dtype == bool else value for name, value in given.items()
@@ -239,7 +261,7 @@ def run_operation(tmp_path, kind, arrays, keywords):
     return outputs(save(tmp_path / "p.mlpackage", main=function(body, **given)), given)
 
 
-def builder_values(kind, arrays, keywords):
+def builder_values(kind: str, arrays: dict[str, Any], keywords: dict[str, Any]) -> list[Array]:
     """The builder's own constant folding of the operation, in float32."""
     with Function({"unused": mb.placeholder((1,))}, opset_version=ct.target.iOS18) as scope:
         result = getattr(mb, kind)(**widened(arrays), **widened(keywords))
@@ -248,27 +270,35 @@ def builder_values(kind, arrays, keywords):
 
 
 @pytest.mark.parametrize(("kind", "arrays", "keywords"), CASES)
-def test_operation_equals_the_builders_value(tmp_path, kind, arrays, keywords):
+def test_operation_equals_the_builders_value(
+    tmp_path: Path, kind: str, arrays: dict[str, Any], keywords: dict[str, Any]
+) -> None:
     got = run_operation(tmp_path, kind, arrays, keywords)
     for result, expected in zip(got, builder_values(kind, arrays, keywords), strict=True):
         assert_rounded(result, expected)
 
 
 @pytest.mark.parametrize(("kind", "arrays", "keywords", "reference"), OWN_REFERENCE)
-def test_operation_equals_numpy(tmp_path, kind, arrays, keywords, reference):
+def test_operation_equals_numpy(
+    tmp_path: Path,
+    kind: str,
+    arrays: dict[str, Any],
+    keywords: dict[str, Any],
+    reference: Callable[..., Array],
+) -> None:
     got = run_operation(tmp_path, kind, arrays, keywords)[0]
     exact = reference(**widened(arrays), **widened(keywords))
     assert_rounded(got, exact)
 
 
-def test_every_operation_is_exercised():
+def test_every_operation_is_exercised() -> None:
     """Those of integers in test_online_packages.py, those of constants below."""
     exercised = {case[0] for case in CASES} | {case[0] for case in OWN_REFERENCE}
     elsewhere = {"quantize", "dequantize", "constexpr_lut_to_dense", "constexpr_blockwise_shift_scale"}
     assert set(OPERATORS) - exercised == elsewhere
 
 
-def test_every_value_is_rounded_to_fp16(tmp_path):
+def test_every_value_is_rounded_to_fp16(tmp_path: Path) -> None:
     path = save(
         tmp_path / "p.mlpackage", main=function(lambda x, y: mb.mul(x=mb.add(x=x, y=y), y=y), x=A, y=B)
     )
@@ -277,19 +307,21 @@ def test_every_value_is_rounded_to_fp16(tmp_path):
     assert np.isinf(outputs(path, {"x": big, "y": big})[0]).all()
 
 
-def palettized(codes, codebook, bits, name, **keywords):
+def palettized(codes: Array, codebook: Array, bits: int, name: str, **keywords: int) -> Var:
     indices = mb.const(val=codes.astype(CODES[bits]), name=f"{name}_codes")
     lut = mb.const(val=codebook, name=f"{name}_codebook")
     indices.op.weight_id, lut.op.weight_id = f"{name}_codes", f"{name}_codebook"
     return mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=name, **keywords)
 
 
-def random_palette(shape, bits, groups=None, width=1, seed=0):
+def random_palette(
+    shape: tuple[int, ...], bits: int, groups: tuple[int, ...] | None = None, width: int = 1, seed: int = 0
+) -> Palette:
     codes = generator(seed).integers(0, 2**bits, shape).astype(np.uint8)
     return codes, half(*(groups or [1] * len(shape)), 2**bits, width, seed=seed + 1)
 
 
-def materialized(path, name):
+def materialized(path: Path, name: str) -> tuple[Any, Array]:
     """A palettized constant as coremltools' own reader sees it."""
     model = ct.models.MLModel(str(path), skip_model_load=True)
     program = milproto_load(model.get_spec(), model.get_spec().specificationVersion, model.weights_dir)
@@ -298,7 +330,7 @@ def materialized(path, name):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
-def test_palettized_conv(tmp_path, bits):
+def test_palettized_conv(tmp_path: Path, bits: int) -> None:
     codes, codebook = random_palette((6, 8, 1, 1), bits)
     x = half(1, 8, 1, 5, seed=9)
     path = save(
@@ -308,7 +340,8 @@ def test_palettized_conv(tmp_path, bits):
     package = Package.open(path)
     ((_, name, weight),) = package.read_compressed_weights()
     operation, dense = materialized(path, "w")
-    assert name == "w" and weight.codes.dtype == np.uint8 and weight.codebook.dtype == np.float16
+    assert name == "w" and weight.codes.dtype == np.uint8
+    assert weight.codebook is not None and weight.codebook.dtype == np.float16
     np.testing.assert_array_equal(weight.codes, codes)
     np.testing.assert_array_equal(weight.codes, operation.indices.val.astype(np.uint8))
     np.testing.assert_array_equal(weight.codebook, codebook)
@@ -327,12 +360,14 @@ def test_palettized_conv(tmp_path, bits):
         ((1, 1), 4, 1),
     ],
 )
-def test_codebook_groups_and_vectors(tmp_path, groups, width, axis):
+def test_codebook_groups_and_vectors(
+    tmp_path: Path, groups: tuple[int, ...], width: int, axis: int | None
+) -> None:
     codes, codebook = random_palette((8, 6), 2, groups, width)
     x = half(3, 6 * (width if axis == 1 else 1))
     keywords = {} if axis is None else {"vector_axis": axis}
 
-    def body(x):
+    def body(x: Var) -> tuple[Var, ...]:
         weight = palettized(codes, codebook, 2, "w", **keywords)
         return (
             mb.linear(x=x, weight=weight),
@@ -348,7 +383,7 @@ def test_codebook_groups_and_vectors(tmp_path, groups, width, axis):
     assert_rounded(product, x.astype(float) @ dense.T.astype(float), ulps=4)
 
 
-def test_scaled_constants_chain(tmp_path):
+def test_scaled_constants_chain(tmp_path: Path) -> None:
     """int8 codebooks scaled to fp16, and int4 blocks with offsets."""
     codes, _ = random_palette((4, 16), 4)
     entries = generator(5).integers(-128, 128, (1, 1, 16, 1)).astype(np.int8)
@@ -358,7 +393,7 @@ def test_scaled_constants_chain(tmp_path):
     scales = half(2, 4)
     x = half(3, 16)
 
-    def body(x):
+    def body(x: Var) -> tuple[Var, ...]:
         lut = mb.constexpr_blockwise_shift_scale(data=entries, scale=scale)
         indices = mb.const(val=codes.astype(CODES[4]))
         blocks = mb.constexpr_blockwise_shift_scale(data=data, scale=scales, offset=offset)
@@ -373,12 +408,12 @@ def test_scaled_constants_chain(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
-def test_embedding_with_enumerated_shapes(tmp_path, bits):
+def test_embedding_with_enumerated_shapes(tmp_path: Path, bits: int | None) -> None:
     codes, codebook = random_palette((50, 8), bits or 4)
     table = half(50, 8) if bits is None else codebook.reshape(-1)[codes]
     symbol = get_new_symbol()
 
-    def body(input_ids):
+    def body(input_ids: Var) -> Var:
         x = table if bits is None else palettized(codes, codebook, bits, "w")
         return mb.gather(x=x, indices=input_ids, axis=0, validate_indices=False)
 
@@ -402,7 +437,7 @@ def test_embedding_with_enumerated_shapes(tmp_path, bits):
 HEADS, KV_HEADS, SIZE, WIDTH, CONTEXT, BATCH, LAYERS = 4, 2, 8, 32, 16, 4, 2
 
 
-def attention_weights():
+def attention_weights() -> dict[str, Palette]:
     rows = {"q": HEADS * SIZE, "k": KV_HEADS * SIZE, "v": KV_HEADS * SIZE, "o": WIDTH}
     return {
         f"{name}{layer}": random_palette((size, WIDTH, 1, 1), 4, seed=10 * layer + i)
@@ -411,18 +446,18 @@ def attention_weights():
     }
 
 
-def attention(tokens, weights, layers):
+def attention(tokens: int, weights: Mapping[str, Palette], layers: Iterable[int]) -> Function:
     """A pre-norm attention stack over a KV cache, `tokens` at a time, as (1, WIDTH, 1, tokens)."""
 
-    def project(x, name):
+    def project(x: Var, name: str) -> Var:
         codes, codebook = weights[name]
         y = mb.conv(x=x, weight=palettized(codes, (codebook / 8).astype(np.float16), 4, name))
         return mb.mul(x=y, y=np.float16(0.5))
 
-    def heads(x, count):
+    def heads(x: Var, count: int) -> Var:
         return mb.transpose(x=mb.reshape(x=x, shape=[1, count, SIZE, tokens]), perm=[0, 1, 3, 2])
 
-    def body(hidden, mask, position, kv_cache):
+    def body(hidden: Var, mask: Var, position: Var, kv_cache: Var) -> Var:
         end = mb.add(x=position, y=np.array([tokens], np.int32))
         x = hidden
         for layer in layers:
@@ -462,12 +497,12 @@ def attention(tokens, weights, layers):
     )
 
 
-def reference_attention(x, weights):
+def reference_attention(x: Array, weights: Mapping[str, Palette]) -> Array:
     """The same stack in float64, the whole sequence at once, without a cache; x is (WIDTH, tokens)."""
     tokens = x.shape[1]
     causal = np.where(np.tril(np.ones((tokens, tokens), bool)), 0, -np.inf)
 
-    def project(x, name):
+    def project(x: Array, name: str) -> Array:
         codes, codebook = weights[name]
         return 0.5 * (codebook / 8).astype(np.float16).astype(float).reshape(-1)[codes[:, :, 0, 0]] @ x
 
@@ -482,22 +517,22 @@ def reference_attention(x, weights):
     return x
 
 
-def decode(run, hidden):
+def decode(run: Run, hidden: Array) -> Array:
     """Two prefills of BATCH tokens, then one token at a time."""
     results, position = [], 0
     for count, name in ((BATCH, "prefill"), (BATCH, "prefill"), *[(1, "infer")] * 3):
         rows = position + np.arange(count)[:, None]
         mask = np.where(np.arange(CONTEXT) <= rows, 0, -1e4).astype(np.float16)[None, None]
-        inputs = {"mask": mask, "position": np.array([position], np.int32)}
+        inputs: dict[str, Array] = {"mask": mask, "position": np.array([position], np.int32)}
         results.append(run(hidden[..., position : position + count], inputs, name))
         position += count
     return np.concatenate(results, -1)
 
 
-def test_attention_with_a_state_shared_by_functions_and_packages(tmp_path):
+def test_attention_with_a_state_shared_by_functions_and_packages(tmp_path: Path) -> None:
     weights = attention_weights()
 
-    def package(name, layers):
+    def package(name: str, layers: Iterable[int]) -> Package:
         functions = {"infer": attention(1, weights, layers), "prefill": attention(BATCH, weights, layers)}
         return Package.open(save(tmp_path / f"{name}.mlpackage", **functions))
 
@@ -509,7 +544,13 @@ def test_attention_with_a_state_shared_by_functions_and_packages(tmp_path):
     for packages in ([whole], chunks):
         state = packages[0].new_state()
 
-        def run(x, inputs, name, packages=packages, state=state):
+        def run(
+            x: Array,
+            inputs: dict[str, Array],
+            name: str,
+            packages: list[Package] = packages,
+            state: dict[str, Tensor] = state,
+        ) -> Array:
             for part in packages:
                 x = part.run({"hidden": x, **inputs}, state, function=name)["y0"].numpy()
             return x[0, :, 0]
@@ -526,11 +567,11 @@ def test_attention_with_a_state_shared_by_functions_and_packages(tmp_path):
     assert len(places) == 2 * len(set(places)) == 2 * len(weights)
 
 
-def test_updates_in_place_never_show(tmp_path):
+def test_updates_in_place_never_show(tmp_path: Path) -> None:
     """Old contents of a state, of a constant and of an input survive a slice_update that has users left."""
     ones = np.ones((4, 8), np.float16)
 
-    def body(x, s):
+    def body(x: Var, s: Var) -> tuple[Var, ...]:
         old = mb.read_state(input=s)
         row = mb.slice_by_size(x=old, begin=[1, 0], size=[1, 8])
         new = mb.slice_update(x=old, update=x, begin=[1, 0], end=[2, 8])
@@ -558,8 +599,8 @@ def test_updates_in_place_never_show(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def stateful(tmp_path_factory):
-    def body(x, s):
+def stateful(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def body(x: Var, s: Var) -> Var:
         return mb.add(x=x, y=mb.coreml_update_state(state=s, value=x))
 
     state = mb.state_tensor_placeholder((2, 8), dtype=types.fp16)
@@ -579,13 +620,13 @@ GOOD = torch.ones(2, 8, dtype=torch.float16)
         ({"x": GOOD.float()}, "input 'x' is torch.float32"),
     ],
 )
-def test_bad_inputs(stateful, inputs, message):
+def test_bad_inputs(stateful: Path, inputs: dict[str, Tensor], message: str) -> None:
     package = Package.open(stateful)
     with pytest.raises(InputError, match=message):
         package.run(inputs, package.new_state())
 
 
-def test_bad_states_and_functions(stateful):
+def test_bad_states_and_functions(stateful: Path) -> None:
     package = Package.open(stateful)
     for state, message in (
         (None, "missing state 's'"),
@@ -598,8 +639,8 @@ def test_bad_states_and_functions(stateful):
         package.run({"x": GOOD}, package.new_state(), "mian")
 
 
-def test_what_cannot_be_run_is_refused_at_opening(tmp_path):
-    def body(x):
+def test_what_cannot_be_run_is_refused_at_opening(tmp_path: Path) -> None:
+    def body(x: Var) -> Var:
         a = mb.erf(x=x, name="first")
         b = mb.cumsum(x=a, axis=0, name="second")
         kernel = half(4, 4, 2, 2)
@@ -623,15 +664,17 @@ def test_what_cannot_be_run_is_refused_at_opening(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "x", "keywords"), [("real_div", M, {"y": M}), ("slice_by_index", A, BACKWARDS)]
 )
-def test_what_cannot_be_run_is_refused_when_running(tmp_path, kind, x, keywords):
+def test_what_cannot_be_run_is_refused_when_running(
+    tmp_path: Path, kind: str, x: Array, keywords: dict[str, Any]
+) -> None:
     path = save(tmp_path / "p.mlpackage", main=function(lambda x: getattr(mb, kind)(x=x, **keywords), x=x))
-    with pytest.raises(UnsupportedError, match=kind.split("_")[0]):
+    with pytest.raises(UnsupportedError, match=kind.split("_", maxsplit=1)[0]):
         Package.open(path).run({"x": x})
 
 
 @pytest.mark.parametrize("begin", [15, 17])
-def test_a_write_past_the_end_is_an_error(tmp_path, begin):
-    def body(x, at):
+def test_a_write_past_the_end_is_an_error(tmp_path: Path, begin: int) -> None:
+    def body(x: Var, at: Var) -> Var:
         return mb.slice_update(x=np.zeros(16, np.float16), update=x, begin=at, end=mb.add(x=at, y=T2))
 
     path = save(tmp_path / "p.mlpackage", main=function(body, x=half(2), at=T1))
@@ -640,7 +683,7 @@ def test_a_write_past_the_end_is_an_error(tmp_path, begin):
 
 
 @pytest.mark.parametrize("name", ["../model.mlmodel", "/etc/passwd", "a\\b", "c:/model", "", "a/../../b", 3])
-def test_a_manifest_cannot_leave_the_package(stateful, tmp_path, name):
+def test_a_manifest_cannot_leave_the_package(stateful: Path, tmp_path: Path, name: object) -> None:
     manifest = json.loads((stateful / "Manifest.json").read_text())
     manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = name
     (tmp_path / "Manifest.json").write_text(json.dumps(manifest))
@@ -648,7 +691,7 @@ def test_a_manifest_cannot_leave_the_package(stateful, tmp_path, name):
         Package.open(tmp_path)
 
 
-def test_damaged_packages(tmp_path):
+def test_damaged_packages(tmp_path: Path) -> None:
     codes, codebook = random_palette((64, 64, 1, 1), 8)
     body = function(lambda x: mb.conv(x=x, weight=palettized(codes, codebook, 8, "w")), x=half(1, 64, 1, 1))
     path = save(tmp_path / "p.mlpackage", main=body)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from conftest import Quantized
+from running import invoke
 from torch import nn
 
 from anequant.checkpoints.source import Source
-from anequant.cli import main
 from anequant.errors import InputError, UsageError, VerificationError
 from anequant.pipeline.convert import convert
 from anequant.pipeline.lower import lower
@@ -435,7 +435,7 @@ def test_axes_depend_on_the_chip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_what_lower_writes_is_clean(
     make_model: Callable[..., Path],
-    quantize_model: Callable[..., Any],
+    quantize_model: Callable[..., Quantized],
     tmp_path: Path,
     model_type: str,
     options: dict[str, Any],
@@ -463,7 +463,8 @@ class Scaled(nn.Module):
         self.output_scale = nn.Parameter(torch.rand(1, 128, 1, 1, generator=generator) + 0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(x * self.input_scale) * self.output_scale
+        y: torch.Tensor = self.conv(x * self.input_scale)
+        return y * self.output_scale
 
 
 @pytest.mark.parametrize(
@@ -522,16 +523,16 @@ def test_convert_ends_with_lint_and_writes_nothing_on_errors(
 
 def test_the_command_exits_with_6_on_errors(tmp_path: Path) -> None:
     bad = package(tmp_path, BREACHES["D1"][1])
-    result = CliRunner().invoke(main, ["lint", str(bad)])
+    result = invoke("lint", bad)
     assert result.exit_code == 6 and "error" in result.stdout and "D1" in result.stdout
-    result = CliRunner().invoke(main, ["lint", str(bad), "--json"])
+    result = invoke("lint", bad, "--json")
     assert json.loads(result.stdout)["findings"][0]["rule"] == "D1"
     with pytest.raises(VerificationError, match="rule D1"):
         require_clean(lint(bad))
 
 
 def test_the_command_on_a_clean_package(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["lint", str(package(tmp_path, lambda v: conv(v["x"])))])
+    result = invoke("lint", package(tmp_path, lambda v: conv(v["x"])))
     assert (result.exit_code, result.stdout) == (0, "lint  nothing found\n")
 
 

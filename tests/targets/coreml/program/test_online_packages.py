@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Quantized
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
 from coremltools.models import MLModel
 
@@ -276,7 +277,7 @@ def test_a_free_codebook_is_not_made_of_integers() -> None:
 
 
 def lowered(
-    quantize_model: Callable[..., Any], model: Path, folder: Path, **recipe: Any
+    quantize_model: Callable[..., Quantized], model: Path, folder: Path, **recipe: Any
 ) -> tuple[Path, Path, Counter[str]]:
     """Checkpoint, packages, and how many of each operation coremltools reads in the chunk."""
     checkpoint = quantize_model(model, "w4-nearest", **recipe).folder
@@ -353,7 +354,7 @@ def models(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("case", CASES)
 def test_packages_do_what_the_checkpoint_does(
-    models: dict[str, Path], quantize_model: Callable[..., Any], tmp_path: Path, case: str
+    models: dict[str, Path], quantize_model: Callable[..., Quantized], tmp_path: Path, case: str
 ) -> None:
     kind, recipe, expected = CASES[case]
     checkpoint, packages, counts = lowered(quantize_model, models[kind], tmp_path, **recipe)
@@ -369,7 +370,7 @@ def test_packages_do_what_the_checkpoint_does(
 
 
 def test_the_bundled_model_with_everything(
-    tiny_qwen2: Path, quantize_model: Callable[..., Any], tmp_path: Path
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized], tmp_path: Path
 ) -> None:
     checkpoint, packages, counts = lowered(
         quantize_model, tiny_qwen2, tmp_path, **STATIC, r3="hadamard", r4="block-hadamard", smooth=0.3
@@ -384,7 +385,9 @@ def test_the_bundled_model_with_everything(
 
 @pytest.fixture(scope="module")
 def rounded(
-    models: dict[str, Path], quantize_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+    models: dict[str, Path],
+    quantize_model: Callable[..., Quantized],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Path]:
     recipe = {**STATIC, "r3": "hadamard", "r4": "block-hadamard", "r4_block": 32}
     return lowered(quantize_model, models["qwen3"], tmp_path_factory.mktemp("rounded"), **recipe)[:2]
@@ -465,7 +468,9 @@ def test_logits_further_apart_than_rounding_takes_them_are_refused() -> None:
 # --- headroom ---------------------------------------------------------------------------------------------
 
 
-def test_ranges_see_both_sides_of_r4(models: dict[str, Path], quantize_model: Callable[..., Any]) -> None:
+def test_ranges_see_both_sides_of_r4(
+    models: dict[str, Path], quantize_model: Callable[..., Quantized]
+) -> None:
     recipe = {**STATIC, "r4": "block-hadamard", "r4_block": 32, "activation_range": "percentile"}
     checkpoint = open_quantized(quantize_model(models["llama"], "w4-nearest", **recipe).folder)
     online, tokens = checkpoint.online, torch.arange(32)[None] % 97
@@ -513,7 +518,7 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 
 @pytest.mark.parametrize("case", GROUPS)
 def test_scales_of_groups_are_inside_the_weight_and_leave_the_engine(
-    models: dict[str, Path], quantize_model: Callable[..., Any], tmp_path: Path, case: str
+    models: dict[str, Path], quantize_model: Callable[..., Quantized], tmp_path: Path, case: str
 ) -> None:
     recipe, expected = GROUPS[case]
     checkpoint, packages, counts = lowered(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Quantized
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -46,11 +47,12 @@ class Projection(nn.Module):
         self.output_scale = quantized.output_scale.reshape(1, rows, 1, 1)
         self.conv = nn.Conv2d(columns, rows, 1, bias=quantized.bias is not None)
         self.conv.weight.data = quantized.codebook[quantized.codes.int()].reshape(rows, columns, 1, 1)
-        if quantized.bias is not None:
+        if self.conv.bias is not None and quantized.bias is not None:
             self.conv.bias.data = quantized.bias / quantized.output_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x * self.input_scale) * self.output_scale
+        y: Tensor = self.conv(x * self.input_scale)
+        return y * self.output_scale
 
 
 class Norm(nn.Module):
@@ -98,7 +100,8 @@ class Layer(nn.Module):
         keys, values = self.repeated(cache[row : row + 1]), self.repeated(cache[value_row : value_row + 1])
         scores = query @ keys.transpose(-1, -2) * self.spec.head_dim**-0.5
         attended = torch.softmax(scores + mask, dim=-1) @ values
-        return self.linears["o_proj"](attended.permute(0, 1, 3, 2).reshape(1, -1, 1, length))
+        y: Tensor = self.linears["o_proj"](attended.permute(0, 1, 3, 2).reshape(1, -1, 1, length))
+        return y
 
     def forward(self, hidden: Tensor, positions: Tensor, mask: Tensor, start: Tensor) -> Tensor:
         x = hidden.permute(0, 2, 1).unsqueeze(2)
@@ -106,8 +109,8 @@ class Layer(nn.Module):
         x = x + self.attend(attention_norm(x), positions, mask, start)
         normed = mlp_norm(x)
         gate = functional.silu(self.linears["gate_proj"](normed))
-        x = x + self.linears["down_proj"](gate * self.linears["up_proj"](normed))
-        return x.squeeze(2).permute(0, 2, 1)
+        down: Tensor = self.linears["down_proj"](gate * self.linears["up_proj"](normed))
+        return (x + down).squeeze(2).permute(0, 2, 1)
 
 
 class Nested(nn.Module):
@@ -116,7 +119,8 @@ class Nested(nn.Module):
         self.model = model
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(*inputs)
+        y: Tensor = self.model(*inputs)
+        return y
 
 
 def convert(layer: Layer, path: Path) -> None:
@@ -168,7 +172,7 @@ class Pair:
 def pair(
     request: pytest.FixtureRequest,
     make_model: Callable[..., Path],
-    quantize_model: Callable[..., Any],
+    quantize_model: Callable[..., Quantized],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Pair:
     """Gains of a layer not yet folded, so that both have something to multiply by."""
@@ -278,12 +282,14 @@ def check_differences(mine: Any, theirs: Any, explained: Mapping[Any, tuple[Any,
 
 def test_every_difference_in_operations_is_explained(pair: Pair) -> None:
     more = SINGLE_POSITION["operations"] if pair.function == "infer" else {}
-    check_differences(*map(count, pair.graphs), OPERATIONS | more)
+    ours, traced = pair.graphs
+    check_differences(count(ours), count(traced), OPERATIONS | more)
 
 
 def test_every_difference_in_attributes_is_explained(pair: Pair) -> None:
     more = SINGLE_POSITION["attributes"] if pair.function == "infer" else {}
-    check_differences(*map(attributes, pair.graphs), ATTRIBUTES | more)
+    ours, traced = pair.graphs
+    check_differences(attributes(ours), attributes(traced), ATTRIBUTES | more)
 
 
 def test_operations_have_the_same_sizes(pair: Pair) -> None:
@@ -295,11 +301,11 @@ def test_operations_have_the_same_sizes(pair: Pair) -> None:
             for graph in (ours, traced)
         )
         assert mine == theirs != []
-    mine, theirs = (
+    convolutions, traced_ones = (
         [(graph.shape(node, "x"), graph.shape(node, "weight")) for node in graph.of_kind("conv")]
         for graph in (ours, traced)
     )
-    assert mine == theirs
+    assert convolutions == traced_ones
 
 
 def test_interfaces_are_the_same(pair: Pair) -> None:

@@ -13,16 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from conftest import FEW_TOKENS, REPOSITORY, Quantized
 from hypothesis import given
 from hypothesis import strategies as st
+from running import succeed
 from scipy import stats
 from torch import Tensor
 
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
-from anequant.cli import main
 from anequant.errors import InputError, UsageError
 from anequant.inspection.measure_projections import (
     ModelMeasurement,
@@ -30,6 +29,7 @@ from anequant.inspection.measure_projections import (
     measure_projections,
     measure_token_outliers,
 )
+from anequant.jobs.control import Unit
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.rotate import rotate
 from anequant.quantization.nearest import quantize_linear
@@ -189,8 +189,7 @@ def test_the_command_writes_both_files_and_verify_accepts_them(
     monkeypatch.setattr("anequant.pipeline.converting.SAMPLE_LENGTH", 64)
     copy = tmp_path / "out"
     quantize(Request(Source(BUNDLED_MODEL, "tiny-qwen2"), load_recipe("w4-nearest"), Calibration()), copy)
-    result = CliRunner().invoke(main, ["report", str(copy), "--json"])
-    assert result.exit_code == 0, result.output
+    result = succeed("report", copy, "--json")
     values = json.loads(result.stdout)
     data = json.loads((copy / "report.json").read_text())
     assert values == {
@@ -301,15 +300,15 @@ def test_sixteen_bits_are_reported_as_kept(source: Path, tmp_path: Path) -> None
 def test_a_stopwatch_adds_up_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("anequant.report.page.run.time.monotonic", lambda: now)
-    watch, told = Stopwatch(), []
-    listen = watch.listen(lambda what, done: told.append((what, done)))
-    for what, passed in (("quantize: a", 1.0), ("quantize: b", 2.0), ("lower: c", 4.0), ("quantize: d", 8.0)):
-        listen(what, 0.5)
-        now += passed
+    watch = Stopwatch()
+    for name, stage, seconds in (("a", "quantize", 1.0), ("b", "quantize", 2.0), ("c", "lower", 4.0)):
+        watch.add(Unit(name, stage, (), seconds, 0, 0.5, replayed=False))
+        now += seconds
+    watch.add(Unit("d", "quantize", (), 8.0, 0, 1.0, replayed=False))
+    now += 8.0
     result = watch.result()
     assert result["steps"] == [{"step": "quantize", "seconds": 11.0}, {"step": "lower", "seconds": 4.0}]
     assert result["seconds"] == 15 and result["peak_memory_bytes"] > 20e6
-    assert told[0] == ("quantize: a", 0.5) and len(told) == 4
 
 
 @given(st.floats(0, 1))

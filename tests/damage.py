@@ -1,19 +1,24 @@
-"""Damaging files byte by byte, and what must hold when a command is given them."""
+"""A tiny sound model to damage byte by byte, and what must hold when a command is given it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import resource
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner
+import pytest
+from running import invoke, succeed
 
-from anequant.cli import main
+from anequant.reference.windows import load_tokenizer
 
 SECONDS, MEGABYTES = 1.0, 300
+Damage = Callable[[Path], object]
+"""Changes the file or the folder of that path."""
 
 
 def parts(shard: Path) -> tuple[dict[str, Any], bytes]:
@@ -64,10 +69,10 @@ def assert_refused(place: Path, arguments: list[Any], code: int, *words: str, pl
     """
     before = fingerprint(place)
     memory, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    result = invoke(*arguments)
     seconds = time.process_time() - begun
     megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1e3
-    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    assert result.exit_code == code, result.stderr
     for word in words:
         assert word in result.stderr, result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) <= 4
@@ -77,5 +82,41 @@ def assert_refused(place: Path, arguments: list[Any], code: int, *words: str, pl
     if planned and arguments[0] in JOBS:
         at = next(place for place, word in enumerate(arguments) if word in NO_PLAN)
         words_of_plan = ["plan", *arguments[1:at], *arguments[at + 2 :]]
-        plan = CliRunner().invoke(main, [str(word) for word in words_of_plan])
+        plan = invoke(*words_of_plan)
         assert (plan.exit_code, plan.stderr) == (result.exit_code, result.stderr)
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> Path:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    return make_model(tmp_path_factory.mktemp("sound") / "model", "qwen2", False, **sizes)
+
+
+@pytest.fixture(scope="session")
+def warm(sound: Path, tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is imported and compiled once counts for no case of `assert_refused`."""
+    load_tokenizer(tiny_qwen2)
+    output = tmp_path_factory.mktemp("warm") / "out"
+    succeed("quantize", sound, "-o", output, "--recipe", "w4-nearest")
+
+
+@pytest.fixture
+def model(sound: Path, tmp_path: Path) -> Path:
+    """A copy of `sound`, in one file."""
+    return Path(shutil.copytree(sound, tmp_path / "place" / "model"))
+
+
+@pytest.fixture
+def in_two(model: Path) -> Path:
+    """A copy of `sound`, in two shards and an index."""
+    tensors, data = parts(model / "model.safetensors")
+    weight_map: dict[str, str] = {}
+    names = sorted(tensors)
+    for number, some in enumerate((names[::2], names[1::2])):
+        shard = f"model-{number + 1:05d}-of-00002.safetensors"
+        write(model / shard, {name: tensors[name] for name in some}, data)
+        weight_map |= dict.fromkeys(some, shard)
+    (model / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    return model
