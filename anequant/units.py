@@ -47,3 +47,32 @@ def format_estimate(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_time_left(seconds: float | None) -> str:
+    """Return "about 3 min left", no more precise than such an estimate is, or that it is being estimated."""
+    if seconds is None:
+        return "estimating"
+    if seconds < 60:
+        return f"about {max(5, 5 * round(seconds / 5))} s left"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"about {minutes} min left"
+    hours, minutes = divmod(5 * round(seconds / 300), 60)
+    return f"about {hours} h {minutes:02} min left"
+
+
+def format_short_duration(seconds: float) -> str:
+    """Return the time of a unit of work in few characters: 12.3 s, 0:02:03."""
+    return f"{seconds:.1f} s" if seconds < 100 else format_clock(seconds)
+
+
+def format_clock(seconds: float) -> str:
+    """Return hours, minutes and seconds: 0:02:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def format_memory(count: int) -> str:
+    """Return what a process holds, to the megabyte: 4567 MB, 12.3 GB."""
+    return f"{count / 1e6:.0f} MB" if count < 1e10 else f"{count / 1e9:.1f} GB"

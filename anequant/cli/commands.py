@@ -8,10 +8,9 @@ from anequant.cli.batch_command import batch
 from anequant.cli.compare_command import compare
 from anequant.cli.completion_command import completion
 from anequant.cli.inspect_commands import diff, doctor, inspect
-from anequant.cli.job_commands import convert, lower, quantize, rotate
+from anequant.cli.job_commands import convert, lower, plan, quantize, rotate
 from anequant.cli.model_commands import chat, evaluate, generate, profile
 from anequant.cli.output_commands import lint, push, report, verify
-from anequant.cli.plan_command import plan
 
 EPILOG = """\b
 Examples:

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from anequant.jobs.control import Expected, Unit
-from anequant.jobs.estimate import Estimate, told
+from anequant.jobs.estimate import Estimate
+from anequant.units import format_clock, format_memory, format_short_duration, format_time_left
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -88,7 +89,7 @@ class Lines:
             return
         self._estimate.reached(unit.share)
         if unit.name in self._planned or unit.seconds >= WORTH_A_LINE:
-            parts = [unit.name, *unit.told, _seconds(unit.seconds), _memory(unit.memory)]
+            parts = [unit.name, *unit.told, format_short_duration(unit.seconds), format_memory(unit.memory)]
             self._line(parts, None if self._each else self._every / UNITS_FOR_LINE)
 
     def _line(self, parts: list[str], wait: float | None) -> None:
@@ -97,8 +98,8 @@ class Lines:
         if wait is not None and now < max(self._first, self._last + wait):
             return
         self._last = now
-        whole = f"{self._estimate.share:.0%} after {_hours(now - self._begun)}"
-        left = [told(self._estimate.left())] if self._estimate.share < 1 else []
+        whole = f"{self._estimate.share:.0%} after {format_clock(now - self._begun)}"
+        left = [format_time_left(self._estimate.left())] if self._estimate.share < 1 else []
         self._say(f"{self._title}: {', '.join([*parts, whole, *left])}")
 
 
@@ -120,8 +121,8 @@ class Bar:
             """The time since the beginning and the estimate, of the moment."""
 
             def render(self, task: object) -> str:
-                left = told(estimate.left()) if estimate.share < 1 else ""
-                return f"{_hours(time.monotonic() - begun)} {left}"
+                left = format_time_left(estimate.left()) if estimate.share < 1 else ""
+                return f"{format_clock(time.monotonic() - begun)} {left}"
 
         self._console, self._printable, self._title, self._wait = console, printable, title, wait
         self._room = (
@@ -184,7 +185,7 @@ class Bar:
         from rich.text import Text
 
         width = min(self._console.width, WIDEST)
-        numbers = f"  {_seconds(unit.seconds):>7}  {_memory(unit.memory):>7}"
+        numbers = f"  {format_short_duration(unit.seconds):>7}  {format_memory(unit.memory):>7}"
         name = f"{self._printable(unit.name):<{self._names}}"
         room = width - len(name) - len(numbers) - 2
         parts = list(map(self._printable, unit.told))
@@ -212,16 +213,3 @@ def _fit(parts: Sequence[str], room: int) -> str:
     while first < len(parts) - 1 and len(": ".join(parts[first:])) > room:
         first += 1
     return ": ".join(parts[first:])
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 100 else _hours(seconds)
-
-
-def _hours(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def _memory(count: int) -> str:
-    return f"{count / 1e6:.0f} MB" if count < 1e10 else f"{count / 1e9:.1f} GB"

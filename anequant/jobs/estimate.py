@@ -94,16 +94,3 @@ class Estimate:
 
     def _kind(self) -> str:
         return next((kind for end, kind in self._ends if end > self._at), self._ends[-1][1])
-
-
-def told(seconds: float | None) -> str:
-    """ "about 3 min left", or that it is being estimated; no more precise than such an estimate is."""
-    if seconds is None:
-        return "estimating"
-    if seconds < 60:
-        return f"about {max(5, 5 * round(seconds / 5))} s left"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"about {minutes} min left"
-    hours, minutes = divmod(5 * round(seconds / 300), 60)
-    return f"about {hours} h {minutes:02} min left"

@@ -25,12 +25,13 @@ from anequant.cli import console, main
 from anequant.cli import options as cli_options
 from anequant.cli.live import Lines
 from anequant.jobs.control import Expected, Unit, measure_shares
-from anequant.jobs.estimate import Estimate, told
+from anequant.jobs.estimate import Estimate
 from anequant.pipeline import converting
 from anequant.pipeline.steps import checks
 from anequant.recipe_files import named_recipes
-from anequant.report.terminal import converted as converted_module
+from anequant.report.page import run as converted_module
 from anequant.targets.coreml import build as lower_package
+from anequant.units import format_time_left
 
 SIZES = ("--context", "32", "--batch", "8")
 NEAREST = ("--recipe", "w4-nearest")
@@ -118,7 +119,9 @@ def test_a_plan_that_is_wrong_between_kinds_is_corrected(clock: Clock) -> None:
     estimate = Estimate(clock)
     estimate.plan(units)
     work(estimate, clock, units, 0, truth[0])
-    assert told(estimate.left()) == "estimating", "half of the work is of a kind that was never seen"
+    assert format_time_left(estimate.left()) == "estimating", (
+        "half of the work is of a kind that was never seen"
+    )
     work(estimate, clock, units, 1, truth[1])
     assert estimate.left() == pytest.approx(3.0 * 19)
     for number in range(2, 21):
@@ -191,7 +194,7 @@ def test_work_without_a_plan_is_taken_for_even(clock: Clock) -> None:
     ],
 )
 def test_an_estimate_is_told_no_more_precisely_than_it_is(seconds: float | None, text: str) -> None:
-    assert told(seconds) == text
+    assert format_time_left(seconds) == text
 
 
 # Lines where there is no terminal
