@@ -97,6 +97,7 @@ def follow() -> str:
             return
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         given = [frame.f_locals.get(name) for name in names if name != "self"]
+        given += getattr(frame.f_locals.get("self"), "__dict__", {}).values()
         if any(isinstance(value, Checkpoint) for value in given):
             passed.setdefault(name_of(frame), None)
 
