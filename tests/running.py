@@ -56,9 +56,9 @@ def invoke(
     return Ran(result.exit_code, result.stdout, result.stderr)
 
 
-def succeed(*words: object, typed: str | bytes | None = None) -> Ran:
-    """Run `anequant` in this process, and fail unless it ends with exit code 0."""
-    ran = invoke(*words, typed=typed)
+def succeed(*words: object, command: click.Command = main, typed: str | bytes | None = None) -> Ran:
+    """Run a command in this process, and fail unless it ends with exit code 0."""
+    ran = invoke(*words, command=command, typed=typed)
     assert ran.exit_code == 0, ran.stdout + ran.stderr
     return ran
 

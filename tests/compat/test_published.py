@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
+from quantize import main
 from running import Ran, invoke, succeed
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,6 +36,14 @@ QUERY = "model.layers.1.self_attn.q_proj"
 GAIN = "model.layers.1.input_layernorm.weight"
 REMOVE = object()
 OFFLINE = {"quant.special.online_rotate": False}
+
+
+def call(*arguments: object) -> Ran:
+    return invoke(*arguments, command=main)
+
+
+def call_well(*arguments: object) -> Ran:
+    return succeed(*arguments, command=main)
 
 
 def refused(result: Ran, code: int, message: str, folder: Path) -> None:
@@ -93,7 +102,7 @@ def calibration(model: Path) -> Path:
 def hooked(model: Path, calibration: Path) -> Path:
     """What `run` writes at 4 bits everywhere, with Hadamard rotations."""
     destination = model.parent / "hooked"
-    succeed(
+    call_well(
         *("run", "--src", model, "--dst", destination, "--method", "quarot", "--bits", 4, "--acts-bits", 4),
         *("--kv-bits", 4, "--group-size", 64, "--rotation-method", "hadamard", "--seed", 5),
         *("--calib", calibration),
@@ -185,7 +194,7 @@ def test_the_runtime_module_opens_the_model(hooked: Path) -> None:
 def test_run_finds_a_pca_basis_on_the_calibration_data(
     model: Path, calibration: Path, tmp_path: Path
 ) -> None:
-    succeed(
+    call_well(
         *("run", "--src", model, "--dst", tmp_path, "--method", "quarot", "--bits", 8, "--acts-bits", 16),
         *("--kv-bits", 16, "--group-size", 32, "--rotation-method", "pca", "--calib", calibration),
     )
@@ -221,7 +230,7 @@ def test_what_run_refuses(
     model: Path, calibration: Path, tmp_path: Path, arguments: Any, code: int, message: str
 ) -> None:
     usual = ("--src", model, "--dst", tmp_path / "out", "--method", "quarot", "--calib", calibration)
-    refused(invoke("run", *usual, *arguments), code, message, tmp_path / "out")
+    refused(call("run", *usual, *arguments), code, message, tmp_path / "out")
 
 
 # quark: a scheme, and a JSON file for the rotation
@@ -229,7 +238,7 @@ def test_what_run_refuses(
 
 def quark(model: Path, calibration: Path, output: Path, scheme: str, config: Path | None) -> Ran:
     quarot = ("--pre_quantization_optimization", "quarot", "--pre_optimization_config_file_path", config)
-    return invoke(
+    return call(
         *("quark", "--model_dir", model, "--output_dir", output, "--quant_scheme", scheme),
         *("--dataset", calibration, *(quarot if config else ())),
     )
@@ -388,7 +397,7 @@ def two_steps(model: Path, calibration: Path) -> tuple[Path, Path, str]:
     """The folders that the two files write, run where their relative paths mean something, and the notes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(model.parent)
-        notes = [succeed("llmc", "--config", step).stderr for step in (STEP_1, STEP_2)]
+        notes = [call_well("llmc", "--config", step).stderr for step in (STEP_1, STEP_2)]
     first, second = model.parent / "rotated", model.parent / "quantized"
     return first / "transformed_model", second / "fake_quant_model", "".join(notes)
 
@@ -465,7 +474,7 @@ def test_one_step_writes_both_models(model: Path, calibration: Path, tmp_path: P
         "save.save_fake": True,
         "save.save_path": str(tmp_path / "out"),
     }
-    result = succeed("llmc", "--config", edited(STEP_1, tmp_path, changes))
+    result = call_well("llmc", "--config", edited(STEP_1, tmp_path, changes))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"transformed_model", "fake_quant_model"}
     recipe = recipe_of(tmp_path / "out" / "fake_quant_model")
     assert (recipe["codebook"], recipe["scales"], recipe["group_size"]) == ("uniform", "group", 32)
@@ -482,7 +491,7 @@ def test_static_activations_of_llmc(model: Path, calibration: Path, tmp_path: Pa
         "quant.special.online_rotate": False,
         "save": {"save_path": str(tmp_path / "out")},
     }
-    succeed("llmc", "--config", edited(STEP_1, tmp_path, changes))
+    call_well("llmc", "--config", edited(STEP_1, tmp_path, changes))
     folder = tmp_path / "out" / "fake_quant_model"
     recipe = recipe_of(folder)
     assert (recipe["activation_scales"], recipe["r2"], recipe["r4"]) == ("static", "none", "none")
@@ -526,7 +535,7 @@ def test_what_an_llmc_file_may_not_say(
     """The model is not a rotated one here."""
     output = tmp_path / "out"
     config = edited(step, tmp_path, {"model.path": str(model), "save.save_path": str(output), **changes})
-    refused(invoke("llmc", "--config", config), code, message, output)
+    refused(call("llmc", "--config", config), code, message, output)
 
 
 def test_step_2_agrees_with_step_1(two_steps: tuple[Path, Path, str], tmp_path: Path) -> None:
@@ -536,9 +545,9 @@ def test_step_2_agrees_with_step_1(two_steps: tuple[Path, Path, str], tmp_path: 
         "save.save_path": str(output),
         "quant.special.online_rotate": False,
     }
-    result = invoke("llmc", "--config", edited(STEP_2, tmp_path, changes))
+    result = call("llmc", "--config", edited(STEP_2, tmp_path, changes))
     refused(result, USAGE, "'quant.special.online_rotate'", output)
-    again = invoke("llmc", "--config", edited(STEP_1, tmp_path, {**changes, "save.save_trans": True}))
+    again = call("llmc", "--config", edited(STEP_1, tmp_path, {**changes, "save.save_trans": True}))
     refused(again, INPUT, "already rotated", output)
 
 
@@ -548,5 +557,5 @@ def test_a_file_that_is_no_yaml_table(tmp_path: Path) -> None:
         path.unlink(missing_ok=True)
         if text is not None:
             path.write_text(text)
-        result = invoke("llmc", "--config", path)
+        result = call("llmc", "--config", path)
         assert result.exit_code == USAGE and message in result.stderr
