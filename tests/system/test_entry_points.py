@@ -132,10 +132,7 @@ def convert(place: Path, output: Path, *arguments: object, **more: str) -> Ran:
 def test_entry_points_are_thin_and_no_test_modules(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    signatures = sum(node.body[0].lineno - node.lineno for node in functions)
-    imports = sum(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree))
-    assert len(text.splitlines()) - signatures - imports <= 33
+    assert len(text.splitlines()) <= 40
     names = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     assert not [name for name in names if name.lower().startswith("test")]
 
