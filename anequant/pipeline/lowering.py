@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from anequant.architectures.spec import EMBEDDING, HEAD
@@ -65,8 +66,10 @@ class Lowering:
         self._hashes = beside.submit(hash_checkpoint, self.checkpoint)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
 
     @property
     def checkpoint(self) -> Checkpoint:

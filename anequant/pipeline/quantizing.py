@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -98,8 +99,10 @@ class Quantizing:
     def __enter__(self) -> Quantizing:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close_files()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
 
     @property
     def checkpoint(self) -> Checkpoint:
