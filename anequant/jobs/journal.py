@@ -97,12 +97,13 @@ class Journal:
     def do(self, step: Step[State, Result], state: State) -> Result:
         """Do the step that is due, or take over what an earlier run did of it.
 
-        Raises as `unit`, and RuntimeError for a step that is not the next of the plan.
+        Raises as `unit`, KeyboardInterrupt when the job is to stop, and RuntimeError for a step that is not the next of the plan.
         """
         place = self._next - 1
         if place >= len(self._steps) or self._steps[place] is not step:
             raise RuntimeError(f"'{step.id}' is not step {place + 1} of the plan")
         replayed = self._next < len(self._records)
+        self._stop_if_asked(replayed)
         begun, (start, end) = time.monotonic(), self._shares[step.id]
         progress = self._run.progress.part(step.stage, start, end)
         progress(step.title, 0.0)
@@ -113,9 +114,13 @@ class Journal:
         seconds = 0.0 if replayed else time.monotonic() - begun
         told = tuple(step.tell(result))
         self._run.finished(Unit(step.id, step.stage, told, seconds, resident_bytes(), end, replayed))
+        self._stop_if_asked(replayed)
+        return result
+
+    def _stop_if_asked(self, replayed: bool) -> None:
+        """Raises KeyboardInterrupt before and after a step that is done here, when the job is to stop."""
         if not replayed and self._run.stopping():
             raise KeyboardInterrupt
-        return result
 
     def require_complete(self) -> None:
         """Raises RuntimeError unless every step of the plan is done."""

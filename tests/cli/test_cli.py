@@ -948,7 +948,7 @@ def test_an_interrupt_between_packages_keeps_those_that_are_done(
         result = run("lower", checkpoint.folder, "-o", output, *SIZES)
     assert result.exit_code == INTERRUPTED and not output.exists()
     result = run("lower", checkpoint.folder, "-o", output, *SIZES)
-    note = f"resuming '{output}': 2 units are done, the last is 'qwen25_embeddings'\n"
+    note = f"resuming '{output}': 2 units are done, the last is 'embedding package'\n"
     assert (result.exit_code, result.stderr) == (SUCCESS, note)
     assert snapshot(checkpoint.folder) == before
     ours, whole = (
