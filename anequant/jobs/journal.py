@@ -97,7 +97,8 @@ class Journal:
     def do(self, step: Step[State, Result], state: State) -> Result:
         """Do the step that is due, or take over what an earlier run did of it.
 
-        Raises as `unit`, KeyboardInterrupt when the job is to stop, and RuntimeError for a step that is not the next of the plan.
+        Raises as `unit`, KeyboardInterrupt when the job is to stop, and RuntimeError for a step that is not
+        the next of the plan.
         """
         place = self._next - 1
         if place >= len(self._steps) or self._steps[place] is not step:

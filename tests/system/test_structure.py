@@ -64,7 +64,7 @@ COMMANDS = (
 ACROSS = ("attacks", "dev", "system")
 """Folders of tests that cross those of the package."""
 
-MOST_LINES, MOST_FILES, LARGEST_SHARE = 300, 20, 0.15
+MOST_LINES, MOST_FILES, LARGEST_SHARE, MOST_PARAMETERS = 300, 20, 0.15, 7
 
 
 def where(path: Path, node: ast.AST) -> str:
@@ -168,6 +168,23 @@ def test_tests_lie_in_the_folders_of_what_they_test() -> None:
     across = {folder for folder in folders if folder.parts and folder.parts[0] in ACROSS}
     assert {folder.as_posix() for folder in across} == set(ACROSS)
     assert {folder.as_posix() for folder in folders - across if not (PACKAGE / folder).is_dir()} == set()
+
+
+def test_functions_take_at_most_seven_parameters() -> None:
+    """The public API and click's commands excepted, which hand one request on."""
+    long = [
+        f"{where(path, node)} {node.name}"
+        for path in MODULES
+        if unit_of(module_of(path)) not in ("api", "cli")
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.FunctionDef) and len(parameters(node)) > MOST_PARAMETERS
+    ]
+    assert long == []
+
+
+def parameters(node: ast.FunctionDef) -> list[str]:
+    arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+    return [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
 
 
 def test_only_coreml_imports_coremltools() -> None:
