@@ -50,7 +50,7 @@ def batch(
             with console.job(f"batch: {name}", force=force, resume=resume, max_memory=max_memory) as run:
                 yield replace(run, scheduler=tasks)
 
-        rows = run_batch(wanted, begin, convert_and_report, console.note)
+        rows = run_batch(wanted, begin, convert_and_report, console.note, force=force)
     code = exit_code(rows)
     values = {"output": str(wanted.output), "jobs": [row.to_dict() for row in rows], "exit_code": code}
     console.table(values, tabulate_batch(rows))

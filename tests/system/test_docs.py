@@ -48,7 +48,7 @@ PAGES = {path.name: path for path in sorted(DOCS.glob("*.md"))} | {
     CONTRIBUTING: conftest.REPOSITORY / "CONTRIBUTING.md",
 }
 MAKEFILE = (conftest.REPOSITORY / "Makefile").read_text(encoding="utf-8")
-LANGUAGES = {"sh", "toml", "python", "pycon", "text"}
+LANGUAGES = {"mermaid", "sh", "toml", "python", "pycon", "text"}
 QUICK = {"--calib-samples": "4", "--calib-length": "64", "--descent": "0", "--refinement": "0"}
 SMALL = {"--context": "64", "--batch": "16"}
 """Options that commands get unless they say otherwise: those that calibrate, those that lower."""

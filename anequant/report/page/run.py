@@ -24,7 +24,7 @@ class Stopwatch:
     """Adds up the seconds of units by their stage, in order of first use."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    _begun: float = field(default_factory=time.monotonic)
+    _begun: float = field(default_factory=lambda: time.monotonic())
 
     def add(self, unit: Unit) -> None:
         """Take a unit that is done; one that an interrupted run did took no time here."""
