@@ -22,7 +22,7 @@ import anequant
 from anequant.checkpoints.source import BUNDLED_MODEL, SAMPLE_TEXT
 from anequant.cli import main
 from anequant.errors import UsageError
-from anequant.jobs.output_folder import file_hashes
+from anequant.jobs.output_folder import hash_files
 from anequant.recipe import Recipe
 from anequant.recipe_files import DEFAULT_RECIPE
 
@@ -103,7 +103,7 @@ def test_a_mapping_and_keys_are_a_recipe_file_and_options(tmp_path: Path) -> Non
     )
     assert {tensor.bits for tensor in result.rounding.tensors} == {4}
     assert json.loads(json.dumps(result.to_dict())) == {key: told[key] for key in result.to_dict()}
-    assert file_hashes(tmp_path / "api") == file_hashes(tmp_path / "cli")
+    assert hash_files(tmp_path / "api") == hash_files(tmp_path / "cli")
     checked = anequant.verify(str(tmp_path / "api"))
     assert checked.packages is None and checked.checkpoint is not None and checked.checkpoint.tensors == 28
 

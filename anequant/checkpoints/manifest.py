@@ -10,7 +10,7 @@ from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.reader import Checkpoint, read_json
 from anequant.checkpoints.writer import write_json
 from anequant.errors import InputError
-from anequant.jobs.output_folder import file_hashes
+from anequant.jobs.output_folder import hash_files
 from anequant.recipe import Recipe
 from anequant.recipe_files import ROTATION_KEYS, load_recipe
 from anequant.versions import installed_versions
@@ -59,13 +59,13 @@ def write_manifest(folder: Path, kind: str, contents: Mapping[str, Any]) -> None
     """
     (folder / MANIFEST).unlink(missing_ok=True)
     head = {"format": FORMAT, "kind": kind, "versions": installed_versions()}
-    own = keep_six_digits({**contents, "files": file_hashes(folder)})
+    own = keep_six_digits({**contents, "files": hash_files(folder)})
     write_json(folder / MANIFEST, {**head, **own})
 
 
 def hash_checkpoint(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the hashes of a checkpoint's config and weights, which identify it in packages made from it."""
-    return file_hashes(checkpoint.folder, checkpoint.files)
+    return hash_files(checkpoint.folder, checkpoint.files)
 
 
 def keep_six_digits(value: Any) -> Any:

@@ -31,7 +31,7 @@ BAR, NARROW_BAR, ROOMY = 24, 10, 90
 """Columns of the bar, in terminals with at least as many columns as `ROOMY` and in others."""
 
 REFRESHES = 4
-"""Of the bar, a second."""
+"""How often the bar is drawn anew, a second."""
 
 
 class Display(Protocol):
@@ -93,7 +93,7 @@ class Lines:
             self._line(parts, None if self._each else self._every / UNITS_FOR_LINE)
 
     def _line(self, parts: list[str], wait: float | None) -> None:
-        """Unless the last one was less than `wait` ago; None for one that is due whenever it comes."""
+        """Say a line unless the last one was less than `wait` ago; None says it whenever it comes."""
         now = self._clock()
         if wait is not None and now < max(self._first, self._last + wait):
             return
@@ -213,7 +213,7 @@ def _drop_title(title: str, parts: Sequence[str]) -> Sequence[str]:
 
 
 def _fit(parts: Sequence[str], room: int) -> str:
-    """As many of the parts, the last ones, as there is room for."""
+    """Return as many of the parts, the last ones, as there is room for."""
     first = 0
     while first < len(parts) - 1 and len(": ".join(parts[first:])) > room:
         first += 1

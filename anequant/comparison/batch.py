@@ -22,11 +22,11 @@ from anequant.checkpoints.reader import read_json
 from anequant.checkpoints.source import resolve_source
 from anequant.checkpoints.writer import write_json
 from anequant.comparison.batch_file import Batch, BatchJob
-from anequant.comparison.compare import stored_bits
+from anequant.comparison.compare import measure_stored_bits
 from anequant.comparison.trials import StoredBits
 from anequant.errors import AnequantError, InputError, Interrupted, UsageError, as_error, torch_memory
 from anequant.jobs.control import Run
-from anequant.jobs.journal import difference
+from anequant.jobs.journal import find_difference
 from anequant.jobs.typed import to_plain
 from anequant.jobs.work_folder import WorkFolder, check_target
 from anequant.pipeline.quantize import quantize
@@ -61,7 +61,7 @@ class Row:
 
 
 Begin = Callable[[str], AbstractContextManager[Run]]
-"""By the name of the job that begins."""
+"""Begins to watch a job, by its name."""
 
 Convert = Callable[[Request, Path, Run], object]
 """`convert`, or what does more and takes the same."""
@@ -85,7 +85,7 @@ def run_batch(
 
 
 def exit_code(rows: list[Row]) -> int:
-    """That of the first failure, 0 when all is done."""
+    """Return the exit code of the first failure, 0 when all is done."""
     return next((row.exit_code for row in rows if row.exit_code), 0)
 
 
@@ -103,12 +103,12 @@ class _Runner:
         except OSError as error:
             raise UsageError(f"output '{batch.output}' cannot be created: {error.strerror}") from error
         self._file = batch.output / STATE
-        self._records: dict[str, Any] = _records(self._file) if self._file.exists() else {}
+        self._records: dict[str, Any] = _read_records(self._file) if self._file.exists() else {}
 
     def row(self, job: BatchJob) -> Row:
         try:
             with torch_memory():
-                return self._done(job)
+                return self._do(job)
         except Interrupted as stop:
             raise Interrupted(stop.kept) from stop
         except KeyboardInterrupt as stop:
@@ -118,7 +118,7 @@ class _Runner:
             code = error.exit_code
             return Row(job.name, job.model, job.recipe, FAILED, failed=str(error), exit_code=code)
 
-    def _done(self, job: BatchJob) -> Row:
+    def _do(self, job: BatchJob) -> Row:
         target = self._batch.output / job.name
         source = resolve_source(job.model)
         recipe = load_recipe_for(source.folder, job.recipe, job.overrides)
@@ -126,24 +126,25 @@ class _Runner:
         made = to_plain(request.fingerprint("quantize" if job.lowering is None else "convert"))
         record = self._records.get(job.name)
         if target.exists() and record is not None:
-            changed = difference(record["fingerprint"], made)
+            changed = find_difference(record["fingerprint"], made)
             if changed is None:
-                return self._measured(job, TAKEN_OVER, record["seconds"])
+                return self._measure(job, TAKEN_OVER, record["seconds"])
             if not self._force:
                 raise UsageError(f"'{target}' had {changed}", remedy="pass --force to make it again")
         check_target(target, force=self._force, source=source.folder)
         self._record(job.name, None if target.exists() else {"fingerprint": made, "seconds": None})
         begun = time.monotonic()
         with self._begin(job.name) as run:
-            request = replace(request, tokens=self._collected(target, request, run))
+            request = replace(request, tokens=self._collect_tokens(target, request, run))
             make = quantize if job.lowering is None else self._convert
             make(request, target, replace(run, force=self._force))
         seconds = time.monotonic() - begun
         self._record(job.name, {"fingerprint": made, "seconds": seconds})
-        return self._measured(job, DONE, seconds)
+        return self._measure(job, DONE, seconds)
 
-    def _collected(self, target: Path, request: Request, run: Run) -> Tensor | None:
-        """The model's calibration tokens where a recipe needs them and an interrupted run kept none."""
+    def _collect_tokens(self, target: Path, request: Request, run: Run) -> Tensor | None:
+        """Return the model's calibration tokens where a recipe needs them and an interrupted run kept
+        none."""
         kept = WorkFolder(target.absolute()).folder / TOKENS_FILE
         if not request.calibrates or (run.resume and kept.is_file()):
             return None
@@ -162,16 +163,16 @@ class _Runner:
         write_json(unfinished, {"jobs": self._records})
         os.replace(unfinished, self._file)
 
-    def _measured(self, job: BatchJob, state: str, seconds: float | None) -> Row:
+    def _measure(self, job: BatchJob, state: str, seconds: float | None) -> Row:
         target = self._batch.output / job.name
         packages = job.lowering is not None
-        bits = stored_bits(target / CHECKPOINT_FOLDER if packages else target)
+        bits = measure_stored_bits(target / CHECKPOINT_FOLDER if packages else target)
         quality = read_manifest(target)["measured"].get("quality") if packages else None
         return Row(job.name, job.model, job.recipe, state, bits, quality, seconds)
 
 
-def _records(path: Path) -> dict[str, Any]:
-    """What `_record` wrote."""
+def _read_records(path: Path) -> dict[str, Any]:
+    """Read what `_record` wrote."""
     values = read_json(path)
     jobs = values.get("jobs") if isinstance(values, dict) else None
     if not isinstance(jobs, dict) or not all(

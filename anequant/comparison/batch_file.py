@@ -92,7 +92,7 @@ def _job(table: Any, lowering: Mapping[str, Any], place: str) -> BatchJob:
     except UsageError as error:
         where = ", ".join(part for part in (place, error.where) if part)
         raise UsageError(error.what, where=where, remedy=error.remedy) from error
-    name = table.get("name", f"{_last(table['model'])}-{Path(recipe).stem}")
+    name = table.get("name", f"{_name_last_part(table['model'])}-{Path(recipe).stem}")
     if not NAME.fullmatch(name):
         raise UsageError(
             f"the name {quote(name)} cannot be a folder's",
@@ -103,7 +103,7 @@ def _job(table: Any, lowering: Mapping[str, Any], place: str) -> BatchJob:
     return BatchJob(name, table["model"], recipe, overrides, options if table.get("packages", True) else None)
 
 
-def _last(model: str) -> str:
+def _name_last_part(model: str) -> str:
     """The last part of a folder or a hub id, without its revision."""
     return Path(os.path.expanduser(model)).resolve().name.partition("@")[0]
 

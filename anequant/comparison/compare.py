@@ -21,7 +21,7 @@ from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source
 from anequant.comparison.peers import FLOAT, PEERS, Peer, projection_bits
-from anequant.comparison.trials import PEER, RECIPE, Comparison, StoredBits, Trial, with_front
+from anequant.comparison.trials import PEER, RECIPE, Comparison, StoredBits, Trial, mark_front
 from anequant.errors import AnequantError, Interrupted, UnsupportedError, UsageError, as_error, torch_memory
 from anequant.evaluation.divergence import Reference, measure_quality_against, record_reference, summarise
 from anequant.evaluation.evaluate import read_windows
@@ -103,7 +103,7 @@ def compare(request: ComparisonRequest, output: Path | None = None, run: Run = U
     text = SAMPLE_TEXT if request.text is None else request.text
     tokens = read_windows(base, text, request.windows, request.length)
     trials = _list_trials(request)
-    expected = _expected([trial for trial, _ in trials], request)
+    expected = _expect([trial for trial, _ in trials], request)
     run.planned(expected)
     ends = measure_shares(expected)
 
@@ -116,7 +116,7 @@ def compare(request: ComparisonRequest, output: Path | None = None, run: Run = U
 
     collected, done = None, []
     with (
-        _kept(output, force=run.force, source=request.source) as place,
+        _keep(output, force=run.force, source=request.source) as place,
         tempfile.TemporaryDirectory() as scratch,
     ):
         begun = time.monotonic()
@@ -144,12 +144,12 @@ def compare(request: ComparisonRequest, output: Path | None = None, run: Run = U
         request.length,
         quality,
         calibration_record(request.calibration, collected),
-        with_front(done),
+        mark_front(done),
     )
 
 
 def _list_trials(request: ComparisonRequest) -> list[tuple[Trial, Write]]:
-    """What is to be tried, in this order, and how."""
+    """List what is to be tried, in this order, and how."""
     trials: list[tuple[Trial, Write]] = []
     for name, one in request.each.items():
         trials.append((Trial(name, RECIPE, one.recipe.scales != OFF_ANE), partial(_quantize, one)))
@@ -159,7 +159,7 @@ def _list_trials(request: ComparisonRequest) -> list[tuple[Trial, Write]]:
     return trials
 
 
-def _expected(trials: Sequence[Trial], request: ComparisonRequest) -> list[Expected]:
+def _expect(trials: Sequence[Trial], request: ComparisonRequest) -> list[Expected]:
     """Recipes that round in the same way take about the same time; what cannot be run takes none."""
     names = (FLOAT_MODEL, TOKENS) if request.calibrates else (FLOAT_MODEL,)
     expected = [Expected(name, name, BEFORE) for name in names]
@@ -171,7 +171,7 @@ def _expected(trials: Sequence[Trial], request: ComparisonRequest) -> list[Expec
 
 
 @contextmanager
-def _kept(output: Path | None, *, force: bool, source: Source) -> Iterator[Path | None]:
+def _keep(output: Path | None, *, force: bool, source: Source) -> Iterator[Path | None]:
     """The folder that takes the name `output` in the end."""
     if output is None:
         yield None
@@ -188,7 +188,7 @@ def _try(
     reference: Reference,
     progress: Progress,
 ) -> Trial:
-    """The trial with what writing and measuring it gave, or with why they did not; as it is if it
+    """Return the trial with what writing and measuring it gave, or with why they did not; as it is if it
     cannot be."""
     if trial.failed is not None:
         return trial
@@ -212,11 +212,11 @@ def _quantize(
         quantize(replace(request, tokens=collected), folder, Run(progress, scheduler=scheduler))
     except Interrupted as stop:
         raise KeyboardInterrupt from stop
-    return stored_bits(folder)
+    return measure_stored_bits(folder)
 
 
-def stored_bits(folder: Path) -> StoredBits:
-    """Those of a quantized checkpoint."""
+def measure_stored_bits(folder: Path) -> StoredBits:
+    """Return the bits of a quantized checkpoint."""
     bits = inspect_checkpoint(open_checkpoint(folder)).bits
     whole, projections = bits[WHOLE], bits[PROJECTIONS]
     assert whole.stored_bits is not None and projections.stored_bits is not None
@@ -243,12 +243,12 @@ def _run_peer(
         reason = next(iter(str(error).splitlines()), "")
         raise UnsupportedError(f"{type(error).__name__} in '{peer.name}': {reason}") from error
     spec = open_checkpoint(source.folder).spec
-    projections, tables = _weights(spec)
+    projections, tables = _count_weights(spec)
     bits = projection_bits(peer, spec)
     whole = bits + FLOAT * tables
     return StoredBits(whole / (projections + tables), bits / projections, math.ceil(whole / 8))
 
 
-def _weights(spec: ModelSpec) -> tuple[int, int]:
-    """Those of all projections; those of embedding and head, which packages always hold both."""
+def _count_weights(spec: ModelSpec) -> tuple[int, int]:
+    """Count the weights of all projections, and those of embedding and head, which packages always hold."""
     return spec.num_layers * spec.layer_weights, 2 * spec.vocab_size * spec.hidden_size

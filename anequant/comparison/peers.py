@@ -49,7 +49,7 @@ class Peer:
 def affine_groups(model: Path, output: Path) -> None:
     """Nearest rounding to 4-bit integers with a scale and a zero point for every 32 inputs of a row."""
 
-    def rounded(weight: Tensor) -> Tensor:
+    def round_weight(weight: Tensor) -> Tensor:
         groups = weight.view(len(weight), -1, GROUP)
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         step = ((high - low) / 15).clamp_min(1e-10).half().float()
@@ -57,7 +57,7 @@ def affine_groups(model: Path, output: Path) -> None:
         codes = (groups / step + zero).round().clamp(0, 15)
         return ((codes - zero) * step).view_as(weight)
 
-    _rewrite(model, output, rounded)
+    _rewrite(model, output, round_weight)
 
 
 def torchao_groups(model: Path, output: Path) -> None:
@@ -72,13 +72,13 @@ def torchao_groups(model: Path, output: Path) -> None:
         mapping_type=MappingType.ASYMMETRIC,
     )
 
-    def rounded(weight: Tensor) -> Tensor:
+    def round_weight(weight: Tensor) -> Tensor:
         linear = _linear(weight)
         quantize_(linear, config)
         values: Tensor = linear.weight.dequantize()
         return values
 
-    _rewrite(model, output, rounded)
+    _rewrite(model, output, round_weight)
 
 
 def hqq_groups(model: Path, output: Path) -> None:
@@ -87,12 +87,12 @@ def hqq_groups(model: Path, output: Path) -> None:
 
     config = BaseQuantizeConfig(nbits=BITS, group_size=GROUP, axis=1)
 
-    def rounded(weight: Tensor) -> Tensor:
+    def round_weight(weight: Tensor) -> Tensor:
         quantized = HQQLinear(_linear(weight), config, compute_dtype=torch.float32, device="cpu")
         values: Tensor = quantized.dequantize()
         return values.view_as(weight)
 
-    _rewrite(model, output, rounded)
+    _rewrite(model, output, round_weight)
 
 
 def coremltools_kmeans(model: Path, output: Path) -> None:

@@ -78,7 +78,7 @@ class Comparison:
 
     @property
     def exit_code(self) -> int:
-        """That of the first error, 0 when all ran."""
+        """The exit code of the first error, 0 when all ran."""
         return next((trial.exit_code for trial in self.trials if trial.exit_code), 0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,8 +93,8 @@ class Comparison:
         }
 
 
-def with_front(trials: Sequence[Trial]) -> tuple[Trial, ...]:
-    """The trials, those marked that are on the Pareto front of bits per weight and KL."""
+def mark_front(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """Return the trials, those marked that are on the Pareto front of bits per weight and KL."""
     points = [trial.point if trial.on_ane else None for trial in trials]
 
     def beaten(point: tuple[float, float]) -> bool:

@@ -19,7 +19,7 @@ from anequant.checkpoints.source import Source
 from anequant.checkpoints.writer import write_json
 from anequant.errors import UnsupportedError
 from anequant.jobs.control import Progress, Run
-from anequant.jobs.output_folder import file_hashes
+from anequant.jobs.output_folder import hash_files
 from anequant.jobs.step import Step
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.quantizing import QuantizeResult, Quantizing
@@ -136,7 +136,7 @@ class WriteHooks(Step[Quantizing, None]):
         )
         write_json(folder / METADATA, _metadata(made, self.name, checkpoint.online.active))
         (folder / RUNTIME).write_text(RUNTIME_CODE, encoding="utf-8")
-        files = {name: digest for name, digest in file_hashes(folder).items() if name != MANIFEST}
+        files = {name: digest for name, digest in hash_files(folder).items() if name != MANIFEST}
         write_json(folder / MANIFEST, {**made, "files": files})
 
 

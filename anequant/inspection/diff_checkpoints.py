@@ -21,7 +21,7 @@ from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.source import TOKENIZER_FILES
 from anequant.jobs.control import Progress, silent
-from anequant.jobs.output_folder import file_hashes
+from anequant.jobs.output_folder import hash_files
 
 CHUNK = 1 << 20
 
@@ -174,5 +174,5 @@ def _recipe(folder: Path) -> dict[str, Any]:
 def _files_that_differ(a: Path, b: Path) -> Iterator[str]:
     for name in TOKENIZER_FILES:
         present = [(folder / name).is_file() for folder in (a, b)]
-        if present[0] != present[1] or (all(present) and file_hashes(a, [name]) != file_hashes(b, [name])):
+        if present[0] != present[1] or (all(present) and hash_files(a, [name]) != hash_files(b, [name])):
             yield name

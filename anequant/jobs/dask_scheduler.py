@@ -27,7 +27,7 @@ from anequant.jobs.task_files import passing_folder, read_value, write_value
 from anequant.jobs.task_worker import (
     Answer,
     Order,
-    facts,
+    collect_facts,
     require_facts,
     require_one_thread,
     require_seen,
@@ -47,7 +47,7 @@ LOGGERS = ("distributed", "tornado")
 
 
 @contextmanager
-def connected(address: str) -> Iterator[Cluster]:
+def connect(address: str) -> Iterator[Cluster]:
     """The cluster whose scheduler is at host:port. Raises as `open_scheduler` does."""
     with _quiet():
         try:
@@ -102,7 +102,7 @@ class Cluster:
         self.done: Counter[str] = Counter()
         self._client = client
         self._address = address
-        self._facts = facts()
+        self._facts = collect_facts()
 
     def within(self, folder: Path) -> Scheduler:
         """Raises ResourceError for a worker that does not see the folder."""
@@ -121,7 +121,7 @@ class Cluster:
             )
         for worker, info in workers.items():
             require_one_thread(worker, info["nthreads"])
-        for worker, found in self._ask(facts).items():
+        for worker, found in self._ask(collect_facts).items():
             require_facts(worker, self._facts, found)
 
     def workers(self) -> Mapping[str, Mapping[str, Any]]:
@@ -147,7 +147,7 @@ class Cluster:
             self._client.cancel(list(futures))
 
     def answer(self, future: Future) -> Answer:
-        """That of a future that is done. Raises what its task raised."""
+        """Return the answer of a future that is done. Raises what its task raised."""
         try:
             answer: Answer = future.result()
         except KilledWorker as error:
@@ -162,7 +162,7 @@ class Cluster:
         return answer
 
     def _ask(self, function: Callable[..., Any], *arguments: object) -> Mapping[str, Any]:
-        """What every worker answers that is not lost just now."""
+        """Ask every worker, and return by address what those answer that are not lost just now."""
         answers = self._client.run(function, *arguments, on_error="return")
         for worker, answer in answers.items():
             if isinstance(answer, Exception) and not isinstance(answer, OSError):

@@ -31,7 +31,7 @@ def leave_until_begun() -> None:
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """The handler for a time in which nothing is begun: the process ends."""
+    """End the process; the handler for a time in which nothing is begun."""
     os.write(2, f"{NOTHING_LEFT}\n".encode())
     os._exit(INTERRUPTED)
 
@@ -64,7 +64,7 @@ def between_imports() -> Iterator[None]:
 
 
 def _imports(frame: FrameType | None) -> int:
-    """How many frames of a stack are Python's own, importing."""
+    """Count the frames of a stack that are Python's own, importing."""
     count = 0
     while frame is not None:
         count += frame.f_code.co_filename == IMPORTING

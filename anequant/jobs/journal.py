@@ -129,19 +129,20 @@ class Journal:
             raise RuntimeError(f"{self._next - 1} of the plan's {len(self._steps)} steps are done")
 
     def unit(self, name: str, run: Callable[[], Value], kind: type[Value]) -> Value:
-        """What `run` returned, of type `kind` and as JSON holds it, now or when it ran in an earlier process.
+        """Return what `run` returned, of type `kind` and as JSON holds it, now or when it ran in an earlier
+        process.
 
         Raises DamagedWork when an earlier run did another unit in this place.
         """
         if self._next < len(self._records):
             record = self._records[self._next]
             if record.unit != name:
-                raise _damaged(self._work, f"has '{record.unit}' where '{name}' is due")
+                raise _report_damage(self._work, f"has '{record.unit}' where '{name}' is due")
         else:
             record = Record(name, to_plain(run()))
             give_back_memory()
             self._sync_files()
-            line, self._check = _line(record.unit, record.data, self._check)
+            line, self._check = _make_line(record.unit, record.data, self._check)
             append_line(self._work.journal, line)
             self._records.append(record)
         self._next += 1
@@ -149,7 +150,7 @@ class Journal:
         return value
 
     def done(self, name: str) -> bool:
-        """Whether the unit is among those that are done."""
+        """Return whether the unit is among those that are done."""
         return any(record.unit == name for record in self._records)
 
     def _clear_tasks(self) -> None:
@@ -184,7 +185,8 @@ class Journal:
 
 
 def is_journal_of(work: WorkFolder, fingerprint: Mapping[str, Any]) -> bool:
-    """Whether the journal of `work` is sound and that of this job. Raises DamagedWork for a damaged one."""
+    """Return whether the journal of `work` is sound and that of this job. Raises DamagedWork for a damaged
+    one."""
     records, _ = _read(work)
     return bool(records) and records[0] == Record(FINGERPRINT, to_plain(fingerprint))
 
@@ -199,7 +201,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def _read(work: WorkFolder) -> tuple[list[Record], str]:
-    """The records and the last checksum; cuts off a last line without its end."""
+    """Return the records and the last checksum, and cut off a last line without its end."""
     raw = work.journal.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
@@ -209,28 +211,28 @@ def _read(work: WorkFolder) -> tuple[list[Record], str]:
         try:
             values = json.loads(text)
             record = Record(values["unit"], values["data"])
-            line, check = _line(record.unit, record.data, check)
+            line, check = _make_line(record.unit, record.data, check)
         except (ValueError, TypeError, KeyError) as error:
-            raise _damaged(work, f"is damaged in line {number}") from error
+            raise _report_damage(work, f"is damaged in line {number}") from error
         if line.encode() != text + b"\n":
-            raise _damaged(work, f"is damaged in line {number}")
+            raise _report_damage(work, f"is damaged in line {number}")
         records.append(record)
     return records, check
 
 
-def _line(unit: str, data: Any, previous: str) -> tuple[str, str]:
-    """The line of a unit and its checksum."""
+def _make_line(unit: str, data: Any, previous: str) -> tuple[str, str]:
+    """Return the line of a unit and its checksum."""
     digest = hashlib.sha256(json.dumps([previous, unit, data]).encode()).hexdigest()[:CHECK_LENGTH]
     return json.dumps({"unit": unit, "data": data, "check": digest}) + "\n", digest
 
 
-def _damaged(work: WorkFolder, problem: str) -> DamagedWork:
+def _report_damage(work: WorkFolder, problem: str) -> DamagedWork:
     return DamagedWork(f"the journal of an interrupted run for '{work.target}' {problem}", work.folder)
 
 
 def _compare(begun: Any, wanted: Any, target: Path) -> None:
     """Raises UsageError naming the first part of the fingerprint that is not what it was."""
-    changed = difference(begun, wanted)
+    changed = find_difference(begun, wanted)
     if changed is not None:
         raise UsageError(
             f"an interrupted run for '{target}' had {changed}",
@@ -238,8 +240,9 @@ def _compare(begun: Any, wanted: Any, target: Path) -> None:
         )
 
 
-def difference(begun: Any, wanted: Any) -> str | None:
-    """The first part of a fingerprint that is not what it was, and how many there are; None for the same."""
+def find_difference(begun: Any, wanted: Any) -> str | None:
+    """Return the first part of a fingerprint that is not what it was, and how many there are; None for the
+    same."""
     before, now = dict(_leaves(begun)), dict(_leaves(wanted))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if not changed:

@@ -44,7 +44,7 @@ def require_space(target: Path, needed: int) -> None:
         )
 
 
-def file_hashes(folder: Path, names: list[str] | None = None) -> dict[str, str]:
+def hash_files(folder: Path, names: list[str] | None = None) -> dict[str, str]:
     """sha256 of every file below `folder` (or of `names` in it), by relative path."""
     files = (
         [folder / name for name in names]

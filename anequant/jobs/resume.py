@@ -53,7 +53,7 @@ def open_job(job: Job, run: Run) -> Iterator[Journal]:
         fresh = not (run.resume and work.journal.is_file())
         try:
             journal = Journal(work, job.fingerprint, run)
-            there = _used(work.folder) + (_used(work.target) if work.half_published else 0)
+            there = _count_bytes(work.folder) + (_count_bytes(work.target) if work.half_published else 0)
             require_space(work.target, job.needed - there)
         except BaseException:
             if fresh:
@@ -87,5 +87,5 @@ def _count_done(journal: Journal) -> str:
     return f"{len(units)} unit{'s are' if len(units) > 1 else ' is'} done, the last is '{units[-1]}'"
 
 
-def _used(folder: Path) -> int:
+def _count_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

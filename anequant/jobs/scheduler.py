@@ -32,9 +32,9 @@ def open_scheduler(name: str, note: Callable[[str], None] = drop_note) -> Iterat
             "a cluster needs dask, which is not installed", remedy="pip install 'anequant[cluster]'"
         ) from error
     del distributed
-    from anequant.jobs.dask_scheduler import connected
+    from anequant.jobs.dask_scheduler import connect
 
-    with connected(name.removeprefix(DASK)) as cluster:
+    with connect(name.removeprefix(DASK)) as cluster:
         yield cluster.within
         for worker, count in sorted(cluster.done.items()):
             note(f"{count} task{'s' if count > 1 else ''} done by worker {worker}")

@@ -31,17 +31,17 @@ def write_value(path: Path, value: object) -> None:
     and dataclass of anequant, or a tensor that leaves out elements of its memory.
     """
     tensors: dict[str, Tensor] = {}
-    tree = _described(value, tensors)
+    tree = _describe(value, tensors)
     scratch = path.with_name(f"{path.name}.part")
     save_file(tensors, scratch, metadata={VALUE: json.dumps(tree)})
     scratch.rename(path)
 
 
 def read_value(path: Path) -> Any:
-    """What `write_value` wrote: the same numbers, and tensors with the same order of dimensions in memory, on
-    which the order of sums depends."""
+    """Return what `write_value` wrote: the same numbers, and tensors with the same order of dimensions in
+    memory, on which the order of sums depends."""
     with safe_open(path, framework="pt") as file:
-        return _made(json.loads(file.metadata()[VALUE]), file)
+        return _make(json.loads(file.metadata()[VALUE]), file)
 
 
 def paths_in(value: object) -> Iterator[Path]:
@@ -59,29 +59,29 @@ def paths_in(value: object) -> Iterator[Path]:
             yield from paths_in(item)
 
 
-def _described(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON; its tensors are put into `tensors`."""
+def _describe(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return the value as JSON; its tensors are put into `tensors`."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        return _described_tensor(value, tensors)
+        return _describe_tensor(value, tensors)
     if isinstance(value, Path):
         return {"path": str(value.absolute())}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
     if isinstance(value, (tuple, list)):
-        return {type(value).__name__: [_described(item, tensors) for item in value]}
+        return {type(value).__name__: [_describe(item, tensors) for item in value]}
     if isinstance(value, dict):
-        return {"dict": [[_described(part, tensors) for part in pair] for pair in value.items()]}
+        return {"dict": [[_describe(part, tensors) for part in pair] for pair in value.items()]}
     kind = type(value)
     if dataclasses.is_dataclass(kind) and kind.__module__.partition(".")[0] == PACKAGE:
         values = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        fields = {name: _described(item, tensors) for name, item in values.items()}
+        fields = {name: _describe(item, tensors) for name, item in values.items()}
         return {"type": f"{kind.__module__}:{kind.__qualname__}", "fields": fields}
     raise TypeError(f"a task cannot hold a {kind.__module__}.{kind.__qualname__}")
 
 
-def _described_tensor(tensor: Tensor, tensors: dict[str, Tensor]) -> Any:
+def _describe_tensor(tensor: Tensor, tensors: dict[str, Tensor]) -> Any:
     order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
     stored = tensor.detach().permute(order)
     if not stored.is_contiguous():
@@ -97,13 +97,13 @@ def _shares_memory(one: Tensor, other: Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def _made(tree: Any, file: Any) -> Any:
-    """The value that `_described` describes."""
+def _make(tree: Any, file: Any) -> Any:
+    """Return the value that `_describe` describes."""
     if not isinstance(tree, dict):
         return tree
     if "type" in tree:
-        fields = {name: _made(item, file) for name, item in tree["fields"].items()}
-        return _dataclass(tree["type"])(**fields)
+        fields = {name: _make(item, file) for name, item in tree["fields"].items()}
+        return _find_dataclass(tree["type"])(**fields)
     if "tensor" in tree:
         stored: Tensor = file.get_tensor(tree["tensor"]).clone()  # aligned as any other tensor is
         order = tree["order"]
@@ -114,12 +114,12 @@ def _made(tree: Any, file: Any) -> Any:
     if kind == "range":
         return range(*content)
     if kind == "dict":
-        return {_made(key, file): _made(item, file) for key, item in content}
-    items = [_made(item, file) for item in content]
+        return {_make(key, file): _make(item, file) for key, item in content}
+    items = [_make(item, file) for item in content]
     return tuple(items) if kind == "tuple" else items
 
 
-def _dataclass(name: str) -> Any:
+def _find_dataclass(name: str) -> Any:
     module, _, qualified = name.partition(":")
     found: Any = None
     if module.partition(".")[0] == PACKAGE:

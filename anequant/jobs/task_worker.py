@@ -38,7 +38,7 @@ class Answer:
     worker: str
 
 
-def facts() -> dict[str, str]:
+def collect_facts() -> dict[str, str]:
     """All that bytes depend on beside a task: versions, and the instructions that torch uses."""
     sent = {package: importlib.metadata.version(package) for package in SENT_BY}
     machine = {"machine": platform.machine(), "instructions": torch.backends.cpu.get_cpu_capability()}
@@ -79,7 +79,7 @@ def run_order(function: Callable[[Any], Any], order: Order) -> Answer:
 
     worker = get_worker().address
     require_one_thread(worker, get_worker().state.nthreads)
-    require_facts(worker, order.facts, facts())
+    require_facts(worker, order.facts, collect_facts())
     require_seen(worker, order.file, order.file.exists())
     torch.set_num_threads(order.threads)
     task = read_value(order.file)

@@ -40,5 +40,5 @@ class Local:
 
 
 def local(folder: Path) -> Scheduler:
-    """Needs no files."""
+    """Return the scheduler that is this process, which needs no files."""
     return Local()

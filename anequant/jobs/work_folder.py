@@ -31,7 +31,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class DamagedWork(InputError):
-    """What an interrupted run left cannot be gone on with; it is left as it is."""
+    """What an interrupted run left cannot be resumed; it is left as it is."""
 
     def __init__(self, what: str, folder: Path) -> None:
         super().__init__(what, where=str(folder), remedy=START_OVER)
@@ -103,8 +103,8 @@ class WorkFolder:
 
 
 def check_target(target: Path, *, force: bool, source: Path) -> WorkFolder:
-    """The work folder of `target`, not made yet; raises as `check_output`, but for an exchange that a crash
-    broke off."""
+    """Return the work folder of `target`, which is not made yet; raises as `check_output`, but for an
+    exchange that a crash broke off."""
     work = WorkFolder(Path(os.path.abspath(os.path.expanduser(target))))
     check_output(work.target, force=force or work.half_published, source=source)
     return work
@@ -123,7 +123,7 @@ def work_folder(
     work = check_target(target, force=force, source=source)
     target = work.target
     created = [parent for parent in target.parents if not parent.exists()]
-    lock = _locked(work, created)
+    lock = _lock(work, created)
     try:
         work.put_back()
         taken_up = work.half_published and target.is_dir() and ended(work)
@@ -132,7 +132,7 @@ def work_folder(
         check_output(target, force=force or taken_up, source=source)
         yield work
     except Exception as error:
-        refused = _named(error, work)
+        refused = _name_refusal(error, work)
         if refused is not None and not is_full(error):
             raise refused from error
         if not is_full(error):
@@ -157,8 +157,8 @@ def staged_folder(target: Path, *, force: bool, source: Path) -> Iterator[Path]:
         work.publish()
 
 
-def _named(error: Exception, work: WorkFolder) -> ResourceError | None:
-    """What the system refused of the output, with its name and what to do; None for any other error."""
+def _name_refusal(error: Exception, work: WorkFolder) -> ResourceError | None:
+    """Return what the system refused of the output, with its name and what to do; None for other errors."""
     if not isinstance(error, OSError) or error.errno not in OS_REMEDIES:
         return None
     place = Path(error.filename or work.folder)
@@ -168,8 +168,8 @@ def _named(error: Exception, work: WorkFolder) -> ResourceError | None:
     return ResourceError(what, where=str(place), remedy=OS_REMEDIES[error.errno])
 
 
-def _locked(work: WorkFolder, created: list[Path]) -> FileLock:
-    """The lock, taken at once or not at all."""
+def _lock(work: WorkFolder, created: list[Path]) -> FileLock:
+    """Take the lock of a work folder at once or not at all, and return it."""
     try:
         if work.folder.is_symlink():
             raise UsageError(f"'{work.folder}' is a link, and work is done there", remedy="remove it")
@@ -199,7 +199,8 @@ def _remove(work: WorkFolder, created: list[Path]) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that the disk is full, also in the words of a library around the system's."""
+    """Return whether an error says that the disk is full, also in the words of a library around the
+    system's."""
     said = any(os.strerror(number) in str(error) for number in FULL)
     return said or (isinstance(error, OSError) and error.errno in FULL)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anequant.checkpoints.side_files import find_custom_code
 from anequant.checkpoints.source import TOKENIZER_FILES, Source
-from anequant.jobs.output_folder import file_hashes
+from anequant.jobs.output_folder import hash_files
 from anequant.recipe import Calibration
 
 
@@ -31,7 +31,7 @@ def source_record(source: Source, files: list[str]) -> dict[str, Any]:
         "repo": source.repo,
         "revision": source.revision,
         "ignored": list(find_custom_code(source.folder)),
-        "files": file_hashes(source.folder, files),
+        "files": hash_files(source.folder, files),
     }
 
 

@@ -81,7 +81,7 @@ class Plan:
     kept: tuple[Kept, ...] = ()
 
     def peak(self, step: AnyStep) -> int:
-        """The most resident bytes of the process during a step."""
+        """Return the most resident bytes of the process during a step."""
         return resident(self.base, step.holds)
 
     @property
@@ -96,12 +96,12 @@ class Plan:
         return Disk(written - sum(packages) - sum(untuned), sum(packages), max([0, *untuned, *packages]))
 
     def peaks(self) -> dict[str, int]:
-        """The peak of every stage."""
+        """Return the peak of every stage."""
         stages = dict.fromkeys(step.stage for step in self.steps)
         return {stage: max(self.peak(step) for step in self.steps if step.stage == stage) for stage in stages}
 
     def stage(self, *names: str) -> tuple[AnyStep, ...]:
-        """The steps of some stages."""
+        """Return the steps of some stages."""
         return tuple(step for step in self.steps if step.stage in names)
 
     def to_dict(self, speed: Speed) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def _list_packages(written: Checkpoint, options: LowerOptions) -> Iterator[Build
 
 
 def _keep_within(plan: Plan, max_memory: int | None) -> Plan:
-    """The plan; raises ResourceError when a step of it needs more."""
+    """Return the plan; raises ResourceError when a step of it needs more."""
     peak = plan.peak(plan.largest)
     if max_memory is not None and peak > max_memory:
         least = math.ceil(peak / 1e7) / 100

@@ -105,7 +105,7 @@ class Rounder:
         self.bits, self.weights = bits, weights
 
     def keeps(self, name: str) -> bool:
-        """Whether the linear or table of that name stays as it is."""
+        """Return whether the linear or table of that name stays as it is."""
         return self._bits_of[name] == 16
 
     def keep(
@@ -134,7 +134,7 @@ class Rounder:
         statistics: InputStatistics | None = None,
         input_scale: Tensor | None = None,
     ) -> RoundingTask:
-        """What rounding one linear or table needs."""
+        """Return what rounding one linear or table needs."""
         return RoundingTask(self._recipe, self._bits_of[name], name, weight, bias, statistics, input_scale)
 
     def take(self, rounded: RoundedLinear) -> None:

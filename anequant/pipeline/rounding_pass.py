@@ -184,7 +184,7 @@ class RoundingPass:
         return RoundedPart(self._writer.position, rounder.weights, rounder.bits, errors, scales)
 
     def _rotate_layer(self, layer: int) -> LayerInHand:
-        """A layer in float32 and, for walkers, as its tensors are stored where none is quantized.
+        """Return a layer in float32 and, for walkers, as its tensors are stored where none is quantized.
 
         The probe, which runs every tensor once, sees them in float64 before.
         """
@@ -246,7 +246,8 @@ class RoundingPass:
         self._rounder.take(round_linear(self._rounder.task(name, table, None, statistics)))
 
     def _walk(self, tokens: Tensor) -> Walkers:
-        """The walkers, which start from tokens as the float model embeds them and as the written one does."""
+        """Return the walkers, which start from tokens as the float model embeds them and as the written one
+        does."""
         if self._walkers is None:
             embedded = self._model.embed(tokens)
             current = embedded.to(self._dtype)

@@ -20,7 +20,7 @@ class Kept:
 
 
 def kept_in_float(checkpoint: Checkpoint, recipe: Recipe, options: LowerOptions | None) -> tuple[Kept, ...]:
-    """Of the checkpoint that `recipe` makes, and with `options` of the packages."""
+    """List what stays in float of the checkpoint that `recipe` makes, and with `options` of the packages."""
     return (*_weights(checkpoint, recipe), *_activations(checkpoint, recipe, options))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, read_manifest
 from anequant.checkpoints.places import REPORTS
 from anequant.errors import InputError, UnsupportedError, UsageError, VerificationError, quote
-from anequant.jobs.output_folder import file_hashes
+from anequant.jobs.output_folder import hash_files
 from anequant.recipe import Recipe
 from anequant.recipe_files import ROTATION_KEYS, recipe_from_dict
 
@@ -66,7 +66,7 @@ def verify_files(folder: Path, *kinds: str) -> dict[str, Any]:
         raise VerificationError(f"file {quote(name)} is missing", where=str(folder))
     for name in sorted(present - set(expected) - {MANIFEST} - REPORTS):
         raise VerificationError(f"file {quote(name)} is not one that anequant wrote", where=str(folder))
-    for name, digest in file_hashes(folder, sorted(expected)).items():
+    for name, digest in hash_files(folder, sorted(expected)).items():
         if digest != expected[name]:
             raise VerificationError(f"file {quote(name)} has changed since it was written", where=str(folder))
     return recorded

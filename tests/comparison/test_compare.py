@@ -30,10 +30,10 @@ from anequant.comparison.peers import (
     coremltools_scaled_kmeans,
     projection_bits,
 )
-from anequant.comparison.trials import PEER, RECIPE, Comparison, StoredBits, Trial, with_front
+from anequant.comparison.trials import PEER, RECIPE, Comparison, StoredBits, Trial, mark_front
 from anequant.evaluation.divergence import summarise
 from anequant.evaluation.evaluate import evaluate_text
-from anequant.jobs.output_folder import file_hashes
+from anequant.jobs.output_folder import hash_files
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.steps import collect_tokens as kept
 from anequant.recipe import Calibration
@@ -88,7 +88,7 @@ def test_numbers_are_those_of_quantize_and_eval(
     for trial, name in zip(compared["trials"], RECIPES, strict=False):
         assert (trial["name"], trial["kind"], trial["failed"]) == (name, "recipe", None)
         quantize(Request(SOURCE, load_recipe(name)), tmp_path / name)
-        assert file_hashes(place / "kept" / name) == file_hashes(tmp_path / name)
+        assert hash_files(place / "kept" / name) == hash_files(tmp_path / name)
         quality = evaluate_text(str(tmp_path / name), SAMPLE_TEXT, str(BUNDLED_MODEL), windows=2, length=64)
         assert trial["quality"] == quality.to_dict()
         assert compared["base"]["nll"] == quality.base_nll
@@ -139,7 +139,7 @@ def test_tokens_are_collected_once_and_the_float_model_runs_once(
     assert sorted(calls) == ["read_calibration_tokens", "record_reference"]
     assert result.exit_code == 0 and result.calibration is not None
     quantize(Request(SOURCE, recipes["other"], calibration), tmp_path / "alone")
-    assert file_hashes(tmp_path / "alone") == file_hashes(tmp_path / "kept" / "other")
+    assert hash_files(tmp_path / "alone") == hash_files(tmp_path / "kept" / "other")
 
 
 def trial(name: str, bits: float, kl: float, on_ane: bool = True) -> Trial:
@@ -153,11 +153,11 @@ def test_the_front_is_what_nothing_beats() -> None:
     expected = [False, True, True, False, True, False, True]
     trials = [trial(str(number), *point) for number, point in enumerate(points)]
     for order in itertools.islice(itertools.permutations(range(len(points))), 0, 5040, 97):
-        marked = with_front([trials[number] for number in order])
+        marked = mark_front([trials[number] for number in order])
         assert [item.front for item in marked] == [expected[number] for number in order]
     best = trial("off", 1.0, 0.0, on_ane=False)
     broken = Trial("broken", PEER, True, failed="no")
-    assert [item.front for item in with_front([best, broken, trials[0]])] == [False, False, True]
+    assert [item.front for item in mark_front([best, broken, trials[0]])] == [False, False, True]
 
 
 def test_dots_and_labels_of_the_plot() -> None:

@@ -117,7 +117,7 @@ def test_lines_that_are_missing_or_exchanged_are_refused(work: WorkFolder, chang
 
 def test_a_value_with_a_checksum_to_match_is_refused_in_the_line_after(work: WorkFolder) -> None:
     lines = begun(work)
-    forged, _ = journal_module._line("unit 0", "other", json.loads(lines[0])["check"])
+    forged, _ = journal_module._make_line("unit 0", "other", json.loads(lines[0])["check"])
     work.journal.write_text(lines[0] + forged + "".join(lines[2:]))
     with pytest.raises(InputError, match="damaged in line 3"):
         Journal(work, PRINT, Run())

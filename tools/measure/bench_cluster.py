@@ -25,7 +25,7 @@ from distributed import LocalCluster
 from measure_memory import SHAPES, write_random_model
 from measured import PACKAGES, machine, when_and_where, write_json
 
-from anequant.jobs.output_folder import file_hashes
+from anequant.jobs.output_folder import hash_files
 
 WORKERS, VOCABULARY, RECIPE = 2, 8192, "w4-nearest"
 SIZES = ("--context", "512", "--chunks", "4", "--max-chunk-mb", "4000")
@@ -73,7 +73,7 @@ def measure(work: Path, layers: int) -> dict[str, Any]:
     ) as cluster:
         address = cluster.scheduler_address.replace("tcp://", "dask://")
         runs["cluster"] = convert(model, work / "cluster", 1, "--scheduler", address)
-    if file_hashes(work / "cluster") != file_hashes(work / "here"):
+    if hash_files(work / "cluster") != hash_files(work / "here"):
         raise SystemExit("the cluster's bytes are not those of this process")
     return {
         "shape": asdict(shape),

@@ -23,7 +23,7 @@ from anequant.errors import UsageError
 from anequant.inspection.inspect_package import inspect_package
 from anequant.jobs.control import Progress
 from anequant.jobs.machine import memory, usable_cores
-from anequant.jobs.output_folder import file_hashes
+from anequant.jobs.output_folder import hash_files
 from anequant.pipeline.converting import measure_sample
 from anequant.report.page.report_layers import Known, collect_layers
 from anequant.targets.coreml.meta import read_meta
@@ -104,7 +104,7 @@ def _measure_quality(checkpoint: Checkpoint, known: Known, progress: Progress) -
 
 def checkpoint_identity(folder: Path) -> str:
     """Return what tells two checkpoints apart: the hash of the manifest, which holds those of all files."""
-    return file_hashes(folder, [MANIFEST])[MANIFEST]
+    return hash_files(folder, [MANIFEST])[MANIFEST]
 
 
 def _model(spec: ModelSpec, source: dict[str, Any]) -> dict[str, Any]:

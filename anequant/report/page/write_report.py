@@ -16,7 +16,7 @@ from anequant.checkpoints.source import BUNDLED_MODEL, Source, resolve_source
 from anequant.checkpoints.writer import format_json
 from anequant.errors import InputError
 from anequant.jobs.control import Progress, silent
-from anequant.jobs.output_folder import file_hashes
+from anequant.jobs.output_folder import hash_files
 from anequant.report.page.render import render_report
 from anequant.report.page.report_data import SCHEMA, collect_report
 from anequant.report.page.report_layers import Known, Origin
@@ -108,7 +108,7 @@ def _find_origin(folder: Path, base: str | None) -> Origin:
 
 def _same(folder: Path, files: dict[str, str]) -> bool:
     there = all((folder / name).is_file() for name in files)
-    return there and file_hashes(folder, list(files)) == files
+    return there and hash_files(folder, list(files)) == files
 
 
 def _read_former(folder: Path) -> dict[str, Any] | None:
