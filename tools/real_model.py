@@ -119,7 +119,9 @@ def write_model(file: Path, output: Path) -> None:
         tensors[rename(tensor.name)] = torch.tensor(weight, dtype=torch.float16)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.float16)
-    model.load_state_dict(tensors, assign=True, strict=False)
+    left_out = model.load_state_dict(tensors, assign=True, strict=False)
+    if left_out.missing_keys != ["lm_head.weight"] or left_out.unexpected_keys:
+        raise ValueError(f"'{file.name}' does not hold the tensors of a tied llama: {left_out}")
     model.tie_weights()
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id

@@ -81,7 +81,7 @@ class Lines:
 
     def report(self, parts: tuple[str, ...], done: float) -> None:
         self._estimate.reached(done)
-        self._line([": ".join(_drop_title(self._title, parts))], self._every)
+        self._line([": ".join(parts)], self._every)
 
     def finished(self, unit: Unit) -> None:
         if unit.replayed:
@@ -155,7 +155,7 @@ class Bar:
 
     def report(self, parts: tuple[str, ...], done: float) -> None:
         self._estimate.reached(done)
-        description = _fit([self._title, *map(self._printable, _drop_title(self._title, parts))], self._room)
+        description = _fit([self._title, *map(self._printable, parts)], self._room)
         self._bar.update(self._task, description=description, completed=self._estimate.share)
         self._show()
 
@@ -205,11 +205,6 @@ def bar(title: str, printable: Callable[[str], str], wait: float) -> Iterator[Di
         yield shown
     finally:
         shown.stop()
-
-
-def _drop_title(title: str, parts: Sequence[str]) -> Sequence[str]:
-    """The parts, without a first one that is called as the job is: quantize has one stage."""
-    return parts[1:] if parts[0] == title and len(parts) > 1 else parts
 
 
 def _fit(parts: Sequence[str], room: int) -> str:

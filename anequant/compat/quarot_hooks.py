@@ -117,13 +117,9 @@ class WriteHooks(Step[Quantizing, None]):
     """Write the published files beside the weights of the folder that will be called `name`."""
 
     stage = "quantize"
-    kind = "hooks"
+    kind = "published files"
 
     name: str
-
-    @property
-    def id(self) -> str:
-        return "published files"
 
     def run(self, state: Quantizing, progress: Progress) -> None:
         folder, recipe = state.folder, state.recipe

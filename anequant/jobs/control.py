@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from anequant.jobs.tasks import Schedulers, local
 
@@ -32,8 +32,12 @@ class Progress:
 
     def part(self, name: str, start: float, end: float) -> Progress:
         """Return the Progress of a piece called `name`, from `start` to `end` of this one."""
+        return replace(self.share(start, end), within=(*self.within, name))
+
+    def share(self, start: float, end: float) -> Progress:
+        """Return the Progress of a piece without a name, from `start` to `end` of this one."""
         span = self.end - self.start
-        return Progress(self.show, (*self.within, name), self.start + span * start, self.start + span * end)
+        return replace(self, start=self.start + span * start, end=self.start + span * end)
 
 
 silent = Progress(show_nothing)
@@ -115,7 +119,7 @@ class Run:
     force: bool = False
     resume: bool = True
     max_memory: int | None = None
-    scheduler: Schedulers = field(default=local)
+    scheduler: Schedulers = local
     note: Callable[[str], None] = drop_note
     stopping: Callable[[], bool] = never_stop
     planned: Callable[[Sequence[Expected]], None] = drop_plan

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from anequant.errors import UsageError
-from anequant.jobs.control import Expected, Run, Unit, measure_shares
+from anequant.jobs.control import Progress, Run, Unit, measure_shares
 from anequant.jobs.process import give_back_memory, resident_bytes
 from anequant.jobs.step import AnyStep, Result, State, Step, expect
 from anequant.jobs.typed import from_plain, to_plain
@@ -32,7 +32,6 @@ from anequant.jobs.work_folder import JOURNAL, LOCK, START_OVER, DamagedWork, Wo
 FINGERPRINT = "fingerprint"
 TASKS = "tasks"
 CHECK_LENGTH = 16
-
 
 Value = TypeVar("Value")
 
@@ -90,7 +89,7 @@ class Journal:
 
     def plan(self, steps: Sequence[AnyStep]) -> None:
         """Take the steps that the job is going to do, in their order."""
-        expected: Sequence[Expected] = expect(steps)
+        expected = expect(steps)
         self._steps, self._shares = tuple(steps), measure_shares(expected)
         self._run.planned(expected)
 
@@ -105,8 +104,8 @@ class Journal:
             raise RuntimeError(f"'{step.id}' is not step {place + 1} of the plan")
         replayed = self._next < len(self._records)
         self._stop_if_asked(replayed)
-        begun, (start, end) = time.monotonic(), self._shares[step.id]
-        progress = self._run.progress.part(step.stage, start, end)
+        begun, end = time.monotonic(), self._shares[step.id][1]
+        progress = self._progress_of(step)
         progress(step.title, 0.0)
         result: Result = self.unit(step.id, lambda: step.run(state, progress), step.result)
         if replayed:
@@ -117,6 +116,12 @@ class Journal:
         self._run.finished(Unit(step.id, step.stage, told, seconds, resident_bytes(), end, replayed))
         self._stop_if_asked(replayed)
         return result
+
+    def _progress_of(self, step: AnyStep) -> Progress:
+        """The Progress of a step, within its stage where the job has several."""
+        whole, share = self._run.progress, self._shares[step.id]
+        several = len({one.stage for one in self._steps}) > 1
+        return whole.part(step.stage, *share) if several else whole.share(*share)
 
     def _stop_if_asked(self, replayed: bool) -> None:
         """Raises KeyboardInterrupt before and after a step that is done here, when the job is to stop."""

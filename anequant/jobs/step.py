@@ -55,9 +55,9 @@ class Step(ABC, Generic[State, Result]):
     result: ClassVar[Any] = type(None)
 
     @property
-    @abstractmethod
     def id(self) -> str:
         """The name in the journal and wherever a run is watched; no other step of a job has it."""
+        return self.kind
 
     @property
     def title(self) -> str:
@@ -76,8 +76,8 @@ class Step(ABC, Generic[State, Result]):
 
     @property
     def cost(self) -> Work:
-        """What the step computes."""
-        return Work()
+        """What the step computes; as much as going over what it moves, where no step says more."""
+        return Work(0, sum(self.moves))
 
     @abstractmethod
     def run(self, state: State, progress: Progress) -> Result:

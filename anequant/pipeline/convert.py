@@ -34,8 +34,8 @@ def convert(
     with open_job(job, run) as journal:
         folder = journal.output
         checkpoint, packages = folder / CHECKPOINT_FOLDER, folder / PACKAGES_FOLDER
-        for made_here in (checkpoint, packages):
-            made_here.mkdir(exist_ok=True)
+        for part in (checkpoint, packages):
+            part.mkdir(exist_ok=True)
         quantized = run_quantizing(request, checkpoint, journal, plan.stage("quantize"))
         assert request.lowering is not None
         lowering = LowerRequest(checkpoint, request.lowering, request.source.name)

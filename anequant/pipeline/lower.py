@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from anequant.jobs.control import UNWATCHED, Run
@@ -32,7 +33,8 @@ def run_lowering(
     request: LowerRequest, folder: Path, journal: Journal, steps: Sequence[AnyStep]
 ) -> LowerResult:
     """Do the steps of lowering a request into a folder of a job's output."""
-    with Lowering(request, count_chunks(steps), folder, journal) as state:
+    with ExitStack() as files:
+        state = Lowering(request, count_chunks(steps), folder, journal, files)
         for step in steps:
             journal.do(step, state)
         return state.result

@@ -9,7 +9,6 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from anequant.architectures.spec import EMBEDDING, HEAD
@@ -45,7 +44,7 @@ class LowerResult:
 class Lowering:
     """What the steps that write packages to `folder` hand on, each to those after it.
 
-    There are `chunks` packages of layers. `headroom` is set by the step that measures ranges, `sizes` by
+    There are `chunks` packages of layers; `files` closes what is open. `headroom` is set by the step that measures ranges, `sizes` by
     every package.
     """
 
@@ -53,23 +52,17 @@ class Lowering:
     chunks: int
     folder: Path
     journal: Journal
+    files: ExitStack
     headroom: Headroom | None = None
     sizes: list[PackageSize] = field(default_factory=list)
-    _open: ExitStack = field(default_factory=ExitStack)
     _built: Generator[BuiltPackage, None, None] | None = None
-    _hashes: Future[dict[str, str]] | None = None
+    _hashes: Future[dict[str, str]] = field(init=False)
 
-    def __enter__(self) -> Lowering:
-        """Hash the checkpoint beside the first steps; raises as `check_lowering`."""
+    def __post_init__(self) -> None:
+        """Begin to hash the checkpoint beside the steps; raises as `check_lowering`."""
         check_lowering(self.checkpoint.spec, self.request.lowering, self.checkpoint.online)
-        beside = self._open.enter_context(ThreadPoolExecutor(1))
+        beside = self.files.enter_context(ThreadPoolExecutor(1))
         self._hashes = beside.submit(hash_checkpoint, self.checkpoint)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.__exit__(kind, error, trace)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -104,7 +97,7 @@ class Lowering:
     def tasks(self) -> Sequence[PackageTask]:
         """A task for every package, in running order; the headroom is known by then."""
         assert self.headroom is not None
-        home = self._open.enter_context(passing_folder(self.journal.tasks))
+        home = self.files.enter_context(passing_folder(self.journal.tasks))
         options, layers = self.request.lowering, self.checkpoint.spec.num_layers
         return [
             PackageTask(name, part, self.request.folder, home, options, self.headroom, metadata)
@@ -118,7 +111,7 @@ class Lowering:
         """
         if self._built is None:
             made = self.journal.scheduler.map(build_package, self.tasks[number:])
-            self._built = self._open.enter_context(closing(made))
+            self._built = self.files.enter_context(closing(made))
         package = next(self._built)
         place = self.folder / package.path.name
         shutil.rmtree(place, ignore_errors=True)
@@ -127,7 +120,7 @@ class Lowering:
 
     def write_files(self) -> None:
         """Write what lies beside the packages."""
-        assert self.headroom is not None and self._hashes is not None
+        assert self.headroom is not None
         write_meta(self.folder, self.packages)
         _copy_tokenizer(self.folder, self.checkpoint)
         contents = {

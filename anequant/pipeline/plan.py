@@ -98,11 +98,11 @@ class Plan:
     def peaks(self) -> dict[str, int]:
         """Return the peak of every stage."""
         stages = dict.fromkeys(step.stage for step in self.steps)
-        return {stage: max(self.peak(step) for step in self.steps if step.stage == stage) for stage in stages}
+        return {stage: max(map(self.peak, self.stage(stage))) for stage in stages}
 
-    def stage(self, *names: str) -> tuple[AnyStep, ...]:
-        """Return the steps of some stages."""
-        return tuple(step for step in self.steps if step.stage in names)
+    def stage(self, name: str) -> tuple[AnyStep, ...]:
+        """Return the steps of a stage."""
+        return tuple(step for step in self.steps if step.stage == name)
 
     def to_dict(self, speed: Speed) -> dict[str, Any]:
         jobs = [
@@ -146,8 +146,8 @@ def plan_request(request: Request, max_memory: int | None = None, base: int | No
     if base is None:
         base = base_for(checkpoint.spec, max_memory)
     facts = Facts(checkpoint, foresee_checkpoint(checkpoint, recipe), recipe, request.calibration)
-    steps: list[AnyStep] = [*_list_rounding(request, facts, recipe, max_memory, base)]
-    steps.append(WriteCheckpointFiles(facts))
+    rounding = _list_rounding(request, facts, recipe, max_memory, base)
+    steps: list[AnyStep] = [*rounding, WriteCheckpointFiles(facts)]
     if options is not None:
         packages = list(_list_packages(facts.written, options))
         steps += [MeasureRanges(facts.written), *packages, WritePackageFiles(packages)]
@@ -166,15 +166,13 @@ def plan_rotating(request: Request) -> Plan:
     return Plan(0, (*steps, WriteRotatedFiles(facts)))
 
 
-def plan_lowering(request: LowerRequest, max_memory: int | None = None, base: int | None = None) -> Plan:
+def plan_lowering(request: LowerRequest, max_memory: int | None = None) -> Plan:
     """Return the plan of `lower` for a quantized checkpoint; raises as `plan_request`."""
     checkpoint, options = request.checkpoint, request.lowering
     check_lowering(checkpoint.spec, options, checkpoint.online)
-    if base is None:
-        base = base_for(checkpoint.spec, max_memory)
     packages = list(_list_packages(checkpoint, options))
     steps: tuple[AnyStep, ...] = (MeasureRanges(checkpoint), *packages, WritePackageFiles(packages))
-    return _keep_within(Plan(base, steps), max_memory)
+    return _keep_within(Plan(base_for(checkpoint.spec, max_memory), steps), max_memory)
 
 
 def plan_conversion(request: Request, max_memory: int | None) -> tuple[Plan, Speed]:

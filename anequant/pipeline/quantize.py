@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def run_quantizing(
     request: Request, folder: Path, journal: Journal, steps: Sequence[AnyStep]
 ) -> QuantizeResult:
     """Do the steps of quantizing a request into a folder of a job's output."""
-    with Quantizing(request, request.recipe, folder, journal) as state:
+    with ExitStack() as files:
+        state = Quantizing(request, request.recipe, folder, journal, files)
         for step in steps:
             journal.do(step, state)
         return state.result

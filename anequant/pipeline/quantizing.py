@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ class Quantizing:
     """What the steps that write a checkpoint to `folder` hand on, each to those after it.
 
     `recipe` says what is written, which is less than the request's where a model is rotated alone; what is
-    not quantized is written in `dtype`. A step sets what it finds: `tokens` [n, length], `rotations`, the
+    not quantized is written in `dtype`, and `files` closes what is open. A step sets what it finds: `tokens` [n, length], `rotations`, the
     widths `bits` of the projections by full name, `tuning`.
     """
 
@@ -84,25 +83,17 @@ class Quantizing:
     recipe: Recipe
     folder: Path
     journal: Journal
+    files: ExitStack
     dtype: torch.dtype = torch.float16
     tokens: Tensor | None = None
-    rotations: Rotations = field(default_factory=lambda: Rotations(RotationPlan()))
-    bits: Mapping[str, int] = field(default_factory=dict)
+    rotations: Rotations = field(init=False)
+    bits: Mapping[str, int] = field(init=False)
     tuning: LearnResult | None = None
-    _open: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
-        if self.request.rotated_with is None and is_drawn(self.recipe):
-            self.rotations = Rotations(plan_rotations(self.spec, self.recipe))
+        drawn = self.request.rotated_with is None and is_drawn(self.recipe)
+        self.rotations = Rotations(plan_rotations(self.spec, self.recipe) if drawn else RotationPlan())
         self.bits = dict.fromkeys(list_projections(self.spec), self.recipe.bits)
-
-    def __enter__(self) -> Quantizing:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.__exit__(kind, error, trace)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -146,7 +137,7 @@ class Quantizing:
 
     @cached_property
     def writer(self) -> CheckpointWriter:
-        return self._open.enter_context(self.new_writer(self.untuned))
+        return self.files.enter_context(self.new_writer(self.untuned))
 
     @property
     def result(self) -> QuantizeResult:
@@ -165,7 +156,7 @@ class Quantizing:
 
     def close_files(self) -> None:
         """Finish the files that the pass writes; called once its last part is accepted."""
-        self._open.close()
+        self.files.close()
 
     def write_config(self, folder: Path) -> None:
         """Write config.json beside the weights; the pass is complete."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -33,10 +34,8 @@ def rotate(request: Request, output: Path, run: Run = UNWATCHED) -> RotateResult
     made = request.fingerprint("rotate")
     job = Job(request.source.folder, output, made, plan.steps, plan.disk.total)
     plain = rotations_alone(request.recipe)
-    with (
-        open_job(job, run) as journal,
-        Quantizing(request, plain, journal.output, journal, torch.float32) as state,
-    ):
+    with open_job(job, run) as journal, ExitStack() as files:
+        state = Quantizing(request, plain, journal.output, journal, files, torch.float32)
         for step in plan.steps:
             journal.do(step, state)
         return state.rotate_result

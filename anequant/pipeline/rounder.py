@@ -100,7 +100,7 @@ class Rounder:
         self._errors.clear()
         return errors
 
-    def go_on(self, bits: int, weights: int) -> None:
+    def count_on(self, bits: int, weights: int) -> None:
         """Count on from what an earlier run had counted."""
         self.bits, self.weights = bits, weights
 

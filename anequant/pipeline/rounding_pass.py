@@ -130,7 +130,7 @@ class RoundingPass:
     def skip(self, part: RoundedPart) -> None:
         """Leave out a part that an earlier run wrote."""
         self._writer.resume_at(part.entries)
-        self._rounder.go_on(part.bits, part.weights)
+        self._rounder.count_on(part.bits, part.weights)
 
     def write_embedding(self) -> RoundedPart:
         self._write_table(EMBEDDING, self._model.embedding(), None)
@@ -149,9 +149,8 @@ class RoundingPass:
         moments = self._recipe.feeds_back
         for inputs in walkers.layer(layer, hand.floats, hand.stored, moments=moments):
             self._write_linears(layer, inputs.group, hand, inputs)
-            quantized = inputs.quantized
             scales |= measure_static_scales(
-                self._recipe, self._model.online, layer, inputs.group, hand.stored, quantized
+                self._recipe, self._model.online, layer, inputs.group, hand.stored, inputs.quantized
             )
             give_back_memory()
         return self._finish_part(scales)
@@ -217,19 +216,16 @@ class RoundingPass:
 
         with closing(self._scheduler.map(round_linear, tasks())) as results:
             for linear, name in names.items():
-                input_scale = scales[linear]
+                key, input_scale = f"{linear.name}.weight", scales[linear]
                 if self._rounder.keeps(name):
-                    weight, bias = (
-                        hand.floats[f"{linear.name}.weight"],
-                        hand.floats.get(f"{linear.name}.bias"),
-                    )
-                    self._rounder.keep(name, weight, bias, input_scale)
+                    bias = hand.floats.get(f"{linear.name}.bias")
+                    self._rounder.keep(name, hand.floats[key], bias, input_scale)
                 else:
                     rounded = next(results)
                     self._rounder.take(rounded)
                     input_scale = rounded.input_scale
                     if inputs is not None:
-                        hand.stored[f"{linear.name}.weight"] = rounded.tensors[f"{name}.weight"]
+                        hand.stored[key] = rounded.tensors[f"{name}.weight"]
                 if input_scale is not None and self._recipe.static_activations:
                     hand.stored[f"{linear.name}.{INPUT_SCALES}"] = input_scale[None]
 

@@ -107,16 +107,8 @@ class WritePackageFiles(Step[Lowering, None]):
     packages: Sequence[BuildPackage]
 
     @property
-    def id(self) -> str:
-        return "package files"
-
-    @property
     def moves(self) -> tuple[int, int]:
         return packages_size(self.packages), 0
-
-    @property
-    def cost(self) -> Work:
-        return Work(0, packages_size(self.packages))
 
     def run(self, state: Lowering, progress: Progress) -> None:
         state.write_files()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from anequant.checkpoints.manifest import CHECKPOINT, ROTATED, build_published_config, write_manifest
 from anequant.checkpoints.writer import write_json
 from anequant.jobs.control import Progress
-from anequant.jobs.step import Step, Work
+from anequant.jobs.step import Step
 from anequant.outputs.card import write_checkpoint_card, write_rotated_card
 from anequant.outputs.records import calibration_record, copy_tokenizer, source_record
 from anequant.pipeline.quantizing import Quantizing
@@ -26,16 +26,8 @@ class WriteBeside(Step[Quantizing, None]):
     facts: Facts
 
     @property
-    def id(self) -> str:
-        return "checkpoint files"
-
-    @property
     def moves(self) -> tuple[int, int]:
         return self.facts.source_size + self.facts.written_size, 0
-
-    @property
-    def cost(self) -> Work:
-        return Work(0, sum(self.moves))
 
 
 class WriteCheckpointFiles(WriteBeside):

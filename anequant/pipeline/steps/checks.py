@@ -47,10 +47,6 @@ class VerifyCheckpoint(Step[Converting, CheckpointCheck]):
     facts: Facts
 
     @property
-    def id(self) -> str:
-        return "verify checkpoint"
-
-    @property
     def title(self) -> str:
         return "checkpoint"
 
@@ -87,10 +83,6 @@ class VerifyPackages(Step[Converting, PackageCheck]):
     facts: Facts
     packages: Sequence[BuildPackage]
     options: LowerOptions
-
-    @property
-    def id(self) -> str:
-        return "verify packages"
 
     @property
     def title(self) -> str:
@@ -144,16 +136,8 @@ class Lint(Step[Converting, tuple[Finding, ...]]):
     facts: Facts
 
     @property
-    def id(self) -> str:
-        return "lint"
-
-    @property
     def moves(self) -> tuple[int, int]:
         return GRAPH_BYTES_PER_LAYER * self.facts.spec.num_layers, 0
-
-    @property
-    def cost(self) -> Work:
-        return Work(0, self.moves[0])
 
     def run(self, state: Converting, progress: Progress) -> tuple[Finding, ...]:
         return tuple(require_clean(lint(state.packages_folder)))
@@ -171,10 +155,6 @@ class MeasureQuality(Step[Converting, Quality]):
     result = Quality
 
     facts: Facts
-
-    @property
-    def id(self) -> str:
-        return "quality"
 
     @property
     def moves(self) -> tuple[int, int]:
@@ -215,16 +195,8 @@ class WriteConversionFiles(Step[Converting, None]):
     packages: Sequence[BuildPackage]
 
     @property
-    def id(self) -> str:
-        return "conversion files"
-
-    @property
     def moves(self) -> tuple[int, int]:
         return self.facts.written_size + packages_size(self.packages), 0
-
-    @property
-    def cost(self) -> Work:
-        return Work(0, self.moves[0])
 
     def run(self, state: Converting, progress: Progress) -> None:
         result, request = state.result, state.request

@@ -50,10 +50,6 @@ class CollectTokens(Step[Quantizing, tuple[int, int]]):
     resident: bool
 
     @property
-    def id(self) -> str:
-        return CALIBRATION_TOKENS
-
-    @property
     def title(self) -> str:
         if not self._samples:
             return self.id

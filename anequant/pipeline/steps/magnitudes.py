@@ -31,10 +31,6 @@ class MeasureRanges(Step[Lowering, tuple[LayerRange, ...]]):
     written: Checkpoint
 
     @property
-    def id(self) -> str:
-        return "ranges"
-
-    @property
     def moves(self) -> tuple[int, int]:
         return stored_bytes(self.written, "model.layers."), 0
 
@@ -42,7 +38,7 @@ class MeasureRanges(Step[Lowering, tuple[LayerRange, ...]]):
     def holds(self) -> int:
         """A layer in float32, its codes, and of a linear its code numbers and entries; or the embedding."""
         spec = self.written.spec
-        largest = max(list(spec.linear_weights.values()))
+        largest = max(spec.linear_weights.values())
         running = max((FLOAT16 + FLOAT32) * largest, 2 * FLOAT32 * largest)
         return max(FLOAT16 * table_size(spec), (FLOAT32 + 1) * spec.layer_weights + running)
 

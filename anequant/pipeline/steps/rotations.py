@@ -35,10 +35,6 @@ class ChooseRotations(Step[Quantizing, RotationChoice]):
     file: Path | None
 
     @property
-    def id(self) -> str:
-        return "rotations"
-
-    @property
     def moves(self) -> tuple[int, int]:
         return (self.facts.source_size if self._measures else 0), 0
 

@@ -103,7 +103,7 @@ def reference_bytes(spec: ModelSpec, source: int) -> int:
     """Return the bytes that transformers' logits hold, layer by layer: the embedding; a layer and the linear
     that runs; or the head and the rows of it that are widened. `source` is the bytes of an element."""
     widened = FLOAT32 * min(HEAD_ROWS, spec.vocab_size) * spec.hidden_size
-    one_layer = source * spec.layer_weights + FLOAT32 * max(list(spec.linear_weights.values()))
+    one_layer = source * spec.layer_weights + FLOAT32 * max(spec.linear_weights.values())
     return max(source * table_size(spec) + widened, one_layer)
 
 

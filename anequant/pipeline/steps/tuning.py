@@ -44,10 +44,6 @@ class Tune(Step[Quantizing, LearnResult]):
     facts: Facts
 
     @property
-    def id(self) -> str:
-        return "tuning"
-
-    @property
     def title(self) -> str:
         return "tune"
 

@@ -31,10 +31,6 @@ class ChooseWidths(Step[Quantizing, Mapping[str, int]]):
     facts: Facts
 
     @property
-    def id(self) -> str:
-        return "bits"
-
-    @property
     def title(self) -> str:
         return "sensitivity"
 

@@ -64,10 +64,6 @@ class WriteReport(Step[Converting, None]):
     watch: Stopwatch
 
     @property
-    def id(self) -> str:
-        return "report"
-
-    @property
     def cost(self) -> Work:
         spec, recipe = self.request.checkpoint.spec, self.request.recipe
         measuring = forward_work(spec, (SAMPLE_WINDOWS, SAMPLE_LENGTH), PASSES)

@@ -21,8 +21,8 @@ FLOAT16_STEP = 2.0**-10
 NOISE_FACTOR = 4.0
 LARGEST_ROUNDING = 2.0
 
-
-Run = Callable[[Tensor, int, Progress], Tensor]
+RunTokens = Callable[[Tensor, int, Progress], Tensor]
+"""Runs tokens [n], the first so many of them at once."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class LoweredModel:
     context: int
     batch: int
     argmax: bool
-    run: Run
-    run_unrounded: Run
+    run: RunTokens
+    run_unrounded: RunTokens
     where: str
 
 
