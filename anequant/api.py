@@ -32,7 +32,7 @@ from anequant.pipeline.quantize import quantize as run_quantize
 from anequant.pipeline.quantizing import QuantizeResult
 from anequant.recipe import Calibration, LowerOptions, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, load_recipe
-from anequant.report.page.run import convert_and_report
+from anequant.report.page.conversion_report import convert_and_report
 from anequant.request import LowerRequest, Request
 from anequant.targets.shared.agreement import PackageCheck
 from anequant.verification.verify import CheckpointCheck, verify_folder

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import networkx
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "anequant"
 PAGE = ROOT / "docs" / "architecture.md"
@@ -52,29 +54,10 @@ def find_edges() -> set[tuple[str, str]]:
     return {(high, low) for high, low in edges if high and high != low and low in folders}
 
 
-def implied(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Return the edges that a longer way through the others implies."""
-    below: dict[str, set[str]] = {}
-    for high, low in edges:
-        below.setdefault(high, set()).add(low)
-
-    def reach(start: str) -> set[str]:
-        found: set[str] = set()
-        waiting = list(below.get(start, ()))
-        while waiting:
-            one = waiting.pop()
-            if one not in found:
-                found.add(one)
-                waiting += below.get(one, ())
-        return found
-
-    return {(high, low) for high, low in edges if any(low in reach(other) for other in below[high] - {low})}
-
-
 def draw() -> str:
     """Return the drawing as a Mermaid graph, which GitHub shows."""
-    edges = {edge for edge in find_edges() if (PACKAGE / edge[0].replace(".", "/")).is_dir()}
-    kept = sorted(edges - implied(edges))
+    edges = [edge for edge in find_edges() if (PACKAGE / edge[0].replace(".", "/")).is_dir()]
+    kept = sorted(networkx.transitive_reduction(networkx.DiGraph(edges)).edges)
     names = {name: name.replace(".", "_") for edge in kept for name in edge}
     lines = [f"    {names[name]}[{name.replace('.', '/')}]" for name in sorted(names)]
     lines += [f"    {names[high]} --> {names[low]}" for high, low in kept]

@@ -39,7 +39,7 @@ def batch(
     from anequant.comparison.batch_file import read_batch
     from anequant.jobs.control import Run
     from anequant.jobs.scheduler import open_scheduler
-    from anequant.report.page.run import convert_and_report
+    from anequant.report.page.conversion_report import convert_and_report
     from anequant.report.terminal.tables import tabulate_batch
 
     wanted = read_batch(jobs)

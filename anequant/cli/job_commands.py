@@ -32,16 +32,7 @@ from anequant.cli.scheduling import memory_option, scheduled_job, scheduler_opti
 @memory_option
 @scheduler_option
 @command
-def quantize(
-    console: Console,
-    model: str,
-    output: Path,
-    force: bool,
-    resume: bool,
-    max_memory: int | None,
-    scheduler: str,
-    **options: Any,
-) -> None:
+def quantize(console: Console, model: str, output: Path, **options: Any) -> None:
     """Fold, rotate and quantize MODEL into a new checkpoint folder.
 
     \b
@@ -52,8 +43,7 @@ def quantize(
     from anequant.pipeline.quantize import quantize as quantize_model
     from anequant.report.terminal import results as text
 
-    steering = {"force": force, "resume": resume, "max_memory": max_memory}
-    with scheduled_job(console, "quantize", scheduler, **steering) as run:
+    with scheduled_job(console, "quantize", options) as run:
         result = quantize_model(request, output, run)
     console.result({"output": str(output), **result.to_dict()}, text.describe_quantization(output, result))
 
@@ -89,16 +79,7 @@ def rotate(console: Console, model: str, output: Path, force: bool, resume: bool
 @memory_option
 @scheduler_option
 @command
-def lower(
-    console: Console,
-    checkpoint: Path,
-    output: Path,
-    force: bool,
-    resume: bool,
-    max_memory: int | None,
-    scheduler: str,
-    **options: Any,
-) -> None:
+def lower(console: Console, checkpoint: Path, output: Path, **options: Any) -> None:
     """Lower a quantized CHECKPOINT to Core ML packages in a new folder.
 
     \b
@@ -110,8 +91,7 @@ def lower(
     from anequant.request import LowerRequest
 
     request = LowerRequest(checkpoint, read_lowering(options))
-    steering = {"force": force, "resume": resume, "max_memory": max_memory}
-    with scheduled_job(console, "lower", scheduler, **steering) as run:
+    with scheduled_job(console, "lower", options) as run:
         result = lower_checkpoint(request, output, run)
     console.result({"output": str(output), **result.to_dict()}, text.describe_lowering(output, result))
 
@@ -125,16 +105,7 @@ def lower(
 @memory_option
 @scheduler_option
 @command
-def convert(
-    console: Console,
-    model: str | None,
-    output: Path,
-    force: bool,
-    resume: bool,
-    max_memory: int | None,
-    scheduler: str,
-    **options: Any,
-) -> None:
+def convert(console: Console, model: str | None, output: Path, **options: Any) -> None:
     """Quantize MODEL, lower it, verify the packages and write a report; without MODEL, the bundled one.
 
     \b
@@ -142,14 +113,13 @@ def convert(
     anequant convert org/name@revision -o OUT --recipe w6-ane --max-memory 8GB
     """
     request = replace(read_request(console, model, options), lowering=read_lowering(options))
-    from anequant.report.page.run import convert_and_report
+    from anequant.report.page.conversion_report import convert_and_report
     from anequant.report.terminal import results as text
 
     source = request.source
     if model is None:
         console.note(f"no model named: converting the bundled {source.name}")
-    steering = {"force": force, "resume": resume, "max_memory": max_memory}
-    with scheduled_job(console, "convert", scheduler, **steering) as run:
+    with scheduled_job(console, "convert", options) as run:
         result, report = convert_and_report(request, output, run)
     rows = [*text.describe_conversion(output, result), *text.describe_report(report)]
     console.result({"model": source.name, "output": str(output), **result.to_dict()}, rows)

@@ -22,10 +22,10 @@ from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, na
 if TYPE_CHECKING:
     from anequant.request import Request
 
-Run = Callable[..., None]
+Command = Callable[..., None]
 
 
-def command(run: Run) -> Run:
+def command(run: Command) -> Command:
     """Add --json, --quiet and --debug; report errors as documented instead of by traceback.
 
     `run` gets a Console as its first argument.
@@ -43,14 +43,14 @@ def command(run: Run) -> Run:
     return wrapped
 
 
-def output_options(run: Run) -> Run:
+def output_options(run: Command) -> Command:
     """Add -o/--output, --force and --resume."""
     run = resume_options(run, force="Replace an existing output folder.")
     path = click.Path(path_type=Path)
     return click.option("-o", "--output", required=True, type=path, help="New folder to write.")(run)
 
 
-def resume_options(run: Run, *, force: str) -> Run:
+def resume_options(run: Command, *, force: str) -> Command:
     """Add --force, which does what `force` says, and --resume."""
     text = "Whether to go on where an interrupted run to the same folder stopped, or to start over."
     run = click.option(f"--resume/{NO_RESUME}", default=True, show_default=True, help=text)(run)
@@ -69,17 +69,17 @@ def _width(context: click.Context, option: click.Parameter, value: str | None) -
     return int(value)
 
 
-def recipe_options(run: Run) -> Run:
+def recipe_options(run: Command) -> Command:
     """Add --recipe, one option for every field of Recipe, and --rotations; `read_recipe` reads them."""
     return _recipe_options(run, [item.name for item in dataclasses.fields(Recipe)])
 
 
-def rotation_options(run: Run) -> Run:
+def rotation_options(run: Command) -> Command:
     """Add what `recipe_options` adds, for the keys of rotations only."""
     return _recipe_options(run, ROTATION_KEYS)
 
 
-def _recipe_options(run: Run, keys: Sequence[str]) -> Run:
+def _recipe_options(run: Command, keys: Sequence[str]) -> Command:
     file = click.Path(path_type=Path)
     text = "A rotations.safetensors to take R1 from with --r1 file, and R2 with --r2 file."
     run = click.option("--rotations", type=file, metavar="FILE", help=text)(run)
@@ -142,7 +142,7 @@ def read_recipe(options: dict[str, Any], folder: Path | None = None) -> Recipe:
     return load_recipe_for(folder, options["recipe"], overrides)
 
 
-def calibration_options(run: Run) -> Run:
+def calibration_options(run: Command) -> Command:
     """Add --calib, --calib-samples, --calib-length and --calib-seed; `read_calibration` reads them."""
     default = Calibration()
     source = "Tokens to calibrate on: self (sampled from the model), wikitext2, a text file, or JSON rows."
@@ -188,7 +188,7 @@ def _chunk_count(context: click.Context, option: click.Parameter, value: str) ->
     return int(value)
 
 
-def lowering_options(run: Run) -> Run:
+def lowering_options(run: Command) -> Command:
     """Add one option for every field of LowerOptions; `read_lowering` reads them."""
     default = LowerOptions()
     prefix = "Beginning of the file names, instead of the architecture's."
@@ -211,7 +211,7 @@ def read_lowering(options: dict[str, Any]) -> LowerOptions:
     return LowerOptions(**{item.name: options[item.name] for item in dataclasses.fields(LowerOptions)})
 
 
-def generation_options(run: Run) -> Run:
+def generation_options(run: Command) -> Command:
     """Add --backend, --max-tokens, and one option for every field of Sampling."""
     kinds = (
         ("--seed", click.IntRange(0, LARGEST_SEED), 0, "Seed of sampling."),
@@ -226,7 +226,7 @@ def generation_options(run: Run) -> Run:
     return backend_option("interpreter", help=text)(run)
 
 
-def window_options(run: Run) -> Run:
+def window_options(run: Command) -> Command:
     """Add --windows and --length."""
     for name, least, default, text in (
         ("--length", 2, LENGTH, "Tokens a window."),
@@ -237,7 +237,7 @@ def window_options(run: Run) -> Run:
     return run
 
 
-def backend_option(default: str, *, help: str) -> Callable[[Run], Run]:
+def backend_option(default: str, *, help: str) -> Callable[[Command], Command]:
     """Add --backend."""
     backends = click.Choice(["interpreter", "coreml", "transformers"])
     return click.option("--backend", type=backends, default=default, show_default=True, help=help)

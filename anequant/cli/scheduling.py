@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from anequant.cli.console import Console
+from anequant.cli.options import Command
 from anequant.units import parse_bytes
 
 if TYPE_CHECKING:
     from anequant.jobs.control import Run
-
-Command = Callable[..., None]
 
 
 def _read_bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
@@ -41,9 +40,11 @@ def scheduler_option(run: Command) -> Command:
 
 
 @contextmanager
-def scheduled_job(console: Console, title: str, scheduler: str, **options: Any) -> Iterator[Run]:
-    """`Console.job`, which takes `options`, with the scheduler of that name. Raises as `open_scheduler`."""
+def scheduled_job(console: Console, title: str, options: Mapping[str, Any]) -> Iterator[Run]:
+    """`Console.job` as `output_options`, `memory_option` and `scheduler_option` steer it. Raises as
+    `open_scheduler`."""
     from anequant.jobs.scheduler import open_scheduler
 
-    with open_scheduler(scheduler, console.note) as tasks, console.job(title, **options) as run:
+    steering = {name: options[name] for name in ("force", "resume", "max_memory")}
+    with open_scheduler(options["scheduler"], console.note) as tasks, console.job(title, **steering) as run:
         yield replace(run, scheduler=tasks)

@@ -44,8 +44,8 @@ class LowerResult:
 class Lowering:
     """What the steps that write packages to `folder` hand on, each to those after it.
 
-    There are `chunks` packages of layers; `files` closes what is open. `headroom` is set by the step that measures ranges, `sizes` by
-    every package.
+    There are `chunks` packages of layers; `files` closes what is open. `headroom` is set by the step that
+    measures ranges, `sizes` by every package.
     """
 
     request: LowerRequest

@@ -23,7 +23,7 @@ from anequant.checkpoints.writer import DTYPE_NAMES
 from anequant.errors import ResourceError, UsageError
 from anequant.jobs.process import resident_bytes
 from anequant.jobs.step import AnyStep, Speed
-from anequant.pipeline.skips import Kept, kept_in_float
+from anequant.pipeline.skips import Kept, list_kept
 from anequant.pipeline.speed import measure_speed
 from anequant.pipeline.steps.build_packages import BuildChunk, BuildPackage, BuildTable, WritePackageFiles
 from anequant.pipeline.steps.checkpoint_files import WriteCheckpointFiles, WriteRotatedFiles
@@ -38,7 +38,7 @@ from anequant.pipeline.steps.collect_tokens import CollectTokens, fits_whole
 from anequant.pipeline.steps.magnitudes import MeasureRanges
 from anequant.pipeline.steps.rotations import ChooseRotations
 from anequant.pipeline.steps.rounding import RoundEmbedding, RoundHead, RoundLayer
-from anequant.pipeline.steps.sizes import Facts, resident
+from anequant.pipeline.steps.sizes import Facts, predict_peak
 from anequant.pipeline.steps.tuning import Tune
 from anequant.pipeline.steps.widths import ChooseWidths
 from anequant.quantization.nearest import quantize_linear
@@ -82,7 +82,7 @@ class Plan:
 
     def peak(self, step: AnyStep) -> int:
         """Return the most resident bytes of the process during a step."""
-        return resident(self.base, step.holds)
+        return predict_peak(self.base, step.holds)
 
     @property
     def largest(self) -> AnyStep:
@@ -144,7 +144,7 @@ def plan_request(request: Request, max_memory: int | None = None, base: int | No
             raise UsageError(problem, remedy="use fewer")
         choose_probe_tokens(checkpoint, RANGE_TOKENS)
     if base is None:
-        base = base_for(checkpoint.spec, max_memory)
+        base = measure_base_if_limited(checkpoint.spec, max_memory)
     facts = Facts(checkpoint, foresee_checkpoint(checkpoint, recipe), recipe, request.calibration)
     rounding = _list_rounding(request, facts, recipe, max_memory, base)
     steps: list[AnyStep] = [*rounding, WriteCheckpointFiles(facts)]
@@ -154,12 +154,12 @@ def plan_request(request: Request, max_memory: int | None = None, base: int | No
         steps += [VerifyCheckpoint(facts), VerifyPackages(facts, packages, options), Lint(facts)]
         steps += [MeasureQuality(facts)] if has_tokenizer(checkpoint.folder) else []
         steps.append(WriteConversionFiles(facts, packages))
-    return _keep_within(Plan(base, tuple(steps), kept_in_float(checkpoint, recipe, options)), max_memory)
+    return _keep_within(Plan(base, tuple(steps), list_kept(checkpoint, recipe, options)), max_memory)
 
 
 def plan_rotating(request: Request) -> Plan:
     """Return the plan of `rotate`: the whole recipe chooses rotations, and nothing is quantized."""
-    plain = rotations_alone(request.recipe)
+    plain = keep_rotations(request.recipe)
     written = foresee_checkpoint(request.checkpoint, plain, torch.float32)
     facts = Facts(request.checkpoint, written, plain, request.calibration)
     steps = list(_list_rounding(request, facts, plain, None, 0))
@@ -172,7 +172,7 @@ def plan_lowering(request: LowerRequest, max_memory: int | None = None) -> Plan:
     check_lowering(checkpoint.spec, options, checkpoint.online)
     packages = list(_list_packages(checkpoint, options))
     steps: tuple[AnyStep, ...] = (MeasureRanges(checkpoint), *packages, WritePackageFiles(packages))
-    return _keep_within(Plan(base_for(checkpoint.spec, max_memory), steps), max_memory)
+    return _keep_within(Plan(measure_base_if_limited(checkpoint.spec, max_memory), steps), max_memory)
 
 
 def plan_conversion(request: Request, max_memory: int | None) -> tuple[Plan, Speed]:
@@ -185,7 +185,7 @@ def plan_conversion(request: Request, max_memory: int | None) -> tuple[Plan, Spe
     return plan_request(request, max_memory, base), measure_speed()
 
 
-def rotations_alone(recipe: Recipe) -> Recipe:
+def keep_rotations(recipe: Recipe) -> Recipe:
     """Return a recipe with the rotations of this one, that quantizes nothing."""
     return recipe_from_dict({**{key: getattr(recipe, key) for key in ROTATION_KEYS}, **FLOAT})
 
@@ -205,7 +205,7 @@ def foresee_checkpoint(
     return Checkpoint(checkpoint.folder, spec, tensors, plan_online(spec, recipe))
 
 
-def base_for(spec: ModelSpec, max_memory: int | None) -> int:
+def measure_base_if_limited(spec: ModelSpec, max_memory: int | None) -> int:
     """Return `measure_base` for a job that is about to run: nothing where no limit asks for its peaks."""
     return 0 if max_memory is None else measure_base(spec)
 

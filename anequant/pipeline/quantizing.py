@@ -75,8 +75,8 @@ class Quantizing:
     """What the steps that write a checkpoint to `folder` hand on, each to those after it.
 
     `recipe` says what is written, which is less than the request's where a model is rotated alone; what is
-    not quantized is written in `dtype`, and `files` closes what is open. A step sets what it finds: `tokens` [n, length], `rotations`, the
-    widths `bits` of the projections by full name, `tuning`.
+    not quantized is written in `dtype`. `files` closes what is open. A step sets what it finds: `tokens`
+    [n, length], `rotations`, the widths `bits` of the projections by full name, `tuning`.
     """
 
     request: Request

@@ -11,7 +11,7 @@ from anequant.calibration.rotation_choice import check_rotations
 from anequant.errors import InputError
 from anequant.jobs.control import UNWATCHED, Run
 from anequant.jobs.resume import Job, open_job
-from anequant.pipeline.plan import plan_rotating, rotations_alone
+from anequant.pipeline.plan import keep_rotations, plan_rotating
 from anequant.pipeline.quantizing import Quantizing, RotateResult
 from anequant.request import Request
 
@@ -33,7 +33,7 @@ def rotate(request: Request, output: Path, run: Run = UNWATCHED) -> RotateResult
     plan = plan_rotating(request)
     made = request.fingerprint("rotate")
     job = Job(request.source.folder, output, made, plan.steps, plan.disk.total)
-    plain = rotations_alone(request.recipe)
+    plain = keep_rotations(request.recipe)
     with open_job(job, run) as journal, ExitStack() as files:
         state = Quantizing(request, plain, journal.output, journal, files, torch.float32)
         for step in plan.steps:

@@ -19,7 +19,7 @@ class Kept:
     reason: str
 
 
-def kept_in_float(checkpoint: Checkpoint, recipe: Recipe, options: LowerOptions | None) -> tuple[Kept, ...]:
+def list_kept(checkpoint: Checkpoint, recipe: Recipe, options: LowerOptions | None) -> tuple[Kept, ...]:
     """List what stays in float of the checkpoint that `recipe` makes, and with `options` of the packages."""
     return (*_weights(checkpoint, recipe), *_activations(checkpoint, recipe, options))
 

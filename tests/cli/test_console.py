@@ -29,7 +29,7 @@ from anequant.jobs.estimate import Estimate
 from anequant.pipeline import converting
 from anequant.pipeline.steps import checks
 from anequant.recipe_files import named_recipes
-from anequant.report.page import run as converted_module
+from anequant.report.page import conversion_report
 from anequant.targets.coreml import build as lower_package
 from anequant.units import format_time_left
 
@@ -359,7 +359,7 @@ def test_an_interrupted_conversion_says_what_is_kept(tmp_path: Path, monkeypatch
     for module, name, times, last in (
         (lower_package, "save_package", 1, "embedding package"),
         (checks, "verify_packages", 2, "verify checkpoint"),
-        (converted_module, "write_report", 2, "conversion files"),
+        (conversion_report, "write_report", 2, "conversion files"),
     ):
         with monkeypatch.context() as patch:
             press(patch, module, name, times=times)

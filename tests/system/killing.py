@@ -33,7 +33,7 @@ from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.report.page import report_layers
 from anequant.report.page import write_report as report_module
-from anequant.report.page.run import convert_and_report
+from anequant.report.page.conversion_report import convert_and_report
 from anequant.request import Request
 from anequant.targets.coreml import build as lower_package
 from anequant.targets.coreml.program.package import save_package

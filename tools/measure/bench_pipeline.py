@@ -82,9 +82,9 @@ def needed(model: Path, recipe: str) -> dict[str, tuple[float, float]]:
     }
     if chosen.feeds_back:
         result |= {
-            "forward": (layers * rounding.walking_work(spec, windows).flops, 0.0),
-            "Hessians": (layers * rounding.moment_work(spec, windows).flops, 0.0),
-            "rounding": (layers * rounding.gptq_work(spec, chosen).flops, 0.0),
+            "forward": (layers * rounding.count_walking_work(spec, windows).flops, 0.0),
+            "Hessians": (layers * rounding.count_moment_work(spec, windows).flops, 0.0),
+            "rounding": (layers * rounding.count_gptq_work(spec, chosen).flops, 0.0),
         }
     return result
 

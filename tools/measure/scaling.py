@@ -100,9 +100,9 @@ def predictions(pipeline: Mapping[str, Any]) -> dict[str, Any]:
     run = max(pipeline["runs"], key=lambda one: one["steps"][RECIPE]["needed"]["rounding"][0] / one["layers"])
     step = run["steps"][RECIPE]
     flops = {
-        "forward": rounding.walking_work(spec, windows).flops,
-        "Hessians": rounding.moment_work(spec, windows).flops,
-        "rounding": rounding.gptq_work(spec, recipe).flops,
+        "forward": rounding.count_walking_work(spec, windows).flops,
+        "Hessians": rounding.count_moment_work(spec, windows).flops,
+        "rounding": rounding.count_gptq_work(spec, recipe).flops,
     }
     seconds = {
         stage: step["stages"][stage] * amount / step["needed"][stage][0] for stage, amount in flops.items()

@@ -12,10 +12,10 @@ from anequant.jobs.step import Step, Work
 from anequant.pipeline.lowering import Lowering
 from anequant.pipeline.steps.sizes import (
     FLOAT32,
-    packed_bytes,
-    packing_work,
-    stored_bytes,
-    table_size,
+    count_packed_bytes,
+    count_packing_work,
+    count_stored_bytes,
+    count_table_weights,
 )
 from anequant.quantization.linear import ROWS
 from anequant.targets.shared.geometry import count_layer_bytes, count_table_bytes, count_vocabulary_bytes
@@ -55,18 +55,20 @@ class BuildTable(BuildPackage):
 
     @property
     def moves(self) -> tuple[int, int]:
-        return stored_bytes(self.written, f"{self.name}."), count_vocabulary_bytes(self.written, self.name)
+        return count_stored_bytes(self.written, f"{self.name}."), count_vocabulary_bytes(
+            self.written, self.name
+        )
 
     @property
     def holds(self) -> int:
         spec = self.written.spec
         if f"{self.name}.codebook" in self.written.tensors:
-            return packed_bytes([table_size(spec)])
+            return count_packed_bytes([count_table_weights(spec)])
         return ROWS * FLOAT32 * spec.hidden_size
 
     @property
     def cost(self) -> Work:
-        return packing_work(table_size(self.written.spec))
+        return count_packing_work(count_table_weights(self.written.spec))
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,18 +85,18 @@ class BuildChunk(BuildPackage):
 
     @property
     def moves(self) -> tuple[int, int]:
-        read = sum(stored_bytes(self.written, layer_prefix(layer)) for layer in self.layers)
+        read = sum(count_stored_bytes(self.written, layer_prefix(layer)) for layer in self.layers)
         sizes = count_layer_bytes(self.written)
         shared = count_table_bytes(self.written.spec, self.context, self.written.online)
         return read, sum(sizes[layer] for layer in self.layers) + shared
 
     @property
     def holds(self) -> int:
-        return packed_bytes(list(self.written.spec.linear_weights.values()) * len(self.layers))
+        return count_packed_bytes(list(self.written.spec.linear_weights.values()) * len(self.layers))
 
     @property
     def cost(self) -> Work:
-        return packing_work(len(self.layers) * self.written.spec.layer_weights)
+        return count_packing_work(len(self.layers) * self.written.spec.layer_weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,12 +110,12 @@ class WritePackageFiles(Step[Lowering, None]):
 
     @property
     def moves(self) -> tuple[int, int]:
-        return packages_size(self.packages), 0
+        return count_package_bytes(self.packages), 0
 
     def run(self, state: Lowering, progress: Progress) -> None:
         state.write_files()
 
 
-def packages_size(packages: Sequence[BuildPackage]) -> int:
+def count_package_bytes(packages: Sequence[BuildPackage]) -> int:
     """Return the bytes of packages on disk."""
     return sum(package.moves[1] for package in packages)

@@ -13,16 +13,16 @@ from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
 from anequant.outputs.card import write_conversion_card
 from anequant.pipeline.converting import Converting, measure_sample
-from anequant.pipeline.steps.build_packages import BuildPackage, packages_size
+from anequant.pipeline.steps.build_packages import BuildPackage, count_package_bytes
 from anequant.pipeline.steps.sizes import (
     FLOAT16,
     FLOAT32,
     Facts,
-    compared_bytes,
-    forward_work,
-    packing_work,
-    reference_bytes,
-    table_size,
+    count_compared_bytes,
+    count_forward_work,
+    count_packing_work,
+    count_reference_bytes,
+    count_table_weights,
 )
 from anequant.recipe import LowerOptions
 from anequant.reference.forward import HEAD_ROWS
@@ -56,11 +56,11 @@ class VerifyCheckpoint(Step[Converting, CheckpointCheck]):
 
     @property
     def holds(self) -> int:
-        return compared_bytes(max(quantized_sizes(self.facts)))
+        return count_compared_bytes(max(list_quantized_sizes(self.facts)))
 
     @property
     def cost(self) -> Work:
-        return packing_work(2 * self.facts.spec.num_layers * self.facts.spec.layer_weights)
+        return count_packing_work(2 * self.facts.spec.num_layers * self.facts.spec.layer_weights)
 
     def run(self, state: Converting, progress: Progress) -> CheckpointCheck:
         return verify_checkpoint(state.checkpoint_folder, progress=progress)
@@ -90,7 +90,7 @@ class VerifyPackages(Step[Converting, PackageCheck]):
 
     @property
     def moves(self) -> tuple[int, int]:
-        return self.facts.written_size + 2 * packages_size(self.packages), 0
+        return self.facts.written_size + 2 * count_package_bytes(self.packages), 0
 
     @property
     def holds(self) -> int:
@@ -100,20 +100,20 @@ class VerifyPackages(Step[Converting, PackageCheck]):
         most = max(len(layers) for layers in split_layers(spec.num_layers, chunks))
         parts = count_head_parts(spec)
         return max(
-            _interpreted_bytes(list(spec.linear_weights.values()) * most),
-            _interpreted_bytes([table_size(spec) // parts] * parts),
-            reference_bytes(spec, FLOAT16),
-            *(compared_bytes(size) + size for size in quantized_sizes(self.facts)),
+            _count_interpreted_bytes(list(spec.linear_weights.values()) * most),
+            _count_interpreted_bytes([count_table_weights(spec) // parts] * parts),
+            count_reference_bytes(spec, FLOAT16),
+            *(count_compared_bytes(size) + size for size in list_quantized_sizes(self.facts)),
         )
 
     @property
     def cost(self) -> Work:
         """Constants compared, a prompt and single tokens through the packages, transformers beside them."""
         spec = self.facts.spec
-        size = spec.num_layers * spec.layer_weights + table_size(spec)
+        size = spec.num_layers * spec.layer_weights + count_table_weights(spec)
         steps = min(DECODE_TOKENS, self.options.context)
         tokens = PREFILL_TOKENS + DECODE_TOKENS
-        return packing_work(2 * size) + Work(2 * 2 * tokens * size, 4 * steps * size)
+        return count_packing_work(2 * size) + Work(2 * 2 * tokens * size, 4 * steps * size)
 
     def run(self, state: Converting, progress: Progress) -> PackageCheck:
         return verify_packages(state.packages_folder, state.checkpoint_folder, progress=progress)
@@ -164,15 +164,15 @@ class MeasureQuality(Step[Converting, Quality]):
     def holds(self) -> int:
         """Both heads, the rows that are widened, and predictions of one window."""
         spec, source = self.facts.spec, self.facts.source_bytes
-        heads = (source + FLOAT16) * table_size(spec)
+        heads = (source + FLOAT16) * count_table_weights(spec)
         window = PROBABILITIES * FLOAT32 * SAMPLE_LENGTH * spec.vocab_size
         states = 2 * FLOAT32 * SAMPLE_WINDOWS * SAMPLE_LENGTH * spec.hidden_size
         rows = FLOAT32 * min(HEAD_ROWS, spec.vocab_size) * spec.hidden_size
-        return max(heads + max(window, rows) + states, reference_bytes(spec, source))
+        return max(heads + max(window, rows) + states, count_reference_bytes(spec, source))
 
     @property
     def cost(self) -> Work:
-        return forward_work(self.facts.spec, (SAMPLE_WINDOWS, SAMPLE_LENGTH), passes=2)
+        return count_forward_work(self.facts.spec, (SAMPLE_WINDOWS, SAMPLE_LENGTH), passes=2)
 
     def run(self, state: Converting, progress: Progress) -> Quality:
         return measure_sample(state.request.checkpoint, state.checkpoint_folder, progress)
@@ -196,7 +196,7 @@ class WriteConversionFiles(Step[Converting, None]):
 
     @property
     def moves(self) -> tuple[int, int]:
-        return self.facts.written_size + packages_size(self.packages), 0
+        return self.facts.written_size + count_package_bytes(self.packages), 0
 
     def run(self, state: Converting, progress: Progress) -> None:
         result, request = state.result, state.request
@@ -206,13 +206,13 @@ class WriteConversionFiles(Step[Converting, None]):
         write_manifest(state.folder, "conversion", contents)
 
 
-def quantized_sizes(facts: Facts) -> list[int]:
+def list_quantized_sizes(facts: Facts) -> list[int]:
     """Return the number of weights of every quantized tensor."""
     tensors = facts.written.tensors
     codebooks = [name for name in tensors if name.endswith(".codebook")]
     return [math.prod(tensors[f"{name.removesuffix('codebook')}weight"].shape) for name in codebooks]
 
 
-def _interpreted_bytes(sizes: Sequence[int]) -> int:
+def _count_interpreted_bytes(sizes: Sequence[int]) -> int:
     """The bytes of a package that the interpreter runs: float32, and the codes of what is being widened."""
     return FLOAT32 * sum(sizes) + 2 * max(sizes)

@@ -22,9 +22,9 @@ from anequant.pipeline.steps.sizes import (
     FLOAT16,
     FLOAT32,
     Facts,
-    forward_work,
-    resident,
-    table_size,
+    count_forward_work,
+    count_table_weights,
+    predict_peak,
 )
 from anequant.recipe import Calibration
 
@@ -63,7 +63,7 @@ class CollectTokens(Step[Quantizing, tuple[int, int]]):
     def holds(self) -> int:
         if not self._samples:
             return 0
-        return sampling_bytes(self.facts.checkpoint, self.facts.calibration, whole=self.resident)
+        return count_sampling_bytes(self.facts.checkpoint, self.facts.calibration, whole=self.resident)
 
     @property
     def cost(self) -> Work:
@@ -71,7 +71,7 @@ class CollectTokens(Step[Quantizing, tuple[int, int]]):
         if not self._samples:
             return Work()
         windows, length = self.facts.windows
-        once = forward_work(self.facts.spec, (windows, 1), passes=1)
+        once = count_forward_work(self.facts.spec, (windows, 1), passes=1)
         read = 0 if self.resident else 3 * self.facts.source_size
         return Work(once.flops * length, (once.bytes + read) * length)
 
@@ -100,12 +100,12 @@ class CollectTokens(Step[Quantizing, tuple[int, int]]):
         return (f"{result[0]} windows of {result[1]}",)
 
 
-def sampling_bytes(checkpoint: Checkpoint, calibration: Calibration, *, whole: bool) -> int:
+def count_sampling_bytes(checkpoint: Checkpoint, calibration: Calibration, *, whole: bool) -> int:
     """Return the bytes held while a model writes text: `whole`, its cache, and logits with their chances; or,
     of its weights, the one that is used, of which the head is the largest."""
     spec, dtype = checkpoint.spec, checkpoint.tensors[f"{EMBEDDING}.weight"].dtype
     itemsize = FLOAT16 if dtype == "BF16" else FLOAT32
-    table = table_size(spec)
+    table = count_table_weights(spec)
     widened = BITS[dtype] // 8 * table if BITS[dtype] // 8 != itemsize else 0
     cache = 2 * spec.key_value_size * spec.num_layers * calibration.samples * calibration.length
     logits = CHANCES * FLOAT32 * calibration.samples * spec.vocab_size
@@ -119,7 +119,7 @@ def fits_whole(checkpoint: Checkpoint, calibration: Calibration, max_memory: int
     """Whether the model stays in memory while it writes its own calibration text, beside `base` bytes."""
     if max_memory is None:
         return True
-    return resident(base, sampling_bytes(checkpoint, calibration, whole=True)) <= max_memory
+    return predict_peak(base, count_sampling_bytes(checkpoint, calibration, whole=True)) <= max_memory
 
 
 def collect_tokens(

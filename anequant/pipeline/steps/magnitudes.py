@@ -13,8 +13,8 @@ from anequant.pipeline.steps.sizes import (
     FLOAT16,
     FLOAT32,
     PACKING_PASSES,
-    stored_bytes,
-    table_size,
+    count_stored_bytes,
+    count_table_weights,
 )
 from anequant.reference.windows import RANGE_TOKENS, choose_probe_tokens
 from anequant.targets.shared.headroom import plan_headroom
@@ -32,7 +32,7 @@ class MeasureRanges(Step[Lowering, tuple[LayerRange, ...]]):
 
     @property
     def moves(self) -> tuple[int, int]:
-        return stored_bytes(self.written, "model.layers."), 0
+        return count_stored_bytes(self.written, "model.layers."), 0
 
     @property
     def holds(self) -> int:
@@ -40,7 +40,7 @@ class MeasureRanges(Step[Lowering, tuple[LayerRange, ...]]):
         spec = self.written.spec
         largest = max(spec.linear_weights.values())
         running = max((FLOAT16 + FLOAT32) * largest, 2 * FLOAT32 * largest)
-        return max(FLOAT16 * table_size(spec), (FLOAT32 + 1) * spec.layer_weights + running)
+        return max(FLOAT16 * count_table_weights(spec), (FLOAT32 + 1) * spec.layer_weights + running)
 
     @property
     def cost(self) -> Work:

@@ -15,10 +15,10 @@ from anequant.pipeline.steps.sizes import (
     FLOAT32,
     FLOAT64,
     Facts,
-    advancing_bytes,
-    forward_work,
-    states_bytes,
-    table_size,
+    count_advancing_bytes,
+    count_forward_work,
+    count_state_bytes,
+    count_table_weights,
 )
 from anequant.rotation.rotation_plan import list_matrix_sizes, plan_rotations
 
@@ -45,13 +45,13 @@ class ChooseRotations(Step[Quantizing, RotationChoice]):
         if not self._measures:
             return 0
         spec, recipe, windows = self.facts.spec, self.facts.recipe, self.facts.windows
-        measured = states_bytes(spec, windows) + self.facts.source_bytes * table_size(spec)
+        measured = count_state_bytes(spec, windows) + self.facts.source_bytes * count_table_weights(spec)
         measured += FLOAT64 * spec.hidden_size**2
         if recipe.restarts == 1 and not recipe.learn:
-            return measured + advancing_bytes(spec, windows)
+            return measured + count_advancing_bytes(spec, windows)
         kept = FLOAT32 * math.prod(windows) * spec.hidden_size * (spec.num_layers if recipe.learn else 1)
         layer = (FLOAT64 + 3 * FLOAT32) * spec.layer_weights
-        return measured + kept + 3 * FLOAT32 * table_size(spec) + layer
+        return measured + kept + 3 * FLOAT32 * count_table_weights(spec) + layer
 
     @property
     def cost(self) -> Work:
@@ -59,7 +59,7 @@ class ChooseRotations(Step[Quantizing, RotationChoice]):
             return Work()
         recipe = self.facts.recipe
         passes = 2 + recipe.restarts + 4 * recipe.learn
-        return forward_work(self.facts.spec, self.facts.windows, passes)
+        return count_forward_work(self.facts.spec, self.facts.windows, passes)
 
     @property
     def _measures(self) -> bool:

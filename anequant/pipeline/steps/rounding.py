@@ -34,9 +34,9 @@ from anequant.pipeline.steps.sizes import (
     FLOAT32,
     FLOAT64,
     Facts,
-    states_bytes,
-    stored_bytes,
-    table_size,
+    count_state_bytes,
+    count_stored_bytes,
+    count_table_weights,
 )
 from anequant.quantization.refine import CODEBOOK_ROWS, CODEBOOK_WEIGHTS, LARGEST_CODEBOOK
 from anequant.recipe import Recipe
@@ -88,18 +88,15 @@ class RoundEmbedding(RoundPart):
 
     @property
     def moves(self) -> tuple[int, int]:
-        read, written = (
-            stored_bytes(model, f"{EMBEDDING}.") for model in (self.facts.checkpoint, self.facts.written)
-        )
-        return read, written
+        return self.facts.count_moves(f"{EMBEDDING}.")
 
     @property
     def holds(self) -> int:
-        return _table_bytes(self.facts, self.facts.recipe.embedding_bits, probed=False)
+        return _count_table_bytes(self.facts, self.facts.recipe.embedding_bits, probed=False)
 
     @property
     def cost(self) -> Work:
-        return _table_work(self.facts.spec, self.facts.recipe.embedding_bits)
+        return _count_table_work(self.facts.spec, self.facts.recipe.embedding_bits)
 
     def write(self, state: Quantizing) -> RoundedPart:
         return state.rounding.write_embedding()
@@ -115,17 +112,17 @@ class RoundHead(RoundPart):
     @property
     def moves(self) -> tuple[int, int]:
         head = self.facts.checkpoint.head_name.removesuffix(".weight")
-        read = stored_bytes(self.facts.checkpoint, f"{head}.", FINAL_NORM)
-        return read, stored_bytes(self.facts.written, f"{HEAD}.", FINAL_NORM)
+        read = count_stored_bytes(self.facts.checkpoint, f"{head}.", FINAL_NORM)
+        return read, count_stored_bytes(self.facts.written, f"{HEAD}.", FINAL_NORM)
 
     @property
     def holds(self) -> int:
-        states = states_bytes(self.facts.spec, self.facts.walked)
-        return states + _table_bytes(self.facts, self.facts.recipe.head_bits, probed=True)
+        states = count_state_bytes(self.facts.spec, self.facts.walked)
+        return states + _count_table_bytes(self.facts, self.facts.recipe.head_bits, probed=True)
 
     @property
     def cost(self) -> Work:
-        return _table_work(self.facts.spec, self.facts.recipe.head_bits)
+        return _count_table_work(self.facts.spec, self.facts.recipe.head_bits)
 
     def write(self, state: Quantizing) -> RoundedPart:
         return state.rounding.write_head()
@@ -154,8 +151,7 @@ class RoundLayer(RoundPart):
 
     @property
     def moves(self) -> tuple[int, int]:
-        prefix = layer_prefix(self.layer)
-        return stored_bytes(self.facts.checkpoint, prefix), stored_bytes(self.facts.written, prefix)
+        return self.facts.count_moves(layer_prefix(self.layer))
 
     @property
     def holds(self) -> int:
@@ -175,13 +171,13 @@ class RoundLayer(RoundPart):
         count, length = windows
         inner = max(spec.query_size, spec.intermediate_size)
         states = FLOAT32 * count * length * (2 * spec.hidden_size + inner)
-        running = max(_running_bytes(spec, group[0], length) for group in spec.input_groups)
+        running = max(_count_running_bytes(spec, group[0], length) for group in spec.input_groups)
         rounding = CORE_AND_CODES * largest
         if recipe.feeds_back:
             rounding = max(
                 max(
-                    3 * _moment_bytes(spec, linear) + _running_bytes(spec, linear, length),
-                    _gptq_bytes(spec, linear),
+                    3 * _count_moment_bytes(spec, linear) + _count_running_bytes(spec, linear, length),
+                    _count_gptq_bytes(spec, linear),
                 )
                 for linear in spec.architecture.linears
             )
@@ -190,7 +186,7 @@ class RoundLayer(RoundPart):
 
     @property
     def cost(self) -> Work:
-        return layer_work(self.facts.spec, self.facts.recipe, self.facts.walked)
+        return count_layer_work(self.facts.spec, self.facts.recipe, self.facts.walked)
 
     def write(self, state: Quantizing) -> RoundedPart:
         return state.rounding.write_layer(self.layer)
@@ -202,62 +198,64 @@ class RoundLayer(RoundPart):
             state.rounding.replay_layer(self.layer)
 
 
-def layer_work(spec: ModelSpec, recipe: Recipe, windows: tuple[int, int] | None) -> Work:
+def count_layer_work(spec: ModelSpec, recipe: Recipe, windows: tuple[int, int] | None) -> Work:
     """Return the work of a layer: rotating, the float64 probe, rounding, and what calibration adds."""
     size = spec.layer_weights
     passes = ROTATING_PASSES + (0 if recipe.bits == 16 else ROUNDING_PASSES)
     todo = Work(2 * 2 * 2 * PROBE_LENGTH * size, 4 * passes * size)
     if windows is None:
         return todo
-    todo += walking_work(spec, windows)
-    return todo + moment_work(spec, windows) + gptq_work(spec, recipe) if recipe.feeds_back else todo
+    todo += count_walking_work(spec, windows)
+    if recipe.feeds_back:
+        todo += count_moment_work(spec, windows) + count_gptq_work(spec, recipe)
+    return todo
 
 
-def _table_bytes(facts: Facts, bits: int, *, probed: bool) -> int:
+def _count_table_bytes(facts: Facts, bits: int, *, probed: bool) -> int:
     """The bytes of the embedding or of the head, whose logits are `probed`."""
     spec = facts.spec
     block = min(ROWS, spec.vocab_size) * spec.hidden_size
     rotating = (facts.source_bytes + 2 * FLOAT64) * block + (FLOAT64 * block if probed else 0)
     if bits == 16:
         return rotating + FLOAT32 * block
-    return FLOAT32 * table_size(spec) + max(rotating, CORE_AND_CODES * table_size(spec))
+    return FLOAT32 * count_table_weights(spec) + max(rotating, CORE_AND_CODES * count_table_weights(spec))
 
 
-def _table_work(spec: ModelSpec, bits: int) -> Work:
+def _count_table_work(spec: ModelSpec, bits: int) -> Work:
     passes = ROTATING_PASSES + (0 if bits == 16 else ROUNDING_PASSES)
-    return Work(4 * PROBE_LENGTH * table_size(spec), 4 * passes * table_size(spec))
+    return Work(4 * PROBE_LENGTH * count_table_weights(spec), 4 * passes * count_table_weights(spec))
 
 
-def _moment_bytes(spec: ModelSpec, linear: Linear) -> int:
+def _count_moment_bytes(spec: ModelSpec, linear: Linear) -> int:
     """The bytes of one linear's moments: of fit or of held-out windows, or of a few that are being added."""
     rows, width = spec.shape(linear)
     return FLOAT32 * (width**2 + (rows * width if linear.norm is None else width**2))
 
 
-def _gptq_bytes(spec: ModelSpec, linear: Linear) -> int:
+def _count_gptq_bytes(spec: ModelSpec, linear: Linear) -> int:
     rows, width = spec.shape(linear)
     size, square = rows * width, width**2
     factors = 2 if linear.norm is None else 4
     chosen = min(rows, CODEBOOK_ROWS, max(1, CODEBOOK_WEIGHTS // width))
     refining = 2 * square + 8 * size + 3 * LARGEST_CODEBOOK * chosen * width
-    return 3 * _moment_bytes(spec, linear) + FLOAT32 * ((factors + 1) * square + refining)
+    return 3 * _count_moment_bytes(spec, linear) + FLOAT32 * ((factors + 1) * square + refining)
 
 
-def _running_bytes(spec: ModelSpec, linear: Linear, length: int) -> int:
+def _count_running_bytes(spec: ModelSpec, linear: Linear, length: int) -> int:
     """The bytes of a few windows on their way to a linear, in one model, and its input in both."""
     tokens = WINDOWS_AT_ONCE * length
     inner = 3 * spec.intermediate_size if linear.input.space is Space.FFN else 4 * spec.query_size
     return FLOAT32 * tokens * (2 * spec.hidden_size + inner + 2 * spec.width(linear.input))
 
 
-def walking_work(spec: ModelSpec, windows: tuple[int, int]) -> Work:
+def count_walking_work(spec: ModelSpec, windows: tuple[int, int]) -> Work:
     """Return the work of a layer that runs once in each of two models."""
     count, length = windows
     attention = 2 * count * length**2 * spec.query_size
     return Work(2 * (2 * count * length * spec.layer_weights + attention))
 
 
-def moment_work(spec: ModelSpec, windows: tuple[int, int]) -> Work:
+def count_moment_work(spec: ModelSpec, windows: tuple[int, int]) -> Work:
     """Return the work of Hessians, which are symmetric, and of cross moments or moments of outputs."""
     todo = Work()
     for group in spec.input_groups:
@@ -267,7 +265,7 @@ def moment_work(spec: ModelSpec, windows: tuple[int, int]) -> Work:
     return todo
 
 
-def gptq_work(spec: ModelSpec, recipe: Recipe) -> Work:
+def count_gptq_work(spec: ModelSpec, recipe: Recipe) -> Work:
     """Return the work of factors and calibrated rounding of a layer's linears."""
     products = FEEDBACK + recipe.refinement * (REFITTING + max(1, recipe.descent))
     todo = Work()

@@ -63,67 +63,71 @@ class Facts:
     @cached_property
     def source_size(self) -> int:
         """The bytes of the whole float model."""
-        return stored_bytes(self.checkpoint, "model.", "lm_head.")
+        return count_stored_bytes(self.checkpoint, "model.", "lm_head.")
 
     @cached_property
     def written_size(self) -> int:
         """The bytes of the whole quantized model."""
-        return stored_bytes(self.written, "model.", "lm_head.")
+        return count_stored_bytes(self.written, "model.", "lm_head.")
+
+    def count_moves(self, *beginnings: str) -> tuple[int, int]:
+        """Return the bytes of the tensors whose names begin so, as they are read and as they are written."""
+        return count_stored_bytes(self.checkpoint, *beginnings), count_stored_bytes(self.written, *beginnings)
 
 
-def resident(base: int, held: int) -> int:
+def predict_peak(base: int, held: int) -> int:
     """Return the peak of a process whose imports take `base` and which holds `held` bytes at once."""
     return base + held + min(held, ALLOCATOR)
 
 
-def stored_bytes(checkpoint: Checkpoint, *beginnings: str) -> int:
+def count_stored_bytes(checkpoint: Checkpoint, *beginnings: str) -> int:
     """Return the bytes of the tensors whose names begin so, once each."""
     found = (info for name, info in checkpoint.tensors.items() if name.startswith(beginnings))
     return sum(math.prod(info.shape) * BITS[info.dtype] // 8 for info in found)
 
 
-def table_size(spec: ModelSpec) -> int:
+def count_table_weights(spec: ModelSpec) -> int:
     """Return the number of weights of the embedding, which the head has too."""
     return spec.vocab_size * spec.hidden_size
 
 
-def states_bytes(spec: ModelSpec, windows: tuple[int, int] | None) -> int:
+def count_state_bytes(spec: ModelSpec, windows: tuple[int, int] | None) -> int:
     """Return the bytes of hidden states of (windows, length) in the float model and the quantized one."""
     return 0 if windows is None else 2 * FLOAT32 * math.prod(windows) * spec.hidden_size
 
 
-def advancing_bytes(spec: ModelSpec, windows: tuple[int, int]) -> int:
+def count_advancing_bytes(spec: ModelSpec, windows: tuple[int, int]) -> int:
     """Return the bytes of all windows after a layer, of those before, and of a few on their way."""
     count, length = windows
     few = WINDOWS_AT_ONCE * length * (2 * spec.hidden_size + 3 * spec.intermediate_size)
     return FLOAT32 * (2 * count * length * spec.hidden_size + few)
 
 
-def reference_bytes(spec: ModelSpec, source: int) -> int:
+def count_reference_bytes(spec: ModelSpec, source: int) -> int:
     """Return the bytes that transformers' logits hold, layer by layer: the embedding; a layer and the linear
     that runs; or the head and the rows of it that are widened. `source` is the bytes of an element."""
     widened = FLOAT32 * min(HEAD_ROWS, spec.vocab_size) * spec.hidden_size
     one_layer = source * spec.layer_weights + FLOAT32 * max(spec.linear_weights.values())
-    return max(source * table_size(spec) + widened, one_layer)
+    return max(source * count_table_weights(spec) + widened, one_layer)
 
 
-def packed_bytes(sizes: Sequence[int]) -> int:
+def count_packed_bytes(sizes: Sequence[int]) -> int:
     """Return the bytes that a package of palettized weights of these sizes holds: one an element, and one
     weight as it was read."""
     return sum(sizes) + (FLOAT16 + 2) * max(sizes)
 
 
-def compared_bytes(size: int) -> int:
+def count_compared_bytes(size: int) -> int:
     """Return the bytes of a quantized weight that is read back: stored, its codes, what these stand for."""
     return (2 * FLOAT16 + 2) * size
 
 
-def forward_work(spec: ModelSpec, windows: tuple[int, int], passes: float) -> Work:
+def count_forward_work(spec: ModelSpec, windows: tuple[int, int], passes: float) -> Work:
     """Return the work of windows that go through all layers and the head so many times."""
-    everything = spec.num_layers * spec.layer_weights + table_size(spec)
+    everything = spec.num_layers * spec.layer_weights + count_table_weights(spec)
     return Work(2 * passes * math.prod(windows) * everything, 4 * passes * everything)
 
 
-def packing_work(size: int) -> Work:
+def count_packing_work(size: int) -> Work:
     """Return the work of finding codes again in so many stored weights, and of packing them."""
     return Work(0, 4 * PACKING_PASSES * size)

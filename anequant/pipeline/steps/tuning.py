@@ -21,9 +21,9 @@ from anequant.pipeline.steps.sizes import (
     FLOAT16,
     FLOAT32,
     Facts,
-    forward_work,
-    states_bytes,
-    table_size,
+    count_forward_work,
+    count_state_bytes,
+    count_table_weights,
 )
 from anequant.quantization.tunable_linear import start_tuning
 from anequant.recipe import Calibration
@@ -55,13 +55,13 @@ class Tune(Step[Quantizing, LearnResult]):
     def holds(self) -> int:
         """What is tuned as codes, a layer with its gradients, both heads, and states between layers."""
         spec, windows = self.facts.spec, self.facts.windows
-        kept = states_bytes(spec, windows) + FLOAT32 * math.prod(windows) * spec.hidden_size
-        heads = (self.facts.source_bytes + FLOAT16 + FLOAT32) * table_size(spec)
+        kept = count_state_bytes(spec, windows) + FLOAT32 * math.prod(windows) * spec.hidden_size
+        heads = (self.facts.source_bytes + FLOAT16 + FLOAT32) * count_table_weights(spec)
         return spec.num_layers * spec.layer_weights + kept + heads + 3 * FLOAT32 * spec.layer_weights
 
     @property
     def cost(self) -> Work:
-        return forward_work(self.facts.spec, self.facts.windows, PASSES * self.facts.recipe.tune)
+        return count_forward_work(self.facts.spec, self.facts.windows, PASSES * self.facts.recipe.tune)
 
     def run(self, state: Quantizing, progress: Progress) -> LearnResult:
         steps, calibration = self.facts.recipe.tune, self.facts.calibration

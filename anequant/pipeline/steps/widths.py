@@ -13,7 +13,7 @@ from anequant.calibration.sensitivity import FloatModel, measure_rounding_losses
 from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
 from anequant.pipeline.quantizing import Quantizing
-from anequant.pipeline.steps.sizes import FLOAT32, Facts, forward_work, table_size
+from anequant.pipeline.steps.sizes import FLOAT32, Facts, count_forward_work, count_table_weights
 from anequant.quantization.bit_allocation import allocate_bits
 from anequant.quantization.weight_format import linear_format
 
@@ -43,11 +43,11 @@ class ChooseWidths(Step[Quantizing, Mapping[str, int]]):
         """The whole head, the states before every layer, a layer and what rounds it."""
         spec = self.facts.spec
         states = FLOAT32 * math.prod(self.facts.windows) * spec.hidden_size * (spec.num_layers + 2)
-        return states + 2 * FLOAT32 * table_size(spec) + 4 * FLOAT32 * spec.layer_weights
+        return states + 2 * FLOAT32 * count_table_weights(spec) + 4 * FLOAT32 * spec.layer_weights
 
     @property
     def cost(self) -> Work:
-        return forward_work(self.facts.spec, self.facts.windows, passes=4)
+        return count_forward_work(self.facts.spec, self.facts.windows, passes=4)
 
     def run(self, state: Quantizing, progress: Progress) -> Mapping[str, int]:
         spec, recipe, model = self.facts.spec, self.facts.recipe, state.model

@@ -37,7 +37,7 @@ from anequant.quantization.weight_format import WeightFormat
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.report.page import charts
-from anequant.report.page.run import Stopwatch
+from anequant.report.page.conversion_report import Stopwatch
 from anequant.report.page.write_report import write_report
 from anequant.request import Request
 from anequant.rotation.rotation_plan import plan_rotations
@@ -299,7 +299,7 @@ def test_sixteen_bits_are_reported_as_kept(source: Path, tmp_path: Path) -> None
 
 def test_a_stopwatch_adds_up_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("anequant.report.page.run.time.monotonic", lambda: now)
+    monkeypatch.setattr("anequant.report.page.conversion_report.time.monotonic", lambda: now)
     watch = Stopwatch()
     for name, stage, seconds in (("a", "quantize", 1.0), ("b", "quantize", 2.0), ("c", "lower", 4.0)):
         watch.add(Unit(name, stage, (), seconds, 0, 0.5, replayed=False))

@@ -18,7 +18,7 @@ from anequant.pipeline.convert import convert
 from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.report.page.charts import contrast
-from anequant.report.page.run import Stopwatch
+from anequant.report.page.conversion_report import Stopwatch
 from anequant.report.page.write_report import write_report
 from anequant.request import Request
 

@@ -1,4 +1,4 @@
-"""What a run took: seconds of every step and the most memory, which are not the same twice."""
+"""A conversion that ends with its report, of what it took too: seconds of every stage and the most memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from anequant.jobs.control import UNWATCHED, Progress, Run, Unit
 from anequant.jobs.step import Step, Work
 from anequant.pipeline.convert import convert
 from anequant.pipeline.converting import Converting, ConvertResult
-from anequant.pipeline.steps.rounding import layer_work
-from anequant.pipeline.steps.sizes import forward_work
+from anequant.pipeline.steps.rounding import count_layer_work
+from anequant.pipeline.steps.sizes import count_forward_work
 from anequant.report.page.write_report import Report, read_report, write_report
 from anequant.request import Request
 
@@ -66,8 +66,8 @@ class WriteReport(Step[Converting, None]):
     @property
     def cost(self) -> Work:
         spec, recipe = self.request.checkpoint.spec, self.request.recipe
-        measuring = forward_work(spec, (SAMPLE_WINDOWS, SAMPLE_LENGTH), PASSES)
-        return sum([layer_work(spec, recipe, None)] * spec.num_layers, measuring)
+        measuring = count_forward_work(spec, (SAMPLE_WINDOWS, SAMPLE_LENGTH), PASSES)
+        return sum([count_layer_work(spec, recipe, None)] * spec.num_layers, measuring)
 
     def run(self, state: Converting, progress: Progress) -> None:
         write_report(state.folder, self.request.source, run=self.watch.result(), progress=progress)
