@@ -1,8 +1,10 @@
-"""The files beside a checkpoint's weights that an output takes along: whether they can be read."""
+"""The files beside a checkpoint's weights: whether they can be read, what they ask to be run, and taking the
+tokenizer along."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from anequant.checkpoints.license import CARD, LICENSE_FILES
@@ -30,6 +32,12 @@ def check_side_files(folder: Path) -> None:
             raise InputError(what, where=str(folder), remedy="check its permissions") from error
         if name in OBJECTS:
             read_object(path)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 KEYS = ("auto_map", "custom_pipelines", "custom_generate", "model_file")

@@ -8,7 +8,6 @@ is in memory meanwhile.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from anequant.architectures.spec import ModelSpec
-from anequant.checkpoints.source import TOKENIZER_FILES
+from anequant.checkpoints.side_files import copy_tokenizer
 from anequant.targets.coreml.palettizers import palettize_by_kmeans, palettize_by_sensitivity
 
 BITS, GROUP, FLOAT = 4, 32, 16
@@ -174,6 +173,4 @@ def _save(loaded: Any, model: Path, output: Path) -> None:
     names = original.state_dict().keys()
     original.load_state_dict({name: value for name, value in loaded.state_dict().items() if name in names})
     original.save_pretrained(output)
-    for name in TOKENIZER_FILES:
-        if (model / name).is_file():
-            shutil.copyfile(model / name, output / name)
+    copy_tokenizer(model, output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,9 @@ import torch
 from torch import Tensor
 
 from anequant.checkpoints.side_files import find_custom_code
-from anequant.checkpoints.source import TOKENIZER_FILES, Source
+from anequant.checkpoints.source import Source
 from anequant.jobs.output_folder import hash_files
 from anequant.recipe import Calibration
-
-
-def copy_tokenizer(source: Source, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
 
 
 def source_record(source: Source, files: list[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
@@ -11,20 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from anequant.architectures.spec import EMBEDDING, HEAD
-from anequant.checkpoints.foreign import complete_codebook
-from anequant.checkpoints.layers import read_projection_bits
 from anequant.checkpoints.manifest import hash_checkpoint, write_manifest
-from anequant.checkpoints.reader import Checkpoint, read_object
-from anequant.checkpoints.source import TOKENIZER_FILES
-from anequant.checkpoints.writer import write_json
+from anequant.checkpoints.reader import Checkpoint
 from anequant.jobs.journal import Journal
 from anequant.jobs.task_files import passing_folder
 from anequant.request import LowerRequest
 from anequant.targets.coreml.build import build_package
 from anequant.targets.coreml.lowerable import check_lowering
-from anequant.targets.coreml.meta import PackageSet, write_meta
-from anequant.targets.shared.geometry import count_head_parts, split_layers
+from anequant.targets.coreml.meta import PackageSet
+from anequant.targets.coreml.package_set import describe_packages, list_parts, write_side_files
 from anequant.targets.shared.headroom import Headroom
 from anequant.targets.shared.package_task import BuiltPackage, PackageSize, PackageTask
 
@@ -77,21 +72,8 @@ class Lowering:
     @cached_property
     def packages(self) -> PackageSet:
         """What meta.yaml says of the packages."""
-        spec, options = self.checkpoint.spec, self.request.lowering
-        return PackageSet(
-            model=self.request.name,
-            architecture=spec.architecture.model_type,
-            prefix=options.prefix or spec.architecture.package_prefix,
-            context=options.context,
-            batch=options.batch,
-            chunks=self.chunks,
-            head_parts=count_head_parts(spec),
-            lut_embeddings=_table_bits(self.checkpoint, EMBEDDING),
-            lut_ffn=min(read_projection_bits(self.checkpoint).values()),
-            lut_head=_table_bits(self.checkpoint, HEAD),
-            vocab_size=spec.vocab_size,
-            argmax=options.argmax,
-        )
+        request = self.request
+        return describe_packages(self.checkpoint, request.lowering, request.name, self.chunks)
 
     @cached_property
     def tasks(self) -> Sequence[PackageTask]:
@@ -101,7 +83,7 @@ class Lowering:
         options, layers = self.request.lowering, self.checkpoint.spec.num_layers
         return [
             PackageTask(name, part, self.request.folder, home, options, self.headroom, metadata)
-            for name, part, metadata in _list_parts(self.packages, layers)
+            for name, part, metadata in list_parts(self.packages, layers)
         ]
 
     def build(self, number: int) -> PackageSize:
@@ -121,8 +103,7 @@ class Lowering:
     def write_files(self) -> None:
         """Write what lies beside the packages."""
         assert self.headroom is not None
-        write_meta(self.folder, self.packages)
-        _copy_tokenizer(self.folder, self.checkpoint)
+        write_side_files(self.folder, self.packages, self.checkpoint)
         contents = {
             "checkpoint": self._hashes.result(),
             "options": {**asdict(self.request.lowering), "chunks": self.chunks},
@@ -130,55 +111,3 @@ class Lowering:
             "headroom": asdict(self.headroom),
         }
         write_manifest(self.folder, "packages", contents)
-
-
-def _list_parts(packages: PackageSet, layers: int) -> Iterator[tuple[str, str | range, dict[str, str]]]:
-    """Name, part and metadata of every package, in running order."""
-    yield packages.embeddings, EMBEDDING, _metadata(packages, lut_bits=packages.lut_embeddings)
-    for number, part in enumerate(split_layers(layers, packages.chunks)):
-        metadata = _metadata(
-            packages, lut_bits=packages.lut_ffn, chunk_no=number + 1, functions="infer,prefill"
-        )
-        yield packages.chunk_names[number], part, metadata
-    argmax = packages.argmax
-    metadata = _metadata(
-        packages,
-        lut_bits=packages.lut_head,
-        argmax_in_model=argmax or None,
-        vocab_size=packages.vocab_size if argmax else None,
-        lm_head_chunk_sizes=packages.head_sizes if argmax else None,
-    )
-    yield packages.head, HEAD, metadata
-
-
-def _table_bits(checkpoint: Checkpoint, name: str) -> int | None:
-    """The width of the embedding or the head, None for float16."""
-    if f"{name}.codebook" not in checkpoint.tensors:
-        return None
-    entries = complete_codebook(name, checkpoint.read(f"{name}.codebook")).numel()
-    return (entries - 1).bit_length()
-
-
-def _metadata(packages: PackageSet, **more: object) -> dict[str, str]:
-    values = {
-        "info": "Converted by anequant",
-        "context_length": packages.context,
-        "batch_size": packages.batch,
-        "num_chunks": packages.chunks,
-        **more,
-    }
-    return {f"com.anemll.{key}": str(value) for key, value in values.items() if value is not None}
-
-
-def _copy_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
-    """Copy the tokenizer's files, and write of config.json what runtimes read."""
-    tokenizer_class = None
-    for name in TOKENIZER_FILES:
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
-    if (checkpoint.folder / "tokenizer_config.json").is_file():
-        tokenizer_class = read_object(checkpoint.folder / "tokenizer_config.json").get("tokenizer_class")
-    config = checkpoint.spec.config
-    ends = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None}
-    model_type = checkpoint.spec.architecture.model_type
-    write_json(folder / "config.json", {"tokenizer_class": tokenizer_class, "model_type": model_type, **ends})

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from anequant.checkpoints.source import BUNDLED_MODEL, TOKENIZER_FILES
+from anequant.checkpoints.side_files import copy_tokenizer
+from anequant.checkpoints.source import BUNDLED_MODEL
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 896, 4864, 14, 2, 64, 151936
 QUERY_WIDTH, KV_WIDTH = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
@@ -69,9 +69,7 @@ def write_random_checkpoint(folder: Path, layers: int, vocab: int = VOCAB) -> No
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
     _write_json(folder / "config.json", _config(layers, vocab))
-    for name in TOKENIZER_FILES:
-        if (BUNDLED_MODEL / name).is_file():
-            shutil.copyfile(BUNDLED_MODEL / name, folder / name)
+    copy_tokenizer(BUNDLED_MODEL, folder)
 
 
 def _config(layers: int, vocab: int) -> dict[str, Any]:

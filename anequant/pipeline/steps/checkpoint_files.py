@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anequant.checkpoints.manifest import CHECKPOINT, ROTATED, build_published_config, write_manifest
+from anequant.checkpoints.side_files import copy_tokenizer
 from anequant.checkpoints.writer import write_json
 from anequant.jobs.control import Progress
 from anequant.jobs.step import Step
 from anequant.outputs.card import write_checkpoint_card, write_rotated_card
-from anequant.outputs.records import calibration_record, copy_tokenizer, source_record
+from anequant.outputs.records import calibration_record, source_record
 from anequant.pipeline.quantizing import Quantizing
 from anequant.pipeline.steps.sizes import Facts
 from anequant.recipe_files import ROTATION_KEYS
@@ -40,7 +41,7 @@ class WriteCheckpointFiles(WriteBeside):
         state.write_rotations()
         published = build_published_config(state.spec, state.recipe, len(errors.tensors), errors.summary())
         write_json(folder / "quantization_config.json", published)
-        copy_tokenizer(request.source, folder)
+        copy_tokenizer(request.source.folder, folder)
         seen = calibration_record(request.calibration, state.tokens)
         write_checkpoint_card(folder, request, seen)
         contents = {
@@ -60,7 +61,7 @@ class WriteRotatedFiles(WriteBeside):
         request, folder, result = state.request, state.folder, state.rotate_result
         state.write_config(folder)
         state.write_rotations()
-        copy_tokenizer(request.source, folder)
+        copy_tokenizer(request.source.folder, folder)
         seen = calibration_record(request.calibration, state.tokens)
         write_rotated_card(folder, request, seen, result.equivalence)
         contents = {
