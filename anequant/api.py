@@ -185,10 +185,11 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a checkpoint on at most `windows` windows of `length` tokens of a text.
 
-    `text` is a file, or wikitext2 for that dataset's test split. With `base`, the float model: also extra NLL
-    and KL in nats, the share of equal top tokens, and the error after every layer. Raises InputError for
-    models that cannot be read or do not belong together, UsageError for a text that cannot be read or is too
-    short, ResourceError when WikiText-2 cannot be had.
+    `text` is a file, or wikitext2 for that dataset's test split. A quantized checkpoint also has its bits per
+    weight. With `base`, the float model: also extra NLL and KL in nats, the share of equal top tokens, the
+    noise floor, and the error after every layer. Raises InputError for models that cannot be read or do not
+    belong together, UsageError for a text that cannot be read or is too short, ResourceError when WikiText-2
+    cannot be had.
     """
     against = None if base is None else str(base)
     return evaluate_checkpoint(

@@ -17,7 +17,9 @@ FOLDER = click.Path(path_type=Path)
 @click.command(name="eval")
 @click.argument("checkpoint")
 @click.option("--text", metavar="FILE|wikitext2", help="Text to evaluate on.")
-@click.option("--base", metavar="MODEL", help="Float model to compare with: extra NLL, KL, top-1, layers.")
+@click.option(
+    "--base", metavar="MODEL", help="Float model to compare with: extra NLL, KL, top-1, noise floor, layers."
+)
 @window_options
 @click.option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, .yaml files or folders.")
 @backend_option("transformers", help="What runs the tasks of --lm-eval.")
@@ -43,7 +45,7 @@ def evaluate(
     if text is None and base is not None:
         raise UsageError("--base compares on a text", remedy="name one with --text")
     from anequant.evaluation.evaluate import evaluate_checkpoint, evaluate_tasks
-    from anequant.report.terminal import results as rows
+    from anequant.report.terminal import quality_rows as rows
 
     values: dict[str, Any] = {"checkpoint": checkpoint}
     printed: list[tuple[str, str]] = []

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from anequant.checkpoints.manifest import load_recipe_for, read_manifest
 from anequant.checkpoints.places import CHECKPOINT_FOLDER
-from anequant.checkpoints.reader import read_json
+from anequant.checkpoints.reader import open_checkpoint, read_json
 from anequant.checkpoints.source import resolve_source
+from anequant.checkpoints.stored_bits import StoredBits, measure_stored_bits
 from anequant.checkpoints.writer import write_json
 from anequant.comparison.batch_file import Batch, BatchJob
-from anequant.comparison.compare import measure_stored_bits
-from anequant.comparison.trials import StoredBits
 from anequant.errors import AnequantError, InputError, Interrupted, UsageError, as_error, torch_memory
 from anequant.jobs.control import Run
 from anequant.jobs.journal import find_difference
@@ -51,7 +50,7 @@ class Row:
     recipe: str
     state: str
     bits: StoredBits | None = None
-    quality: Mapping[str, float] | None = None
+    quality: Mapping[str, Any] | None = None
     seconds: float | None = None
     failed: str | None = None
     exit_code: int = 0
@@ -166,7 +165,7 @@ class _Runner:
     def _measure(self, job: BatchJob, state: str, seconds: float | None) -> Row:
         target = self._batch.output / job.name
         packages = job.lowering is not None
-        bits = measure_stored_bits(target / CHECKPOINT_FOLDER if packages else target)
+        bits = measure_stored_bits(open_checkpoint(target / CHECKPOINT_FOLDER if packages else target))
         quality = read_manifest(target)["measured"].get("quality") if packages else None
         return Row(job.name, job.model, job.recipe, state, bits, quality, seconds)
 

@@ -1,6 +1,7 @@
 """Several recipes, and other people's rounding, on one model and one text: what each costs and brings.
 
-Calibration tokens are collected once, and the float model is run once.
+Calibration tokens are collected once, and the float model is run once, beside a few windows in float16. Every
+trial is compared with the first one, window by window.
 """
 
 from __future__ import annotations
@@ -20,12 +21,18 @@ from torch import Tensor
 from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source
+from anequant.checkpoints.stored_bits import StoredBits, measure_stored_bits
 from anequant.comparison.peers import FLOAT, PEERS, Peer, projection_bits
-from anequant.comparison.trials import PEER, RECIPE, Comparison, StoredBits, Trial, mark_front
+from anequant.comparison.trials import PEER, RECIPE, Comparison, Trial, mark_differences, mark_front
 from anequant.errors import AnequantError, Interrupted, UnsupportedError, UsageError, as_error, torch_memory
-from anequant.evaluation.divergence import Reference, measure_quality_against, record_reference, summarise
+from anequant.evaluation.divergence import (
+    Reference,
+    measure_noise_floor,
+    measure_quality_against,
+    record_reference,
+)
 from anequant.evaluation.evaluate import read_windows
-from anequant.inspection.inspect_checkpoint import PROJECTIONS, WHOLE, inspect_checkpoint
+from anequant.evaluation.quality import summarise
 from anequant.jobs.control import (
     UNWATCHED,
     Expected,
@@ -120,8 +127,10 @@ def compare(request: ComparisonRequest, output: Path | None = None, run: Run = U
         tempfile.TemporaryDirectory() as scratch,
     ):
         begun = time.monotonic()
-        reference = record_reference(base, tokens, progress=step(FLOAT_MODEL))
+        running = step(FLOAT_MODEL)
+        reference = record_reference(base, tokens, progress=running.part("float32", 0.0, 0.7))
         quality = summarise(tokens, reference.logits(), None)
+        noise = measure_noise_floor(base, tokens, reference, progress=running.part("float16", 0.7, 1.0))
         finished(FLOAT_MODEL, time.monotonic() - begun, f"perplexity {quality.perplexity:.3f}")
         if request.calibrates:
             begun = time.monotonic()
@@ -143,8 +152,9 @@ def compare(request: ComparisonRequest, output: Path | None = None, run: Run = U
         Path(text).name,
         request.length,
         quality,
+        noise,
         calibration_record(request.calibration, collected),
-        mark_front(done),
+        mark_differences(mark_front(done)),
     )
 
 
@@ -212,17 +222,9 @@ def _quantize(
         quantize(replace(request, tokens=collected), folder, Run(progress, scheduler=scheduler))
     except Interrupted as stop:
         raise KeyboardInterrupt from stop
-    return measure_stored_bits(folder)
-
-
-def measure_stored_bits(folder: Path) -> StoredBits:
-    """Return the bits of a quantized checkpoint."""
-    bits = inspect_checkpoint(open_checkpoint(folder)).bits
-    whole, projections = bits[WHOLE], bits[PROJECTIONS]
-    assert whole.stored_bits is not None and projections.stored_bits is not None
-    return StoredBits(
-        whole.stored_bits, projections.stored_bits, math.ceil(whole.stored_bits * whole.weights / 8)
-    )
+    bits = measure_stored_bits(open_checkpoint(folder))
+    assert bits is not None, "what quantize writes has codebooks"
+    return bits
 
 
 def _run_peer(

@@ -6,20 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from anequant.evaluation.divergence import Quality
+from anequant.checkpoints.stored_bits import StoredBits
+from anequant.comparison.paired import Difference, subtract_quality
+from anequant.evaluation.divergence import NoiseFloor
+from anequant.evaluation.quality import Quality
+from anequant.jobs.typed import to_plain
 
 RECIPE, PEER = "recipe", "peer"
 MEMORY_MISSING = "all ran in one process; anequant plan tells the peak of a recipe"
-
-
-@dataclass(frozen=True)
-class StoredBits:
-    """Bits per weight with codebooks and scales in float16: of `whole`, that is all linears, embedding and
-    head, which together take `nbytes`, and of the projections alone."""
-
-    whole: float
-    projections: float
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -27,8 +21,9 @@ class Trial:
     """One way to quantize; `kind` is recipe or peer, `on_ane` whether the Neural Engine runs its weights.
 
     `seconds` are those of quantizing, without calibration tokens. `front`: among those that it runs, none has
-    both no more bits per weight and no larger KL. Where it could not be run `failed` says why and what is
-    measured is None; `exit_code` is that of the error, 0 for a peer that is not installed.
+    both no more bits per weight and no larger KL. `difference` compares with the first trial, and is None for
+    that one. Where it could not be run `failed` says why and what is measured is None; `exit_code` is that of
+    the error, 0 for a peer that is not installed.
     """
 
     name: str
@@ -38,6 +33,7 @@ class Trial:
     quality: Quality | None = None
     seconds: float | None = None
     front: bool = False
+    difference: Difference | None = None
     failed: str | None = None
     exit_code: int = 0
 
@@ -61,18 +57,24 @@ class Trial:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "quality": None if self.quality is None else self.quality.to_dict()}
+        quality = None if self.quality is None else self.quality.to_dict()
+        difference = None
+        if self.difference is not None:
+            difference = {**to_plain(self.difference), "verdict": self.difference.verdict}
+        return {**asdict(self), "quality": quality, "difference": difference}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`base` is the float model's own quality on `text`, in windows of `length` tokens; `calibration` says on
-    which tokens recipes were calibrated and is None where none needed any."""
+    """`base` is the float model's own quality on `text`, in windows of `length` tokens, and `noise` how far
+    float16 moves it; `calibration` says on which tokens recipes were calibrated and is None where none needed
+    any."""
 
     model: str
     text: str
     length: int
     base: Quality
+    noise: NoiseFloor
     calibration: Mapping[str, Any] | None
     trials: tuple[Trial, ...]
 
@@ -87,6 +89,7 @@ class Comparison:
             "text": self.text,
             "length": self.length,
             "base": self.base.to_dict(),
+            "noise_floor": self.noise.to_dict(),
             "calibration": self.calibration,
             "trials": [trial.to_dict() for trial in self.trials],
             "missing": {"peak_memory": MEMORY_MISSING},
@@ -105,3 +108,15 @@ def mark_front(trials: Sequence[Trial]) -> tuple[Trial, ...]:
         replace(trial, front=point is not None and not beaten(point))
         for trial, point in zip(trials, points, strict=True)
     )
+
+
+def mark_differences(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """Return the trials, those but the first with their difference from it where both could be run."""
+    reference, *others = trials
+    marked = [reference]
+    for trial in others:
+        if trial.quality is not None and reference.quality is not None:
+            difference = subtract_quality(trial.quality, reference.quality, reference.name)
+            trial = replace(trial, difference=difference)
+        marked.append(trial)
+    return tuple(marked)

@@ -3,51 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING
+from anequant.evaluation.quality import Quality, summarise
 from anequant.jobs.control import Progress, silent
 from anequant.reference.forward import ReferenceModel, Weights, compute_logits, logits, run_to_final_states
 
-
-@dataclass(frozen=True)
-class Quality:
-    """Means over `tokens` predictions; NLL and KL in nats.
-
-    `nll_error` is the standard error of `nll` over windows, None for a single one. The last four compare
-    with the base model and are None without one: extra NLL, KL(base || model), and the share of equal
-    arg-max tokens.
-    """
-
-    tokens: int
-    windows: int
-    nll: float
-    nll_error: float | None
-    base_nll: float | None = None
-    extra_nll: float | None = None
-    kl: float | None = None
-    top1: float | None = None
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.nll, 100.0))
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        return {
-            "windows": self.windows,
-            "tokens": self.tokens,
-            "perplexity": self.perplexity,
-            "nll": self.nll,
-            "nll_error": self.nll_error,
-            "base_perplexity": None if self.base_nll is None else math.exp(min(self.base_nll, 100.0)),
-            "extra_nll": self.extra_nll,
-            "kl": self.kl,
-            "top1": self.top1,
-        }
+NOISE_WINDOWS = 8
+"""The most windows that the noise floor is measured on, which takes a run more and varies little."""
 
 
 def measure_quality(
@@ -90,43 +59,36 @@ def measure_quality_against(
     return summarise(tokens, logits(model, tokens, progress=progress), base.logits())
 
 
-def token_nll(log_probabilities: Tensor, window: Tensor) -> Tensor:
-    """Return -log p of each next token, [length - 1], from log probabilities [length, vocab]."""
-    return -log_probabilities[:-1].gather(-1, window[1:, None]).squeeze(-1)
+@dataclass(frozen=True)
+class NoiseFloor:
+    """How far float16 alone moves a float model from itself in float32: no smaller KL tells of quantization.
+
+    KL in nats and the share of equal arg-max tokens over `windows`; both None for the reason in `missing`.
+    """
+
+    windows: int
+    kl: float | None
+    top1: float | None
+    missing: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-def summarise(tokens: Tensor, ours: Iterable[Tensor], base: Iterable[Tensor] | None) -> Quality:
-    """Return quality from logits [length, vocab], a window after the other; a base's come right after
-    ours."""
-    window_nll: list[float] = []
-    base_nll = divergence = agreement = 0.0
-    base_windows = iter(base) if base is not None else None
-    for window, values in zip(tokens, ours, strict=True):
-        log_q = values.log_softmax(-1)
-        window_nll.append(float(token_nll(log_q, window).double().mean()))
-        if base_windows is None:
-            continue
-        log_p = next(base_windows).log_softmax(-1)
-        base_nll += float(token_nll(log_p, window).double().mean())
-        log_p, log_q = log_p[:-1], log_q[:-1]
-        agreement += float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean())
-        divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).double().mean())
-    count = len(window_nll)
-    nll = torch.tensor(window_nll, dtype=torch.float64)
-    error = float(nll.std() / math.sqrt(count)) if count > 1 else None
-    result = Quality(count * (tokens.shape[1] - 1), count, float(nll.mean()), error)
-    if base_windows is None:
-        return result
-    return Quality(
-        result.tokens,
-        count,
-        result.nll,
-        error,
-        base_nll=base_nll / count,
-        extra_nll=result.nll - base_nll / count,
-        kl=divergence / count,
-        top1=agreement / count,
-    )
+def measure_noise_floor(
+    base: Weights, tokens: Tensor, recorded: Reference, *, progress: Progress = silent
+) -> NoiseFloor:
+    """Run a base in float16, weights and hidden states, on the first NOISE_WINDOWS of the tokens [n, length]
+    that it was `recorded` on in float32."""
+    first = tokens[:NOISE_WINDOWS]
+    if base.online != base.online.rotations:
+        return NoiseFloor(len(first), None, None, "the base rounds while it runs, so it is no float model")
+    rounded = (window.float() for window in logits(base, first, torch.float16, progress))
+    quality = summarise(first, rounded, recorded.logits())
+    assert quality.kl is not None
+    if not math.isfinite(quality.kl):
+        return NoiseFloor(len(first), None, None, "the model overflows in float16")
+    return NoiseFloor(len(first), quality.kl, quality.top1, None)
 
 
 @dataclass(frozen=True)

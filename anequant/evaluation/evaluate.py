@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,19 @@ from anequant.checkpoints.manifest import (
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
 from anequant.checkpoints.rotation_files import read_written_rotations
 from anequant.checkpoints.source import resolve_source
+from anequant.checkpoints.stored_bits import StoredBits, measure_stored_bits
 from anequant.errors import InputError, UsageError
 from anequant.evaluation.divergence import (
     LayerError,
-    Quality,
+    NoiseFloor,
     measure_embedding_error,
     measure_layer_errors,
+    measure_noise_floor,
     measure_quality,
+    measure_quality_against,
+    record_reference,
 )
+from anequant.evaluation.quality import Quality
 from anequant.evaluation.task_scores import TaskScores, run_tasks
 from anequant.jobs.control import Progress, silent
 from anequant.recipe import Recipe
@@ -43,18 +48,26 @@ LARGEST_EMBEDDING_ERROR = 0.5
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality on a text; `layers` are None without a base, or for the reason in `layers_missing`."""
+    """Quality on a text, and the bits of a quantized checkpoint whose files tell them.
+
+    `noise` is how far float16 moves the base, None without one; `layers` are None without a base, or for the
+    reason in `layers_missing`.
+    """
 
     text: str
     quality: Quality
-    layers: tuple[LayerError, ...] | None
-    layers_missing: str | None
+    bits: StoredBits | None
+    noise: NoiseFloor | None = None
+    layers: tuple[LayerError, ...] | None = None
+    layers_missing: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         layers = None if self.layers is None else [asdict(error) for error in self.layers]
         return {
             "text": self.text,
             **self.quality.to_dict(),
+            "bits": None if self.bits is None else asdict(self.bits),
+            "noise_floor": None if self.noise is None else self.noise.to_dict(),
             "layers": layers,
             "layers_missing": self.layers_missing,
         }
@@ -88,23 +101,31 @@ def evaluate_checkpoint(
     length: int,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure as `evaluate_text`, and with a base also the error after every layer, on the first windows."""
+    """Measure as `evaluate_text`, and the bits of the checkpoint; with a base also how far float16 moves that
+    and the error after every layer, both on the first windows."""
     checkpoint, original = _open(model, base)
     tokens = read_windows(checkpoint, text, windows, length)
-    quality = measure_quality(checkpoint, tokens, original, progress=progress.part("text", 0.0, 0.8))
-    name = Path(text).name
+    name, bits = Path(text).name, measure_stored_bits(checkpoint)
     if original is None:
-        return Evaluation(name, quality, None, None)
+        return Evaluation(name, measure_quality(checkpoint, tokens, progress=progress), bits)
+    reference = record_reference(original, tokens, progress=progress.part("base", 0.0, 0.35))
+    quality = measure_quality_against(
+        checkpoint, tokens, reference, progress=progress.part("model", 0.35, 0.7)
+    )
+    noise = measure_noise_floor(
+        original, tokens, reference, progress=progress.part("base in float16", 0.7, 0.8)
+    )
+    found = Evaluation(name, quality, bits, noise)
     missing = _why_layers_differ(checkpoint, original)
     if missing is not None:
-        return Evaluation(name, quality, None, missing)
+        return replace(found, layers_missing=missing)
     progress("layers", 0.8)
     tokens, rotation = tokens[:LAYER_WINDOWS], _rotation(checkpoint)
     off = measure_embedding_error(checkpoint, original, tokens, rotation)
     if off > LARGEST_EMBEDDING_ERROR:
         missing = f"the embedding is {off:.0%} off the base's, as of another model or another rotation"
-        return Evaluation(name, quality, None, missing)
-    return Evaluation(name, quality, measure_layer_errors(checkpoint, original, tokens, rotation), None)
+        return replace(found, layers_missing=missing)
+    return replace(found, layers=measure_layer_errors(checkpoint, original, tokens, rotation))
 
 
 def _why_layers_differ(checkpoint: Checkpoint, original: Checkpoint) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
 from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 from anequant.errors import InputError, UnsupportedError, UsageError
-from anequant.evaluation.divergence import summarise
+from anequant.evaluation.quality import summarise
 from anequant.inspection.diff_checkpoints import CheckpointDifferences, diff_checkpoints, diff_keys
 from anequant.inspection.diff_packages import PackageDifferences, diff_packages, pair_packages
 from anequant.inspection.inspect import PACKAGE, Parts, find_parts

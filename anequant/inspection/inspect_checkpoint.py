@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anequant.architectures.spec import EMBEDDING, HEAD
 from anequant.checkpoints.header import BITS, TensorInfo
 from anequant.checkpoints.layout import list_projections
 from anequant.checkpoints.manifest import MANIFEST, ROTATED, read_kind, read_manifest
 from anequant.checkpoints.reader import Checkpoint, read_stored
-from anequant.quantization.codebook import count_code_bits
+from anequant.checkpoints.stored_bits import PARTS, PARTS_OF_LINEAR, PartBits, count_part_bits
 from anequant.quantization.online import Online
 
 FLOAT, ROTATED_FLOAT, QUANTIZED = "float checkpoint", "rotated float checkpoint", "quantized checkpoint"
-PROJECTIONS, WHOLE = "projections", "whole model"
-PARTS = {EMBEDDING: "embedding", HEAD: "head"}
-PARTS_OF_LINEAR = ("weight", "input_scales", "output_scales", "codebook")
 GRID = 2.0**-10
 """An integer grid times a scale, each entry rounded to float16, is off by less than this of its largest."""
 
@@ -54,16 +50,6 @@ class TensorFiles:
     dtypes: Mapping[str, int]
     files: Mapping[str, int]
     float16_bytes: int
-
-
-@dataclass(frozen=True)
-class PartBits:
-    """Weights of a part and their width: `bits` of the codes (of the dtype where nothing is quantized), None
-    where the file holds no codebook; `stored_bits` with scales and codebooks in float16, as in packages."""
-
-    weights: int
-    bits: float | None
-    stored_bits: float | None
 
 
 @dataclass(frozen=True)
@@ -116,7 +102,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointFacts:
         f"anequant {version}" if version else None,
         {"model_type": spec.architecture.model_type, **spec.sizes, "tied": spec.tied},
         inspect_tensor_files(checkpoint.tensors),
-        dict(_bits(checkpoint, linears)),
+        count_part_bits(checkpoint),
         scales,
         codebooks,
         inspect_online(checkpoint.online),
@@ -145,39 +131,6 @@ def inspect_online(online: Online) -> dict[str, Any]:
     if online.active and online.prefix:
         facts["float_prefix"] = online.prefix
     return facts
-
-
-def _bits(checkpoint: Checkpoint, linears: list[str]) -> Iterator[tuple[str, PartBits]]:
-    """Yield the parts that there are; the whole model is the parts, without norms and biases."""
-    parts: dict[str, list[tuple[int, float | None, float | None]]] = {}
-    for name in linears:
-        if f"{name}.weight" in checkpoint.tensors:
-            sizes = _linear_bits(checkpoint, name)
-            for part in (PARTS.get(name, PROJECTIONS), WHOLE):
-                parts.setdefault(part, []).append(sizes)
-    for part in (PROJECTIONS, *PARTS.values(), WHOLE):
-        if part in parts:
-            weights, codes, stored = zip(*parts[part], strict=True)
-            yield part, PartBits(sum(weights), _share(codes, weights), _share(stored, weights))
-
-
-def _linear_bits(checkpoint: Checkpoint, name: str) -> tuple[int, float | None, float | None]:
-    """Return the number of weights, the bits of their codes, and those with scales and codebook."""
-    shapes = {part: checkpoint.tensors.get(f"{name}.{part}") for part in PARTS_OF_LINEAR}
-    counts = {part: math.prod(info.shape) for part, info in shapes.items() if info is not None}
-    weights = counts["weight"]
-    if "output_scales" not in counts:
-        plain = float(weights * BITS[checkpoint.tensors[f"{name}.weight"].dtype])
-        return weights, plain, plain
-    if "codebook" not in counts:
-        return weights, None, None
-    codes = float(weights * max(count_code_bits(counts["codebook"]), 1))
-    return weights, codes, codes + 16 * sum(counts[part] for part in counts if part != "weight")
-
-
-def _share(bits: tuple[float | None, ...], weights: tuple[int, ...]) -> float | None:
-    known = [count for count in bits if count is not None]
-    return sum(known) / sum(weights) if len(known) == len(bits) else None
 
 
 def _scales_and_codebooks(

@@ -16,7 +16,7 @@ from anequant.checkpoints.manifest import read_manifest, read_rotation_keys
 from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import read_object
 from anequant.checkpoints.source import Source
-from anequant.evaluation.divergence import Quality
+from anequant.evaluation.quality import Quality
 from anequant.outputs.card_page import Rows, card_page, code, plain, table
 from anequant.outputs.command_line import convert_command, model_word, quantize_command, rotate_command
 from anequant.recipe import LowerOptions, Recipe

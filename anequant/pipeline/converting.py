@@ -9,7 +9,8 @@ from typing import Any
 from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.evaluation import SAMPLE_LENGTH, SAMPLE_WINDOWS
-from anequant.evaluation.divergence import Quality, measure_quality
+from anequant.evaluation.divergence import measure_quality
+from anequant.evaluation.quality import Quality
 from anequant.jobs.control import Progress
 from anequant.pipeline.lowering import LowerResult
 from anequant.pipeline.quantizing import QuantizeResult

@@ -49,8 +49,10 @@ CHECK_FIELDS = {
     *("weights", "prefill_tokens", "positions", "agreement", "ties", "relative_error", "rounding"),
 }
 QUALITY_FIELDS = {
-    *("windows", "tokens", "perplexity", "nll", "nll_error", "base_perplexity", "extra_nll", "kl", "top1")
+    *("windows", "tokens", "perplexity", "base_perplexity", "kl_percentiles", "by_window"),
+    *(f"{name}{part}" for name in ("nll", "extra_nll", "kl", "top1") for part in ("", "_error", "_interval")),
 }
+EVAL_FIELDS = {"checkpoint", "text", "bits", "noise_floor", "layers", "layers_missing"} | QUALITY_FIELDS
 WEIGHT_BIN = "Data/com.apple.CoreML/weights/weight.bin"
 
 
@@ -314,7 +316,7 @@ def test_verify_reports_a_checkpoint(checkpoint: Made) -> None:
 
 def test_eval_reports_the_quality(checkpoint: Made, tiny_qwen2: Path) -> None:
     values = report("eval", checkpoint.folder, *EVAL, "--base", tiny_qwen2)
-    assert values.keys() == {"checkpoint", "text", "layers", "layers_missing", *QUALITY_FIELDS}
+    assert values.keys() == EVAL_FIELDS
     assert values["checkpoint"] == str(checkpoint.folder)
     assert (values["windows"], values["tokens"]) == (2, 2 * 31)
     assert 10 < values["base_perplexity"] < 200 and 0 < values["kl"] < 1 and 0.5 < values["top1"] <= 1
@@ -322,8 +324,9 @@ def test_eval_reports_the_quality(checkpoint: Made, tiny_qwen2: Path) -> None:
 
 def test_eval_without_a_base_leaves_the_comparison_out(tiny_qwen2: Path) -> None:
     values = report("eval", tiny_qwen2, *EVAL)
-    assert values.keys() == {"checkpoint", "text", "layers", "layers_missing", *QUALITY_FIELDS}
-    assert all(values[key] is None for key in ("base_perplexity", "extra_nll", "kl", "top1"))
+    assert values.keys() == EVAL_FIELDS
+    missing = ("base_perplexity", "extra_nll", "kl", "kl_interval", "top1", "noise_floor", "bits")
+    assert all(values[key] is None for key in missing)
     assert values["perplexity"] > 1
 
 

@@ -5,23 +5,27 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from browser import browser
 from page import HIDDEN, OUTSIDE, SMALL, WIDER, Tree, violations
-from running import Ran, invoke
+from running import Ran, invoke, succeed
 from safetensors.torch import load_file
+from scipy import stats
 from terminal import on_terminal, rows
 
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import BUNDLED_MODEL, SAMPLE_TEXT, Source
+from anequant.checkpoints.stored_bits import StoredBits, measure_stored_bits
 from anequant.cli import console, main
 from anequant.comparison import compare as module
+from anequant.comparison.paired import BETTER, UNDECIDED, WORSE
 from anequant.comparison.peers import (
     PEERS,
     Peer,
@@ -30,9 +34,10 @@ from anequant.comparison.peers import (
     coremltools_scaled_kmeans,
     projection_bits,
 )
-from anequant.comparison.trials import PEER, RECIPE, Comparison, StoredBits, Trial, mark_front
-from anequant.evaluation.divergence import summarise
+from anequant.comparison.trials import PEER, RECIPE, Comparison, Trial, mark_differences, mark_front
+from anequant.evaluation.divergence import NoiseFloor
 from anequant.evaluation.evaluate import evaluate_text
+from anequant.evaluation.quality import WindowMeans, summarise
 from anequant.jobs.output_folder import hash_files
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.steps import collect_tokens as kept
@@ -91,6 +96,8 @@ def test_numbers_are_those_of_quantize_and_eval(
         assert hash_files(place / "kept" / name) == hash_files(tmp_path / name)
         quality = evaluate_text(str(tmp_path / name), SAMPLE_TEXT, str(BUNDLED_MODEL), windows=2, length=64)
         assert trial["quality"] == quality.to_dict()
+        bits = measure_stored_bits(open_checkpoint(tmp_path / name))
+        assert bits is not None and trial["bits"] == asdict(bits)
         assert compared["base"]["nll"] == quality.base_nll
         assert trial["seconds"] > 0
     assert {path.name for path in (place / "kept").iterdir()} == set(RECIPES)
@@ -108,6 +115,62 @@ def test_bits_count_codebooks_and_scales(compared: dict[str, Any]) -> None:
     assert projection_bits(peer, spec) == 5 * PROJECTIONS
     (plain,) = (peer for peer in PEERS if peer.run is coremltools_kmeans)
     assert projection_bits(plain, spec) == 4 * PROJECTIONS + 28 * 16 * 16
+
+
+def test_differences_are_paired_by_window(compared: dict[str, Any]) -> None:
+    """Of two windows, which is what scipy's paired test takes; the page has the same words."""
+    first, second, failed = compared["trials"]
+    assert first["difference"] is failed["difference"] is None
+    kls = [trial["quality"]["by_window"]["kl"] for trial in (second, first)]
+    test = stats.ttest_rel(*kls)
+    interval, told = test.confidence_interval(0.95), second["difference"]
+    assert told["reference"] == "w8-nearest"
+    assert told["kl"]["value"] == pytest.approx(second["quality"]["kl"] - first["quality"]["kl"], rel=1e-9)
+    assert told["kl"]["value"] / told["kl"]["error"] == pytest.approx(test.statistic, rel=1e-9)
+    assert told["kl"]["interval"] == pytest.approx((interval.low, interval.high), rel=1e-9)
+    assert (told["verdict"] == WORSE) == (test.pvalue < 0.05)
+
+
+def test_the_noise_floor_is_evals(compared: dict[str, Any], place: Path) -> None:
+    words = ("--text", SAMPLE_TEXT, *SIZES, "--base", BUNDLED_MODEL)
+    shown = succeed("eval", place / "kept" / "w8-nearest", *words, "--json", "--quiet").printed
+    assert shown["noise_floor"] == compared["noise_floor"] and shown["noise_floor"]["windows"] == 2
+    first = compared["trials"][0]
+    assert shown["bits"] == first["bits"]
+    assert {name: shown[name] for name in first["quality"]} == first["quality"]
+
+
+def test_better_is_said_only_where_the_interval_excludes_zero() -> None:
+    """40 windows on which one is a little better on average, by less and less against the spread."""
+    draw = np.random.default_rng(2)
+    hard, noise = draw.lognormal(-3.0, 0.3, 40), draw.normal(0, 0.004, 40)
+    noise -= noise.mean()
+    seen = []
+    for shift in (-0.01, -0.002, -0.0005, 0.0, 0.0005, 0.002, 0.01):
+        trials = [spread("first", hard), spread("other", hard + noise + shift)]
+        reference, other = mark_differences(trials)
+        assert reference.difference is None and other.difference is not None
+        low, high = other.difference.kl.interval or (0, 0)
+        assert (low < 0 < high) == (other.difference.verdict == UNDECIDED)
+        seen.append(other.difference.verdict)
+    assert seen == [BETTER, BETTER, UNDECIDED, UNDECIDED, UNDECIDED, WORSE, WORSE]
+    one_window = mark_differences([spread("first", hard[:1]), spread("other", hard[:1] / 9)])
+    assert one_window[1].difference is not None and one_window[1].difference.verdict == UNDECIDED
+
+
+def test_nothing_is_compared_with_what_was_not_run() -> None:
+    hard = np.linspace(0.1, 0.2, 5)
+    broken = Trial("broken", RECIPE, True, failed="no")
+    marked = mark_differences([broken, spread("other", hard)])
+    assert [item.difference for item in marked] == [None, None]
+    base = marked[1].quality
+    assert base is not None
+    noise = NoiseFloor(5, None, None, "the model overflows in float16")
+    table = tabulate_comparison(Comparison("model", "text", 2, base, noise, None, marked))
+    assert ("difference", "not told: 'broken', which others are compared with, was not run") in table.rows
+    assert ("noise floor", "not measured: the model overflows in float16") in table.rows
+    verdict = table.columns.index("verdict")
+    assert [line[verdict] for line in table.lines] == ["–", "–"]
 
 
 def test_what_fails_is_a_row(compared: dict[str, Any], place: Path) -> None:
@@ -146,6 +209,15 @@ def trial(name: str, bits: float, kl: float, on_ane: bool = True) -> Trial:
     quality = summarise(torch.zeros(1, 2, dtype=torch.int64), [torch.zeros(2, 3)], [torch.zeros(2, 3)])
     stored = StoredBits(bits, bits, 1)
     return Trial(name, RECIPE, on_ane, stored, replace(quality, kl=kl), 1.0)
+
+
+def spread(name: str, kls: Any) -> Trial:
+    """A trial whose windows have these KL."""
+    made = trial(name, 4.0, float(kls.mean()))
+    assert made.quality is not None
+    several = tuple(map(float, kls))
+    by_window = WindowMeans(several, several, several, tuple(1.0 for _ in several))
+    return replace(made, quality=replace(made.quality, by_window=by_window, windows=len(several)))
 
 
 def test_the_front_is_what_nothing_beats() -> None:
@@ -280,24 +352,31 @@ def test_the_table_of_a_terminal() -> None:
     assert result.exit_code == 0
     header, line, *rows = result.stdout.splitlines()
     assert header.split("\t")[:3] == ["recipe", "front", "bits/weight"]
-    assert line.split("\t")[:2] == ["w_int4_per_tensor", "*"] and re.fullmatch(
-        r"\+?-?0\.\d{4}", line.split("\t")[5]
-    )
-    assert [row.split()[0] for row in rows if not row.startswith(" ")] == ["float", "text", "peak"]
+    cells = dict(zip(header.split("\t"), line.split("\t"), strict=True))
+    assert (cells["recipe"], cells["front"], cells["verdict"]) == ("w_int4_per_tensor", "*", "reference")
+    assert re.fullmatch(r"[+-]0\.\d{4} ± 0\.\d{4}", cells["extra NLL"])
+    assert re.fullmatch(r"0\.\d{4} ± 0\.\d{4}", cells["KL"])
+    assert re.fullmatch(r"\d\d\.\d% ± \d+\.\d%", cells["top token"])
+    named = [row.partition("  ")[0] for row in rows if not row.startswith(" ")]
+    assert named == ["float model", "text", "noise floor", "peak memory", "KL of tokens"]
 
 
-@pytest.mark.parametrize("width", [40, 60, 90, 105, 200])
+@pytest.mark.parametrize("width", [40, 60, 90, 120, 200])
 def test_no_terminal_is_too_narrow_for_the_numbers(
     width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
-    trials = (trial("a-recipe-of-my-own", 4.06, 0.0347), Trial("broken", RECIPE, True, failed="no"))
-    base = trials[0].quality
+    kls = 0.0347 + 0.0122 * 6**0.5 * np.array([-1, 0, 0, 1])
+    own = replace(spread("a-recipe-of-my-own", kls), bits=StoredBits(4.06, 4.06, 1))
+    trials = (own, Trial("broken", RECIPE, True, failed="no"))
+    base = own.quality
     assert base is not None
-    result = Comparison("model", "text", 2, base, None, trials)
+    noise = NoiseFloor(1, 1e-6, 1.0, None)
+    result = Comparison("model", "text", 2, base, noise, None, trials)
     console._draw(tabulate_comparison(result))
     shown = capsys.readouterr().out
     assert "…" not in shown and {"4.06", "0.0347", "+0.0000"} <= set(re.split(r"[\s,│]+", shown))
+    assert "0.0122" in shown and "0.0%" in shown
     assert "a-recipe-of-my-own" in shown or width > 90
     assert ("━" in shown) == (width > 90)
 
@@ -308,7 +387,9 @@ def test_the_page_can_be_read(compared: dict[str, Any], place: Path) -> None:
     tree.feed(html)
     tree.close()
     assert tree.named("script", "img", "iframe") == [] and "http" not in html.replace("http-equiv", "")
-    assert len(tree.named("tr")) >= 1 + 3
+    assert len(tree.named("tr")) >= 1 + 3 + 1 + 2
+    assert f'<td class="n">{compared["trials"][1]["quality"]["kl_percentiles"]["p99"]:.4f}</td>' in html
+    assert compared["trials"][1]["difference"]["verdict"] in html and "95% interval" in html
     axe_source = pytest.importorskip("axe_core_python", reason="needs axe-core-python, of the extra dev")
     axe = (resources.files(axe_source) / "axe.min.js").read_text(encoding="utf-8")
     with browser() as page:

@@ -13,8 +13,9 @@ import torch
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, resolve_source
 from anequant.comparison.peers import affine_groups
-from anequant.evaluation.divergence import Quality, measure_quality_against, record_reference
+from anequant.evaluation.divergence import measure_quality_against, record_reference
 from anequant.evaluation.evaluate import evaluate_text, read_windows
+from anequant.evaluation.quality import Quality
 from anequant.pipeline.quantize import quantize
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from anequant.checkpoints.manifest import write_manifest
 from anequant.evaluation import SAMPLE_LENGTH, SAMPLE_WINDOWS
-from anequant.evaluation.divergence import Quality
+from anequant.evaluation.quality import Quality
 from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
 from anequant.outputs.card import write_conversion_card

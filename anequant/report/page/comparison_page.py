@@ -9,7 +9,7 @@ from anequant.errors import UsageError
 from anequant.report.page import scatter
 from anequant.report.page.render import AFTER, BEFORE, WRITTEN, fill_template
 from anequant.report.page.write_report import replace_file
-from anequant.report.terminal.tables import Table, list_conditions
+from anequant.report.terminal.tables import Table, list_conditions, tabulate_spread
 
 TEMPLATE = "compare.html.jinja"
 RECIPE_MARK, PEER_MARK, OFF_MARK = AFTER, BEFORE, WRITTEN
@@ -42,6 +42,8 @@ def render_comparison(result: Comparison, table: Table) -> str:
         mark=choose_mark,
         lines=table.lines,
         columns=table.columns,
+        spread=tabulate_spread(result),
+        first=result.trials[0].name,
         rows=list_conditions(result),
         plot=scatter,
     )

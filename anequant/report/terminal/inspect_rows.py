@@ -7,15 +7,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from anequant.checkpoints.stored_bits import PARTS_OF_LINEAR, WHOLE, PartBits
 from anequant.evaluation.distribution import Distribution
 from anequant.inspection.inspect import CodeUse, Inspection, TensorFacts
-from anequant.inspection.inspect_checkpoint import (
-    PARTS_OF_LINEAR,
-    WHOLE,
-    CheckpointFacts,
-    PartBits,
-    TensorFiles,
-)
+from anequant.inspection.inspect_checkpoint import CheckpointFacts, TensorFiles
 from anequant.inspection.inspect_package import FunctionFacts, PackageFacts
 from anequant.recipe import Recipe
 from anequant.units import format_bytes

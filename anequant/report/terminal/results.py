@@ -8,9 +8,6 @@ from pathlib import Path
 from anequant.calibration.rotation_choice import RotationChoice
 from anequant.checkpoints.license import CARD
 from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER, REPORT_PAGE
-from anequant.evaluation.divergence import Quality
-from anequant.evaluation.evaluate import Evaluation
-from anequant.evaluation.task_scores import TaskScores
 from anequant.inspection.device_profile import DeviceProfile
 from anequant.outputs.push import Upload
 from anequant.pipeline.converting import ConvertResult
@@ -18,6 +15,7 @@ from anequant.pipeline.lowering import LowerResult
 from anequant.pipeline.quantizing import QuantizeResult, RotateResult
 from anequant.pipeline.rounder import TensorError
 from anequant.report.page.write_report import Report
+from anequant.report.terminal.quality_rows import describe_quality
 from anequant.targets.coreml.lint.lint import Finding
 from anequant.targets.shared.agreement import PackageCheck
 from anequant.targets.shared.headroom import Headroom
@@ -166,50 +164,6 @@ def describe_verification(checkpoint: CheckpointCheck | None, packages: PackageC
                 )
             )
     return rows
-
-
-def describe_quality(result: Quality) -> Rows:
-    error = "" if result.nll_error is None else f" ± {result.nll_error:.4f}"
-    rows = [
-        (
-            "perplexity",
-            f"{result.perplexity:.3f} (NLL {result.nll:.4f}{error}) on "
-            f"{result.windows} windows, {result.tokens} tokens",
-        )
-    ]
-    if result.base_nll is not None:
-        rows += [
-            (
-                "base",
-                f"extra NLL {result.extra_nll:+.4f}, KL {result.kl:.4f}, same top token {result.top1:.1%}",
-            )
-        ]
-    return rows
-
-
-def describe_evaluation(result: Evaluation) -> Rows:
-    rows = describe_quality(result.quality)
-    if result.layers_missing is not None:
-        rows.append(("layers", f"not compared: {result.layers_missing}"))
-    if result.layers:
-        worst = sorted(result.layers, key=lambda error: -error.relative_error)[:3]
-        listed = ", ".join(f"{error.layer} ({error.relative_error:.2%})" for error in worst)
-        rows.append(("layers", f"residual stream off most after layer {listed}"))
-    return rows
-
-
-def describe_tasks(result: TaskScores) -> Rows:
-    rows = []
-    for task, values in result.scores.items():
-        listed = [f"{name.removesuffix(',none')} {_score(value)}" for name, value in values.items()]
-        rows.append((task, ", ".join(listed)))
-    if result.shortened:
-        rows.append(("shortened", f"{result.shortened} prompts lost their beginning to fit the context"))
-    return rows
-
-
-def _score(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
 
 
 def describe_profile(result: DeviceProfile) -> Rows:

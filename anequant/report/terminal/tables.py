@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING
 
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.comparison.trials import MEMORY_MISSING
+from anequant.report.terminal.quality_rows import (
+    PERCENTILES,
+    describe_noise,
+    describe_percentiles,
+    format_mean,
+    format_share,
+    list_percentiles,
+)
 from anequant.units import NOTHING, format_bytes, format_estimate
 
 if TYPE_CHECKING:
@@ -19,9 +27,13 @@ if TYPE_CHECKING:
 PLAN_COLUMNS = ("step", "job", "in", "out", "peak memory", "time, about")
 BATCH_COLUMNS = ("job", "recipe", "model", "bits/weight", "size", "NLL", "KL", "seconds", "state")
 COMPARISON_COLUMNS = (
-    *("recipe", "front", "bits/weight", "projections", "size", "extra NLL", "KL", "top token", "seconds"),
+    *("recipe", "front", "bits/weight", "projections", "size", "extra NLL", "KL", "top token", "verdict"),
+    "seconds",
 )
+SPREAD_COLUMNS = ("recipe", *PERCENTILES, "KL difference", "95% interval", "verdict")
 FRONT, OFF_ANE = "*", "off the ANE"
+REFERENCE = "reference"
+"""The verdict on the trial that the others are compared with."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,7 @@ def tabulate_plan(plan: Plan, speed: Speed) -> Table:
         ("time", f"about {format_estimate(seconds)}, an estimate"),
     ]
     kept = [f"{row.what}: {row.form} ({row.reason})" for row in plan.kept]
-    labels = ["kept as it is", *[""] * (len(kept) - 1)]
-    return Table(PLAN_COLUMNS, lines, [*rows, *zip(labels, kept, strict=True)])
+    return Table(PLAN_COLUMNS, lines, [*rows, *_label("kept as it is", kept)])
 
 
 def tabulate_batch(jobs: Sequence[Row]) -> Table:
@@ -84,13 +95,65 @@ def _batch_line(job: Row) -> tuple[str, ...]:
 
 
 def tabulate_comparison(result: Comparison) -> Table:
-    """Make a line for each trial; below it what the numbers were measured on, and what is not among them."""
+    """Make a line for each trial; below it what the numbers were measured on, how KL is spread and differs,
+    and what is not among them."""
     failures = [("not run", f"{trial.name}: {trial.failed}") for trial in result.trials if trial.failed]
-    lines = [_trial_line(trial) for trial in result.trials]
-    return Table(COMPARISON_COLUMNS, lines, list_conditions(result) + failures)
+    lines = [_trial_line(trial, result.trials[0]) for trial in result.trials]
+    return Table(COMPARISON_COLUMNS, lines, list_conditions(result) + _list_spread(result) + failures)
 
 
-def _trial_line(trial: Trial) -> tuple[str, ...]:
+def tabulate_spread(result: Comparison) -> Table:
+    """Make a line for each trial that was run, of how KL is spread over predictions and of its difference
+    from the first one."""
+    lines = []
+    for trial in result.trials:
+        if trial.quality is not None and trial.quality.kl_percentiles is not None:
+            percentiles = list_percentiles(trial.quality.kl_percentiles)
+            difference, interval = _describe_difference(trial)
+            verdict = _judge(trial, result.trials[0])
+            lines.append((trial.name, *percentiles, difference, interval, verdict))
+    return Table(SPREAD_COLUMNS, lines, [])
+
+
+def _list_spread(result: Comparison) -> list[tuple[str, str]]:
+    """Return the spread of KL of every trial, and its difference from the first one."""
+    spread, differences, first = [], [], result.trials[0]
+    for trial in result.trials:
+        if trial.quality is not None and trial.quality.kl_percentiles is not None:
+            spread.append(f"{trial.name}: {describe_percentiles(trial.quality.kl_percentiles)}")
+        if trial.difference is not None:
+            difference, interval = _describe_difference(trial)
+            told = f"KL {difference} from {first.name}, 95% interval {interval}"
+            differences.append(f"{trial.name}: {trial.difference.verdict}, {told}")
+    if first.failed is not None and spread:
+        differences = [f"not told: '{first.name}', which others are compared with, was not run"]
+    return [*_label("KL of tokens", spread), *_label("difference", differences)]
+
+
+def _label(label: str, texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Return a row for each text, of which the first one has the label."""
+    return [(label if number == 0 else "", text) for number, text in enumerate(texts)]
+
+
+def _describe_difference(trial: Trial) -> tuple[str, str]:
+    """Return the difference of KL with its standard error, and its interval."""
+    if trial.difference is None:
+        return NOTHING, NOTHING
+    kl = trial.difference.kl
+    told = format_mean(kl.value, kl, sign="+")
+    if kl.interval is None:
+        return told, NOTHING
+    decimals = len(told.split()[0].partition(".")[2])
+    return told, " to ".join(f"{end:+.{decimals}f}" for end in kl.interval)
+
+
+def _judge(trial: Trial, reference: Trial) -> str:
+    if trial is reference:
+        return REFERENCE
+    return NOTHING if trial.difference is None else trial.difference.verdict
+
+
+def _trial_line(trial: Trial, reference: Trial) -> tuple[str, ...]:
     front = FRONT if trial.front else "" if trial.on_ane else OFF_ANE
     bits, quality, seconds = trial.bits, trial.quality, trial.seconds
     if bits is None or quality is None or seconds is None:
@@ -101,9 +164,10 @@ def _trial_line(trial: Trial) -> tuple[str, ...]:
         f"{bits.whole:.2f}",
         f"{bits.projections:.2f}",
         format_bytes(bits.nbytes),
-        f"{quality.extra_nll:+.4f}",
-        f"{quality.kl:.4f}",
-        f"{quality.top1:.1%}",
+        format_mean(quality.extra_nll, quality.extra_nll_mean, sign="+"),
+        format_mean(quality.kl, quality.kl_mean),
+        format_share(quality.top1, quality.top1_mean),
+        _judge(trial, reference),
         f"{seconds:.1f}",
     )
 
@@ -121,4 +185,4 @@ def list_conditions(result: Comparison) -> list[tuple[str, str]]:
         rows.append(
             ("calibration", f"{seen['windows']} windows of {seen['length']} tokens of {seen['source']}")
         )
-    return [*rows, ("peak memory", f"not told: {MEMORY_MISSING}")]
+    return [*rows, describe_noise(result.noise), ("peak memory", f"not told: {MEMORY_MISSING}")]
