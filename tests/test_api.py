@@ -34,7 +34,7 @@ FUNCTIONS = {
     "verify": "verify",
     "evaluate": "eval",
 }
-OF_TERMINAL = {"as_json", "quiet", "debug", "lm_eval", "backend"}
+OF_TERMINAL = {"as_json", "quiet", "debug", "lm_eval", "apply_chat_template", "backend"}
 """Options about printing; and of tasks, which lm-evaluation-harness has an API of its own for."""
 
 

@@ -22,6 +22,7 @@ FOLDER = click.Path(path_type=Path)
 )
 @window_options
 @click.option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, .yaml files or folders.")
+@click.option("--apply-chat-template", is_flag=True, help="Ask the tasks of --lm-eval as conversations.")
 @backend_option("transformers", help="What runs the tasks of --lm-eval.")
 @command
 def evaluate(
@@ -32,6 +33,7 @@ def evaluate(
     windows: int,
     length: int,
     lm_eval: str | None,
+    apply_chat_template: bool,
     backend: str,
 ) -> None:
     """Perplexity of CHECKPOINT on a text, its divergence from a base model, and its score in tasks.
@@ -39,11 +41,14 @@ def evaluate(
     \b
     anequant eval CHECKPOINT --text wikitext2 --base org/name
     anequant eval CHECKPOINT --lm-eval arc_easy
+    anequant eval CHECKPOINT --lm-eval gsm8k --apply-chat-template
     """
     if text is None and lm_eval is None:
         raise UsageError("nothing to evaluate on", remedy="name a text with --text or tasks with --lm-eval")
     if text is None and base is not None:
         raise UsageError("--base compares on a text", remedy="name one with --text")
+    if apply_chat_template and lm_eval is None:
+        raise UsageError("--apply-chat-template is for tasks", remedy="name some with --lm-eval")
     from anequant.evaluation.evaluate import evaluate_checkpoint, evaluate_tasks
     from anequant.report.terminal import quality_rows as rows
 
@@ -58,7 +63,9 @@ def evaluate(
         printed += rows.describe_evaluation(result)
     if lm_eval is not None:
         with console.progress("lm-eval") as progress:
-            scores = evaluate_tasks(checkpoint, lm_eval, backend, progress)
+            scores = evaluate_tasks(
+                checkpoint, lm_eval, backend, apply_chat_template=apply_chat_template, progress=progress
+            )
         values |= scores.to_dict()
         printed += rows.describe_tasks(scores)
     console.result(values, printed)

@@ -164,7 +164,9 @@ def _rotation(checkpoint: Checkpoint) -> Callable[[Tensor], Tensor]:
     return r1.apply
 
 
-def evaluate_tasks(model: str, tasks: str, backend: str, progress: Progress = silent) -> TaskScores:
+def evaluate_tasks(
+    model: str, tasks: str, backend: str, *, apply_chat_template: bool = False, progress: Progress = silent
+) -> TaskScores:
     """Run tasks of lm-evaluation-harness on a folder or hub id.
 
     Raises UsageError for packages with the backend transformers, and what `resolve_source`,
@@ -179,7 +181,7 @@ def evaluate_tasks(model: str, tasks: str, backend: str, progress: Progress = si
 
     opened = open_text_model(folder, backend)
     first = find_start_token(opened.tokenizer, read_json(opened.folder / "config.json"))
-    return run_tasks(opened.decoder, opened.tokenizer, first, opened.stop, tasks, progress)
+    return run_tasks(opened, first, tasks, apply_chat_template=apply_chat_template, progress=progress)
 
 
 def _open(model: str, base: str | None) -> tuple[Checkpoint, Checkpoint | None]:

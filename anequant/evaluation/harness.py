@@ -16,7 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from anequant.errors import UnsupportedError, UsageError
+from anequant.errors import InputError, UnsupportedError, UsageError, first_line
 from anequant.jobs.control import Progress, silent
 from anequant.runtime.generate import Decoder, decode_pieces, encode_text, generate_tokens, score
 from anequant.runtime.sampling import Sampling, make_chooser
@@ -57,6 +57,39 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     @property
     def eot_token_id(self) -> int:
         return self._first
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name what the harness tells caches of prompts apart by; none is kept here."""
+        return str(self._tokenizer.name_or_path)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the tokenizer's template, for the harness's record."""
+        return str(self._tokenizer.chat_template) if chat_template else None
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return the text of a conversation: up to where the answer begins, or else up to the end of the last
+        message, which the answer continues.
+
+        Raises InputError when the template does not take it; the harness's `hf` model then leaves out the
+        system message.
+        """
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        except Exception as error:
+            roles = ", ".join(message["role"] for message in chat_history)
+            raise InputError(
+                f"the chat template does not take a prompt ({roles}): {first_line(error)}",
+                remedy="leave out --apply-chat-template",
+            ) from error
+        return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         """Return the tokens of a text; without `add_special_tokens`, BOS goes before it unless the text names

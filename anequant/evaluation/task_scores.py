@@ -7,23 +7,33 @@ import difflib
 import importlib.util
 import io
 import math
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from anequant.errors import ResourceError, UnsupportedError, UsageError, first_line
 from anequant.jobs.control import Progress, silent
-from anequant.runtime.generate import Decoder
+
+if TYPE_CHECKING:
+    from anequant.runtime.continue_text import TextModel
+
+RESAMPLES = 1000
+"""Of the answers, for standard errors without a formula, which are then off by about 2% of themselves."""
+
+ONE_PROCESS = "DISABLE_MULTIPROC"
+"""The harness's variable of the environment."""
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Values by task and by the harness's `metric,filter`; None for one that is not finite.
+    """Values by task and by the harness's `metric,filter`, and standard errors by `metric_stderr,filter`
+    where it has one; None for one that is not finite.
 
     `shortened` prompts lost their beginning because they were too long for the context.
     """
@@ -36,25 +46,32 @@ class TaskScores:
 
 
 def run_tasks(
-    decoder: Decoder,
-    tokenizer: Any,
+    model: TextModel,
     first: int,
-    stop: frozenset[int],
     tasks: str,
+    *,
+    apply_chat_template: bool = False,
     progress: Progress = silent,
 ) -> TaskScores:
     """Run a comma-separated list of the harness's tasks and groups, of .yaml files, or of folders of them.
 
-    `first` is the token before a text without context. Seeds and few-shot examples are those of the
-    harness's own command. Raises UsageError when lm-eval is not installed, a task is unknown, cannot be
-    loaded or needs a longer context, or the decoder tells only its best tokens; ResourceError when a task's
-    data cannot be had; UnsupportedError for a task that samples, runs code or needs more than text.
+    `first` is the token before a text without context. With `apply_chat_template` prompts are conversations,
+    few-shot examples turns of them. Seeds and few-shot examples are those of the harness's own command.
+    Raises UsageError when lm-eval is not installed, the tokenizer has no chat template, a task is unknown,
+    cannot be loaded or needs a longer context, or the decoder tells only its best tokens; InputError when the
+    template does not take a task's prompts; ResourceError when a task's data cannot be had; UnsupportedError
+    for a task that samples, runs code or needs more than text.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("lm-evaluation-harness is not installed", remedy="pip install 'anequant[eval]'")
-    if not decoder.tells_all_logits:
+    if not model.decoder.tells_all_logits:
         raise UsageError(
             "packages with arg-max heads tell no likelihoods", remedy="lower the checkpoint without --argmax"
+        )
+    if apply_chat_template and model.tokenizer.chat_template is None:
+        raise UsageError(
+            "the tokenizer has no chat template",
+            remedy="leave --apply-chat-template out, as for a base model",
         )
     from lm_eval.evaluator import evaluate
 
@@ -62,10 +79,37 @@ def run_tasks(
 
     with contextlib.ExitStack() as quiet:
         quiet.enter_context(_no_stderr())
-        model = HarnessModel(decoder, tokenizer, first, stop, progress, lambda: _lifted(quiet))
-        outcome = evaluate(lm=model, task_dict=_load(tasks), bootstrap_iters=0, log_samples=False)
+        asked = HarnessModel(
+            model.decoder, model.tokenizer, first, model.stop, progress, lambda: _lifted(quiet)
+        )
+        loaded = _load(tasks)
+        with _bootstrap_here():
+            outcome = evaluate(
+                lm=asked,
+                task_dict=loaded,
+                bootstrap_iters=RESAMPLES,
+                log_samples=False,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=apply_chat_template,
+            )
     scores = {task: _finite(values) for task, values in outcome["results"].items()}
-    return TaskScores(scores, model.shortened)
+    return TaskScores(scores, asked.shortened)
+
+
+@contextlib.contextmanager
+def _bootstrap_here() -> Iterator[None]:
+    """Make the harness resample in this process, which has threads and is not to be forked, without a word on
+    stdout."""
+    before = os.environ.get(ONE_PROCESS)
+    os.environ[ONE_PROCESS] = "1"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        if before is None:
+            del os.environ[ONE_PROCESS]
+        else:
+            os.environ[ONE_PROCESS] = before
 
 
 def _no_stderr() -> contextlib.AbstractContextManager[Any]:

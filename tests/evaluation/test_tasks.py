@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import re
+import shutil
+import statistics
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -11,8 +16,10 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from conftest import Quantized
 from running import Ran, invoke
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anequant.cli import console
 from anequant.pipeline.lower import lower
@@ -95,7 +102,8 @@ def refusal(model: Path, tasks: object, code: int) -> str:
 
 def test_a_task_from_a_file(tiny_qwen2: Path, folder: Path) -> None:
     values = scores(tiny_qwen2, folder / "colours.yaml")
-    assert values["tasks"] == {"colours": {"acc,none": 1.0}} and values["shortened_prompts"] == 0
+    assert values["tasks"] == {"colours": {"acc,none": 1.0, "acc_stderr,none": 0.0}}
+    assert values["shortened_prompts"] == 0
 
 
 def test_the_tasks_of_a_folder(tiny_qwen2: Path, folder: Path) -> None:
@@ -120,9 +128,106 @@ def test_the_packages_of_a_conversion(
 
 def test_what_is_printed(tiny_qwen2: Path, folder: Path) -> None:
     result = run(tiny_qwen2, folder / "colours.yaml")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "colours  acc 1.0000\n", "")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "colours  acc 1.0000 ± 0.0000\n", "")
     result = run(tiny_qwen2, folder, "--quiet")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_standard_errors(tiny_qwen2: Path, folder: Path) -> None:
+    """That of a mean by its formula; a median's is resampled, 20,000 times here; bits per byte have none."""
+    rows = [*QUESTIONS, {**QUESTIONS[0], "answer": 1}, QUESTIONS[1], {**QUESTIONS[1], "answer": 0}]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "colours.yaml"
+    path.write_text(
+        path.read_text() + "    aggregation: mean\n  - metric: acc_norm\n    aggregation: median\n"
+    )
+    right = [1.0, 1.0, 0.0, 1.0, 0.0]
+    values = scores(tiny_qwen2, folder)["tasks"]
+    assert values["colours"]["acc,none"] == pytest.approx(0.6)
+    assert values["colours"]["acc_stderr,none"] == pytest.approx(statistics.stdev(right) / 5**0.5)
+    draw = random.Random(1)
+    medians = [statistics.median(draw.choices(right, k=5)) for _ in range(20_000)]
+    assert values["colours"]["acc_norm,none"] == 1.0
+    assert values["colours"]["acc_norm_stderr,none"] == pytest.approx(statistics.stdev(medians), rel=0.1)
+    assert values["whole"].keys() == {"bits_per_byte,none"}
+    shown = run(tiny_qwen2, folder).stdout.splitlines()
+    assert "DISABLE_MULTIPROC" not in os.environ and len(shown) == 2
+    assert shown[0].startswith("colours  acc 0.6000 ± 0.2449, acc_norm 1.0000 ± 0.")
+    assert re.fullmatch(r"whole    bits_per_byte \d\.\d{4}", shown[1])
+
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% if message.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def conversing(tiny_qwen2: Path, tmp_path: Path) -> Path:
+    """The model with a chat template, which does not take system messages."""
+    folder = tmp_path / "conversing"
+    shutil.copytree(tiny_qwen2, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def test_prompts_are_conversations_by_the_chat_template(
+    conversing: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts that the model goes on from are those of transformers' tokenizer, and so are likelihoods."""
+    harness = pytest.importorskip("anequant.evaluation.harness")
+    answer = harness.HarnessModel.loglikelihood
+    seen: dict[tuple[str, str], tuple[float, bool]] = {}
+
+    def watched(self: Any, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
+        answers: list[tuple[float, bool]] = answer(self, requests, **options)
+        seen.update(zip([request.args for request in requests], answers, strict=True))
+        return answers
+
+    monkeypatch.setattr(harness.HarnessModel, "loglikelihood", watched)
+    path, choices = folder / "colours.yaml", ([" blue", " qq zz xx"], [" vv jj kk", " sea"])
+    plain = scores(conversing, path)
+    assert list(seen)[:2] == [("The sky is", "  blue"), ("The sky is", "  qq zz xx")]
+    seen.clear()
+    asked = scores(conversing, path, "--apply-chat-template")
+    assert asked["tasks"].keys() == plain["tasks"].keys()
+    tokenizer = AutoTokenizer.from_pretrained(conversing)
+    stock = AutoModelForCausalLM.from_pretrained(conversing, dtype=torch.float32).eval()
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["question"]}], tokenize=False, add_generation_prompt=True
+        )
+        for row in QUESTIONS
+    ]
+    assert prompts[0] == "<|user|>The sky is<|end|><|assistant|>"
+    assert list(seen) == [
+        (prompt, text) for prompt, texts in zip(prompts, choices, strict=True) for text in texts
+    ]
+    for (prompt, text), (told, _) in seen.items():
+        before, whole = tokenizer(prompt)["input_ids"], tokenizer(prompt + text)["input_ids"]
+        with torch.no_grad():
+            log_p = stock(torch.tensor([whole])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        wanted = torch.tensor(whole[len(before) :])
+        assert told == pytest.approx(float(log_p.gather(-1, wanted[:, None]).sum()), rel=1e-5)
+
+    seen.clear()
+    path.write_text(path.read_text() + "num_fewshot: 1\nfewshot_split: test\n")
+    scores(conversing, path, "--apply-chat-template")
+    turns = [re.findall(r"<\|(\w+)\|>", context) for context, _ in seen]
+    assert turns == 4 * [["user", "end", "assistant", "end", "user", "end", "assistant"]]
+
+
+def test_chat_templates_that_are_missing_or_refuse(tiny_qwen2: Path, conversing: Path, folder: Path) -> None:
+    path = folder / "colours.yaml"
+    result = run(tiny_qwen2, path, "--apply-chat-template")
+    assert result.exit_code == 2 and "the tokenizer has no chat template" in result.stderr
+    assert "leave --apply-chat-template out" in result.stderr
+    path.write_text(path.read_text() + "description: Answer.\n")
+    result = run(conversing, path, "--apply-chat-template")
+    assert result.exit_code == 3 and "does not take a prompt (system, user): no system here" in result.stderr
+    result = invoke("eval", conversing, "--text", path, "--apply-chat-template")
+    assert result.exit_code == 2 and "--apply-chat-template is for tasks" in result.stderr
 
 
 def test_progress_is_ours(tiny_qwen2: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
