@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from check_coverage import Coverage, check_coverage
 from scipy import stats
 
 from anequant.evaluation.intervals import average, average_differences
+from anequant.evaluation.quality import Quality, WindowMeans
 
 
 @pytest.mark.parametrize("count", [2, 3, 32, 500])
@@ -52,6 +54,18 @@ def test_intervals_cover(windows: int) -> None:
     found = [average(draw.choice(every, windows, replace=False).tolist()).interval for _ in range(1000)]
     held = sum(ends is not None and ends[0] <= every.mean() <= ends[1] for ends in found)
     assert 925 <= held <= 975
+
+
+def test_the_script_counts_the_intervals_that_hold() -> None:
+    """Where all windows are alike each interval is one point and holds it; of KL some do not."""
+    alike, draw = (0.5,) * 50, np.random.default_rng(1)
+    values = tuple(draw.normal(0.2, 0.01, 50).tolist())
+    quality = Quality(50, 50, 0.5, WindowMeans(alike, alike, values, alike), 0.0, 0.5, 0.2, 0.5)
+    found = {one.name: one for one in check_coverage(quality, windows=10, times=40, seed=0)}
+    assert found.keys() == {"KL", "extra NLL", "same top token", "NLL"}
+    assert (found["NLL"].held, found["NLL"].figure, found["NLL"].suffices) == (40, 0.5, True)
+    assert found["KL"].figure == pytest.approx(np.mean(values)) and 34 <= found["KL"].held < 40
+    assert not Coverage("KL", 0.2, 16, 20).suffices and Coverage("KL", 0.2, 17, 20).suffices
 
 
 def test_paired_intervals_are_narrower() -> None:
