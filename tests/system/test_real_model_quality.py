@@ -107,6 +107,12 @@ def test_what_is_kept_is_not_measured_again() -> None:
     ]
 
 
+def test_rows_are_chosen_by_words() -> None:
+    assert real_model_quality.choose_rows([""]) == real_model_quality.ROWS
+    chosen = [row.label for row in real_model_quality.choose_rows(["torchao", "k-means"])]
+    assert chosen[:2] == ["torchao int4, groups of 32", "torchao int4, groups of 64"] and len(chosen) == 4
+
+
 # Environments of peers
 
 

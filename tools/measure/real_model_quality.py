@@ -8,8 +8,9 @@
 Each row is measured on 40 windows of 512 tokens of every text, against the float model. Recipes and peers
 that calibrate see 96 windows, the same number of each calibration text, unless a row says otherwise. What the
 JSON file holds is not measured again; what failed is tried again. --only WORD ... measures the rows alone
-whose name has one of the words. HQQ and torchao are those of `pip install 'anequant[peers]'`; GPTQModel and
-llama.cpp are installed in environments of their own in --cache, which takes a compiler and some minutes.
+whose name has one of the words, in their order. HQQ and torchao are those of `pip install 'anequant[peers]'`;
+GPTQModel and llama.cpp are installed in environments of their own in --cache, which takes a compiler and some
+minutes.
 """
 
 from __future__ import annotations
@@ -75,6 +76,12 @@ PAIRS = (
     (TUNED, "llama.cpp Q4_K_M, head and embedding fp16"),
 )
 """Ways whose difference in KL is told in words, ours first."""
+
+
+def choose_rows(words: Sequence[str]) -> list[Row]:
+    """Return the rows whose label has one of the words, in the order of the words."""
+    rows = [row for row in ROWS if any(word in row.label for word in words)]
+    return sorted(rows, key=lambda row: [word in row.label for word in words].index(True))
 
 
 def finished(results: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
@@ -194,8 +201,7 @@ def main() -> None:
         if results.setdefault("settings", described) != described:
             parser.error(f"'{options.json}' holds runs with other settings: {results['settings']}")
         done = [run for run in results["runs"] if "failed" not in run]
-        rows = [row for row in ROWS if any(word in row.label for word in options.only)]
-        tasks = [(row, seed, settings) for row, seed in list_missing(rows, done)]
+        tasks = [(row, seed, settings) for row, seed in list_missing(choose_rows(options.only), done)]
         if tasks:
             list(run_each(record_references, [settings], jobs=1, threads=options.threads))
         for run in run_each(measure, tasks, jobs=options.jobs, threads=options.threads):
