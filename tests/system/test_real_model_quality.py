@@ -168,6 +168,11 @@ def test_a_peer_tells_what_it_measured_or_why_it_did_not(tmp_path: Path) -> None
     assert run_peer(Path(sys.executable), peer, "model", tmp_path) == {
         "told": ["model", str(tmp_path), "--type", "Q4_0"]
     }
+    script.write_text(
+        "import json, os, tempfile; print(json.dumps({'told': [os.getcwd(), tempfile.mkdtemp()]}))"
+    )
+    where, temporary = run_peer(Path(sys.executable), peer, "model")["told"]
+    assert temporary.startswith(where) and not Path(where).exists()
     script.write_text("raise ValueError('does not fit')")
     with pytest.raises(PeerError, match=r"^ValueError: does not fit$"):
         run_peer(Path(sys.executable), peer, "model")

@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -90,16 +91,21 @@ def make_environment(environment: Environment, cache: Path = CACHE) -> Path:
 
 
 def run_peer(python: Path, peer: OwnPeer, *words: object) -> dict[str, Any]:
-    """Run a peer's script; return what it measured. Raises PeerError when it fails."""
-    printed = _call([python.absolute(), Path(__file__).parent / peer.script, *words, *peer.options])
+    """Run a peer's script in a folder that is thrown away, as is what it leaves in the place for temporary
+    files; return what it measured. Raises PeerError when it fails."""
+    named = [word.absolute() if isinstance(word, Path) else word for word in words]
+    command = [python.absolute(), Path(__file__).parent / peer.script, *named, *peer.options]
+    with tempfile.TemporaryDirectory() as scratch:
+        printed = _call(command, {"TMPDIR": scratch}, Path(scratch))
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return found
 
 
-def _call(command: list[Any], variables: Mapping[str, str] | None = None) -> str:
+def _call(command: list[Any], variables: Mapping[str, str] | None = None, folder: Path | None = None) -> str:
+    """Run a command in a folder; return what it printed. Raises PeerError with the last error told."""
     words = [str(word) for word in command]
-    where = {**os.environ, **(variables or {})}
-    ran = subprocess.run(words, env=where, capture_output=True, encoding="utf-8", check=False)
+    env = {**os.environ, **(variables or {})}
+    ran = subprocess.run(words, env=env, cwd=folder, capture_output=True, encoding="utf-8", check=False)
     if ran.returncode:
         lines = [line.strip() for line in ran.stderr.splitlines() if line.strip()]
         errors = (
