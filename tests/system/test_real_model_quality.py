@@ -61,7 +61,11 @@ def test_the_table_has_every_row_and_reason() -> None:
     assert rows[1].startswith(f"| other | 4.500 | 3.0 | 1 | 0.3000 ± {error:.4f} |")
     assert rows[1].endswith("| 50.0% | 50.0% | 2 | 1000 | a peer |")
     assert rows[2].endswith("| not run: PeerError: ERROR: no cc / c++ |")
-    assert rows[3].endswith("| not run: `no_such_package` is not installed |")
+    assert rows[3].endswith("| not run: not measured yet |")
+    (missing,) = real_model_quality.list_unavailable(ROWS, RESULTS["runs"])
+    table = real_model_quality.table(ROWS, {**RESULTS, "runs": [missing]})
+    assert table.endswith("| not run: `no_such_package` is not installed |")
+    assert real_model_quality.list_unavailable(ROWS, [missing]) == []
 
 
 def test_two_ways_are_compared_window_by_window() -> None:
@@ -84,9 +88,7 @@ def test_the_words_of_a_page() -> None:
     said = real_model_quality.report(RESULTS)
     assert "3 windows of 8 tokens of one and two each" in said and "2026-01-01 on 8 cores" in said
     assert "rotated twin (`anequant rotate`), never the model itself" in said
-    assert said.count("not run: not measured yet") + said.count("is not installed") == len(
-        real_model_quality.ROWS
-    )
+    assert said.count("not run: not measured yet") == len(real_model_quality.ROWS)
 
 
 def test_rows_are_known_and_pairs_are_of_rows() -> None:

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -84,6 +85,16 @@ def choose_rows(words: Sequence[str]) -> list[Row]:
     return sorted(rows, key=lambda row: [word in row.label for word in words].index(True))
 
 
+def list_unavailable(rows: Sequence[Row], done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """List a run that failed for every row that is not done and whose package is not installed."""
+    known = {run["row"] for run in done}
+    return [
+        {"row": row.label, "seed": row.seeds[0], "failed": f"`{row.needs}` is not installed"}
+        for row in rows
+        if not is_available(row) and row.label not in known
+    ]
+
+
 def finished(results: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
     """The runs of a row that did not fail."""
     return [run for run in results["runs"] if run["row"] == label and "failed" not in run]
@@ -141,7 +152,7 @@ def reason(row: Row, results: Mapping[str, Any]) -> str:
     failures = [run["failed"] for run in results["runs"] if run["row"] == row.label and "failed" in run]
     if failures:
         return str(failures[-1]).replace("|", "/")
-    return "not measured yet" if is_available(row) else f"`{row.needs}` is not installed"
+    return "not measured yet"
 
 
 def compare_pair(ours: str, other: str, results: Mapping[str, Any]) -> str | None:
@@ -167,14 +178,14 @@ def report(results: Mapping[str, Any]) -> str:
     return (
         f"`{settings['model']}` against itself in float, on {settings['windows']} windows of "
         f"{settings['length']} tokens of {texts} each; ± is the standard error over windows. What calibrates "
-        f"sees {settings['samples']} windows, half of {calibration} each. The model's own weights lie on the "
-        f"grid of Q4_1 in groups of 32, which a quantizer with such groups finds again: so every peer rounds "
-        f"its rotated twin (`anequant rotate`), never the model itself. Bits are those of projections with "
-        f"scales, zero points and codebooks, MB those of the whole model with embedding and head, in fp16 "
+        f"sees {settings['samples']} windows, as many of {calibration} each. The model's own weights lie on "
+        "the grid of Q4_1 in groups of 32, which a quantizer with such groups finds again: so every peer "
+        "rounds its rotated twin (`anequant rotate`), never the model itself. Bits are those of projections "
+        "with scales, zero points and codebooks, MB of the whole model with embedding and head, in fp16 "
         f"unless said. {when_and_where(results['machine'])}, by `python "
-        f"tools/measure/real_model_quality.py`; the single runs are in "
+        "tools/measure/real_model_quality.py`; the single runs are in "
         f"[measured/real_model.json](measured/real_model.json).\n\n{table(ROWS, results)}\n\n"
-        f"KL of two ways on the same windows, and whether they differ by more than two standard errors:\n\n"
+        "KL of two ways on the same windows, and whether they differ by more than two standard errors:\n\n"
         + "\n".join(f"- {said}" for said in pairs)
     )
 
@@ -201,10 +212,12 @@ def main() -> None:
         if results.setdefault("settings", described) != described:
             parser.error(f"'{options.json}' holds runs with other settings: {results['settings']}")
         done = [run for run in results["runs"] if "failed" not in run]
-        tasks = [(row, seed, settings) for row, seed in list_missing(choose_rows(options.only), done)]
+        rows = choose_rows(options.only)
+        tasks = [(row, seed, settings) for row, seed in list_missing(rows, done)]
         if tasks:
             list(run_each(record_references, [settings], jobs=1, threads=options.threads))
-        for run in run_each(measure, tasks, jobs=options.jobs, threads=options.threads):
+        runs = run_each(measure, tasks, jobs=options.jobs, threads=options.threads)
+        for run in chain(list_unavailable(rows, done), runs):
             others = [
                 one for one in results["runs"] if (one["row"], one["seed"]) != (run["row"], run["seed"])
             ]
