@@ -45,7 +45,7 @@ RESULTS: dict[str, Any] = {
         run("ours", 0, 4.0, [0.1, 0.2, 0.3]),
         run("ours", 1, 4.0, [0.3, 0.2, 0.1]),
         run("other", 0, 4.5, [0.3, 0.31, 0.29]),
-        {"row": "broken", "seed": 0, "failed": "PeerError: ERROR: no cc | c++"},
+        {"row": "broken", "seed": 0, "failed": "ERROR: no cc | c++"},
     ],
 }
 
@@ -60,7 +60,7 @@ def test_the_table_has_every_row_and_reason() -> None:
     )
     assert rows[1].startswith(f"| other | 4.500 | 3.0 | 1 | 0.3000 ± {error:.4f} |")
     assert rows[1].endswith("| 50.0% | 50.0% | 2 | 1000 | a peer |")
-    assert rows[2].endswith("| not run: PeerError: ERROR: no cc / c++ |")
+    assert rows[2].endswith("| not run: ERROR: no cc / c++ |")
     assert rows[3].endswith("| not run: not measured yet |")
     (missing,) = real_model_quality.list_unavailable(ROWS, RESULTS["runs"])
     table = real_model_quality.table(ROWS, {**RESULTS, "runs": [missing]})

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peer_environments import GPTQMODEL, LLAMA_CPP, OwnPeer, make_environment, run_peer
+from peer_environments import GPTQMODEL, LLAMA_CPP, OwnPeer, PeerError, make_environment, run_peer
 from quality_runs import Row, ask
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ def measure(task: tuple[Row, int, Settings]) -> dict[str, Any]:
         try:
             made = _quantize_row(row, seed, settings, folder)
             texts = [_measure_text(folder, number, settings) for number in range(len(settings.texts))]
+        except PeerError as error:
+            return {"row": row.label, "seed": seed, "failed": str(error)}
         except Exception as error:
             reason = next(iter(str(error).splitlines()), "")
             return {"row": row.label, "seed": seed, "failed": f"{type(error).__name__}: {reason}"}
