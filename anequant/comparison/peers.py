@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,19 @@ from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.side_files import copy_tokenizer
 from anequant.targets.coreml.palettizers import palettize_by_kmeans, palettize_by_sensitivity
 
-BITS, GROUP, FLOAT = 4, 32, 16
-ENTRIES = 16
+BITS, FLOAT, INT8 = 4, 16, 8
+ENTRIES = 1 << BITS
+GROUPS = (32, 64)
+"""Numbers of inputs that share a scale, in the peers that have groups."""
+
+SMALLEST_HALF = 2.0**-24
 HEAD = "lm_head"
+
+
+class GroupRun(Protocol):
+    """Takes a model folder, the folder to write and how many inputs share a scale."""
+
+    def __call__(self, model: Path, output: Path, size: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -45,30 +56,35 @@ class Peer:
         return f"not installed: pip install {self.package}"
 
 
-def affine_groups(model: Path, output: Path) -> None:
-    """Nearest rounding to 4-bit integers with a scale and a zero point for every 32 inputs of a row."""
+def affine_groups(model: Path, output: Path, size: int) -> None:
+    """Nearest rounding to 4-bit integers with a scale and a zero point for every `size` inputs of a row.
+
+    The range of a group holds zero, so that its zero point is one of the 16 codes.
+    """
 
     def round_weight(weight: Tensor) -> Tensor:
-        groups = weight.view(len(weight), -1, GROUP)
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        step = ((high - low) / 15).clamp_min(1e-10).half().float()
+        groups = weight.view(len(weight), -1, size)
+        low, high = groups.amin(-1, keepdim=True).clamp_max(0), groups.amax(-1, keepdim=True).clamp_min(0)
+        step = ((high - low) / (ENTRIES - 1)).clamp_min(SMALLEST_HALF).half().float()
         zero = (-low / step).round()
-        codes = (groups / step + zero).round().clamp(0, 15)
+        codes = (groups / step + zero).round().clamp(0, ENTRIES - 1)
         return ((codes - zero) * step).view_as(weight)
 
     _rewrite(model, output, round_weight)
 
 
-def torchao_groups(model: Path, output: Path) -> None:
-    """IntxWeightOnlyConfig of `torchao`: 4-bit integers with a scale and a zero point for every 32 inputs."""
+def torchao_groups(model: Path, output: Path, size: int) -> None:
+    """IntxWeightOnlyConfig of `torchao`: 4-bit integers with a scale and a zero point for every `size`
+    inputs."""
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
     from torchao.quantization.quant_primitives import MappingType
 
     config = IntxWeightOnlyConfig(
         weight_dtype=torch.int4,  # type: ignore[attr-defined]
-        granularity=PerGroup(GROUP),
+        granularity=PerGroup(size),
         mapping_type=MappingType.ASYMMETRIC,
+        scale_dtype=torch.float16,
     )
 
     def round_weight(weight: Tensor) -> Tensor:
@@ -80,14 +96,20 @@ def torchao_groups(model: Path, output: Path) -> None:
     _rewrite(model, output, round_weight)
 
 
-def hqq_groups(model: Path, output: Path) -> None:
-    """HQQ (Badri and Shaji 2023), 4 bits in groups of 32, from the package `hqq`."""
+def hqq_groups(model: Path, output: Path, size: int) -> None:
+    """HQQ (Badri and Shaji 2023), 4 bits in groups of `size`, from the package `hqq`.
+
+    Its zero points are no integers. On a CPU the package keeps them and the scales in float32, on a GPU in
+    float16, to which they are rounded here.
+    """
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-    config = BaseQuantizeConfig(nbits=BITS, group_size=GROUP, axis=1)
+    config = BaseQuantizeConfig(nbits=BITS, group_size=size, axis=1)
 
     def round_weight(weight: Tensor) -> Tensor:
         quantized = HQQLinear(_linear(weight), config, compute_dtype=torch.float32, device="cpu")
+        for name in ("scale", "zero"):
+            quantized.meta[name] = quantized.meta[name].half().float()
         values: Tensor = quantized.dequantize()
         return values.view_as(weight)
 
@@ -114,25 +136,39 @@ def coremltools_sensitive_kmeans(model: Path, output: Path, windows: Tensor) -> 
     _save(palettize_by_sensitivity(_load(model), windows, loss), model, output)
 
 
-def _codebook(rows: int, columns: int) -> int:
+def _count_codebook_bits(rows: int, columns: int) -> int:
     return FLOAT * ENTRIES
 
 
-def _scaled_codebook(rows: int, columns: int) -> int:
+def _count_scaled_codebook_bits(rows: int, columns: int) -> int:
     return FLOAT * (ENTRIES + rows)
 
 
-def _groups(rows: int, columns: int) -> int:
-    """A scale and a zero point for each."""
-    return 2 * FLOAT * rows * math.ceil(columns / GROUP)
+def _count_group_bits(size: int, zero: int) -> Callable[[int, int], int]:
+    """Count, for every group of `size` inputs, a scale in float16 and a zero point of `zero` bits."""
+    return lambda rows, columns: (FLOAT + zero) * rows * math.ceil(columns / size)
+
+
+def _in_groups(name: str, run: GroupRun, zero: int, package: str | None = None) -> tuple[Peer, ...]:
+    """Return a peer for each of GROUPS; none of them runs on the Neural Engine."""
+    return tuple(
+        Peer(
+            f"{name}, groups of {size}",
+            partial(run, size=size),
+            _count_group_bits(size, zero),
+            package,
+            on_ane=False,
+        )
+        for size in GROUPS
+    )
 
 
 PEERS = (
-    Peer("coremltools k-means", coremltools_kmeans, _codebook),
-    Peer("coremltools k-means, row scales", coremltools_scaled_kmeans, _scaled_codebook),
-    Peer("affine int4, groups of 32", affine_groups, _groups, on_ane=False),
-    Peer("torchao int4, groups of 32", torchao_groups, _groups, "torchao", on_ane=False),
-    Peer("HQQ int4, groups of 32", hqq_groups, _groups, "hqq", on_ane=False),
+    Peer("coremltools k-means", coremltools_kmeans, _count_codebook_bits),
+    Peer("coremltools k-means, row scales", coremltools_scaled_kmeans, _count_scaled_codebook_bits),
+    *_in_groups("affine int4", affine_groups, BITS),
+    *_in_groups("torchao int4", torchao_groups, INT8, "torchao"),
+    *_in_groups("HQQ int4", hqq_groups, FLOAT, "hqq"),
 )
 """What runs without labels or gradients; in the order in which they are shown."""
 

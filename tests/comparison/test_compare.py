@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import torch
 from browser import browser
 from page import HIDDEN, OUTSIDE, SMALL, WIDER, Tree, violations
 from running import Ran, invoke, succeed
-from safetensors.torch import load_file
 from scipy import stats
 from terminal import on_terminal, rows
 
@@ -26,14 +26,7 @@ from anequant.checkpoints.stored_bits import StoredBits, measure_stored_bits
 from anequant.cli import console, main
 from anequant.comparison import compare as module
 from anequant.comparison.paired import BETTER, UNDECIDED, WORSE
-from anequant.comparison.peers import (
-    PEERS,
-    Peer,
-    affine_groups,
-    coremltools_kmeans,
-    coremltools_scaled_kmeans,
-    projection_bits,
-)
+from anequant.comparison.peers import Peer, affine_groups
 from anequant.comparison.trials import PEER, RECIPE, Comparison, Trial, mark_differences, mark_front
 from anequant.evaluation.divergence import NoiseFloor
 from anequant.evaluation.evaluate import evaluate_text
@@ -110,11 +103,6 @@ def test_bits_count_codebooks_and_scales(compared: dict[str, Any]) -> None:
         whole = stored + 16 * TABLES
         assert trial["bits"]["whole"] == pytest.approx(whole / (PROJECTIONS + TABLES), rel=1e-12)
         assert abs(trial["bits"]["nbytes"] - whole / 8) <= 1
-    peer = next(peer for peer in PEERS if peer.run is affine_groups)
-    spec = open_checkpoint(BUNDLED_MODEL).spec
-    assert projection_bits(peer, spec) == 5 * PROJECTIONS
-    (plain,) = (peer for peer in PEERS if peer.run is coremltools_kmeans)
-    assert projection_bits(plain, spec) == 4 * PROJECTIONS + 28 * 16 * 16
 
 
 def test_differences_are_paired_by_window(compared: dict[str, Any]) -> None:
@@ -247,29 +235,6 @@ def test_dots_and_labels_of_the_plot() -> None:
     assert (first.label_x, first.label_y) != (second.label_x, second.label_y)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
-
-
-@pytest.mark.parametrize("peer", [coremltools_kmeans, coremltools_scaled_kmeans, affine_groups])
-def test_peers_round_the_projections_and_nothing_else(peer: Any, tmp_path: Path) -> None:
-    peer(BUNDLED_MODEL, tmp_path / "out")
-    before, after = weights(BUNDLED_MODEL), weights(tmp_path / "out")
-    assert before.keys() == after.keys() and (tmp_path / "out" / "tokenizer.json").is_file()
-    for name, weight in after.items():
-        if "_proj.weight" not in name:
-            assert torch.equal(weight, before[name]), name
-            continue
-        off = float((weight - before[name]).norm() / before[name].norm())
-        assert 0.01 < off < 0.25, (name, off)
-        if peer is coremltools_kmeans:
-            assert len(weight.unique()) <= 16
-        elif peer is coremltools_scaled_kmeans:
-            assert len(weight.unique()) > 16 and max(len(row.unique()) for row in weight) <= 16
-        else:
-            assert max(len(group.unique()) for group in weight.view(-1, 32)) <= 16
-
-
 def test_peers_that_are_missing_or_break_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(model: Path, output: Path) -> None:
         raise ZeroDivisionError("by zero\nand more")
@@ -277,9 +242,10 @@ def test_peers_that_are_missing_or_break_are_rows(monkeypatch: pytest.MonkeyPatc
     def none(rows: int, columns: int) -> int:
         return 0
 
+    affine = partial(affine_groups, size=32)
     peers = (
-        Peer("absent", affine_groups, none, "no_such_package"),
-        Peer("affine", affine_groups, none, on_ane=False),
+        Peer("absent", affine, none, "no_such_package"),
+        Peer("affine", affine, none, on_ane=False),
         Peer("broken", broken, none),
     )
     monkeypatch.setattr(module, "PEERS", peers)

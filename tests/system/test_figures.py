@@ -40,7 +40,7 @@ MAKE = {
     "pipeline": "tools/measure/bench_pipeline.py SHAPE --layers N",
     "rounding": "tools/measure/bench_rounding.py",
     "peers": "tools/measure/bench_lower.py --layers 2 --grouped --json docs/measured/peers.json",
-    "gptq": "tools/measure/bench_gptq.py PEER",
+    "gptq": "tools/measure/bench_gptq.py",
     "cluster": "tools/measure/bench_cluster.py --json docs/measured/cluster.json",
     "scaling": "tools/measure/scaling.py MODEL TEXT CALIBRATION",
 }

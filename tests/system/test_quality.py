@@ -79,7 +79,7 @@ def test_w4_ane_beats_groups_of_32(
 ) -> None:
     """One codebook per tensor against what the Neural Engine cannot run fast, calibrated on 24 windows."""
     calibrated(qwen2_29m, tmp_path / "ours", str(calibration_text), 24)
-    affine_groups(qwen2_29m, tmp_path / "groups")
+    affine_groups(qwen2_29m, tmp_path / "groups", 32)
     ours, groups = measure(tmp_path / "ours"), measure(tmp_path / "groups")
     assert ours.extra_nll is not None and ours.kl is not None
     assert ours.extra_nll <= 0.018 and ours.kl <= 0.034

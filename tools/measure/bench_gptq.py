@@ -1,10 +1,8 @@
 """Calibrated rounding beside gptqmodel's GPTQ: same random model, tokens and processor, one after the other.
 
-gptqmodel has requirements of its own, so it runs in an environment of its own:
+    python tools/measure/bench_gptq.py
 
-    python -m venv PEER && PEER/bin/pip install torch==2.13.0 setuptools numpy
-    BUILD_CUDA_EXT=0 PEER/bin/pip install --no-build-isolation gptqmodel torch==2.13.0
-    python tools/measure/bench_gptq.py PEER/bin/python
+gptqmodel has requirements of its own, so it runs in an environment of its own, see `peer_environments.py`.
 
 Both read the model, round it to 4 bits with second moments of the same windows, and write it; imports are not
 timed. gptqmodel has a scale for every 128 columns of a row, `w4-ane` one codebook for the whole tensor.
@@ -13,37 +11,32 @@ timed. gptqmodel has a scale for every 128 columns of a row, `w4-ane` one codebo
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from bench_pipeline import LENGTH, RECIPES, TOKENS, WINDOWS, child
 from measured import REPOSITORY, RESULTS, machine, when_and_where, write_json
+from peer_environments import CACHE, GPTQMODEL, OwnPeer, make_environment, run_peer
 
 RECIPE = RECIPES[0]
 
 
-def measure(peer: Path, shape: str, layers: int, work: Path) -> dict[str, Any]:
+def measure(python: Path, shape: str, layers: int, work: Path) -> dict[str, Any]:
     model = work / f"{shape}-{layers}"
     child("model", model, work)
     for file in (REPOSITORY / "anequant" / "bundled" / "tiny-qwen2").glob("*token*.json"):
         shutil.copyfile(file, model / file.name)  # gptqmodel takes no model without
     ours = child(RECIPE, model, work)
-    script = Path(__file__).with_name("gptq_peer.py")
-    command = [peer.absolute(), script, model, work / TOKENS, work / "peer"]
-    ran = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise SystemExit(ran.stderr)
+    peer = OwnPeer(GPTQMODEL, "gptq_peer.py")
     return {
         "shape": shape,
         "layers": layers,
         "windows": WINDOWS,
         "length": LENGTH,
         "ours": {"seconds": ours["seconds"], "peak": ours["peak"]},
-        "gptqmodel": json.loads(ran.stdout.splitlines()[-1]),
+        "gptqmodel": run_peer(python, peer, model, work / TOKENS, work / "peer"),
         "machine": machine(),
     }
 
@@ -62,13 +55,14 @@ def sentences(measured: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("peer", type=Path, help="The interpreter that gptqmodel is installed for.")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="The folder of the peer's environment.")
     parser.add_argument("--shape", default="qwen2.5-0.5b")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--json", type=Path, default=RESULTS / "gptq.json")
     options = parser.parse_args()
+    python = make_environment(GPTQMODEL, options.cache)
     with tempfile.TemporaryDirectory() as work:
-        measured = measure(options.peer, options.shape, options.layers, Path(work))
+        measured = measure(python, options.shape, options.layers, Path(work))
     write_json(options.json, measured)
     print(sentences(measured))
 

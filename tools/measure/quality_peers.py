@@ -1,27 +1,44 @@
-"""The peers of `compare_quality.py` by name: those of anequant, and one that needs text to calibrate on.
-
-Each takes a float model folder, the folder to write and token windows [n, length].
-"""
+"""The peers of the quality tables by name: those of anequant, and one that needs text to calibrate on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from anequant.architectures.spec import ModelSpec
 from anequant.comparison import peers
 
-Run = Callable[[Path, Path, Tensor], None]
+
+@dataclass(frozen=True)
+class TextPeer:
+    """`run` takes a float model folder, the folder to write and token windows [n, length] to calibrate on;
+    `count_bits` counts those of all projections, codes with their codebooks and scales."""
+
+    run: Callable[[Path, Path, Tensor], None]
+    count_bits: Callable[[ModelSpec], int]
 
 
-def _without_windows(run: Callable[[Path, Path], None]) -> Run:
-    return lambda model, output, windows: run(model, output)
+def _without_windows(peer: peers.Peer) -> TextPeer:
+    return TextPeer(
+        lambda model, output, windows: peer.run(model, output),
+        lambda spec: peers.projection_bits(peer, spec),
+    )
 
 
-PEERS: dict[str, Run] = {
-    "affine_groups": _without_windows(peers.affine_groups),
-    "hqq_groups": _without_windows(peers.hqq_groups),
-    "coremltools_kmeans": _without_windows(peers.coremltools_kmeans),
-    "coremltools_sensitive_kmeans": peers.coremltools_sensitive_kmeans,
+def _sensitive_kmeans() -> TextPeer:
+    """SKMPalettizer of coremltools, which stores what its plain k-means does."""
+    plain = next(peer for peer in peers.PEERS if peer.run is peers.coremltools_kmeans)
+    return TextPeer(peers.coremltools_sensitive_kmeans, lambda spec: peers.projection_bits(plain, spec))
+
+
+PEERS: dict[str, TextPeer] = {
+    **{peer.name: _without_windows(peer) for peer in peers.PEERS},
+    "coremltools sensitive k-means": _sensitive_kmeans(),
 }
+
+
+def count_bits_per_weight(peer: TextPeer, spec: ModelSpec) -> float:
+    return peer.count_bits(spec) / (spec.num_layers * spec.layer_weights)

@@ -17,15 +17,23 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from measured import machine, when_and_where, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from anequant.recipe import Calibration
+    from anequant.request import Request
+
+Task = TypeVar("Task")
 
 WINDOWS = 24
 
@@ -90,35 +98,41 @@ def measure(task: tuple[Row, int, Settings]) -> dict[str, Any]:
 
 def _run_recipe(row: Row, seed: int, settings: Settings, output: Path) -> float:
     """Average bits of the projections' weights, scales aside."""
-    from anequant.checkpoints.source import resolve_source
     from anequant.pipeline.quantize import quantize
     from anequant.recipe import Calibration
-    from anequant.recipe_files import load_recipe
-    from anequant.request import Request
 
     source = "self" if row.own_text else str(settings.calibration)
-    calibration = Calibration(source, row.windows, settings.length)
-    recipe = load_recipe(row.recipe, {**row.overrides, "seed": seed})
-    result = quantize(Request(resolve_source(settings.model), recipe, calibration), output)
+    request = ask(row, seed, Path(settings.model), Calibration(source, row.windows, settings.length))
+    result = quantize(request, output)
     projections = [tensor for tensor in result.rounding.tensors if "_proj" in tensor.name]
     if not projections:
-        return float(recipe.bits)
+        return float(request.recipe.bits)
     return sum(t.bits * t.weights for t in projections) / sum(t.weights for t in projections)
 
 
+def ask(row: Row, seed: int, model: Path, calibration: Calibration, tokens: Tensor | None = None) -> Request:
+    """Return what is asked for by a row with a recipe; `tokens` [n, length] are those of `calibration`."""
+    from anequant.checkpoints.source import resolve_source
+    from anequant.recipe_files import load_recipe
+    from anequant.request import Request
+
+    recipe = load_recipe(row.recipe, {**row.overrides, "seed": seed})
+    return Request(resolve_source(str(model)), recipe, calibration, tokens=tokens)
+
+
 def _run_peer(row: Row, settings: Settings, output: Path) -> float:
-    from quality_peers import PEERS
+    """Average bits of the projections' weights, scales and codebooks included."""
+    from quality_peers import PEERS, count_bits_per_weight
 
     from anequant.checkpoints.reader import open_checkpoint
-    from anequant.comparison.peers import GROUP
     from anequant.reference.windows import read_text_windows
 
     assert row.peer is not None
-    folder = Path(settings.model)
-    config, text = open_checkpoint(folder).spec.config, settings.calibration
-    windows = read_text_windows(folder, config, text, count=row.windows, length=settings.length)
-    PEERS[row.peer](folder, output, windows)
-    return 4 + 32 / GROUP if row.peer.endswith("groups") else 4.0
+    folder, peer = Path(settings.model), PEERS[row.peer]
+    spec, text = open_checkpoint(folder).spec, settings.calibration
+    windows = read_text_windows(folder, spec.config, text, count=row.windows, length=settings.length)
+    peer.run(folder, output, windows)
+    return count_bits_per_weight(peer, spec)
 
 
 def table(rows: Sequence[Row], results: list[dict[str, Any]]) -> str:
@@ -130,7 +144,7 @@ def table(rows: Sequence[Row], results: list[dict[str, Any]]) -> str:
     for row in rows:
         runs = [run for run in results if run["row"] == row.label]
         if not runs:
-            reason = f"not run: `{row.needs}` is not installed" if not _available(row) else "not run"
+            reason = f"not run: `{row.needs}` is not installed" if not is_available(row) else "not run"
             lines.append(f"| {row.label} | | | | | | | | {reason} |")
             continue
         mean = _means(runs)
@@ -177,8 +191,30 @@ def _measured_on(results: Mapping[str, Any]) -> str:
     )
 
 
-def _available(row: Row) -> bool:
+def is_available(row: Row) -> bool:
+    """Whether what the row needs is installed."""
     return row.needs is None or find_spec(row.needs) is not None
+
+
+def list_missing(rows: Sequence[Row], kept: Sequence[Mapping[str, Any]]) -> list[tuple[Row, int]]:
+    """List the rows and seeds that `kept` has no run of, those of the first seed before the others."""
+    done = {(run["row"], run["seed"]) for run in kept}
+    return [
+        (row, seed)
+        for seed in sorted({seed for row in rows for seed in row.seeds})
+        for row in rows
+        if seed in row.seeds and is_available(row) and (row.label, seed) not in done
+    ]
+
+
+def run_each(
+    work: Callable[[Task], dict[str, Any]], tasks: Sequence[Task], *, jobs: int, threads: int
+) -> Iterator[dict[str, Any]]:
+    """Yield what `work` returns of every task, in a process of its own with so many threads, `jobs` at a
+    time; in the order in which they end."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    with get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        yield from pool.imap_unordered(work, tasks)
 
 
 def with_table(rows: Sequence[Row], results: dict[str, Any], script: str, file: str) -> str:
@@ -204,23 +240,15 @@ def run_table(rows: Sequence[Row], description: str | None, *, jobs: int = 2, th
         options.model, options.text, options.calibration, options.windows, options.length, threads
     )
     kept = json.loads(options.json.read_text())["runs"] if options.json and options.json.exists() else []
-    done = {(run["row"], run["seed"]) for run in kept}
-    wanted = [
-        (row, seed)
-        for seed in sorted({seed for row in rows for seed in row.seeds})
-        for row in rows
-        if seed in row.seeds and _available(row) and (row.label, seed) not in done
-    ]
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    with get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
-        for run in pool.imap_unordered(measure, [(row, seed, settings) for row, seed in wanted]):
-            kept.append(run)
-            if options.json:
-                shared = {
-                    **asdict(settings),
-                    "text": options.text.name,
-                    "calibration": options.calibration.name,
-                }
-                shared["model"] = Path(options.model).name
-                write_json(options.json, {"settings": shared, "machine": machine(), "runs": kept})
+    tasks = [(row, seed, settings) for row, seed in list_missing(rows, kept)]
+    for run in run_each(measure, tasks, jobs=options.jobs, threads=threads):
+        kept.append(run)
+        if options.json:
+            shared = {
+                **asdict(settings),
+                "text": options.text.name,
+                "calibration": options.calibration.name,
+            }
+            shared["model"] = Path(options.model).name
+            write_json(options.json, {"settings": shared, "machine": machine(), "runs": kept})
     print(f"{machine()}\n\n{table(rows, kept)}")

@@ -1,0 +1,239 @@
+"""Quality of recipes and peers on a real model and two kinds of text, as a Markdown table.
+
+    python tools/real_model.py MODEL
+    anequant rotate MODEL -o TWIN
+    python tools/measure/real_model_quality.py MODEL TWIN docs/measured/real_model.json \\
+        --text wikitext2-test.txt eval-books.txt --calibration wikitext2-valid.txt calibration-books.txt
+
+Each row is measured on 40 windows of 512 tokens of every text, against the float model. Recipes and peers
+that calibrate see 96 windows, the same number of each calibration text, unless a row says otherwise. What the
+JSON file holds is not measured again; what failed is tried again. --only WORD ... measures the rows alone
+whose name has one of the words, in their order. HQQ and torchao are those of `pip install 'anequant[peers]'`;
+GPTQModel and llama.cpp are installed in environments of their own in --cache, which takes a compiler and some
+minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from measured import machine, when_and_where, write_json
+from peer_environments import CACHE
+from quality_runs import Row, is_available, list_missing, run_each
+from real_model_runs import SAMPLES, Settings, measure, record_references
+
+SEEDS = (0, 1, 2)
+CALIBRATED = partial(Row, windows=SAMPLES)
+TABLES = {"head_bits": 6, "embedding_bits": 8}
+
+W4, TUNED, NEAREST = "**`w4-ane`**", "**`w4-ane --tune 100`**", "`w4-nearest`"
+AFFINE, GPTQ = "affine int4, groups of 32", "GPTQModel int4, groups of 128"
+
+
+def peer(name: str, shows: str, needs: str | None = None) -> Row:
+    return CALIBRATED(name, shows, peer=name, needs=needs)
+
+
+ROWS = [
+    CALIBRATED(NEAREST, "the best without calibration", "w4-nearest", seeds=SEEDS),
+    CALIBRATED(W4, "the default recipe", seeds=SEEDS),
+    Row("`w4-ane`, calibrated on `self`", "no text at hand", windows=48, own_text=True, seeds=SEEDS),
+    CALIBRATED(TUNED, "distilled", overrides={"tune": 100}, seeds=SEEDS),
+    CALIBRATED("`w4-ane`, head 6 and embedding 8 bits", "smaller tables", overrides=TABLES, seeds=SEEDS),
+    CALIBRATED("`w4-ane --target-bits 4.25`", "4 or 8 bits by sensitivity", overrides={"target_bits": 4.25}),
+    CALIBRATED("`w6-ane`", "nearly as good as float", "w6-ane", seeds=SEEDS),
+    CALIBRATED("`w8-ane`", "as good as float", "w8-ane", seeds=SEEDS),
+    peer("coremltools k-means", "today's palettization, rotated"),
+    peer("coremltools k-means, row scales", "the same, a scale for every row"),
+    peer(AFFINE, "nearest"),
+    peer("affine int4, groups of 64", "nearest"),
+    peer("torchao int4, groups of 32", "nearest, zero points of 8 bits", "torchao"),
+    peer("torchao int4, groups of 64", "nearest, zero points of 8 bits", "torchao"),
+    peer("HQQ int4, groups of 32", "zero points of 16 bits", "hqq"),
+    peer("HQQ int4, groups of 64", "zero points of 16 bits", "hqq"),
+    peer(GPTQ, "calibrated on the same windows"),
+    peer("llama.cpp Q4_0", "its file as it is, no importance matrix"),
+    peer("llama.cpp Q4_0, head and embedding fp16", "as the other rows have them"),
+    peer("llama.cpp Q4_K_M", "the same file; rows of 576 do not fit its blocks of 256"),
+    peer("llama.cpp Q4_K_M, head and embedding fp16", "as the other rows have them"),
+]
+
+PAIRS = (
+    (TUNED, GPTQ),
+    (W4, GPTQ),
+    (TUNED, AFFINE),
+    (W4, AFFINE),
+    (TUNED, "HQQ int4, groups of 32"),
+    (TUNED, "llama.cpp Q4_K_M, head and embedding fp16"),
+)
+"""Ways whose difference in KL is told in words, ours first."""
+
+
+def choose_rows(words: Sequence[str]) -> list[Row]:
+    """Return the rows whose label has one of the words, in the order of the words."""
+    rows = [row for row in ROWS if any(word in row.label for word in words)]
+    return sorted(rows, key=lambda row: [word in row.label for word in words].index(True))
+
+
+def list_unavailable(rows: Sequence[Row], done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """List a run that failed for every row that is not done and whose package is not installed."""
+    known = {run["row"] for run in done}
+    return [
+        {"row": row.label, "seed": row.seeds[0], "failed": f"`{row.needs}` is not installed"}
+        for row in rows
+        if not is_available(row) and row.label not in known
+    ]
+
+
+def finished(results: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
+    """The runs of a row that did not fail."""
+    return [run for run in results["runs"] if run["row"] == label and "failed" not in run]
+
+
+def window_means(runs: Sequence[Mapping[str, Any]], text: str, key: str) -> list[float]:
+    """A figure of every window, as the mean over seeds."""
+    return [fmean(values) for values in zip(*(run["texts"][text][key] for run in runs), strict=True)]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean over windows, and its standard error."""
+    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def table(rows: Sequence[Row], results: Mapping[str, Any]) -> str:
+    """The rows in their order, as Markdown; one that did not run tells why."""
+    texts: list[str] = results["settings"]["texts"]
+    heads = [f"{what}, {text}" for what in ("KL", "extra NLL", "same top token") for text in texts]
+    names = ["way", "bits", "MB", "seeds", *heads, "seconds", "peak MB", "what it shows"]
+    lines = [row_of(names), "|---|" + "---:|" * (len(names) - 2) + "---|"]
+    for row in rows:
+        runs = finished(results, row.label)
+        if not runs:
+            blank = [""] * (len(names) - 2)
+            lines.append(row_of([row.label, *blank, f"not run: {reason(row, results)}"]))
+            continue
+        cells = [
+            row.label,
+            f"{fmean(run['bits'] for run in runs):.3f}",
+            f"{fmean(run['nbytes'] for run in runs) / 1e6:.1f}",
+            str(len(runs)),
+            *(cell(runs, text, "kl", "{:.4f}") for text in texts),
+            *(cell(runs, text, "extra_nll", "{:+.4f}") for text in texts),
+            *(f"{fmean(window_means(runs, text, 'top1')):.1%}" for text in texts),
+            f"{fmean(run['seconds'] for run in runs):.0f}",
+            f"{fmean(run['peak'] for run in runs) / 1e6:.0f}",
+            row.shows,
+        ]
+        lines.append(row_of(cells))
+    return "\n".join(lines)
+
+
+def row_of(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def cell(runs: Sequence[Mapping[str, Any]], text: str, key: str, form: str) -> str:
+    mean, error = mean_and_error(window_means(runs, text, key))
+    return f"{form.format(mean)} ± {error:.4f}"
+
+
+def reason(row: Row, results: Mapping[str, Any]) -> str:
+    """Why a row has no figures, without what would end a cell of the table."""
+    failures = [run["failed"] for run in results["runs"] if run["row"] == row.label and "failed" in run]
+    if failures:
+        return str(failures[-1]).replace("|", "/")
+    return "not measured yet"
+
+
+def compare_pair(ours: str, other: str, results: Mapping[str, Any]) -> str | None:
+    """Tell the difference in KL between two rows, window by window; None where one of them has no run."""
+    runs = finished(results, ours), finished(results, other)
+    if not all(runs):
+        return None
+    said = []
+    for text in results["settings"]["texts"]:
+        pairs = zip(*(window_means(each, text, "kl") for each in runs), strict=True)
+        mean, error = mean_and_error([one - two for one, two in pairs])
+        verdict = "no different" if abs(mean) <= 2 * error else "better" if mean < 0 else "worse"
+        said.append(f"{verdict} on {text} ({mean:+.4f} ± {error:.4f})")
+    bits = [fmean(run["bits"] for run in each) for each in runs]
+    return f"{ours} at {bits[0]:.2f} bits, {other} at {bits[1]:.2f}: {' and '.join(said)}."
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """The block of a page: what was measured and how, the table, and differences in words."""
+    settings = results["settings"]
+    pairs = [said for pair in PAIRS if (said := compare_pair(*pair, results)) is not None]
+    texts, calibration = (" and ".join(settings[key]) for key in ("texts", "calibration"))
+    return (
+        f"`{settings['model']}` against itself in float, on {settings['windows']} windows of "
+        f"{settings['length']} tokens of {texts} each; ± is the standard error over windows. What calibrates "
+        f"sees {settings['samples']} windows, as many of {calibration} each. The model's own weights lie on "
+        "the grid of Q4_1 in groups of 32, which a quantizer with such groups finds again: so every peer "
+        "rounds its rotated twin (`anequant rotate`), never the model itself. Bits are those of projections "
+        "with scales, zero points and codebooks, MB of the whole model with embedding and head, in fp16 "
+        f"unless said. {when_and_where(results['machine'])}, by `python "
+        "tools/measure/real_model_quality.py`; the single runs are in "
+        f"[measured/real_model.json](measured/real_model.json).\n\n{table(ROWS, results)}\n\n"
+        "KL of two ways on the same windows, and whether they differ by more than two standard errors:\n\n"
+        + "\n".join(f"- {said}" for said in pairs)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("twin", type=Path)
+    parser.add_argument("json", type=Path)
+    parser.add_argument("--text", type=Path, nargs="+", required=True)
+    parser.add_argument("--calibration", type=Path, nargs="+", required=True)
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    options = parser.parse_args()
+    results = _load(options.json)
+    with tempfile.TemporaryDirectory() as work:
+        paths = options.model, options.twin, tuple(options.text), tuple(options.calibration)
+        settings = Settings(*paths, options.windows, options.length, Path(work), options.cache)
+        described = settings.describe()
+        if results.setdefault("settings", described) != described:
+            parser.error(f"'{options.json}' holds runs with other settings: {results['settings']}")
+        done = [run for run in results["runs"] if "failed" not in run]
+        rows = choose_rows(options.only)
+        tasks = [(row, seed, settings) for row, seed in list_missing(rows, done)]
+        if tasks:
+            list(run_each(record_references, [settings], jobs=1, threads=options.threads))
+        runs = run_each(measure, tasks, jobs=options.jobs, threads=options.threads)
+        for run in chain(list_unavailable(rows, done), runs):
+            others = [
+                one for one in results["runs"] if (one["row"], one["seed"]) != (run["row"], run["seed"])
+            ]
+            results |= {"machine": machine(), "runs": [*others, run]}
+            write_json(options.json, results)
+            print(
+                f"{run['row']}, seed {run['seed']}: {run.get('failed', 'done')}", file=sys.stderr, flush=True
+            )
+    print(table(ROWS, results))
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """What a file holds already."""
+    kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"runs": []}
+    return kept
+
+
+if __name__ == "__main__":
+    main()
