@@ -97,7 +97,7 @@ def _run_recipe(row: Row, seed: int, settings: Settings, output: Path) -> float:
     from anequant.request import Request
 
     source = "self" if row.own_text else str(settings.calibration)
-    calibration = Calibration(source, row.windows, settings.length)
+    calibration = Calibration((source,), row.windows, settings.length)
     recipe = load_recipe(row.recipe, {**row.overrides, "seed": seed})
     result = quantize(Request(resolve_source(settings.model), recipe, calibration), output)
     projections = [tensor for tensor in result.rounding.tensors if "_proj" in tensor.name]

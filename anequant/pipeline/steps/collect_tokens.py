@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING
+from anequant.calibration.shares import count_share
 from anequant.calibration.tokens import SELF, read_calibration_tokens
 from anequant.checkpoints.header import BITS
 from anequant.checkpoints.reader import Checkpoint
@@ -70,14 +71,14 @@ class CollectTokens(Step[Quantizing, tuple[int, int]]):
         """A token after the other; a model that is not resident is read each time, and copied twice."""
         if not self._samples:
             return Work()
-        windows, length = self.facts.windows
+        windows, length = count_share(self.facts.calibration, SELF), self.facts.calibration.length
         once = count_forward_work(self.facts.spec, (windows, 1), passes=1)
         read = 0 if self.resident else 3 * self.facts.source_size
         return Work(once.flops * length, (once.bytes + read) * length)
 
     @property
     def _samples(self) -> bool:
-        return self.facts.calibration.source == SELF
+        return SELF in self.facts.calibration.sources
 
     def run(self, state: Quantizing, progress: Progress) -> tuple[int, int]:
         tokens = state.request.tokens
@@ -107,8 +108,9 @@ def count_sampling_bytes(checkpoint: Checkpoint, calibration: Calibration, *, wh
     itemsize = FLOAT16 if dtype == "BF16" else FLOAT32
     table = count_table_weights(spec)
     widened = BITS[dtype] // 8 * table if BITS[dtype] // 8 != itemsize else 0
-    cache = 2 * spec.key_value_size * spec.num_layers * calibration.samples * calibration.length
-    logits = CHANCES * FLOAT32 * calibration.samples * spec.vocab_size
+    windows = count_share(calibration, SELF)
+    cache = 2 * spec.key_value_size * spec.num_layers * windows * calibration.length
+    logits = CHANCES * FLOAT32 * windows * spec.vocab_size
     if not whole:
         return itemsize * (cache + table) + max(widened, logits)
     model = spec.num_layers * spec.layer_weights + table * (1 if spec.tied else 2)
