@@ -12,12 +12,13 @@ result goes to the logger "anequant".
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anequant.calibration.shares import Word, make_calibration
 from anequant.checkpoints.manifest import load_recipe_for
 from anequant.checkpoints.side_files import find_custom_code
 from anequant.checkpoints.source import Source, resolve_source
@@ -61,10 +62,11 @@ def convert(
     *,
     recipe: str | Path | Mapping[str, Any] = DEFAULT_RECIPE,
     rotations: str | Path | None = None,
-    calib: str | Path = Calibration.source,
+    calib: Word | Sequence[Word] = Calibration.sources,
     calib_samples: int = Calibration.samples,
     calib_length: int = Calibration.length,
     calib_seed: int = Calibration.seed,
+    calib_chat: bool = False,
     context: int = LowerOptions.context,
     batch: int = LowerOptions.batch,
     chunks: int | None = None,
@@ -80,12 +82,13 @@ def convert(
 ) -> ConvertResult:
     """Quantize a model, lower it, verify both, and write the report: `output`/checkpoint, `output`/packages.
 
-    The bundled model where `model` is None. `calib` is self, wikitext2, a text file or a .json file of token
-    ids, of which `calib_samples` windows of `calib_length` tokens are taken. `context` and `batch` are in
-    tokens, `chunks` None takes as few packages as `max_chunk_mb` (megabytes) allows, `max_memory` is bytes.
-    `scheduler` is local, or dask://host:port for a cluster that shares the folders (docs/cluster.md). With
-    `resume` a run that was interrupted is resumed. `progress` is called with what is being done and the
-    share that is done.
+    The bundled model where `model` is None. `calib` is self, wikitext2, a text file or a .json file of rows,
+    or several of them, a weight after each as in a.txt=2; `calib_samples` windows of `calib_length` tokens
+    are taken from them together, with `calib_chat` of conversations where there are any. `context` and
+    `batch` are in tokens, `chunks` None takes as few packages as `max_chunk_mb` (megabytes) allows,
+    `max_memory` is bytes. `scheduler` is local, or dask://host:port for a cluster that shares the folders
+    (docs/cluster.md). With `resume` a run that was interrupted is resumed. `progress` is called with what is
+    being done and the share that is done.
 
     Raises UsageError for options that are wrong or an `output` that exists (without `force`), InputError or
     UnsupportedError for a model that cannot be read or handled, ResourceError where disk or memory do not
@@ -95,7 +98,7 @@ def convert(
     request = Request(
         source,
         read,
-        Calibration(str(calib), calib_samples, calib_length, calib_seed),
+        make_calibration(calib, calib_samples, calib_length, calib_seed, chat=calib_chat),
         None if rotations is None else Path(rotations),
         LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix),
     )
@@ -110,10 +113,11 @@ def quantize(
     *,
     recipe: str | Path | Mapping[str, Any] = DEFAULT_RECIPE,
     rotations: str | Path | None = None,
-    calib: str | Path = Calibration.source,
+    calib: Word | Sequence[Word] = Calibration.sources,
     calib_samples: int = Calibration.samples,
     calib_length: int = Calibration.length,
     calib_seed: int = Calibration.seed,
+    calib_chat: bool = False,
     max_memory: int | None = None,
     scheduler: str = "local",
     force: bool = False,
@@ -129,7 +133,7 @@ def quantize(
     request = Request(
         source,
         read,
-        Calibration(str(calib), calib_samples, calib_length, calib_seed),
+        make_calibration(calib, calib_samples, calib_length, calib_seed, chat=calib_chat),
         None if rotations is None else Path(rotations),
     )
     with _steer(progress, scheduler, force=force, resume=resume, max_memory=max_memory) as run:

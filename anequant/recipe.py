@@ -8,6 +8,7 @@ validation both read them from here. Recipe files are read in `recipe_files`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,14 +153,32 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which tokens a calibrated recipe sees: `samples` windows of `length` tokens.
+    """Which tokens a calibrated recipe sees: `samples` windows of `length` tokens, from all sources together.
 
-    `source` is self (sampled from the model), wikitext2, a text file or a JSON file of token ids."""
+    sources   each self (sampled from the model), wikitext2, a text file or a JSON file of rows
+    weights   in which proportions they share the windows; none: in equal parts
+    chat      rows of messages, and of prompt and completion, are conversations, which begin windows
+    """
 
-    source: str = "self"
+    sources: tuple[str, ...] = ("self",)
     samples: int = 48
     length: int = 512
     seed: int = 0
+    weights: tuple[float, ...] = ()
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise UsageError("there is no calibration source", remedy="name one, or leave it to the default")
+        for name, weight in zip(self.sources, self.weights or (1,) * len(self.sources), strict=True):
+            if not 0 < weight < math.inf:
+                problem = f"the weight of calibration source {quote(name)} is {weight:g}"
+                raise UsageError(problem, remedy="use a number above 0, or leave the source out")
+        if len(self.sources) > self.samples:
+            raise UsageError(
+                f"{len(self.sources)} calibration sources take a window each, and samples is {self.samples}",
+                remedy=f"use --calib-samples {len(self.sources)} or more",
+            )
 
 
 @dataclass(frozen=True)

@@ -90,15 +90,14 @@ class Request:
 
     def fingerprint(self, job: str) -> dict[str, Any]:
         """All that decides the bytes that `job` makes of the request."""
-        named = {"calibration file": Path(self.calibration.source)}
-        if self.rotations is not None:
-            named["rotations"] = self.rotations
+        rotations = {} if self.rotations is None else {"rotations": _hash_file(self.rotations)}
         return {
             **_fingerprint(job, self.source.name, self.checkpoint),
             "recipe": self.recipe.to_dict(),
             "calibration": asdict(self.calibration),
+            "calibration files": [_hash_file(Path(source)) for source in self.calibration.sources],
             "lowering": None if self.lowering is None else asdict(self.lowering),
-            **{key: _hash_file(path) for key, path in named.items()},
+            **rotations,
         }
 
 

@@ -39,7 +39,7 @@ torch.set_num_threads(1)
 
 pytest_plugins = ("damage",)
 
-FEW_TOKENS = Calibration("self", samples=6, length=64)
+FEW_TOKENS = Calibration(("self",), samples=6, length=64)
 
 REPOSITORY = Path(__file__).parent.parent
 SIZES: dict[str, Any] = {

@@ -68,7 +68,7 @@ def test_options_and_defaults_are_those_of_the_command_line(function: str, comma
     assert set(ours) == set(options)
     for name, parameter in ours.items():
         default = options[name].get_default(click.Context(main))
-        named = default if isinstance(default, str | int) and default != "auto" else None
+        named = default if isinstance(default, str | int | tuple) and default != "auto" else None
         named = DEFAULT_RECIPE if name == "recipe" else named
         assert parameter.default in (named, parameter.empty), name
         assert parameter.default is not parameter.empty or not isinstance(options[name].default, str | int)

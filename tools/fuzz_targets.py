@@ -137,7 +137,7 @@ def _model_targets(model: Path) -> dict[str, Target]:
 
     def read_ids() -> None:
         checkpoint = open_checkpoint(calibrated)
-        read_calibration_tokens(Calibration(str(ids), samples=2, length=4), checkpoint)
+        read_calibration_tokens(Calibration((str(ids),), samples=2, length=4), checkpoint)
         calibrate_on_whole_file(str(ids))
 
     return {

@@ -2,23 +2,42 @@
 
 The model's own distribution is the one its activations are made for (LLM-QAT: Liu et al. 2023, section
 3.1). Sampling needs all layers at every token, so this holds the whole model, in bfloat16 where it is stored
-so, else in float32.
+so or where products of bfloat16 are fast, else in float32.
+
+Texts are short, many at once, and several fill a window: a step costs hardly more for many texts than for
+few, and what attention reads and holds grows with their length.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError
 from anequant.jobs.control import Progress, silent
+from anequant.quantization.products import has_bfloat16
 from anequant.recipe import Calibration
 from anequant.reference.empty_model import OnDemand, borrow, build_empty_model
 from anequant.reference.hooks import attach_all
+
+TEXT_LENGTH = 128
+"""The most tokens of a text."""
+TEXTS_AT_ONCE = 96
+
+ALMOST = 1 - 2.0**-40
+"""Of a block's sum, what is passed within it however that sum was rounded."""
+
+BLOCK = 256
+"""Tokens whose chances are added up before one of them is looked for."""
 
 
 @torch.no_grad()
@@ -30,8 +49,9 @@ def sample_windows(
     resident: bool = True,
     progress: Progress = silent,
 ) -> Tensor:
-    """Let the model write independent texts at temperature 1, each starting with token `first`: int64
-    [samples, length], drawn by the seed of `calibration`, whose source does not matter.
+    """Let the model write independent texts at temperature 1, each starting with token `first`, and put them
+    together to windows: int64 [samples, length], drawn by the seed of `calibration`, whose source does not
+    matter.
 
     Unless the model is `resident`, its weights are read again for every token: slow, and the same texts.
     Raises InputError when the logits are not finite.
@@ -41,29 +61,92 @@ def sample_windows(
     attach_all(model, spec, checkpoint.online)
     names = [f"{EMBEDDING}.weight", f"{FINAL_NORM}.weight"]
     names += [layer_prefix(layer) + name for layer in range(spec.num_layers) for name in spec.layer_tensors()]
-    stored = checkpoint.tensors[f"{EMBEDDING}.weight"].dtype
-    dtype = torch.bfloat16 if stored == "BF16" else torch.float32
-    (_load if resident else _stream)(model, checkpoint, names, dtype)
+    (_load if resident else _stream)(model, checkpoint, names, choose_dtype(checkpoint))
 
     generator = torch.Generator().manual_seed(calibration.seed)
-    length = calibration.length
-    tokens = torch.full((calibration.samples, length), first)
-    cache = None
+    count, length = split_windows(calibration.samples, calibration.length)
+    tokens = torch.full((count, length), first)
+    begun = range(0, count, TEXTS_AT_ONCE)
+    for number, texts in enumerate(torch.split(tokens, TEXTS_AT_ONCE)):
+        share = progress.share(number / len(begun), (number + 1) / len(begun))
+        for position, logits in _write(model, texts, share):
+            drawn = draw_tokens(logits, generator)
+            if drawn is None:
+                raise InputError(
+                    f"the model's own logits are not finite when it writes token {position}",
+                    where=str(checkpoint.folder),
+                    remedy="check the checkpoint for a damaged tensor",
+                )
+            texts[:, position] = drawn
+    return tokens.view(calibration.samples, -1)[:, : calibration.length].clone()
+
+
+def split_windows(samples: int, length: int) -> tuple[int, int]:
+    """Return how many texts of which length fill so many windows of `length` tokens: all windows of equally
+    many, none longer than TEXT_LENGTH."""
+    texts = math.ceil(length / TEXT_LENGTH)
+    return samples * texts, math.ceil(length / texts)
+
+
+def choose_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Return what weights, states and logits are held in while a model writes."""
+    stored = checkpoint.tensors[f"{EMBEDDING}.weight"].dtype
+    return torch.bfloat16 if stored == "BF16" or has_bfloat16() else torch.float32
+
+
+def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Return a token of the distribution of each row of logits [n, vocab]: int64 [n]; None where they are not
+    finite.
+
+    A token is where the sum of chances passes a random share of all. They are added up by blocks, so that
+    this sum is looked for among few numbers.
+    """
+    count, vocab = logits.shape
+    chances = pad(logits.float(), (0, -vocab % BLOCK), value=-math.inf)
+    chances = chances.sub_(chances.amax(-1, keepdim=True)).exp_().view(count, -1, BLOCK)
+    sums = chances.sum(-1).double().cumsum_(-1)
+    if not bool(sums[:, -1].isfinite().all()):
+        return None
+    wanted = torch.rand(count, 1, generator=generator, dtype=torch.float64) * sums[:, -1:]
+    block = torch.searchsorted(sums, wanted, right=True)
+    left = wanted - pad(sums, (1, 0)).gather(1, block)
+    within = chances[torch.arange(count), block.squeeze(1)].double().cumsum_(-1)
+    place = torch.searchsorted(within, torch.minimum(left, within[:, -1:] * ALMOST), right=True)
+    return (block * BLOCK + place).squeeze(1)
+
+
+class _Growing(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one layer in memory that is taken once, for `length` tokens."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+
+    def update(self, keys: Tensor, values: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Add those of some tokens, and return those of all up to them: [n, heads, tokens, head_dim]."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self._whole = [
+                part.new_empty(*part.shape[:2], self._length, part.shape[3]) for part in (keys, values)
+            ]
+        begin = self.get_seq_length()
+        end = begin + keys.shape[2]
+        for whole, part in zip(self._whole, (keys, values), strict=True):
+            whole[:, :, begin:end] = part
+        self.keys, self.values = (whole[:, :, :end] for whole in self._whole)
+        return self.keys, self.values
+
+
+def _write(model: Any, texts: Tensor, progress: Progress) -> Iterator[tuple[int, Tensor]]:
+    """Yield a position and the logits [n, vocab] of the token there, for texts [n, length] that are filled up
+    to it."""
+    length = texts.shape[1]
+    cache = Cache(layers=[_Growing(length) for _ in range(model.config.num_hidden_layers)])
     for position in range(1, length):
         progress(f"sample token {position} of {length}", position / length)
-        output = model(
-            tokens[:, position - 1 : position], past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        cache = output.past_key_values
-        chances = output.logits[:, -1].float().softmax(-1)
-        if not bool(chances.isfinite().all()):
-            raise InputError(
-                f"the model's own logits are not finite when it writes token {position}",
-                where=str(checkpoint.folder),
-                remedy="check the checkpoint for a damaged tensor",
-            )
-        tokens[:, position] = torch.multinomial(chances, 1, generator=generator).squeeze(-1)
-    return tokens
+        before = texts[:, position - 1 : position]
+        output = model(before, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        yield position, output.logits[:, -1]
 
 
 def _load(model: Any, checkpoint: Checkpoint, names: list[str], dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anequant.calibration.sample import sample_windows
+from anequant.calibration.shares import count_shares, mix_evenly
 from anequant.checkpoints.reader import Checkpoint, read_config
 from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import InputError, ResourceError, UsageError
@@ -23,6 +25,7 @@ from anequant.reference.windows import (
     cut_windows,
     find_start_token,
     load_tokenizer,
+    pack_windows,
     require_known,
 )
 
@@ -32,35 +35,44 @@ PREVIEW = 500
 """Characters of a window's text that are written beside its tokens."""
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What one source gives: its own calibration, and what its file holds, None for texts that are yet to be
+    written or fetched; `shared`: beside others, so that it has to give all of its windows."""
+
+    calibration: Calibration
+    content: Texts | list[Ids] | None
+    shared: bool
+
+    @property
+    def source(self) -> str:
+        return self.calibration.sources[0]
+
+
 def read_calibration_tokens(
     calibration: Calibration, checkpoint: Checkpoint, progress: Progress = silent, *, resident: bool = True
 ) -> Tensor:
-    """Return token windows int64 [samples, length], each starting with the model's start token.
+    """Return token windows int64 [samples, length], each starting with the model's start token, those of
+    several sources mixed evenly.
 
     Unless it is `resident`, a model that writes them is read again for every token.
-    A text shorter than asked yields as many whole windows as it holds; raises UsageError when a source
-    does not exist or holds too little, ResourceError when WikiText-2 cannot be had.
+    A single source that holds less than asked yields as many whole windows as it does, one of several has to
+    hold its share; raises UsageError when a source does not exist or holds too little, ResourceError when
+    WikiText-2 cannot be had.
     """
-    count, length, source = calibration.samples, calibration.length, calibration.source
-    content = None if source in (SELF, WIKITEXT2) else _read_file(source)
-    if isinstance(content, list):
-        return _cut_listed_windows(Path(source), content, checkpoint, count, length)
-    tokenizer, first = _start(checkpoint, source)
-    if source == SELF:
-        return sample_windows(checkpoint, first, calibration, resident=resident, progress=progress)
-    text = read_wikitext2("train") if content is None else content.write_out(tokenizer)
-    windows = cut_windows(text, tokenizer, first, count=count, length=length, seed=calibration.seed)
-    require_known(windows.flatten().tolist(), checkpoint.spec.vocab_size)
-    return windows
+    read = [_read_windows(part, checkpoint, progress, resident) for part in _open_parts(calibration)]
+    mixed = mix_evenly([len(windows) for windows in read])
+    return torch.stack([read[source][window] for source, window in mixed])
 
 
 def check_calibration(calibration: Calibration, checkpoint: Checkpoint) -> None:
     """Refuse what `read_calibration_tokens` would, but for what is known only of texts that are yet to be
     written or fetched."""
-    if calibration.source in (SELF, WIKITEXT2):
-        _start(checkpoint, calibration.source)
-    else:
-        read_calibration_tokens(calibration, checkpoint)
+    for part in _open_parts(calibration):
+        if part.content is None:
+            _start(checkpoint, part.source)
+        else:
+            _read_windows(part, checkpoint)
 
 
 def save_calibration(output: Path, model: Path, source: str, *, count: int, length: int) -> int:
@@ -92,11 +104,11 @@ def calibrate_on_whole_file(source: str) -> Calibration:
     """
     rows = read_source(Path(source)) if has_rows(Path(source)) else None
     if not isinstance(rows, list):
-        return Calibration(source)
+        return Calibration((source,))
     lengths = [len(row) for row in rows]
     if min(lengths, default=0) < 2:
         raise UsageError(f"calibration file '{source}' holds no windows of two tokens or more")
-    return Calibration(source, samples=len(lengths), length=min(lengths))
+    return Calibration((source,), samples=len(lengths), length=min(lengths))
 
 
 def _start(checkpoint: Checkpoint, source: str) -> tuple[Any, int]:
@@ -130,14 +142,64 @@ def read_wikitext2(split: str) -> str:
     return "\n".join(rows["text"])
 
 
-def _read_file(source: str) -> Texts | list[Ids]:
+def _open_parts(calibration: Calibration) -> list[_Part]:
+    """Read the files of all sources; raises UsageError for one that cannot be read or is not understood, and
+    for conversations that are asked for and nowhere."""
+    shared = len(calibration.sources) > 1
+    parts = []
+    for source, share in zip(calibration.sources, count_shares(calibration), strict=True):
+        alone = replace(calibration, sources=(source,), weights=(), samples=share)
+        written = source in (SELF, WIKITEXT2)
+        parts.append(_Part(alone, None if written else _read_file(source, chat=calibration.chat), shared))
+    if calibration.chat and not any(isinstance(p.content, Texts) and p.content.conversations for p in parts):
+        raise UsageError(
+            "no calibration source holds conversations, which --calib-chat is for",
+            remedy='name rows of {"messages": [...]} or {"prompt": "...", "completion": "..."}',
+        )
+    return parts
+
+
+def _read_windows(
+    part: _Part, checkpoint: Checkpoint, progress: Progress = silent, resident: bool = True
+) -> Tensor:
+    """Return the windows of one source; raises as `read_calibration_tokens`."""
+    own, content = part.calibration, part.content
+    if isinstance(content, list):
+        windows = _cut_listed_windows(Path(part.source), content, checkpoint, own.samples, own.length)
+    elif part.source == SELF:
+        _, first = _start(checkpoint, SELF)
+        windows = sample_windows(checkpoint, first, own, resident=resident, progress=progress)
+    else:
+        windows = _cut_texts(own, content, checkpoint)
+    if part.shared and len(windows) < own.samples:
+        raise UsageError(
+            f"'{part.source}' has {len(windows)} windows of {own.length} tokens, its share is {own.samples}",
+            remedy="lower --calib-samples or its weight, or name more text",
+        )
+    return windows
+
+
+def _cut_texts(own: Calibration, content: Texts | None, checkpoint: Checkpoint) -> Tensor:
+    """Return windows of a file's text or conversations; of WikiText-2 where there is no file."""
+    tokenizer, first = _start(checkpoint, own.sources[0])
+    sizes = {"count": own.samples, "length": own.length, "seed": own.seed}
+    if content is not None and own.chat and content.conversations:
+        windows = pack_windows(content.write_conversations(tokenizer), tokenizer, first, **sizes)
+    else:
+        text = read_wikitext2("train") if content is None else content.write_out(tokenizer)
+        windows = cut_windows(text, tokenizer, first, **sizes)
+    require_known(windows.flatten().tolist(), checkpoint.spec.vocab_size)
+    return windows
+
+
+def _read_file(source: str, *, chat: bool) -> Texts | list[Ids]:
     path = Path(source)
     if not has_rows(path) and not os.path.exists(path):
         raise UsageError(
             f"calibration source '{source}' does not exist",
             remedy=f"use {SELF}, {WIKITEXT2}, a text file, or a .json or .jsonl file",
         )
-    return read_source(path)
+    return read_source(path, chat=chat)
 
 
 def _cut_listed_windows(

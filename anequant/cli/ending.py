@@ -63,10 +63,11 @@ def _require_docstrings() -> None:
 def _require_utf8(options: Mapping[str, Any]) -> None:
     """Raises UsageError for an argument that is no Unicode: no library reads a path or writes a name that is
     none, and no tokenizer a text."""
-    for name, value in options.items():
-        if value is not None and not is_unicode(str(value)):
-            raise UsageError(
-                f"{quote(str(value))} is not UTF-8",
-                where=name.replace("_", "-"),
-                remedy="write it in UTF-8; a file or folder has to be renamed",
-            )
+    for name, given in options.items():
+        for value in given if isinstance(given, tuple) else (given,):
+            if value is not None and not is_unicode(str(value)):
+                raise UsageError(
+                    f"{quote(str(value))} is not UTF-8",
+                    where=name.replace("_", "-"),
+                    remedy="write it in UTF-8; a file or folder has to be renamed",
+                )

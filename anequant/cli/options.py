@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from anequant.calibration.shares import make_calibration
 from anequant.cli.console import Console
 from anequant.cli.ending import NO_RESUME, ending_as_documented
 from anequant.evaluation import LENGTH, WINDOWS
@@ -143,25 +144,29 @@ def read_recipe(options: dict[str, Any], folder: Path | None = None) -> Recipe:
 
 
 def calibration_options(run: Command) -> Command:
-    """Add --calib, --calib-samples, --calib-length and --calib-seed; `read_calibration` reads them."""
+    """Add --calib, --calib-samples, --calib-length, --calib-seed and --calib-chat; `read_calibration` reads
+    them."""
     default = Calibration()
-    source = "Tokens to calibrate on: self (sampled from the model), wikitext2, a text file, or JSON rows."
+    source = "Tokens to calibrate on: self (sampled from the model), wikitext2, a text file, or JSON rows;"
+    source += " several times for several, =NUMBER after one is its weight."
+    chat = "Write rows of messages, or prompt and completion, as conversations that begin windows."
+    run = click.option("--calib-chat", is_flag=True, help=chat)(run)
     for name, kind, value, text in (
         ("seed", click.IntRange(0, LARGEST_SEED), default.seed, "Seed of the windows' choice or sampling."),
         ("length", click.IntRange(2), default.length, "Tokens in a window."),
-        ("samples", click.IntRange(1), default.samples, "Number of windows."),
+        ("samples", click.IntRange(1), default.samples, "Number of windows, of all sources together."),
     ):
         run = click.option(f"--calib-{name}", type=kind, default=value, show_default=True, help=text)(run)
-    return click.option("--calib", default=default.source, show_default=True, metavar="SOURCE", help=source)(
-        run
-    )
+    metavar = "SOURCE[=WEIGHT]"
+    return click.option(
+        "--calib", multiple=True, default=default.sources, show_default=True, metavar=metavar, help=source
+    )(run)
 
 
 def read_calibration(options: dict[str, Any]) -> Calibration:
-    """Return the Calibration that `calibration_options` ask for."""
-    return Calibration(
-        options["calib"], options["calib_samples"], options["calib_length"], options["calib_seed"]
-    )
+    """Return the Calibration that `calibration_options` ask for; raises as `make_calibration`."""
+    sizes = options["calib_samples"], options["calib_length"], options["calib_seed"]
+    return make_calibration(options["calib"], *sizes, chat=options["calib_chat"])
 
 
 def read_request(console: Console, model: str | None, options: dict[str, Any]) -> Request:

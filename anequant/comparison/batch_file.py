@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anequant.calibration.shares import make_calibration
 from anequant.errors import UsageError, did_you_mean, quote
 from anequant.recipe import Calibration, LowerOptions
 from anequant.recipe_files import DEFAULT_RECIPE, load_recipe
@@ -16,9 +17,18 @@ from anequant.strict import parse_toml, read_plain
 
 LARGEST_FILE = 1_000_000
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+Kind = type | tuple[type, ...]
+"""What a value may be."""
+
 TOP = {"output": str, "calibration": dict, "lowering": dict, "job": list}
 JOB = {"model": str, "recipe": str, "name": str, "overrides": dict, "lowering": dict, "packages": bool}
-CALIBRATION = {"source": str, "samples": int, "length": int, "seed": int}
+CALIBRATION: dict[str, Kind] = {
+    "source": (str, list),
+    "samples": int,
+    "length": int,
+    "seed": int,
+    "chat": bool,
+}
 LEAST = {"samples": 1, "length": 2, "seed": 0}
 LOWERING = {"context": int, "batch": int, "chunks": int, "max_chunk_mb": int, "argmax": bool, "prefix": str}
 WORDS = {str: "a string", int: "a whole number", bool: "true or false", dict: "a table", list: "an array"}
@@ -70,6 +80,7 @@ def _batch(values: dict[str, Any]) -> Batch:
         if calibration.get(key, least) < least:
             raise UsageError(f"'{key}' is {calibration[key]}, the least is {least}", where="[calibration]")
     _check(lowering, LOWERING, "[lowering]")
+    seen = _read_calibration(calibration)
     jobs: list[BatchJob] = []
     for number, table in enumerate(values["job"], 1):
         job = _job(table, lowering, f"job {number}")
@@ -78,7 +89,20 @@ def _batch(values: dict[str, Any]) -> Batch:
         jobs.append(job)
     if not jobs:
         raise UsageError("there is no job", remedy="add a table [[job]] with a model")
-    return Batch(Path(os.path.expanduser(values["output"])), Calibration(**calibration), tuple(jobs))
+    return Batch(Path(os.path.expanduser(values["output"])), seen, tuple(jobs))
+
+
+def _read_calibration(table: Mapping[str, Any]) -> Calibration:
+    """Return the calibration of a table whose keys are of the right types, `source` a string or several."""
+    default = Calibration()
+    words = table.get("source", list(default.sources))
+    if isinstance(words, list) and not all(isinstance(word, str) for word in words):
+        raise UsageError(f"'source' is {quote(words)}, and has to hold strings", where="[calibration]")
+    sizes = (table.get(key, getattr(default, key)) for key in ("samples", "length", "seed"))
+    try:
+        return make_calibration(words, *sizes, chat=table.get("chat", default.chat))
+    except UsageError as error:
+        raise UsageError(error.what, where="[calibration]", remedy=error.remedy) from error
 
 
 def _job(table: Any, lowering: Mapping[str, Any], place: str) -> BatchJob:
@@ -109,14 +133,17 @@ def _name_last_part(model: str) -> str:
 
 
 def _check(
-    table: Mapping[str, Any], kinds: Mapping[str, type], where: str, required: tuple[str, ...] = ()
+    table: Mapping[str, Any], kinds: Mapping[str, Kind], where: str, required: tuple[str, ...] = ()
 ) -> None:
     """Raises UsageError for a key that is unknown, missing or of another type."""
     for key, value in table.items():
         if key not in kinds:
             raise UsageError(f"unknown key {quote(key)}", where=where, remedy=did_you_mean(key, kinds))
-        if type(value) is not kinds[key]:
-            raise UsageError(f"'{key}' is {quote(value)}, and has to be {WORDS[kinds[key]]}", where=where)
+        kind = kinds[key]
+        allowed = kind if isinstance(kind, tuple) else (kind,)
+        if type(value) not in allowed:
+            wanted = " or ".join(WORDS[kind] for kind in allowed)
+            raise UsageError(f"'{key}' is {quote(value)}, and has to be {wanted}", where=where)
     for key in required:
         if key not in table:
             raise UsageError(f"there is no '{key}'", where=where, remedy="docs/batch.md shows a file")

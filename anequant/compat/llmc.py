@@ -181,7 +181,7 @@ def make_llmc_calibration(file: LlmcFile) -> Calibration | None:
     else:
         source = values["calib.path"]
     return Calibration(
-        source,
+        (source,),
         samples=values.get("calib.n_samples", default.samples),
         length=values.get("calib.seq_len", default.length),
         seed=values.get("calib.seed", values.get("base.seed", default.seed)),

@@ -65,10 +65,13 @@ def _recipe_words(recipe: Recipe, rotated: bool, known: Collection[str] | None =
 
 
 def _calibration_words(calibration: Calibration) -> list[str]:
-    source = "" if calibration.source == Calibration().source else Path(calibration.source).name
-    changed = _changed(calibration, Calibration())
-    changed.pop("source", None)
-    words = ["--calib", source] if source else []
+    default = Calibration()
+    changed = _changed(calibration, default)
+    weights = changed.pop("weights", ())
+    words = []
+    for number, source in enumerate(changed.pop("sources", default.sources if weights else ())):
+        weight = f"={weights[number]}".removesuffix(".0") if weights else ""
+        words += ["--calib", Path(source).name + weight]
     return words + _options({f"calib_{key}": value for key, value in changed.items()})
 
 

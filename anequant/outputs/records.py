@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from anequant.calibration.shares import count_shares
 from anequant.checkpoints.side_files import find_custom_code
 from anequant.checkpoints.source import Source
 from anequant.jobs.output_folder import hash_files
@@ -35,11 +35,17 @@ def calibration_record(calibration: Calibration, tokens: Tensor | None) -> dict[
     """
     if tokens is None:
         return None
-    name = Path(calibration.source).name
     digest = hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
+    names = [Path(source).name for source in calibration.sources]
+    shares = count_shares(calibration) if len(names) > 1 else (len(tokens),)
+    weights = calibration.weights or (1.0,) * len(names)
     return {
-        **asdict(calibration),
-        "source": name,
+        "source": ", ".join(names),
+        "sources": [
+            {"name": name, "weight": weight, "windows": share}
+            for name, weight, share in zip(names, weights, shares, strict=True)
+        ],
+        **{key: getattr(calibration, key) for key in ("samples", "length", "seed", "chat")},
         "windows": len(tokens),
         "tokens_sha256": digest,
         "threads": torch.get_num_threads(),

@@ -228,7 +228,7 @@ def _list_rounding(
     """The steps that make a checkpoint's weights with `recipe`; rotations are chosen by the request's own."""
     calibrates = request.calibrates if recipe is request.recipe else recipe.calibrated
     if calibrates:
-        sampled = request.calibration.source == SELF
+        sampled = SELF in request.calibration.sources
         whole = not sampled or fits_whole(facts.checkpoint, request.calibration, max_memory, base)
         yield CollectTokens(facts, whole)
     if request.rotated_with is None and not is_drawn(recipe):

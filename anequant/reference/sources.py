@@ -28,6 +28,9 @@ IDS, MASK, TEXT, MESSAGES, PROMPT, COMPLETION = (
 COLUMNS = (IDS, MESSAGES, TEXT, PROMPT)
 """What a row is read by; the first one that it has counts."""
 
+ROLES = ("user", "assistant")
+"""Who says a row's prompt and its completion."""
+
 LINES = (".jsonl", ".ndjson")
 JSON = (".json", *LINES)
 REFUSED = {
@@ -56,6 +59,15 @@ class Texts:
         """
         texts = [part if isinstance(part, str) else self._render(tokenizer, part) for part in self.parts]
         return ("" if any(isinstance(part, list) for part in self.parts) else "\n\n").join(texts)
+
+    @property
+    def conversations(self) -> list[list[Message]]:
+        """Those of the parts that are conversations."""
+        return [part for part in self.parts if not isinstance(part, str)]
+
+    def write_conversations(self, tokenizer: Any) -> list[str]:
+        """Return the text of every conversation; raises as `write_out`."""
+        return [self._render(tokenizer, messages) for messages in self.conversations]
 
     def _render(self, tokenizer: Any, messages: list[Message]) -> str:
         remedy = 'write the conversations out, as {"text": "..."}'
@@ -92,8 +104,11 @@ def has_rows(path: Path) -> bool:
     return path.suffix.lower() in JSON
 
 
-def read_source(path: Path) -> Texts | list[Ids]:
-    """Read what a file holds. Raises UsageError for what cannot be read or is not understood."""
+def read_source(path: Path, *, chat: bool = False) -> Texts | list[Ids]:
+    """Read what a file holds; with `chat`, prompt and completion of a row are a user's and the answer to it.
+
+    Raises UsageError for what cannot be read or is not understood.
+    """
     if path.is_dir():
         raise UsageError(f"'{path}' is a folder", remedy=REMEDY)
     kind = REFUSED.get(path.suffix.lower())
@@ -101,7 +116,7 @@ def read_source(path: Path) -> Texts | list[Ids]:
         raise UsageError(f"'{path}' is {kind} by its name", remedy=REMEDY)
     content = read_text(path)
     if has_rows(path):
-        return _read_rows(path, content)
+        return _read_rows(path, content, chat)
     if _is_json(content):
         raise UsageError(f"'{path}' holds JSON", remedy="end its name in .json or .jsonl")
     return Texts(path, (content,))
@@ -120,8 +135,9 @@ def read_source_text(path: Path, tokenizer: Any) -> str:
     return source.write_out(tokenizer)
 
 
-def _read_rows(path: Path, content: str) -> Texts | list[Ids]:
-    entries = [_entry(path, number, row) for number, row in enumerate(_parse_rows(path, content))]
+def _read_rows(path: Path, content: str, chat: bool) -> Texts | list[Ids]:
+    rows = _parse_rows(path, content)
+    entries = [_entry(row, f"entry {number} of '{path}'", chat) for number, row in enumerate(rows)]
     ids = [entry.content for entry in entries if entry.kind == IDS]
     if len({entry.kind for entry in entries}) > 1:
         first = next(number for number, entry in enumerate(entries) if entry.kind != entries[0].kind)
@@ -138,9 +154,8 @@ class _Entry:
     content: Any
 
 
-def _entry(path: Path, number: int, row: Any) -> _Entry:
+def _entry(row: Any, where: str, chat: bool) -> _Entry:
     """Return what a row is read as; raises UsageError for a row that is nothing known."""
-    where = f"entry {number} of '{path}'"
     if isinstance(row, list):
         conversation = bool(row) and all(isinstance(part, dict) for part in row)
         row = {MESSAGES if conversation else IDS: row}
@@ -156,7 +171,8 @@ def _entry(path: Path, number: int, row: Any) -> _Entry:
     if key == PROMPT:
         parts = [row[PROMPT]] if row.get(COMPLETION) is None else [row[PROMPT], row[COMPLETION]]
         if all(isinstance(part, str) for part in parts):
-            return _Entry(TEXT, "".join(parts))
+            said = [{"role": role, "content": part} for role, part in zip(ROLES, parts, strict=False)]
+            return _Entry(MESSAGES, said) if chat else _Entry(TEXT, "".join(parts))
         if all(_is_conversation(part) for part in parts):
             return _Entry(MESSAGES, [message for part in parts for message in part])
     keys = f": it has the keys {quote(', '.join(map(str, row)))}" if isinstance(row, dict) else ""

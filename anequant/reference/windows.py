@@ -110,6 +110,36 @@ def cut_windows(text: str, tokenizer: Any, first: int, *, count: int, length: in
     return torch.stack([torch.cat([start, tokens[begin : begin + length - 1]]) for begin in starts])
 
 
+def pack_windows(
+    texts: Sequence[str], tokenizer: Any, first: int, *, count: int, length: int, seed: int = 0
+) -> Tensor:
+    """Return windows that begin where one of the texts does: int64 [count, length], each starting with token
+    `first` once, whether its text has it or not.
+
+    Where a text ends before the window does, those that follow fill it; the last is cut off, and the next
+    window begins with the text after it. Where there are more windows than wanted they are evenly spaced,
+    and every seed but 0 moves them by another share of their spacing. Fewer than `count` rows when the texts
+    fill fewer; raises UsageError when they fill none.
+    """
+    windows: list[list[int]] = []
+    window: list[int] = []
+    held = 0
+    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        begun = next((place for place, token in enumerate(ids) if token != first), len(ids))
+        window += [first] if begun or not window else []
+        window += ids[begun:]
+        held += len(ids)
+        if len(window) >= length:
+            windows.append(window[:length])
+            window = []
+    if not windows:
+        raise UsageError(f"the conversations have {held} tokens, one window needs {length}")
+    step = max(1.0, len(windows) / count)
+    share = float(torch.rand((), generator=torch.Generator().manual_seed(seed))) if seed else 0.0
+    chosen = [int((place + share) * step) for place in range(min(count, len(windows)))]
+    return torch.tensor([windows[place] for place in chosen])
+
+
 def _before(tokens: Tensor, first: int, place: int) -> int:
     """`place`, or where the run of `first` that it lies in begins, less one; tokens[0] is none."""
     while tokens[place] == first:

@@ -34,7 +34,7 @@ def tokens() -> Tensor:
 def written(folder: Path, model: Path, tokens: Tensor, **overrides: Any) -> Path:
     (folder / "calib.json").write_text(json.dumps(tokens.tolist()))
     recipe = load_recipe("w8-nearest", {"r1": "none", "r2": "none", **STATIC, **overrides})
-    calibration = Calibration(str(folder / "calib.json"), WINDOWS, LENGTH)
+    calibration = Calibration((str(folder / "calib.json"),), WINDOWS, LENGTH)
     quantize(Request(Source(model, "model"), recipe, calibration), folder / "written")
     return folder / "written"
 

@@ -179,7 +179,7 @@ def test_the_pass_sees_the_inputs_of_the_model_that_it_writes(
     monkeypatch.setattr(products, "has_bfloat16", lambda: False)
     monkeypatch.setattr(products, "has_slow_blas", lambda: False)
     recipe = load_recipe(None, {"r1": "none", "r2": "none", "embedding_bits": 4, "head_bits": 4})
-    calibration = Calibration(str(tmp_path / "calib.json"), WINDOWS, LENGTH)
+    calibration = Calibration((str(tmp_path / "calib.json"),), WINDOWS, LENGTH)
     quantize(Request(Source(folder, "model"), recipe, calibration), tmp_path / "written")
 
     checkpoint = open_checkpoint(folder)

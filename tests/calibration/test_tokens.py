@@ -36,7 +36,7 @@ def bare(make_model: Callable[..., Path], tmp_path: Path) -> Checkpoint:
 
 
 def windows(checkpoint: Checkpoint, source: object, samples: int, length: int, seed: int = 0) -> Tensor:
-    return read_calibration_tokens(Calibration(str(source), samples, length, seed), checkpoint)
+    return read_calibration_tokens(Calibration((str(source),), samples, length, seed), checkpoint)
 
 
 # --- a text -------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_token_ids_by_any_name(bare: Checkpoint, tmp_path: Path, name: str, line
     rows = FORMS[form]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n" if lines else json.dumps(rows, indent=1))
     assert windows(bare, path, 9, 8).tolist() == [ROWS[0][:8], ROWS[2][:8]]
-    assert calibrate_on_whole_file(str(path)) == Calibration(str(path), samples=3, length=3)
+    assert calibrate_on_whole_file(str(path)) == Calibration((str(path),), samples=3, length=3)
 
 
 @pytest.mark.parametrize("line", ["[5, 1, 2, 3]", '{"input_ids": [5, 1, 2, 3]}'])
@@ -207,7 +207,7 @@ def test_padding_is_left_out(bare: Checkpoint, tmp_path: Path, form: str, left: 
     path = tmp_path / "calib.json"
     path.write_text(json.dumps(rows if form == "objects" else {"input_ids": padded, "attention_mask": masks}))
     assert windows(bare, path, 9, 8).tolist() == [ROWS[0][:8], ROWS[2][:8]]
-    assert calibrate_on_whole_file(str(path)) == Calibration(str(path), samples=3, length=3)
+    assert calibrate_on_whole_file(str(path)) == Calibration((str(path),), samples=3, length=3)
     with pytest.raises(UsageError, match=r"no entry .* has 32 tokens"):
         windows(bare, path, 9, 32)
 
@@ -237,7 +237,7 @@ def test_rows_of_text_are_the_text(tiny: Checkpoint, tmp_path: Path, form: str) 
     for path in (listed, lines):
         assert torch.equal(windows(tiny, path, 4, 32), expected)
         assert torch.equal(read_windows(tiny, path, 4, 32), expected)
-        assert calibrate_on_whole_file(str(path)) == Calibration(str(path))
+        assert calibrate_on_whole_file(str(path)) == Calibration((str(path),))
 
 
 @pytest.fixture
@@ -399,8 +399,8 @@ def test_a_files_own_sizes(tmp_path: Path, form: str) -> None:
     """All windows, cut to the shortest, whichever way the file holds them."""
     path = tmp_path / "calib.json"
     path.write_text(json.dumps(FORMS[form]))
-    assert calibrate_on_whole_file(str(path)) == Calibration(str(path), samples=3, length=3)
-    assert calibrate_on_whole_file("self") == Calibration("self")
+    assert calibrate_on_whole_file(str(path)) == Calibration((str(path),), samples=3, length=3)
+    assert calibrate_on_whole_file("self") == Calibration(("self",))
 
 
 @pytest.mark.parametrize("content", ["[]", "[[1, 2], 7]", "[[1, 2], [3]]", '{"tokens": [[1, 2]]}', "{"])

@@ -41,6 +41,11 @@ def job(**keys: Any) -> str:
     return "\n".join(["", "[[job]]", *lines, ""])
 
 
+def calibrated(line: str) -> str:
+    """The head with one more line on calibration."""
+    return HEAD.replace("[calibration]\n", f"[calibration]\n{line}\n")
+
+
 def run(*words: object) -> Ran:
     return invoke("batch", "jobs.toml", *words)
 
@@ -214,6 +219,21 @@ def test_what_a_file_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "sources", "weights", "chat"),
+    [
+        ('source = "a.txt"', ("a.txt",), (), False),
+        ('source = ["self", "a.txt=2"]\nchat = true', ("self", "a.txt"), (1.0, 2.0), True),
+    ],
+)
+def test_sources_are_a_string_or_several(
+    tmp_path: Path, line: str, sources: tuple[str, ...], weights: tuple[float, ...], chat: bool
+) -> None:
+    file = tmp_path / "jobs.toml"
+    file.write_text(calibrated(line) + job(model="a"), encoding="utf-8")
+    assert read_batch(file).calibration == Calibration(sources, 3, 16, 0, weights, chat)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("output = ", "cannot be read"),
@@ -234,6 +254,12 @@ def test_what_a_file_says(tmp_path: Path) -> None:
         (HEAD + job(model="x/a") + job(model="y/a"), "two jobs are called 'a-w4-ane'"),
         (HEAD.replace("samples = 3", "samples = 0") + job(model="a"), "'samples' is 0, the least is 1"),
         (HEAD.replace("length", "lengths") + job(model="a"), "unknown key 'lengths'"),
+        (calibrated("source = 3") + job(model="a"), "'source' is 3, and has to be a string or an array"),
+        (calibrated('source = ["a", 3]') + job(model="a"), "'source' is ['a', 3], and has to hold strings"),
+        (calibrated('source = ["a", "a"]') + job(model="a"), "'a' is named twice"),
+        (calibrated('source = ["a=0", "b"]') + job(model="a"), "weight of calibration source 'a' is 0"),
+        (calibrated("source = []") + job(model="a"), "no calibration source"),
+        (calibrated("chat = 1") + job(model="a"), "'chat' is 1, and has to be true or false"),
     ],
 )
 def test_a_wrong_file_is_refused(

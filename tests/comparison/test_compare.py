@@ -184,7 +184,7 @@ def test_tokens_are_collected_once_and_the_float_model_runs_once(
         monkeypatch.setattr(place, name, counted)
     static = "w_int8_a_int8_per_tensor_sym"
     recipes = {"one": load_recipe(static), "other": load_recipe(static, {"bits": 4})}
-    calibration = Calibration("self", 2, 32)
+    calibration = Calibration(("self",), 2, 32)
     request = module.ComparisonRequest(SOURCE, recipes, calibration, windows=1, length=32)
     result = module.compare(request, tmp_path / "kept")
     assert sorted(calls) == ["read_calibration_tokens", "record_reference"]

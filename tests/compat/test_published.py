@@ -426,7 +426,7 @@ def test_step_2_is_gptq_of_it(
     assert read(quantized / "anequant.json")["calibration"]["windows"] == 8
     assert verify_checkpoint(quantized).tensors == 7 * LAYERS
     assert divergence(quantized, model) < 0.05
-    tokens = Calibration(str(calibration), samples=128, length=32)
+    tokens = Calibration((str(calibration),), samples=128, length=32)
     quantize(Request(resolve_source(str(model)), Recipe(**recipe), tokens), tmp_path / "one")
     one, two = weights(tmp_path / "one"), weights(quantized)
     for name in (f"{QUERY}.weight", "model.layers.2.mlp.down_proj.weight"):

@@ -38,7 +38,7 @@ from anequant.targets.coreml import build as lower_package
 from anequant.targets.coreml.program.package import save_package
 
 SIZES = LowerOptions(context=32, batch=16, chunks=2)
-FEW_TOKENS = Calibration("self", samples=3, length=16)
+FEW_TOKENS = Calibration(("self",), samples=3, length=16)
 QUICK = {"codebook": "uniform", "descent": 1, "refinement": 1}
 USAGE, RESOURCE = 2, 5
 DISTRIBUTED_WAITS = 30.0

@@ -155,13 +155,13 @@ def test_the_command_is_the_recipe(name: str, changes: dict[str, Any]) -> None:
         recipe = load_recipe(name, changes)
     except UsageError as error:
         pytest.skip(f"no recipe: {error.what}")
-    calibration = Calibration("/somewhere/text.txt", 8, 128, 3)
+    calibration = Calibration(("/somewhere/text.txt",), 8, 128, 3)
     lowering = LowerOptions(context=256, chunks=2, argmax=True, prefix="mine")
     command = convert_command(HUB, recipe, calibration, lowering, rotated=False)
     assert "/somewhere" not in command
     _, options = options_of(command)
     assert read_recipe(options) == recipe
-    assert read_calibration(options) == Calibration("text.txt", 8, 128, 3)
+    assert read_calibration(options) == Calibration(("text.txt",), 8, 128, 3)
     assert read_lowering(options) == lowering
 
 

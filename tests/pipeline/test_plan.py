@@ -38,7 +38,7 @@ from anequant.recipe_files import load_recipe
 from anequant.request import LowerRequest, Request
 
 GIGABYTE = 10**9
-CALIBRATION = Calibration("self", samples=4, length=32)
+CALIBRATION = Calibration(("self",), samples=4, length=32)
 LLAMA_8B = Shape("llama", 4096, 14336, 32, 8, 128256, 4)
 
 
@@ -229,11 +229,11 @@ def test_less_memory_samples_without_the_model_in_memory(tmp_path: Path) -> None
     folder = _headers(tmp_path / "model", dataclasses.replace(LLAMA_8B, layers=32))
     recipe = load_recipe("w4-nearest", {"target_bits": 5.0})
     plan = planned(folder, recipe, options=None)
-    assert plan.steps[0].title == RESIDENT and plan.peak(plan.steps[0]) > 30 * GIGABYTE
-    plan = planned(folder, recipe, options=None, max_memory=16 * GIGABYTE)
+    assert plan.steps[0].title == RESIDENT and plan.peak(plan.steps[0]) > 15 * GIGABYTE
+    plan = planned(folder, recipe, options=None, max_memory=15 * GIGABYTE)
     assert plan.steps[0].title == STREAMED and plan.peak(plan.steps[0]) < 4 * GIGABYTE
     checkpoint = open_checkpoint(folder)
-    assert not fits_whole(checkpoint, CALIBRATION, 16 * GIGABYTE, 0)
+    assert not fits_whole(checkpoint, CALIBRATION, 15 * GIGABYTE, 0)
     assert fits_whole(checkpoint, CALIBRATION, None, 0)
 
 
@@ -262,7 +262,7 @@ def test_a_model_that_is_read_again_for_every_token_writes_the_same(
 ) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path / "model", model_type, model_type != "llama"))
     one, other = (
-        sample_windows(checkpoint, 1, Calibration("self", 3, 8, seed=5), resident=resident)
+        sample_windows(checkpoint, 1, Calibration(("self",), 3, 8, seed=5), resident=resident)
         for resident in (True, False)
     )
     assert one.tolist() == other.tolist()

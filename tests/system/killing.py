@@ -39,7 +39,7 @@ from anequant.targets.coreml import build as lower_package
 from anequant.targets.coreml.program.package import save_package
 
 AT_ONCE = 2
-CALIBRATION = Calibration("self", samples=3, length=16)
+CALIBRATION = Calibration(("self",), samples=3, length=16)
 SIZES = LowerOptions(context=16, batch=8, chunks=2)
 
 

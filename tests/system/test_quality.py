@@ -71,7 +71,7 @@ def test_extra_nll_of_qwen2_29m(
 
 def calibrated(model: Path, output: Path, source: str, windows: int) -> None:
     recipe = load_recipe("w4-ane")
-    quantize(Request(resolve_source(str(model)), recipe, Calibration(source, windows, 512)), output)
+    quantize(Request(resolve_source(str(model)), recipe, Calibration((source,), windows, 512)), output)
 
 
 def test_w4_ane_beats_groups_of_32(

@@ -288,6 +288,28 @@ def test_rotations_are_found_once(model: Path, out: Path, unit: str) -> None:
     assert (whole / "rotations.safetensors").is_file() and contents(whole) == contents(out)
 
 
+def test_any_other_calibration_file_is_refused(model: Path, out: Path, tmp_path: Path) -> None:
+    """Of several sources every file counts, and its weight; the same ones resume to the same bytes."""
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    for file, first in ((one, 3), (two, 40)):
+        file.write_text(json.dumps([[5, *range(first, first + 7)], [5, *range(first + 7, first + 14)]]))
+
+    def mix(model: Path, out: Path, weight: str = "=3") -> Ran:
+        sources = ("--calib", one, "--calib", f"{two}{weight}", "--calib", "self")
+        sizes = ("--calib-samples", 4, "--calib-length", 8)
+        return invoke("rotate", model, "-o", out, "--r1", "pca", *sources, *sizes)
+
+    whole = out.with_name("whole")
+    assert mix(model, whole).exit_code == SUCCESS
+    stopped_at(out, "calibration tokens", model, run=mix)
+    kept = two.read_text()
+    two.write_text(kept.replace("40", "41"))
+    refused(mix(model, out), USAGE, "calibration files")
+    two.write_text(kept)
+    refused(mix(model, out, "=2"), USAGE, "calibration.weights [1.0, 3.0, 1.0]", "has [1.0, 2.0, 1.0]")
+    assert mix(model, out).exit_code == SUCCESS and contents(whole) == contents(out)
+
+
 def test_a_kill_when_the_output_has_its_name(
     model: Path, whole: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,7 +100,7 @@ def quantize(model: Path, output: Path, recipe: str, tokens: Path) -> dict[str, 
     ):
         stages.time(owner, function, name)
     windows = json.loads(tokens.read_text(encoding="utf-8"))
-    calibration = Calibration(str(tokens), len(windows), len(windows[0]))
+    calibration = Calibration((str(tokens),), len(windows), len(windows[0]))
     quantize.quantize(Request(resolve_source(str(model)), load_recipe(recipe), calibration), output)
     return stages.finished()
 

@@ -102,7 +102,7 @@ def _run_recipe(row: Row, seed: int, settings: Settings, output: Path) -> float:
     from anequant.recipe import Calibration
 
     source = "self" if row.own_text else str(settings.calibration)
-    request = ask(row, seed, Path(settings.model), Calibration(source, row.windows, settings.length))
+    request = ask(row, seed, Path(settings.model), Calibration((source,), row.windows, settings.length))
     result = quantize(request, output)
     projections = [tensor for tensor in result.rounding.tensors if "_proj" in tensor.name]
     if not projections:

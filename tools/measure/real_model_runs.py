@@ -21,7 +21,7 @@ from quality_runs import Row, ask
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from anequant.evaluation.divergence import Quality, Reference
+    from anequant.evaluation.quality import Quality, Reference
 
 FLOAT, SAMPLES = 16, 96
 """Bits of what stays float, and windows of calibration, the same number of each text."""
@@ -118,17 +118,19 @@ def _quantize_row(row: Row, seed: int, settings: Settings, folder: Path) -> Made
 
 
 def _run_recipe(row: Row, seed: int, settings: Settings, folder: Path) -> Made:
+    from anequant.checkpoints.reader import open_checkpoint
     from anequant.checkpoints.stored_bits import measure_stored_bits
     from anequant.pipeline.quantize import quantize
     from anequant.recipe import Calibration
 
     tokens = None if row.own_text else read_calibration(settings.model, settings)
     source = "self" if row.own_text else str(settings.calibration[0])
-    request = ask(row, seed, settings.model, Calibration(source, row.windows, settings.length), tokens)
+    request = ask(row, seed, settings.model, Calibration((source,), row.windows, settings.length), tokens)
     begun = time.perf_counter()
     quantize(request, folder)
     seconds, peak = time.perf_counter() - begun, _peak()
-    stored = measure_stored_bits(folder)
+    stored = measure_stored_bits(open_checkpoint(folder))
+    assert stored is not None
     return Made(stored.projections, stored.nbytes, seconds, peak)
 
 

@@ -71,7 +71,7 @@ def order(model: Path, text: Path, calibration: Path, work: Path) -> dict[str, d
     for name, walking in (("in order", walk), ("float Hessians", walk_float)):
         Walkers.layer = walking  # type: ignore[method-assign]
         output = work / name.replace(" ", "-")
-        calibrated = Calibration(str(calibration), WINDOWS, LENGTH)
+        calibrated = Calibration((str(calibration),), WINDOWS, LENGTH)
         quantize(Request(resolve_source(str(model)), load_recipe(RECIPE), calibrated), output)
         quality = measure_quality_against(open_checkpoint(output), tokens, reference)
         assert quality.kl is not None and quality.extra_nll is not None

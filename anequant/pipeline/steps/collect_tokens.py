@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING
+from anequant.calibration.sample import TEXTS_AT_ONCE, choose_dtype, split_windows
+from anequant.calibration.shares import count_share
 from anequant.calibration.tokens import SELF, read_calibration_tokens
 from anequant.checkpoints.header import BITS
 from anequant.checkpoints.reader import Checkpoint
@@ -19,7 +22,6 @@ from anequant.jobs.step import Step, Work
 from anequant.jobs.work_folder import DamagedWork
 from anequant.pipeline.quantizing import Quantizing
 from anequant.pipeline.steps.sizes import (
-    FLOAT16,
     FLOAT32,
     Facts,
     count_forward_work,
@@ -34,8 +36,8 @@ CALIBRATION_TOKENS = "calibration tokens"
 RESIDENT, STREAMED = "sample", "sample, reading the model for every token"
 """What sampling is called with the whole model in memory, and without."""
 
-CHANCES = 4
-"""Tables [windows, vocab] that sampling holds at once."""
+CHANCES = 2
+"""Tables [texts, vocab] of float32 that sampling holds beside the logits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,17 +69,21 @@ class CollectTokens(Step[Quantizing, tuple[int, int]]):
 
     @property
     def cost(self) -> Work:
-        """A token after the other; a model that is not resident is read each time, and copied twice."""
+        """A token of some texts after the other; a model that is not resident is read each time, and copied
+        twice."""
         if not self._samples:
             return Work()
-        windows, length = self.facts.windows
-        once = count_forward_work(self.facts.spec, (windows, 1), passes=1)
+        count, length = split_windows(
+            count_share(self.facts.calibration, SELF), self.facts.calibration.length
+        )
+        once = count_forward_work(self.facts.spec, (count, 1), passes=1)
         read = 0 if self.resident else 3 * self.facts.source_size
-        return Work(once.flops * length, (once.bytes + read) * length)
+        steps = math.ceil(count / TEXTS_AT_ONCE) * length
+        return Work(once.flops * length, (once.bytes + read) * steps)
 
     @property
     def _samples(self) -> bool:
-        return self.facts.calibration.source == SELF
+        return SELF in self.facts.calibration.sources
 
     def run(self, state: Quantizing, progress: Progress) -> tuple[int, int]:
         tokens = state.request.tokens
@@ -104,11 +110,13 @@ def count_sampling_bytes(checkpoint: Checkpoint, calibration: Calibration, *, wh
     """Return the bytes held while a model writes text: `whole`, its cache, and logits with their chances; or,
     of its weights, the one that is used, of which the head is the largest."""
     spec, dtype = checkpoint.spec, checkpoint.tensors[f"{EMBEDDING}.weight"].dtype
-    itemsize = FLOAT16 if dtype == "BF16" else FLOAT32
+    itemsize = choose_dtype(checkpoint).itemsize
     table = count_table_weights(spec)
     widened = BITS[dtype] // 8 * table if BITS[dtype] // 8 != itemsize else 0
-    cache = 2 * spec.key_value_size * spec.num_layers * calibration.samples * calibration.length
-    logits = CHANCES * FLOAT32 * calibration.samples * spec.vocab_size
+    count, length = split_windows(count_share(calibration, SELF), calibration.length)
+    texts = min(count, TEXTS_AT_ONCE)
+    cache = 2 * spec.key_value_size * spec.num_layers * texts * length
+    logits = (CHANCES * FLOAT32 + itemsize) * texts * spec.vocab_size
     if not whole:
         return itemsize * (cache + table) + max(widened, logits)
     model = spec.num_layers * spec.layer_weights + table * (1 if spec.tied else 2)

@@ -96,7 +96,7 @@ def tune_checkpoint(
     quantized = open_quantized(untuned)
     spec = quantized.spec
     windows = min(MOST_WINDOWS, HELD_OUT + 2 * steps)
-    source = Calibration(SELF, windows, calibration.length, calibration.seed + 1)
+    source = Calibration((SELF,), windows, calibration.length, calibration.seed + 1)
     tokens = read_calibration_tokens(source, original, progress.part("tune", 0.0, 0.2))
     progress("tune: float model", 0.2)
     lesson = Lesson(

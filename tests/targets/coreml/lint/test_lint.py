@@ -38,7 +38,7 @@ from anequant.targets.coreml.toolkit import TARGET, Function, MIL_pb2, ct, get_n
 
 Body = Callable[[dict[str, Any]], Any]
 C, S = 64, 32
-FEW_TOKENS = Calibration("self", samples=6, length=64)
+FEW_TOKENS = Calibration(("self",), samples=6, length=64)
 
 
 def package(
