@@ -21,7 +21,8 @@ from quality_runs import Row, ask
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from anequant.evaluation.quality import Quality, Reference
+    from anequant.evaluation.divergence import Reference
+    from anequant.evaluation.quality import Quality
 
 FLOAT, SAMPLES = 16, 96
 """Bits of what stays float, and windows of calibration, the same number of each text."""
