@@ -4,14 +4,16 @@ The model's own distribution is the one its activations are made for (LLM-QAT: L
 3.1). Sampling needs all layers at every token, so this holds the whole model, in bfloat16 where it is stored
 so or where products of bfloat16 are fast, else in float32.
 
-Texts are short, many at once, and several fill a window: a step costs hardly more for many texts than for
-few, and what attention reads and holds grows with their length.
+Left alone, a model writes what it was trained on last. So every text has an opening, and these are of many
+kinds: an encyclopedia's, a novel's, a letter's, a program's. Texts are short, many at once, and several fill
+a window: a step costs hardly more for many texts than for few, and what attention reads and holds grows with
+their length.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +38,9 @@ TEXTS_AT_ONCE = 96
 ALMOST = 1 - 2.0**-40
 """Of a block's sum, what is passed within it however that sum was rounded."""
 
+OPENING_SHARE = 4
+"""An opening is at most this part of its text."""
+
 BLOCK = 256
 """Tokens whose chances are added up before one of them is looked for."""
 
@@ -43,15 +48,18 @@ BLOCK = 256
 @torch.no_grad()
 def sample_windows(
     checkpoint: Checkpoint,
-    first: int,
+    openings: Sequence[Sequence[int]],
     calibration: Calibration,
     *,
     resident: bool = True,
     progress: Progress = silent,
 ) -> Tensor:
-    """Let the model write independent texts at temperature 1, each starting with token `first`, and put them
-    together to windows: int64 [samples, length], drawn by the seed of `calibration`, whose source does not
-    matter.
+    """Let the model write independent texts at temperature 1, each after one of the `openings` in turn, and
+    put them together to windows: int64 [samples, length], drawn by the seed of `calibration`, whose source
+    does not matter.
+
+    An opening is a list of tokens, of which the first starts a text; it is cut off where it would be more
+    than a quarter of one.
 
     Unless the model is `resident`, its weights are read again for every token: slow, and the same texts.
     Raises InputError when the logits are not finite.
@@ -65,10 +73,10 @@ def sample_windows(
 
     generator = torch.Generator().manual_seed(calibration.seed)
     count, length = split_windows(calibration.samples, calibration.length)
-    tokens = torch.full((count, length), first)
-    begun = range(0, count, TEXTS_AT_ONCE)
-    for number, texts in enumerate(torch.split(tokens, TEXTS_AT_ONCE)):
-        share = progress.share(number / len(begun), (number + 1) / len(begun))
+    tokens, given = _begin_texts(openings, count, length)
+    for begin in range(0, count, TEXTS_AT_ONCE):
+        texts, kept = (part[begin : begin + TEXTS_AT_ONCE] for part in (tokens, given))
+        share = progress.share(begin / count, (begin + len(texts)) / count)
         for position, logits in _write(model, texts, share):
             drawn = draw_tokens(logits, generator)
             if drawn is None:
@@ -77,7 +85,7 @@ def sample_windows(
                     where=str(checkpoint.folder),
                     remedy="check the checkpoint for a damaged tensor",
                 )
-            texts[:, position] = drawn
+            texts[:, position] = torch.where(kept[:, position], texts[:, position], drawn)
     return tokens.view(calibration.samples, -1)[:, : calibration.length].clone()
 
 
@@ -86,6 +94,18 @@ def split_windows(samples: int, length: int) -> tuple[int, int]:
     many, none longer than TEXT_LENGTH."""
     texts = math.ceil(length / TEXT_LENGTH)
     return samples * texts, math.ceil(length / texts)
+
+
+def _begin_texts(openings: Sequence[Sequence[int]], count: int, length: int) -> tuple[Tensor, Tensor]:
+    """Return texts [count, length] that hold their openings, and which of their tokens do."""
+    tokens = torch.zeros(count, length, dtype=torch.int64)
+    given = torch.zeros(count, length, dtype=torch.bool)
+    most = max(1, length // OPENING_SHARE)
+    for number in range(count):
+        opening = torch.tensor(openings[number % len(openings)][:most])
+        tokens[number, : len(opening)] = opening
+        given[number, : len(opening)] = True
+    return tokens, given
 
 
 def choose_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -15,7 +15,7 @@ from torch import Tensor
 from anequant.calibration.sample import sample_windows
 from anequant.calibration.shares import count_shares, mix_evenly
 from anequant.checkpoints.reader import Checkpoint, read_config
-from anequant.checkpoints.source import has_tokenizer
+from anequant.checkpoints.source import OPENINGS, has_tokenizer
 from anequant.errors import InputError, ResourceError, UsageError
 from anequant.jobs.control import Progress, silent
 from anequant.recipe import Calibration
@@ -69,7 +69,9 @@ def check_calibration(calibration: Calibration, checkpoint: Checkpoint) -> None:
     """Refuse what `read_calibration_tokens` would, but for what is known only of texts that are yet to be
     written or fetched."""
     for part in _open_parts(calibration):
-        if part.content is None:
+        if part.source == SELF:
+            read_openings(checkpoint)
+        elif part.content is None:
             _start(checkpoint, part.source)
         else:
             _read_windows(part, checkpoint)
@@ -109,6 +111,23 @@ def calibrate_on_whole_file(source: str) -> Calibration:
     if min(lengths, default=0) < 2:
         raise UsageError(f"calibration file '{source}' holds no windows of two tokens or more")
     return Calibration((source,), samples=len(lengths), length=min(lengths))
+
+
+def read_openings(checkpoint: Checkpoint) -> list[list[int]]:
+    """Return the bundled openings of texts as the model's tokens, each after the token that starts a text.
+
+    A model without a tokenizer has that token alone. Raises InputError for tokens that the model does not
+    know.
+    """
+    tokenizer, first = _start(checkpoint, SELF)
+    if tokenizer is None:
+        return [[first]]
+    texts = read_source(OPENINGS)
+    assert isinstance(texts, Texts)
+    written = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts.parts]
+    openings = [[first, *(token for token in ids if token != first)] for ids in written]
+    require_known([token for ids in openings for token in ids], checkpoint.spec.vocab_size)
+    return openings
 
 
 def _start(checkpoint: Checkpoint, source: str) -> tuple[Any, int]:
@@ -167,8 +186,8 @@ def _read_windows(
     if isinstance(content, list):
         windows = _cut_listed_windows(Path(part.source), content, checkpoint, own.samples, own.length)
     elif part.source == SELF:
-        _, first = _start(checkpoint, SELF)
-        windows = sample_windows(checkpoint, first, own, resident=resident, progress=progress)
+        openings = read_openings(checkpoint)
+        windows = sample_windows(checkpoint, openings, own, resident=resident, progress=progress)
     else:
         windows = _cut_texts(own, content, checkpoint)
     if part.shared and len(windows) < own.samples:

@@ -28,6 +28,8 @@ DOWNLOADED = (
 )
 BUNDLED_MODEL = Path(__file__).parent.parent / "bundled" / "tiny-qwen2"
 SAMPLE_TEXT = Path(__file__).parent.parent / "bundled" / "sample.txt"
+OPENINGS = Path(__file__).parent.parent / "bundled" / "openings.jsonl"
+"""Beginnings of texts of many kinds, a string a line."""
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anequant.calibration import sample
 from anequant.calibration.sample import draw_tokens, sample_windows, split_windows
+from anequant.calibration.tokens import read_openings
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
+from anequant.checkpoints.source import OPENINGS
 from anequant.errors import InputError
 from anequant.recipe import Calibration
 
@@ -81,7 +84,7 @@ def test_texts_are_those_of_the_model_one_by_one(
     monkeypatch.setattr(sample, "TEXTS_AT_ONCE", 4)
     monkeypatch.setattr(sample, "has_bfloat16", lambda: False)
     checkpoint = open_checkpoint(make_model(tmp_path / "model", "qwen2", False, vocab_size=600))
-    windows = sample_windows(checkpoint, 7, Calibration(samples=3, length=22, seed=5))
+    windows = sample_windows(checkpoint, [[7]], Calibration(samples=3, length=22, seed=5))
     assert windows.shape == (3, 22) and (windows[:, [0, 11]] == 7).all()
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     generator = seeded(5)
@@ -93,12 +96,34 @@ def test_texts_are_those_of_the_model_one_by_one(
             assert drawn is not None and drawn.tolist() == texts[:, position + 1].tolist()
 
 
+def test_texts_go_on_from_their_openings(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turn, a quarter of a text at most; what follows depends on them."""
+    monkeypatch.setattr(sample, "TEXT_LENGTH", 16)
+    openings = [[8189], [8189, 5, 6], [8189, *range(9)]]
+    texts = sample_windows(tiny, openings, Calibration(samples=2, length=64)).reshape(8, 16)
+    for number, text in enumerate(texts.tolist()):
+        begun = openings[number % 3][:4]
+        assert text[: len(begun)] == begun
+    other = sample_windows(tiny, [[8189], [8189, 7, 6]], Calibration(samples=1, length=32)).reshape(2, 16)
+    assert torch.equal(other[0], sample_windows(tiny, [[8189]], Calibration(samples=1, length=32))[0, :16])
+    assert other[1, 3:].tolist() != texts[1, 3:].tolist()
+
+
+def test_the_bundled_openings_are_tokens_after_one_start(tiny: Checkpoint) -> None:
+    openings = read_openings(tiny)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.folder)
+    texts = [json.loads(line) for line in OPENINGS.read_text(encoding="utf-8").splitlines()]
+    assert len(texts) == len(set(texts)) == len(openings) >= 24
+    for text, ids in zip(texts, openings, strict=True):
+        assert ids[0] == 8189 and 8189 not in ids[1:] and tokenizer.decode(ids[1:]) == text
+
+
 def test_bfloat16_says_nearly_the_same(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the processor has it: the texts' surprise is what float32 expects of its own."""
     surprises = []
     for fast in (False, True):
         monkeypatch.setattr(sample, "has_bfloat16", lambda fast=fast: fast)
-        tokens = sample_windows(tiny, 8189, Calibration(samples=16, length=96))
+        tokens = sample_windows(tiny, [[8189]], Calibration(samples=16, length=96))
         model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32).eval()
         with torch.no_grad():
             log_p = model(tokens).logits[:, :-1].log_softmax(-1)
@@ -109,5 +134,5 @@ def test_bfloat16_says_nearly_the_same(tiny: Checkpoint, monkeypatch: pytest.Mon
 def test_logits_that_are_not_finite_are_told(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "draw_tokens", lambda logits, generator: None)
     with pytest.raises(InputError, match="logits are not finite when it writes token 1") as caught:
-        sample_windows(tiny, 1, Calibration(samples=2, length=4))
+        sample_windows(tiny, [[1]], Calibration(samples=2, length=4))
     assert "damaged" in caught.value.remedy

@@ -385,12 +385,13 @@ def test_own_samples_follow_the_models_distribution(bare: Checkpoint) -> None:
 
 @torch.no_grad()
 def test_own_samples_are_as_surprising_as_the_model_expects(tiny: Checkpoint) -> None:
+    """Behind their openings, which are at most a quarter."""
     tokens = windows(tiny, "self", 8, 96)
     assert tokens[:, 0].tolist() == [START] * 8
     model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32).eval()
     log_p = model(tokens).logits[:, :-1].log_softmax(-1)
-    entropy = -(log_p.exp() * log_p).sum(-1).mean()
-    surprise = -log_p.gather(-1, tokens[:, 1:, None]).mean()
+    entropy = -(log_p.exp() * log_p).sum(-1)[:, 24:].mean()
+    surprise = -log_p.gather(-1, tokens[:, 1:, None])[:, 24:].mean()
     assert float(surprise) == pytest.approx(float(entropy), rel=0.05)
 
 

@@ -262,7 +262,7 @@ def test_a_model_that_is_read_again_for_every_token_writes_the_same(
 ) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path / "model", model_type, model_type != "llama"))
     one, other = (
-        sample_windows(checkpoint, 1, Calibration(("self",), 3, 8, seed=5), resident=resident)
+        sample_windows(checkpoint, [[1], [2, 3]], Calibration(("self",), 3, 8, seed=5), resident=resident)
         for resident in (True, False)
     )
     assert one.tolist() == other.tolist()
