@@ -53,6 +53,11 @@ class Recipe:
     )
     group_size: int = _choice(32, GROUPS, "Columns that share a scale with scales = group.")
     rounding: str = _choice("gptq", ("nearest", "gptq"), "How weights become codes.")
+    hessian: str = _choice(
+        "loss",
+        ("layer", "loss"),
+        "What gptq keeps close: a layer's outputs at every token alike, or as much as they mean to the loss.",
+    )
     correction: float = _choice(
         0.5, None, "Share of the target correction that gptq applies, 0 to 1.", most=1
     )
@@ -66,7 +71,10 @@ class Recipe:
     premultiply_scales: bool = _choice(
         False, None, "Write scales of one: each tensor's single scale goes into its codebook."
     )
-    tune: int = _choice(0, None, "Steps of distillation from the float model, codes fixed.", most=1_000_000)
+    tune: int = _choice(0, None, "Steps of distillation from the float model.", most=1_000_000)
+    tune_minutes: float = _choice(
+        0.0, None, "Minutes of distillation instead of steps; the bytes depend on the machine.", most=100_000
+    )
     bits: int = _choice(
         4, (*WIDTHS, 16), "Bits per weight of the seven projections of a layer; 16 keeps fp16."
     )
@@ -112,6 +120,15 @@ class Recipe:
     def feeds_back(self) -> bool:
         """Whether rounding sees the inputs of what it rounds."""
         return self.rounding == "gptq" and (self.bits < 16 or self.target_bits > 0)
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether rounding asks what each token means to the end loss."""
+        return self.feeds_back and self.hessian == "loss"
+
+    @property
+    def tunes(self) -> bool:
+        return self.tune > 0 or self.tune_minutes > 0
 
     @property
     def calibrated(self) -> bool:
@@ -234,7 +251,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"fold_input_scales needs input scales, and scales is '{recipe.scales}'",
             "use scales = 'balanced'",
         )
-    if recipe.premultiply_scales and (recipe.scales != "tensor" or recipe.tune):
+    if recipe.premultiply_scales and (recipe.scales != "tensor" or recipe.tunes):
         yield (
             f"premultiply_scales needs one scale per tensor that stays, and scales is '{recipe.scales}', "
             f"tune {recipe.tune}",
@@ -253,7 +270,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name, bits in recipe.activation_exceptions.items():
         if bits not in (16, 8, 4):
             yield f"activation_overrides gives {quote(name)} {bits} bits", "use 16, 8 or 4"
-    if recipe.tune and (recipe.bits == 16 or recipe.static_activations):
+    if recipe.tunes and (recipe.bits == 16 or recipe.static_activations):
         yield (
             "tune moves scales of quantized weights, and static activations depend on them",
             "use tune = 0, or dynamic activations and fewer bits",
@@ -270,10 +287,12 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if recipe.smooth and (recipe.fold_input_scales or recipe.premultiply_scales):
         yield "smooth needs an input scale of its own on down_proj", "keep the input scales"
-    if recipe.scales == "group" and (recipe.tune or recipe.static_activations):
+    if recipe.scales == "group" and (recipe.tunes or recipe.static_activations):
         yield (
             "scales of groups are for dynamic or float activations, and are not tuned",
             "use scales = 'balanced', or tune = 0 and activation_scales = 'dynamic'",
         )
+    if recipe.tune and recipe.tune_minutes:
+        yield f"tune is {recipe.tune} steps and tune_minutes {recipe.tune_minutes:g}", "use one of them"
     if recipe.learn and recipe.r1 == "none" and recipe.r2 == "none":
         yield "learn has no rotation to start from", "choose r1 or r2"

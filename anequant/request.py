@@ -68,7 +68,7 @@ class Request:
 
     def used_calibration(self, seen: Mapping[str, Any] | None) -> Calibration:
         """The calibration as far as it matters to the output; `seen` is None where no tokens were."""
-        return Calibration() if seen is None and not self.recipe.tune else self.calibration
+        return Calibration() if seen is None and not self.recipe.tunes else self.calibration
 
     def check(self) -> None:
         """Refuse what quantizing would be refused for on its way, before a weight is read.

@@ -252,6 +252,8 @@ STATIC = {"activation_bits": 8, "activation_scales": "static"}
         ({**STATIC, "smooth": 0.5, "fold_input_scales": True}, "smooth needs an input scale"),
         ({**STATIC, "scales": "group"}, "scales of groups"),
         ({"scales": "group", "tune": 5}, "scales of groups"),
+        ({"scales": "group", "tune_minutes": 1.0}, "scales of groups"),
+        ({"tune": 5, "tune_minutes": 1.0}, "tune is 5 steps and tune_minutes 1"),
         ({"scales": "group", "fold_input_scales": True}, "fold_input_scales needs input scales"),
         ({"learn": 5, "r1": "none", "r2": "none"}, "learn has no rotation"),
         ({"restarts": 0}, "'restarts' is 0"),

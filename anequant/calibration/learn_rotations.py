@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
-from anequant.calibration.distill import Course, LearnResult
-from anequant.calibration.rotated_student import RotatedStudent
+from anequant.calibration.rotated_student import Lesson, RotatedStudent
 from anequant.jobs.control import Progress, silent
 from anequant.rotation.cayley import cayley_step
 from anequant.rotation.rotation_plan import RotationPlan
@@ -18,8 +18,28 @@ MOMENTUM = 0.9
 EVALUATE_EVERY = 10
 
 
+@dataclass(frozen=True)
+class RotationCourse:
+    """What rotations learn from, and for how many steps: each is on a few windows of `lesson` that `seed`
+    draws, and the state that is best on `held_out` stays."""
+
+    lesson: Lesson
+    held_out: Lesson
+    steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class LearnResult:
+    """KL on the held-out windows before and after; `steps` were taken until the best state."""
+
+    steps: int
+    held_out_before: float
+    held_out_after: float
+
+
 def learn_rotations(
-    student: RotatedStudent, plan: RotationPlan, course: Course, progress: Progress = silent
+    student: RotatedStudent, plan: RotationPlan, course: RotationCourse, progress: Progress = silent
 ) -> tuple[RotationPlan, LearnResult]:
     """Return the plan with R1 and R2 that were best on the held-out windows, dense, starting from those of
     `plan`.

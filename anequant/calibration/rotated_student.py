@@ -13,20 +13,33 @@ not rotated: its input is rotated back instead, which is less work and the same 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from anequant.architectures.spec import layer_prefix
-from anequant.calibration.distill import Lesson
 from anequant.quantization.linear import QuantizedLinear
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import Online
 from anequant.quantization.weight_format import unfolded_format
 from anequant.recipe import Recipe
-from anequant.reference.forward import PIECE, ReferenceModel, Weights
+from anequant.reference.forward import ReferenceModel, Weights
+from anequant.reference.head_loss import PIECE
 from anequant.rotation.fold import fold_and_rotate_layer, rotate_axis
 from anequant.rotation.rotation_plan import R1, R2, RotationPlan
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Windows to learn from: `embedded` [n, length, hidden_size] enters the first layer before it is rotated,
+    `taught` [n, length, hidden_size] are the float model's normalised final states."""
+
+    embedded: Tensor
+    taught: Tensor
+
+    def windows(self, chosen: slice | list[int]) -> Lesson:
+        return Lesson(self.embedded[chosen], self.taught[chosen])
 
 
 class RotatedStudent:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, ModelSpec
-from anequant.calibration.distill import Course, LearnResult, Lesson
-from anequant.calibration.learn_rotations import learn_rotations
-from anequant.calibration.rotated_student import RotatedStudent
+from anequant.calibration.learn_rotations import LearnResult, RotationCourse, learn_rotations
+from anequant.calibration.rotated_student import Lesson, RotatedStudent
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import read_rotations
 from anequant.errors import UsageError
@@ -170,6 +169,6 @@ def _compare_and_learn(
     plan, learned = plans[best].dense(), None
     if recipe.learn:
         rest = lesson.windows(slice(count, None)) if count < len(tokens) else lesson
-        course = Course(rest, measured, recipe.learn, recipe.seed)
+        course = RotationCourse(rest, measured, recipe.learn, recipe.seed)
         plan, learned = learn_rotations(student, plan, course, progress.part("learn", end, 1.0))
     return Rotations(plan, RotationChoice(best, restarts, learned), plan.matrices())

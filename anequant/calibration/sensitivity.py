@@ -22,7 +22,8 @@ from anequant.jobs.control import Progress, silent
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import NOTHING, Online
 from anequant.quantization.weight_format import WeightFormat
-from anequant.reference.forward import ReferenceModel, differentiate_head
+from anequant.reference.forward import ReferenceModel
+from anequant.reference.head_loss import differentiate_head
 
 Losses = dict[str, dict[int, float]]
 """KL per token by tensor name and bits."""

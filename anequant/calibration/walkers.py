@@ -9,6 +9,10 @@ and both walkers stop before `first` and before `last`: for the moments of their
 walker until what it goes through is quantized. So everything runs once, some windows at a time, and beside
 hidden states and moments only the quantized input of `last` is held.
 
+What `last` is asked for is its output in the float model and a share of what the quantized model's stream
+lacks by then, hidden_float - hidden: so errors of earlier halves, which no later linear sees in its own input
+alone, are made up for where they would be added to (residual compensation).
+
 Where the processor has it, linears and moments take their factors in bfloat16 and add up in float32. That
 rounding, 2**-9 of a factor, is far below the errors of quantization that moments are to see, and a Hessian is
 still one: of rounded inputs. Scales of activations are measured here too, and written; that walk is `exact`.
@@ -26,33 +30,41 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from anequant.architectures.spec import Linear, ModelSpec
+from anequant.architectures.spec import Linear, ModelSpec, layer_prefix
 from anequant.quantization.online import NOTHING, Online
 from anequant.quantization.products import add_product, add_square, allow_bfloat16, mirror
 from anequant.quantization.statistics import InputStatistics, Moments
 from anequant.reference.forward import WINDOWS_AT_ONCE, ReferenceModel
 
 HELD_OUT = 6
+COMPENSATION = 0.5
+"""Share of the residual stream's error that attention's and the MLP's outputs make up for."""
+
+
+Measure = Callable[[Linear], InputStatistics]
+"""Returns the moments of a group's input as they matter to one of its linears."""
 
 
 @dataclass(frozen=True, eq=False)
 class GroupInputs:
     """What is known of the input that a group of linears reads.
 
-    `statistics` are its moments, None where they are not wanted; `quantized` returns the inputs
-    [n, length, in] in the quantized model, some windows at a time.
+    `measure` returns its moments for one of the linears, None where they are not wanted; `quantized` returns
+    the inputs [n, length, in] in the quantized model, some windows at a time.
     """
 
     group: Sequence[Linear]
-    statistics: InputStatistics | None
+    measure: Measure | None
     quantized: Callable[[], Iterator[Tensor]]
 
 
 class Walkers:
     """Hidden states [n, length, hidden_size] of the same windows in the float and the quantized model.
 
-    The last sixth of the windows, at least one of two or more, is held out. `exact` keeps all products in
-    float32.
+    The last sixth of the windows, at least one of two or more, is held out. `weights` [n, length] by a
+    linear's full name say how much each token counts in its moments; `compensation` is the share of the
+    residual stream's error that the outputs of attention and MLP are to make up for. `exact` keeps all
+    products in float32.
     """
 
     def __init__(
@@ -62,9 +74,13 @@ class Walkers:
         quantized: Tensor,
         online: Online = NOTHING,
         *,
+        weights: Mapping[str, Tensor] | None = None,
+        compensation: float = 0.0,
         exact: bool = False,
     ) -> None:
         self._spec = spec
+        self._weights = weights
+        self._compensation = compensation
         self._precision = nullcontext if exact else allow_bfloat16
         self._float, self._quantized = (
             _Walker(ReferenceModel(spec, torch.float32, online.rotations), start.float().clone())
@@ -85,11 +101,14 @@ class Walkers:
         """
         for group in self._spec.input_groups:
             if group[0].norm is not None:
-                statistics = self._measure(layer, original, quantized, group) if moments else None
-                yield GroupInputs(group, statistics, partial(self._inputs, layer, quantized, group))
+                measure = partial(self._measure, layer, original, quantized, group)
+                shared = moments and self._weights is None
+                own = partial(_same, measure(group[0])) if shared else measure if moments else None
+                yield GroupInputs(group, own, partial(self._inputs, layer, quantized, group))
                 continue
             statistics, inner = self._leave_half(layer, original, quantized, group, moments=moments)
-            yield GroupInputs(group, statistics, partial(self._windows, inner))
+            own = None if statistics is None else partial(_same, statistics)
+            yield GroupInputs(group, own, partial(self._windows, inner))
             name = group[0].name
             weight, bias = quantized[f"{name}.weight"].float(), quantized.get(f"{name}.bias")
             with self._precision():
@@ -103,13 +122,14 @@ class Walkers:
         original: Mapping[str, Tensor],
         quantized: Mapping[str, Tensor],
         group: Sequence[Linear],
+        reader: Linear,
     ) -> InputStatistics:
-        """The moments of a group's input, with the float model's."""
-        width = original[f"{group[0].name}.weight"].shape[1]
+        """The moments of a group's input, with the float model's, as they matter to one of the linears."""
+        width = original[f"{reader.name}.weight"].shape[1]
         sums = _Split(self._cut, (width, width))
         with self._precision():
             for part, seen, x in self._both(layer, original, quantized, group):
-                sums.of(part).add(seen, x, seen)
+                sums.of(part).add(seen, x, seen, self._weigh(layer, reader, part))
         return sums.statistics(outputs=False)
 
     def _leave_half(
@@ -129,11 +149,22 @@ class Walkers:
         with self._precision():
             for part, x_float, x in self._both(layer, original, quantized, group):
                 seen = linear(x_float, weight)
+                if moments:
+                    wanted = seen + self._compensation * self._residual_error(part)
+                    sums.of(part).add(wanted, x, x_float, self._weigh(layer, group[0], part))
                 self._float.advance(part, seen, bias)
                 inner.append(x)
-                if moments:
-                    sums.of(part).add(seen, x, x_float)
         return (sums.statistics(outputs=True) if moments else None), inner
+
+    def _weigh(self, layer: int, linear: Linear, part: slice) -> Tensor | None:
+        """The weights [tokens] of some windows' tokens for a linear; None where all weigh the same."""
+        if self._weights is None:
+            return None
+        return self._weights[layer_prefix(layer) + linear.name][part].flatten()
+
+    def _residual_error(self, part: slice) -> Tensor:
+        """Return what the quantized stream lacks where a half is added to it: [tokens, hidden_size]."""
+        return (self._float.hidden[part] - self._quantized.hidden[part]).flatten(0, 1)
 
     def _both(
         self,
@@ -171,8 +202,13 @@ class Walkers:
                     walker.model.final_norm(walker.hidden[part], gain).flatten(0, 1)
                     for walker in (self._float, self._quantized)
                 )
-                sums.of(part).add(seen, x, seen)
+                sums.of(part).add(seen, x, seen, None)
         return sums.statistics(outputs=False)
+
+
+def _same(statistics: InputStatistics, linear: Linear) -> InputStatistics:
+    """The moments that all linears of a group share."""
+    return statistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,8 +252,12 @@ class _Sums:
         self._paired = torch.zeros(shape[1])
         self._tokens = 0
 
-    def add(self, seen: Tensor, x: Tensor, x_float: Tensor) -> None:
-        """seen [tokens, m], x and x_float [tokens, in]."""
+    def add(self, seen: Tensor, x: Tensor, x_float: Tensor, weights: Tensor | None) -> None:
+        """Add tokens: seen [tokens, m], x and x_float [tokens, in], each as often as `weights` [tokens] say,
+        once where they are None."""
+        if weights is not None:
+            root = weights.sqrt()[:, None]
+            seen, x, x_float = seen * root, x * root, x_float * root
         self._paired += (x * x_float).sum(0)
         add_square(self._square, x)
         add_product(self._mixed, seen.T, x)

@@ -70,6 +70,18 @@ def _width(context: click.Context, option: click.Parameter, value: str | None) -
     return int(value)
 
 
+def _tuning(context: click.Context, option: click.Parameter, value: str | None) -> int | float | None:
+    """Return steps as an int, and minutes, a number that ends in min, as a float."""
+    if value is None:
+        return None
+    number = value.removesuffix("min")
+    try:
+        return int(value) if number == value else float(number)
+    except ValueError:
+        text = f"'{value}' is neither a number of steps nor of minutes, as in 30min"
+        raise click.BadParameter(text) from None
+
+
 def recipe_options(run: Command) -> Command:
     """Add --recipe, one option for every field of Recipe, and --rotations; `read_recipe` reads them."""
     return _recipe_options(run, [item.name for item in dataclasses.fields(Recipe)])
@@ -91,6 +103,8 @@ def _recipe_options(run: Command, keys: Sequence[str]) -> Command:
         text = item.metadata["help"]
         if isinstance(item.default, bool):
             run = click.option(f"{name}/--no-{name[2:]}", default=None, help=text)(run)
+        elif item.name == "tune":
+            run = click.option(name, callback=_tuning, metavar="STEPS|MINUTESmin", help=text)(run)
         elif item.name in LUT_OPTIONS:
             flags = (name, LUT_OPTIONS[item.name], item.name)
             run = click.option(*flags, callback=_width, metavar=metavar, help=text)(run)
@@ -136,6 +150,8 @@ def read_recipe(options: dict[str, Any], folder: Path | None = None) -> Recipe:
     """
     names = [item.name for item in dataclasses.fields(Recipe)]
     overrides = {name: options[name] for name in names if options.get(name) is not None}
+    if isinstance(overrides.get("tune"), float):
+        overrides |= {"tune": 0, "tune_minutes": overrides["tune"]}
     if folder is None:
         return load_recipe(options["recipe"], overrides)
     from anequant.checkpoints.manifest import load_recipe_for

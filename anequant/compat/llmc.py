@@ -154,7 +154,7 @@ def make_llmc_recipe(
             )
     weights, more = _weights(file)
     steps = {"correction": 0.0, "descent": 0, "refinement": 0}
-    rounding = {"rounding": "nearest"} if file.rotates else {"rounding": "gptq", **steps}
+    rounding = {"rounding": "nearest"} if file.rotates else {"rounding": "gptq", "hessian": "layer", **steps}
     if not file.quantizes:
         more = ("only the rotated model is written: no use for what quant says of bits",)
     return {**rotations, **weights, **rounding, **_activations(file), **_cache(file)}, notes + more

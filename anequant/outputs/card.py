@@ -163,8 +163,9 @@ def _choices(request: Request, seen: Mapping[str, Any] | None) -> Rows:
         rows.append(("activations", f"{recipe.activation_bits} bits, {recipe.activation_scales}"))
     if recipe.kv_bits < 16:
         rows.append(("KV cache", f"{recipe.kv_bits} bits"))
-    if recipe.tune:
-        rows.append(("distillation", f"{recipe.tune} steps, codes fixed"))
+    if recipe.tunes:
+        length = f"{recipe.tune} steps" if recipe.tune else f"{recipe.tune_minutes:g} minutes"
+        rows.append(("distillation", length))
     return [*rows, *_calibration(seen)]
 
 

@@ -40,6 +40,7 @@ from anequant.pipeline.steps.rotations import ChooseRotations
 from anequant.pipeline.steps.rounding import RoundEmbedding, RoundHead, RoundLayer
 from anequant.pipeline.steps.sizes import Facts, predict_peak
 from anequant.pipeline.steps.tuning import Tune
+from anequant.pipeline.steps.weigh_tokens import WeighTokens
 from anequant.pipeline.steps.widths import ChooseWidths
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import plan_online
@@ -60,8 +61,8 @@ SMALL = 256
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes written: those that stay, and the second copy of a package while it is written, or the checkpoint
-    that is yet to be tuned."""
+    """Bytes written: those that stay, and the second copy of a package while it is written, the checkpoint
+    that is yet to be tuned, or states between layers, whichever is most."""
 
     checkpoint: int
     packages: int
@@ -92,8 +93,11 @@ class Plan:
     def disk(self) -> Disk:
         packages = [step.moves[1] for step in self.steps if isinstance(step, BuildPackage)]
         untuned = [step.moves[1] for step in self.steps if isinstance(step, Tune)]
+        scratch = [step.scratch for step in self.steps if isinstance(step, WeighTokens)]
         written = sum(step.moves[1] for step in self.steps)
-        return Disk(written - sum(packages) - sum(untuned), sum(packages), max([0, *untuned, *packages]))
+        return Disk(
+            written - sum(packages) - sum(untuned), sum(packages), max([0, *scratch, *untuned, *packages])
+        )
 
     def peaks(self) -> dict[str, int]:
         """Return the peak of every stage."""
@@ -235,11 +239,13 @@ def _list_rounding(
         yield ChooseRotations(replace(facts, recipe=request.recipe), request.rotations)
     if calibrates and recipe.target_bits:
         yield ChooseWidths(facts)
+    if calibrates and recipe.weighs_tokens:
+        yield WeighTokens(facts)
     yield RoundEmbedding(facts)
     for layer in range(facts.spec.num_layers):
         yield RoundLayer(facts, layer)
     yield RoundHead(facts)
-    if recipe.tune:
+    if recipe.tunes:
         yield Tune(facts)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import ModelSpec
-from anequant.calibration.distill import LearnResult
+from anequant.calibration.distill import TuneResult
 from anequant.calibration.rotation_choice import RotationChoice, Rotations
 from anequant.checkpoints.layout import list_entries, list_projections
 from anequant.checkpoints.online_config import build_config, choose_stem
@@ -23,7 +23,7 @@ from anequant.checkpoints.rotation_files import ROTATIONS, write_rotations
 from anequant.checkpoints.writer import CheckpointWriter, Entry, write_json
 from anequant.jobs.journal import Journal
 from anequant.pipeline.rounder import PassResult
-from anequant.pipeline.rounding_pass import RoundingPass
+from anequant.pipeline.rounding_pass import CalibrationTokens, RoundingPass
 from anequant.quantization.online import Online, plan_online
 from anequant.recipe import Recipe
 from anequant.reference.rotated_model import RotatedModel
@@ -42,7 +42,7 @@ class QuantizeResult:
     """
 
     rounding: PassResult
-    tuning: LearnResult | None
+    tuning: TuneResult | None
     rotations: RotationChoice | None = None
     rotated_before: bool = False
 
@@ -76,7 +76,8 @@ class Quantizing:
 
     `recipe` says what is written, which is less than the request's where a model is rotated alone; what is
     not quantized is written in `dtype`. `files` closes what is open. A step sets what it finds: `tokens`
-    [n, length], `rotations`, the widths `bits` of the projections by full name, `tuning`.
+    [n, length], their `token_weights` [n, length] by linear, `rotations`, the widths `bits` of the
+    projections by full name, `tuning`.
     """
 
     request: Request
@@ -88,7 +89,8 @@ class Quantizing:
     tokens: Tensor | None = None
     rotations: Rotations = field(init=False)
     bits: Mapping[str, int] = field(init=False)
-    tuning: LearnResult | None = None
+    tuning: TuneResult | None = None
+    token_weights: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         drawn = self.request.rotated_with is None and is_drawn(self.recipe)
@@ -117,7 +119,7 @@ class Quantizing:
     @property
     def untuned(self) -> Path:
         """Where the pass writes: the folder itself, or one beside the output for tuning to read."""
-        return self.journal.folder / UNTUNED if self.recipe.tune else self.folder
+        return self.journal.folder / UNTUNED if self.recipe.tunes else self.folder
 
     @cached_property
     def rounding(self) -> RoundingPass:
@@ -126,8 +128,9 @@ class Quantizing:
             made.mkdir(exist_ok=True)
         calibrated = self.recipe.feeds_back or self.recipe.static_activations
         tokens = self.tokens if calibrated else None
+        seen = None if tokens is None else CalibrationTokens(tokens, self.token_weights)
         return RoundingPass(
-            self.model, self.recipe, self.bits, self.writer, self.journal.scheduler, tokens, self.dtype
+            self.model, self.recipe, self.bits, self.writer, self.journal.scheduler, seen, self.dtype
         )
 
     @cached_property

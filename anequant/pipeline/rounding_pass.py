@@ -23,7 +23,7 @@ from anequant.architectures.spec import (
 )
 from anequant.calibration.activation_scales import choose_input_scale, measure_static_scales
 from anequant.calibration.equivalence import EquivalenceProbe
-from anequant.calibration.walkers import GroupInputs, Walkers
+from anequant.calibration.walkers import COMPENSATION, GroupInputs, Walkers
 from anequant.checkpoints.layout import list_norms
 from anequant.checkpoints.writer import CheckpointWriter
 from anequant.jobs.process import give_back_memory
@@ -49,6 +49,15 @@ class RoundedPart:
     errors: tuple[TensorError, ...]
     scales: Mapping[str, float]
     equivalence: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationTokens:
+    """Tokens [n, length] that walk through the layers, and how much each of them counts for every linear, [n,
+    length] by full name; None where all count the same."""
+
+    tokens: Tensor
+    weights: Mapping[str, Tensor] | None
 
 
 class RotatedCopies(Mapping[str, Tensor]):
@@ -87,8 +96,8 @@ class LayerInHand:
 class RoundingPass:
     """The pass itself: what it reads and writes, and the walkers and the probe that go along.
 
-    `bits` are the widths of the projections by full name; `tokens` [n, length] walk through the layers, None
-    where nothing is calibrated on them. What is not quantized is written in `dtype`.
+    `bits` are the widths of the projections by full name; `seen` are the tokens that walk through the layers,
+    None where nothing is calibrated on them. What is not quantized is written in `dtype`.
     """
 
     def __init__(
@@ -98,7 +107,7 @@ class RoundingPass:
         bits: Mapping[str, int],
         writer: CheckpointWriter,
         scheduler: Scheduler,
-        tokens: Tensor | None,
+        seen: CalibrationTokens | None,
         dtype: torch.dtype,
     ) -> None:
         widths = {**bits, EMBEDDING: recipe.embedding_bits, HEAD: recipe.head_bits}
@@ -109,7 +118,7 @@ class RoundingPass:
         self._writer = writer
         self._scheduler = scheduler
         self._dtype = dtype
-        self._tokens = tokens
+        self._seen = seen
         self._walkers: Walkers | None = None
         self._probe = EquivalenceProbe(model.checkpoint, model.plan, model.online)
         self._parts: list[RoundedPart] = []
@@ -137,7 +146,7 @@ class RoundingPass:
         return self._finish_part({})
 
     def write_layer(self, layer: int) -> RoundedPart:
-        walkers = None if self._tokens is None else self._walk(self._tokens)
+        walkers = None if self._seen is None else self._walk(self._seen)
         hand = self._rotate_layer(layer)
         give_back_memory()
         for name in list_norms(self._spec):
@@ -157,7 +166,7 @@ class RoundingPass:
 
     def replay_layer(self, layer: int) -> None:
         """Go through a layer that an earlier run wrote, with probe and walkers."""
-        walkers = None if self._tokens is None else self._walk(self._tokens)
+        walkers = None if self._seen is None else self._walk(self._seen)
         hand = self._rotate_layer(layer)
         if walkers is None:
             return
@@ -171,8 +180,8 @@ class RoundingPass:
         gain = torch.ones(self._spec.hidden_size)
         self._rounder.write(f"{FINAL_NORM}.weight", gain)
         statistics = None
-        if self._tokens is not None and self._recipe.feeds_back and self._recipe.head_bits < 16:
-            statistics = self._walk(self._tokens).head_statistics(gain)
+        if self._seen is not None and self._recipe.feeds_back and self._recipe.head_bits < 16:
+            statistics = self._walk(self._seen).head_statistics(gain)
         self._write_table(HEAD, self._head_blocks(), statistics)
         return replace(self._finish_part({}), equivalence=self._probe.relative_error())
 
@@ -190,7 +199,7 @@ class RoundingPass:
         original, rotated = self._model.layer(layer)
         copies = RotatedCopies(rotated)
         self._probe.layer(layer, original, copies)
-        if self._tokens is None:
+        if self._seen is None:
             return LayerInHand(copies.floats, {})
         return LayerInHand(copies.floats, {name: t.to(self._dtype) for name, t in copies.floats.items()})
 
@@ -199,7 +208,7 @@ class RoundingPass:
     ) -> None:
         """Round projections, and keep what was stored in hand; at 16 bits they stay as they are."""
         names = {linear: layer_prefix(layer) + linear.name for linear in linears}
-        statistics = None if inputs is None else inputs.statistics
+        measure = None if inputs is None else inputs.measure
         scales: dict[Linear, Tensor | None] = dict.fromkeys(linears)
         if inputs is not None:
             for linear in linears:
@@ -212,6 +221,7 @@ class RoundingPass:
                     continue
                 key, bias = f"{linear.name}.weight", hand.floats.get(f"{linear.name}.bias")
                 weight = hand.release(key) if inputs is None else hand.floats[key]
+                statistics = None if measure is None else measure(linear)
                 yield self._rounder.task(name, weight, bias, statistics, scales[linear])
 
         with closing(self._scheduler.map(round_linear, tasks())) as results:
@@ -241,18 +251,25 @@ class RoundingPass:
             table[start : start + ROWS] = block
         self._rounder.take(round_linear(self._rounder.task(name, table, None, statistics)))
 
-    def _walk(self, tokens: Tensor) -> Walkers:
+    def _walk(self, seen: CalibrationTokens) -> Walkers:
         """Return the walkers, which start from tokens as the float model embeds them and as the written one
         does."""
         if self._walkers is None:
-            embedded = self._model.embed(tokens)
+            embedded = self._model.embed(seen.tokens)
             current = embedded.to(self._dtype)
             if not self._rounder.keeps(EMBEDDING):
-                used, places = torch.unique(tokens, return_inverse=True)
+                used, places = torch.unique(seen.tokens, return_inverse=True)
                 rows = (slice(token, token + 1) for token in used.tolist())
                 current = torch.cat([self._writer.read(f"{EMBEDDING}.weight", row) for row in rows])[places]
-            exact = self._recipe.static_activations
-            self._walkers = Walkers(self._spec, embedded, current, self._model.online, exact=exact)
+            self._walkers = Walkers(
+                self._spec,
+                embedded,
+                current,
+                self._model.online,
+                weights=seen.weights,
+                compensation=COMPENSATION if self._recipe.correction else 0.0,
+                exact=self._recipe.static_activations,
+            )
         return self._walkers
 
     def _head_blocks(self) -> Iterable[Tensor]:

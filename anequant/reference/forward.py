@@ -26,11 +26,6 @@ from anequant.reference.windows import require_known
 
 WINDOWS_AT_ONCE = 4
 HEAD_ROWS = 8192
-PIECE = 256
-"""Tokens whose logits, which are wide, are in memory at once while a loss is computed."""
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Summed loss of normalised states [tokens, hidden_size] and whatever belongs to these tokens."""
 
 
 class Weights(Protocol):
@@ -164,6 +159,27 @@ class ReferenceModel:
             first, *others = torch.autograd.grad(run(leaves[0]), leaves, output_gradient)
         return first, dict(zip(parameters, others, strict=True))
 
+    def output_gradients(
+        self, layer: int, tensors: Mapping[str, Tensor], hidden: Tensor, output_gradient: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return gradients of <output_gradient, layer(hidden)>: for hidden [n, length, hidden_size], n at
+        most WINDOWS_AT_ONCE, and for the output [n, length, out] of each of the layer's linears, by name."""
+        outputs: dict[str, Tensor] = {}
+
+        def keep(name: str, linear: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            outputs[name] = output
+
+        with self._loaded(layer, tensors, hidden.shape[1], whole=True) as run, ExitStack() as hooks:
+            for name in self._linears:
+                linear = self._model.model.layers[layer].get_submodule(name)
+                hooks.enter_context(linear.register_forward_hook(partial(keep, name)))
+            self._model.model.layers[layer].requires_grad_(False)
+            with torch.enable_grad():
+                leaf = hidden.detach().requires_grad_()
+                result = run(leaf)
+            first, *others = torch.autograd.grad(result, [leaf, *outputs.values()], output_gradient)
+        return first, dict(zip(outputs, others, strict=True))
+
     @contextmanager
     def _loaded(
         self,
@@ -254,29 +270,3 @@ def logits(
     head = weights.read(weights.head_name)
     for window in hidden:
         yield compute_logits(head, window)
-
-
-def sum_head_loss(model: ReferenceModel, hidden: Tensor, gain: Tensor, targets: Tensor, loss: Loss) -> float:
-    """Return the sum over hidden [n, length, hidden_size] and targets [n, length, ...]."""
-    with torch.no_grad():
-        return sum(float(loss(model.final_norm(states, gain), t)) for states, t in _pieces(hidden, targets))
-
-
-def differentiate_head(
-    model: ReferenceModel, hidden: Tensor, gain: Tensor, targets: Tensor, loss: Loss
-) -> tuple[Tensor, Tensor]:
-    """Return gradients of `sum_head_loss` for hidden and for the final norm's gain [hidden_size]."""
-    parts, total = [], torch.zeros_like(gain)
-    weight = gain.detach().requires_grad_()
-    for states, part_targets in _pieces(hidden, targets):
-        leaf = states.detach().requires_grad_()
-        value = loss(model.final_norm(leaf, weight), part_targets)
-        part, gain_part = torch.autograd.grad(value, (leaf, weight))
-        parts.append(part)
-        total += gain_part
-    return torch.cat(parts).view_as(hidden), total
-
-
-def _pieces(hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    pairs = (torch.split(values.flatten(0, 1), PIECE) for values in (hidden, targets))
-    yield from zip(*pairs, strict=True)

@@ -26,6 +26,8 @@ from anequant.recipe_files import load_recipe
 from anequant.request import Request
 
 WINDOWS, LENGTH = 9, 16
+LAYER_ALONE = {"hessian": "layer", "correction": 0.0}
+"""A recipe whose moments are those of the inputs and outputs as they are."""
 
 
 def rounded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -82,7 +84,9 @@ def test_moments_are_those_of_the_models_own_inputs(
         original = {name: value.float() for name, value in checkpoint.layer(layer).items()}
         quantized, current = rounded(original), dict(original)
         for inputs in walkers.layer(layer, original, current, moments=True):
-            group, seen = inputs.group, inputs.statistics
+            group = inputs.group
+            assert inputs.measure is not None
+            seen = inputs.measure(group[-1])
             name = layer_prefix(layer) + group[0].name
             x_float = hooked_inputs(float_model, embedded, [name])[name]
             x = hooked_inputs(current_model, embedded.half().float(), [name])[name]
@@ -103,6 +107,62 @@ def test_moments_are_those_of_the_models_own_inputs(
     assert_moments(seen.fit, x[:cut], x_float[:cut])
     assert_moments(seen.held_out, x[cut:], x_float[cut:])
     assert_moments(seen.everything, x, x_float)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_tokens_count_by_their_weights_and_outputs_make_up_for_the_stream(
+    make_model: Callable[..., Path], tmp_path: Path, model_type: str
+) -> None:
+    """Against sums over single tokens in float64, of what hooks in two whole models see: inputs of every
+    linear, and of the norm before it, which is the residual stream."""
+    folder = make_model(tmp_path / "model", model_type, False)
+    checkpoint = open_checkpoint(folder)
+    spec, generator = checkpoint.spec, torch.Generator().manual_seed(3)
+    embedded = torch.randn(WINDOWS, LENGTH, spec.hidden_size, generator=generator)
+    names = [
+        layer_prefix(layer) + linear.name
+        for layer in range(spec.num_layers)
+        for linear in spec.architecture.linears
+    ]
+    weights = {name: torch.rand(WINDOWS, LENGTH, generator=generator).square() for name in names}
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2)]
+    walkers = Walkers(spec, embedded, embedded.half(), weights=weights, compensation=0.3, exact=True)
+    norms = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}
+    cut = WINDOWS - WINDOWS // HELD_OUT
+
+    for layer in range(spec.num_layers):
+        original = {name: value.float() for name, value in checkpoint.layer(layer).items()}
+        quantized, current = rounded(original), dict(original)
+        for inputs in walkers.layer(layer, original, current, moments=True):
+            assert inputs.measure is not None
+            for linear in inputs.group:
+                name = layer_prefix(layer) + linear.name
+                stream = layer_prefix(layer) + norms[linear.name.partition(".")[0]]
+                (x_float, before), (x, now) = (
+                    (found[name].double(), found[stream].double())
+                    for found in (
+                        hooked_inputs(models[0], embedded, [name, stream]),
+                        hooked_inputs(models[1], embedded.half().float(), [name, stream]),
+                    )
+                )
+                seen = x_float
+                if linear.norm is None:
+                    seen = x_float @ original[f"{linear.name}.weight"].double().T + 0.3 * (before - now)
+                counted = inputs.measure(linear)
+                for moments, some in ((counted.fit, slice(cut)), (counted.held_out, slice(cut, None))):
+                    expected = torch.einsum(
+                        "nt,nti,ntj->ij", weights[name][some].double(), seen[some], x[some]
+                    )
+                    hessian = torch.einsum("nt,nti,ntj->ij", weights[name][some].double(), x[some], x[some])
+                    mixed = moments.cross if linear.norm is not None else moments.outputs
+                    assert mixed is not None
+                    for ours, theirs in ((mixed, expected), (moments.hessian, hessian)):
+                        theirs = theirs / x[some][..., 0].numel()
+                        assert float((ours - theirs).norm()) <= 1e-5 * float(theirs.norm()), name
+            for linear in inputs.group:
+                name = f"{linear.name}.weight"
+                current[name] = quantized[name]
+                models[1].get_parameter(layer_prefix(layer) + name).data = quantized[name]
 
 
 @pytest.mark.parametrize("stubbed", [False, True], ids=["as-probed", "without-bfloat16"])
@@ -126,8 +186,8 @@ def test_this_processors_products_change_moments_little(
             original = {name: value.float() for name, value in checkpoint.layer(layer).items()}
             current = rounded(original)
             for inputs in walkers.layer(layer, original, current, moments=True):
-                seen = inputs.statistics
-                assert seen is not None
+                assert inputs.measure is not None
+                seen = inputs.measure(inputs.group[0])
                 product = seen.fit.cross if seen.fit.outputs is None else seen.fit.outputs
                 assert product is not None
                 found += [seen.fit.hessian, product]
@@ -144,10 +204,9 @@ def test_a_single_window_serves_both_ends(make_model: Callable[..., Path], tmp_p
     embedded = torch.randn(1, LENGTH, 128, generator=torch.Generator().manual_seed(1))
     original = {name: value.float() for name, value in checkpoint.layer(0).items()}
     walkers = Walkers(checkpoint.spec, embedded, embedded)
-    for seen in (
-        next(walkers.layer(0, original, original, moments=True)).statistics,
-        walkers.head_statistics(torch.ones(128)),
-    ):
+    first = next(walkers.layer(0, original, original, moments=True))
+    assert first.measure is not None
+    for seen in (first.measure(first.group[0]), walkers.head_statistics(torch.ones(128))):
         assert seen is not None and seen.fit.cross is not None
         assert torch.equal(seen.fit.hessian, seen.held_out.hessian)
         torch.testing.assert_close(seen.fit.hessian, seen.fit.cross)
@@ -178,7 +237,9 @@ def test_the_pass_sees_the_inputs_of_the_model_that_it_writes(
     monkeypatch.setattr(rounder, "quantize_calibrated", spy)
     monkeypatch.setattr(products, "has_bfloat16", lambda: False)
     monkeypatch.setattr(products, "has_slow_blas", lambda: False)
-    recipe = load_recipe(None, {"r1": "none", "r2": "none", "embedding_bits": 4, "head_bits": 4})
+    recipe = load_recipe(
+        None, {"r1": "none", "r2": "none", "embedding_bits": 4, "head_bits": 4, **LAYER_ALONE}
+    )
     calibration = Calibration((str(tmp_path / "calib.json"),), WINDOWS, LENGTH)
     quantize(Request(Source(folder, "model"), recipe, calibration), tmp_path / "written")
 

@@ -400,6 +400,23 @@ def test_widths_by_anemlls_words(
     assert (recipe["head_bits"], recipe["embedding_bits"], recipe["bits"]) == (head, embedding, projections)
 
 
+@pytest.mark.parametrize(
+    ("word", "steps", "minutes"), [("7", 7, 0.0), ("30min", 0, 30.0), ("0.5min", 0, 0.5)]
+)
+def test_tuning_takes_steps_or_minutes(word: str, steps: int, minutes: float) -> None:
+    recipe = json.loads(succeed("plan", "--tune", word, "--json").stdout)["recipe"]
+    assert (recipe["tune"], recipe["tune_minutes"]) == (steps, minutes)
+
+
+@pytest.mark.parametrize("word", ["min", "1.5", "30s", "half a min", ""])
+def test_what_is_neither_steps_nor_minutes_is_refused(random_model: Path, output: Path, word: str) -> None:
+    result = run("quantize", random_model, "-o", output, "--tune", word)
+    assert result.exit_code == 2 and not output.exists()
+    assert f"'{word}' is neither a number of steps nor of minutes, as in 30min" in " ".join(
+        result.stderr.split()
+    )
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_progress_goes_to_stderr(random_model: Path, output: Path, all_progress: None, as_json: bool) -> None:
     result = run("quantize", random_model, "-o", output, *(["--json"] if as_json else []))

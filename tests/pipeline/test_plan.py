@@ -67,12 +67,12 @@ def test_a_plan_is_one_object_with_every_job_and_reads_no_weight() -> None:
     plan = json.loads(result.stdout)
     names = [job["name"] for job in plan["jobs"]]
     layers = open_checkpoint(BUNDLED_MODEL).spec.num_layers
-    assert names[: layers + 4] == [
-        *("sample", "embedding"),
+    assert names[: layers + 5] == [
+        *("sample", "token weights", "embedding"),
         *[f"layer {number + 1}" for number in range(layers)],
         *("head", "checkpoint files"),
     ]
-    assert names[layers + 4 :] == [
+    assert names[layers + 5 :] == [
         *("ranges", "embedding package", "chunk 1 of 1", "head package", "package files"),
         *("checkpoint", "packages", "lint", "quality", "conversion files"),
     ]

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from anequant.calibration import learn_rotations as learning
-from anequant.calibration.distill import Lesson
-from anequant.calibration.rotated_student import RotatedStudent
+from anequant.calibration.rotated_student import Lesson, RotatedStudent
 from anequant.calibration.rotation_choice import choose_rotations
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, Source

@@ -47,6 +47,10 @@ def peer(name: str, shows: str, needs: str | None = None) -> Row:
 ROWS = [
     CALIBRATED(NEAREST, "the best without calibration", "w4-nearest", seeds=SEEDS),
     CALIBRATED(W4, "the default recipe", seeds=SEEDS),
+    CALIBRATED(
+        "`w4-ane`, tokens weighed alike", "`--hessian layer`", overrides={"hessian": "layer"}, seeds=SEEDS
+    ),
+    Row("`w4-ane`, 48 windows", "the default number of windows", windows=48, seeds=SEEDS),
     Row("`w4-ane`, calibrated on `self`", "no text at hand", windows=48, own_text=True, seeds=SEEDS),
     CALIBRATED(TUNED, "distilled", overrides={"tune": 100}, seeds=SEEDS),
     CALIBRATED("`w4-ane`, head 6 and embedding 8 bits", "smaller tables", overrides=TABLES, seeds=SEEDS),

@@ -124,9 +124,8 @@ def _run_recipe(row: Row, seed: int, settings: Settings, folder: Path) -> Made:
     from anequant.pipeline.quantize import quantize
     from anequant.recipe import Calibration
 
-    tokens = None if row.own_text else read_calibration(settings.model, settings)
-    source = "self" if row.own_text else str(settings.calibration[0])
-    request = ask(row, seed, settings.model, Calibration((source,), row.windows, settings.length), tokens)
+    sources = ("self",) if row.own_text else tuple(map(str, settings.calibration))
+    request = ask(row, seed, settings.model, Calibration(sources, row.windows, settings.length))
     begun = time.perf_counter()
     quantize(request, folder)
     seconds, peak = time.perf_counter() - begun, _peak()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
-from anequant.calibration.distill import Course, Heads, LearnResult, Lesson, Student, TunableLayer, distill
+from anequant.calibration.distill import WINDOWS_A_STEP, Budget, Course, TuneResult, distill
+from anequant.calibration.shares import count_shares, mix_evenly
+from anequant.calibration.student import Heads, Student, TunableLayer
 from anequant.calibration.tokens import SELF, read_calibration_tokens
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.quantized import store
@@ -22,24 +25,36 @@ from anequant.pipeline.steps.sizes import (
     FLOAT32,
     Facts,
     count_forward_work,
-    count_state_bytes,
     count_table_weights,
 )
-from anequant.quantization.tunable_linear import start_tuning
+from anequant.quantization.tunable_linear import finish_tuning, start_tuning
 from anequant.recipe import Calibration
-from anequant.reference.forward import run_to_final_states
+from anequant.reference.forward import WINDOWS_AT_ONCE
+from anequant.reference.head_loss import PIECE
 
-PASSES = 3
-"""Times that a step goes through the model: forward, and back through what is tuned."""
+PASSES = 5
+"""Times that a step goes through the model: in float, forward, forward again and back."""
+
+ASSUMED_STEPS = 100
+"""Steps that a budget of minutes is taken for where work is counted."""
+
+MOST_WINDOWS, MOST_WRITTEN = 2048, 96
+"""Windows to learn from: cut from files, and written by the model itself, which takes its time."""
+
+HELD_OUT, HELD_OUT_SHARE = 16, 6
+"""Windows to judge by: so many, or a sixth of few."""
+
+STATE_BYTES, BUSY = 12, 16
+"""Bytes that a latent value takes with its moments; states of a layer's width that autograd keeps."""
 
 
 @dataclass(frozen=True, eq=False)
-class Tune(Step[Quantizing, LearnResult]):
-    """Distil scales, codebooks, biases and norms from the float model."""
+class Tune(Step[Quantizing, TuneResult]):
+    """Distil codes, scales, codebooks, biases and norms from the float model."""
 
     stage = "quantize"
     kind = "tuning"
-    result = LearnResult
+    result = TuneResult
 
     facts: Facts
 
@@ -53,59 +68,57 @@ class Tune(Step[Quantizing, LearnResult]):
 
     @property
     def holds(self) -> int:
-        """What is tuned as codes, a layer with its gradients, both heads, and states between layers."""
-        spec, windows = self.facts.spec, self.facts.windows
-        kept = count_state_bytes(spec, windows) + FLOAT32 * math.prod(windows) * spec.hidden_size
-        heads = (self.facts.source_bytes + FLOAT16 + FLOAT32) * count_table_weights(spec)
-        return spec.num_layers * spec.layer_weights + kept + heads + 3 * FLOAT32 * spec.layer_weights
+        """Latent values with their moments and codes twice; a layer, its gradients and the same in unit
+        domain; the tables, the heads widened; and states between layers."""
+        spec, length = self.facts.spec, self.facts.calibration.length
+        states = FLOAT32 * HELD_OUT * length * spec.hidden_size * 3
+        between = FLOAT32 * WINDOWS_A_STEP * length * spec.hidden_size * (spec.num_layers + 4)
+        tables = (FLOAT16 + 2 * FLOAT32) * count_table_weights(spec)
+        logits = 6 * FLOAT32 * PIECE * spec.vocab_size
+        latent = (STATE_BYTES + 2) * spec.num_layers * spec.layer_weights
+        busy = (
+            FLOAT32
+            * min(WINDOWS_AT_ONCE, WINDOWS_A_STEP)
+            * length
+            * (BUSY * spec.hidden_size + 6 * spec.intermediate_size)
+        )
+        layer = 5 * FLOAT32 * spec.layer_weights
+        return latent + tables + max(states, between) + max(logits, busy + layer)
 
     @property
     def cost(self) -> Work:
-        return count_forward_work(self.facts.spec, self.facts.windows, PASSES * self.facts.recipe.tune)
+        steps = self.facts.recipe.tune or ASSUMED_STEPS
+        windows = WINDOWS_A_STEP, self.facts.calibration.length
+        return count_forward_work(self.facts.spec, windows, PASSES * steps)
 
-    def run(self, state: Quantizing, progress: Progress) -> LearnResult:
-        steps, calibration = self.facts.recipe.tune, self.facts.calibration
+    def run(self, state: Quantizing, progress: Progress) -> TuneResult:
         with state.new_writer(state.folder) as writer:
-            return tune_checkpoint(state.untuned, self.facts.checkpoint, writer, steps, calibration, progress)
+            return tune_checkpoint(state, writer, progress)
 
-    def accept(self, state: Quantizing, result: LearnResult) -> None:
+    def accept(self, state: Quantizing, result: TuneResult) -> None:
         state.tuning = result
 
-    def tell(self, result: LearnResult) -> Sequence[str]:
+    def tell(self, result: TuneResult) -> Sequence[str]:
         return (f"held-out KL {result.held_out_before:.4f} to {result.held_out_after:.4f}",)
 
 
-MOST_WINDOWS = 96
-HELD_OUT = 16
+def tune_checkpoint(state: Quantizing, writer: CheckpointWriter, progress: Progress) -> TuneResult:
+    """Write the quantized checkpoint that the pass left again, distilled.
 
-
-def tune_checkpoint(
-    untuned: Path,
-    original: Checkpoint,
-    writer: CheckpointWriter,
-    steps: int,
-    calibration: Calibration,
-    progress: Progress,
-) -> LearnResult:
-    """Write the quantized checkpoint `untuned` of the float model `original` again, distilled.
-
-    The text is what the float model writes itself, never what rounding was calibrated on: to those tokens
-    the codes are fitted already, and training on them only fits them further. Only `length` and `seed` of
-    `calibration` are used.
+    It learns from windows of the calibration's sources.
     """
-    quantized = open_quantized(untuned)
+    calibration, original, model = state.request.calibration, state.checkpoint, state.model
+    quantized = open_quantized(state.untuned)
     spec = quantized.spec
-    windows = min(MOST_WINDOWS, HELD_OUT + 2 * steps)
-    source = Calibration((SELF,), windows, calibration.length, calibration.seed + 1)
-    tokens = read_calibration_tokens(source, original, progress.part("tune", 0.0, 0.2))
-    progress("tune: float model", 0.2)
-    lesson = Lesson(
-        quantized.read(f"{EMBEDDING}.weight")[tokens].float(), run_to_final_states(original, tokens)
-    )
+    budget = Budget(state.recipe.tune, 60 * state.recipe.tune_minutes)
+    most = budget.steps * WINDOWS_A_STEP + HELD_OUT if budget.steps else MOST_WINDOWS
+    tokens = read_lesson(calibration, original, min(most, MOST_WINDOWS), progress.part("tune", 0.0, 0.1))
     layers = []
     for number in range(spec.num_layers):
-        loaded = load_layer(quantized, number)
-        linears = {name: start_tuning(linear) for name, linear in loaded.linears.items()}
+        loaded, floats = load_layer(quantized, number), model.float_layer(number)
+        linears = {
+            name: start_tuning(linear, floats[f"{name}.weight"]) for name, linear in loaded.linears.items()
+        }
         gains = {name: gain.float().requires_grad_() for name, gain in loaded.gains.items()}
         layers.append(TunableLayer(linears, gains))
     heads = Heads(
@@ -113,21 +126,22 @@ def tune_checkpoint(
         quantized.read(f"{HEAD}.weight").float(),
         quantized.read(f"{FINAL_NORM}.weight").float().requires_grad_(),
     )
-    held_out, rest = lesson.windows(slice(HELD_OUT)), lesson.windows(slice(HELD_OUT, None))
-    result = distill(
-        Student(spec, layers, heads, quantized.online.rotations),
-        Course(rest, held_out, steps, calibration.seed),
-        progress.part("tune", 0.2, 1.0),
-    )
+    embedding = quantized.read(f"{EMBEDDING}.weight")
+    student = Student(spec, original, embedding, layers, heads, quantized.online.rotations)
+    held_out = choose_held_out(len(tokens))
+    lesson = tokens[~held_out] if len(tokens) > 1 else tokens
+    course = Course(lesson, tokens[held_out], budget, calibration.seed)
+    tuned, result = distill(student, course, state.journal.folder, progress.part("tune", 0.1, 1.0))
     _copy(quantized, EMBEDDING, writer)
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(tuned.layers):
         prefix = layer_prefix(number)
         for name, gain in layer.gains.items():
-            writer.write(f"{prefix}{name}.weight", gain.detach().half())
+            writer.write(f"{prefix}{name}.weight", gain.half())
         for name, linear in layer.linears.items():
-            for tensor, value in store(prefix + name, linear.finish(prefix + name), bias=True).items():
+            finished = finish_tuning(linear, prefix + name)
+            for tensor, value in store(prefix + name, finished, bias=True).items():
                 writer.write(tensor, value)
-    writer.write(f"{FINAL_NORM}.weight", heads.gain.detach().half())
+    writer.write(f"{FINAL_NORM}.weight", tuned.gain.half())
     _copy(quantized, HEAD, writer)
     return result
 
@@ -137,3 +151,23 @@ def _copy(checkpoint: Checkpoint, table: str, writer: CheckpointWriter) -> None:
     for name in checkpoint.tensors:
         if name.startswith(f"{table}."):
             writer.write(name, checkpoint.read(name))
+
+
+def read_lesson(calibration: Calibration, checkpoint: Checkpoint, most: int, progress: Progress) -> Tensor:
+    """Return windows of the calibration's sources, of another seed than its own and mixed evenly: int64 [n,
+    length]. Each source gives its share of `most` or what it holds, and MOST_WRITTEN where the model writes
+    it."""
+    shares = count_shares(replace(calibration, samples=max(most, len(calibration.sources))))
+    parts = []
+    for source, share in zip(calibration.sources, shares, strict=True):
+        samples = min(share, MOST_WRITTEN) if source == SELF else share
+        one = replace(calibration, sources=(source,), weights=(), samples=samples, seed=calibration.seed + 1)
+        parts.append(read_calibration_tokens(one, checkpoint, progress))
+    return torch.stack([parts[source][window] for source, window in mix_evenly([len(p) for p in parts])])
+
+
+def choose_held_out(count: int) -> Tensor:
+    """Return which of so many windows are to judge by, evenly spaced: bool [count]."""
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[torch.linspace(0, count - 1, min(HELD_OUT, max(1, count // HELD_OUT_SHARE))).long()] = True
+    return chosen

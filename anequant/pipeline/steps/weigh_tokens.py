@@ -1,0 +1,77 @@
+"""How much each calibration token means to the end loss: measured once, and kept for the run that resumes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from anequant.calibration.token_weights import measure_token_weights
+from anequant.jobs.control import Progress
+from anequant.jobs.step import Step, Work
+from anequant.jobs.work_folder import DamagedWork
+from anequant.pipeline.quantizing import Quantizing
+from anequant.pipeline.steps.sizes import FLOAT32, FLOAT64, Facts, count_forward_work, count_table_weights
+from anequant.reference.forward import WINDOWS_AT_ONCE
+from anequant.reference.head_loss import PIECE
+
+FILE = "token_weights.safetensors"
+
+PASSES, BUSY = 3, 16
+"""Times that the windows go through the model, and states of its width that autograd keeps of a layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeighTokens(Step[Quantizing, int]):
+    """Measure the weights of the calibration tokens, by a backward pass of the float model."""
+
+    stage = "quantize"
+    kind = "token weights"
+    result = int
+
+    facts: Facts
+
+    @property
+    def moves(self) -> tuple[int, int]:
+        return 2 * self.facts.source_size, 0
+
+    @property
+    def scratch(self) -> int:
+        """The most bytes of files that are gone when it is done: the states before every layer."""
+        return (
+            FLOAT32 * math.prod(self.facts.windows) * self.facts.spec.hidden_size * self.facts.spec.num_layers
+        )
+
+    @property
+    def holds(self) -> int:
+        """States and their gradient; the head and some logits, or a layer as it is rotated and what autograd
+        keeps of a few windows in it; and the weights."""
+        spec, (count, length) = self.facts.spec, self.facts.windows
+        states = 3 * FLOAT32 * count * length * spec.hidden_size
+        few = min(count, WINDOWS_AT_ONCE) * length
+        busy = FLOAT32 * few * (BUSY * spec.hidden_size + 6 * spec.intermediate_size)
+        layer = (2 * FLOAT32 + self.facts.source_bytes) * spec.layer_weights
+        layer += 2 * FLOAT64 * max(spec.linear_weights.values())
+        head = 2 * FLOAT32 * count_table_weights(spec) + 4 * FLOAT32 * PIECE * spec.vocab_size
+        kept = FLOAT32 * count * length * spec.num_layers * len(spec.architecture.linears)
+        return states + max(busy + layer, head) + kept
+
+    @property
+    def cost(self) -> Work:
+        return count_forward_work(self.facts.spec, self.facts.windows, PASSES)
+
+    def run(self, state: Quantizing, progress: Progress) -> int:
+        assert state.tokens is not None
+        folder, seed = state.journal.folder, self.facts.calibration.seed
+        weights = measure_token_weights(state.model, state.tokens, seed, folder, progress)
+        save_file(weights, folder / FILE)
+        return state.tokens.numel()
+
+    def accept(self, state: Quantizing, result: int) -> None:
+        """Read the weights; raises DamagedWork for a damaged file."""
+        try:
+            state.token_weights = load_file(state.journal.folder / FILE)
+        except (SafetensorError, OSError) as error:
+            raise DamagedWork(f"'{FILE}' of an interrupted run is damaged", state.journal.folder) from error
