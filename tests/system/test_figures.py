@@ -32,6 +32,7 @@ PAGES = "".join(page.read_text(encoding="utf-8") for page in fill_readme.PAGES)
 MAKE = {
     "model": "tools/measure/model_facts.py MODEL TEXT",
     "quality": "tools/measure/compare_quality.py MODEL TEXT CALIBRATION --json docs/measured/quality.json",
+    "real_model": "tools/measure/real_model_quality.py MODEL TWIN docs/measured/real_model.json, and texts",
     "quiet": "tools/measure/quiet_times.py MODEL TEXT CALIBRATION --json docs/measured/quiet.json",
     "ablation": "tools/measure/ablation.py MODEL TEXT CALIBRATION --json docs/measured/ablation.json",
     "bench_lower": "tools/measure/bench_lower.py --json docs/measured/bench_lower.json",

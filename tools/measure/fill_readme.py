@@ -24,6 +24,7 @@ import compare_quality
 import measure_memory
 import newcomer
 import quiet_times
+import real_model_quality
 import scaling
 from measured import DOCS, REPOSITORY, RESULTS
 from quality_runs import with_table
@@ -64,6 +65,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "equivalence": ("model", equivalence),
     "brief": ("quality", compare_quality.brief),
     "quality": ("quality", tables("quality", "compare_quality", compare_quality.ROWS)),
+    "real_model": ("real_model", real_model_quality.report),
     "quiet": ("quiet", quiet_times.sentence),
     "ablation": ("ablation", tables("ablation", "ablation", ablation.ROWS)),
     "learned": ("ablation", ablation.learned_rotations),
