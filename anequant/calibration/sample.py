@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
+from anequant.calibration.surprise import draw_tokens
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import InputError
 from anequant.jobs.control import Progress, silent
@@ -35,14 +35,8 @@ TEXT_LENGTH = 128
 """The most tokens of a text."""
 TEXTS_AT_ONCE = 96
 
-ALMOST = 1 - 2.0**-40
-"""Of a block's sum, what is passed within it however that sum was rounded."""
-
 OPENING_SHARE = 4
 """An opening is at most this part of its text."""
-
-BLOCK = 256
-"""Tokens whose chances are added up before one of them is looked for."""
 
 
 @torch.no_grad()
@@ -112,27 +106,6 @@ def choose_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Return what weights, states and logits are held in while a model writes."""
     stored = checkpoint.tensors[f"{EMBEDDING}.weight"].dtype
     return torch.bfloat16 if stored == "BF16" or has_bfloat16() else torch.float32
-
-
-def draw_tokens(logits: Tensor, generator: torch.Generator) -> Tensor | None:
-    """Return a token of the distribution of each row of logits [n, vocab]: int64 [n]; None where they are not
-    finite.
-
-    A token is where the sum of chances passes a random share of all. They are added up by blocks, so that
-    this sum is looked for among few numbers.
-    """
-    count, vocab = logits.shape
-    chances = pad(logits.float(), (0, -vocab % BLOCK), value=-math.inf)
-    chances = chances.sub_(chances.amax(-1, keepdim=True)).exp_().view(count, -1, BLOCK)
-    sums = chances.sum(-1).double().cumsum_(-1)
-    if not bool(sums[:, -1].isfinite().all()):
-        return None
-    wanted = torch.rand(count, 1, generator=generator, dtype=torch.float64) * sums[:, -1:]
-    block = torch.searchsorted(sums, wanted, right=True)
-    left = wanted - pad(sums, (1, 0)).gather(1, block)
-    within = chances[torch.arange(count), block.squeeze(1)].double().cumsum_(-1)
-    place = torch.searchsorted(within, torch.minimum(left, within[:, -1:] * ALMOST), right=True)
-    return (block * BLOCK + place).squeeze(1)
 
 
 class _Growing(DynamicLayer):  # type: ignore[misc]

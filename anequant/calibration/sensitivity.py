@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import ModelSpec, layer_prefix
+from anequant.calibration.surprise import differentiate_surprise
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import NOTHING, Online
 from anequant.quantization.weight_format import WeightFormat
 from anequant.reference.forward import ReferenceModel
-from anequant.reference.head_loss import differentiate_head
 
 Losses = dict[str, dict[int, float]]
 """KL per token by tensor name and bits."""
@@ -64,14 +64,7 @@ def measure_rounding_losses(
         progress(f"layer {layer + 1} forward", 0.3 * layer / spec.num_layers)
         inputs.append(runner.run_layer(layer, model.layer_tensors(layer), inputs[-1]))
     generator = torch.Generator().manual_seed(seed)
-
-    def surprise(states: Tensor, _: Tensor) -> Tensor:
-        log_p = (states @ model.head.T).log_softmax(-1)
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        return -log_p.gather(-1, drawn).sum()
-
-    final = inputs.pop()
-    gradient, _ = differentiate_head(runner, final, torch.ones(spec.hidden_size), final, surprise)
+    gradient = differentiate_surprise(runner, inputs.pop(), model.head, generator)
     losses: Losses = {}
     for layer in reversed(range(spec.num_layers)):
         progress(f"layer {layer + 1} backward", 1 - 0.7 * layer / spec.num_layers)

@@ -17,7 +17,7 @@ in bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from anequant.architectures.spec import layer_prefix
+from anequant.calibration.surprise import differentiate_surprise
 from anequant.jobs.control import Progress, silent
 from anequant.quantization.products import has_bfloat16
 from anequant.reference.forward import WINDOWS_AT_ONCE, ReferenceModel
-from anequant.reference.head_loss import PIECE
 from anequant.reference.rotated_model import RotatedModel
 
 STATES = "states"
@@ -52,49 +52,32 @@ def measure_token_weights(
         save_file({STATES: hidden}, _file(scratch, layer))
         hidden = runner.run_layer(layer, model.float_layer(layer), hidden)
     head = torch.cat([rotated.to(dtype) for _, rotated in model.head()])
-    ones, generator = torch.ones(spec.hidden_size), torch.Generator().manual_seed(seed)
-    gradient = _differentiate_surprise(hidden, head, lambda x: runner.final_norm(x, ones), generator)
+    gradient = differentiate_surprise(runner, hidden, head, torch.Generator().manual_seed(seed))
     del hidden, head
     roots: dict[str, Tensor] = {}
     for layer in reversed(range(spec.num_layers)):
         progress(f"layer {layer + 1} backward", 1 - (1 - FORWARD) * (layer + 1) / spec.num_layers)
-        tensors, states = model.float_layer(layer), load_file(_file(scratch, layer))[STATES]
-        norms: dict[str, list[Tensor]] = {}
-        for begin in range(0, len(states), WINDOWS_AT_ONCE):
-            few = slice(begin, begin + WINDOWS_AT_ONCE)
-            entering, outputs = runner.output_gradients(layer, tensors, states[few], gradient[few])
-            for name, values in outputs.items():
-                norm = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
-                norms.setdefault(name, []).append(norm)
-            gradient[few] = entering
-        roots |= {layer_prefix(layer) + name: torch.cat(parts) for name, parts in norms.items()}
+        found = _go_back(runner, layer, model.float_layer(layer), _file(scratch, layer), gradient)
+        roots |= {layer_prefix(layer) + name: root for name, root in found.items()}
         _file(scratch, layer).unlink()
     return {name: root / root.mean().clamp_min(SMALLEST) for name, root in roots.items()}
 
 
+def _go_back(
+    runner: ReferenceModel, layer: int, tensors: Mapping[str, Tensor], file: Path, gradient: Tensor
+) -> dict[str, Tensor]:
+    """Return the norm [n, length] of the gradient for each token's output of each of a layer's linears, and
+    turn `gradient` [n, length, hidden_size] from that for what leaves the layer into that for what enters."""
+    states = load_file(file)[STATES]
+    norms: dict[str, list[Tensor]] = {}
+    for few in torch.arange(len(states)).split(WINDOWS_AT_ONCE):
+        entering, outputs = runner.output_gradients(layer, tensors, states[few], gradient[few])
+        for name, values in outputs.items():
+            norm = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+            norms.setdefault(name, []).append(norm)
+        gradient[few] = entering
+    return {name: torch.cat(parts) for name, parts in norms.items()}
+
+
 def _file(scratch: Path, layer: int) -> Path:
     return scratch / f"{STATES}-{layer}.safetensors"
-
-
-def _differentiate_surprise(
-    hidden: Tensor, head: Tensor, norm: Callable[[Tensor], Tensor], generator: torch.Generator
-) -> Tensor:
-    """Return the gradient of -log p(y) for hidden [n, length, hidden_size], y drawn at every position from
-    the model's own p; with h the normalised states and H the head it is (p - 1_y) H for h."""
-    parts = []
-    for states in hidden.flatten(0, 1).split(PIECE):
-        with torch.enable_grad():
-            leaf = states.detach().requires_grad_()
-            normed = norm(leaf)
-        p = (normed.detach() @ head.T).float().softmax(-1)
-        drawn = _draw(p, generator)
-        outputs = p.to(head.dtype) @ head - head[drawn]
-        parts.append(torch.autograd.grad(normed, leaf, outputs)[0])
-    return torch.cat(parts).view_as(hidden)
-
-
-def _draw(p: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw an index from each row of p [n, vocab]: where the running sum passes a uniform number."""
-    sums = p.cumsum(-1)
-    uniform = torch.rand(len(p), 1, generator=generator) * sums[:, -1:]
-    return torch.searchsorted(sums, uniform, right=True).squeeze(-1).clamp_max(p.shape[1] - 1)

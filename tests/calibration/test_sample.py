@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anequant.calibration import sample
-from anequant.calibration.sample import draw_tokens, sample_windows, split_windows
+from anequant.calibration.sample import sample_windows, split_windows
+from anequant.calibration.surprise import draw_tokens
 from anequant.calibration.tokens import read_openings
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import OPENINGS

@@ -12,11 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from anequant.architectures.spec import layer_prefix
+from anequant.calibration import surprise
 from anequant.calibration import token_weights as module
 from anequant.calibration.token_weights import measure_token_weights
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
+from anequant.errors import InputError
 from anequant.quantization.online import plan_online
 from anequant.recipe_files import load_recipe
+from anequant.reference.forward import ReferenceModel
 from anequant.reference.rotated_model import RotatedModel
 from anequant.rotation.rotation_plan import RotationPlan, plan_rotations
 
@@ -32,8 +35,8 @@ def unrotated(checkpoint: Checkpoint) -> RotatedModel:
     return RotatedModel(checkpoint, RotationPlan(), fold_scales=False)
 
 
-def draw_one(p: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.full((len(p),), DRAWN)
+def draw_one(logits: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.full((len(logits),), DRAWN)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
@@ -42,7 +45,7 @@ def test_weights_are_roots_of_squared_gradients(
     make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
     """Of the loss of one token that is always drawn; more windows than run at once."""
-    monkeypatch.setattr(module, "_draw", draw_one)
+    monkeypatch.setattr(surprise, "draw_tokens", draw_one)
     folder = make_model(tmp_path / "model", model_type, False)
     checkpoint = open_checkpoint(folder)
     tokens = torch.randint(97, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -74,7 +77,7 @@ def test_a_rotated_model_has_the_same_weights(
     make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Norms of gradients do not change where outputs are rotated, nor where R3 and R4 run. No file stays."""
-    monkeypatch.setattr(module, "_draw", draw_one)
+    monkeypatch.setattr(surprise, "draw_tokens", draw_one)
     checkpoint = open_checkpoint(make_model(tmp_path / "model", "qwen2", False))
     recipe = load_recipe(None, {"r1": "random", "r3": "hadamard", "r4": "hadamard", "activation_bits": 8})
     plan, online = plan_rotations(checkpoint.spec, recipe), plan_online(checkpoint.spec, recipe)
@@ -104,9 +107,19 @@ def test_weights_are_about_one_and_told_by_the_seed(tiny_qwen2: Path, tmp_path: 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     """By Pearson's chi-squared, whose 99.99th percentile at 7 degrees of freedom is 29.9."""
     p = torch.tensor([0.02, 0.3, 0.0, 0.08, 0.25, 0.05, 0.2, 0.1]).expand(40_000, -1)
-    drawn = module._draw(p, torch.Generator().manual_seed(0))
+    drawn = surprise.draw_tokens(p.log(), torch.Generator().manual_seed(0))
+    assert drawn is not None
     counts = torch.bincount(drawn, minlength=8).double()
     assert counts[2] == 0
     expected = p[0].double() * len(p)
     kept = expected > 0
     assert float(((counts - expected)[kept].square() / expected[kept]).sum()) < 29.9
+
+
+def test_logits_that_are_not_finite_are_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
+    model = unrotated(open_checkpoint(tiny_qwen2))
+    runner = ReferenceModel(model.spec, torch.float32)
+    hidden = torch.ones(1, 2, model.spec.hidden_size)
+    head = torch.full((3, model.spec.hidden_size), torch.inf)
+    with pytest.raises(InputError, match="logits are not finite on the calibration tokens"):
+        surprise.differentiate_surprise(runner, hidden, head, torch.Generator())
