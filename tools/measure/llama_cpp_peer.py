@@ -13,25 +13,17 @@ import json
 import os
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # it is run without the package
+
+from real_model import INNER, OUTER
+
+NAMES = {theirs: ours for ours, theirs in (*OUTER.items(), *INNER.items())}
 """Transformers' names and GGUF's; those of a layer without what comes before."""
 
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")

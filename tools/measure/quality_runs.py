@@ -28,8 +28,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from measured import machine, when_and_where, write_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from anequant.recipe import Calibration
     from anequant.request import Request
 
@@ -110,14 +108,14 @@ def _run_recipe(row: Row, seed: int, settings: Settings, output: Path) -> float:
     return sum(t.bits * t.weights for t in projections) / sum(t.weights for t in projections)
 
 
-def ask(row: Row, seed: int, model: Path, calibration: Calibration, tokens: Tensor | None = None) -> Request:
-    """Return what is asked for by a row with a recipe; `tokens` [n, length] are those of `calibration`."""
+def ask(row: Row, seed: int, model: Path, calibration: Calibration) -> Request:
+    """Return what is asked for by a row with a recipe."""
     from anequant.checkpoints.source import resolve_source
     from anequant.recipe_files import load_recipe
     from anequant.request import Request
 
     recipe = load_recipe(row.recipe, {**row.overrides, "seed": seed})
-    return Request(resolve_source(str(model)), recipe, calibration, tokens=tokens)
+    return Request(resolve_source(str(model)), recipe, calibration)
 
 
 def _run_peer(row: Row, settings: Settings, output: Path) -> float:

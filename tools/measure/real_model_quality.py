@@ -17,20 +17,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from measured import machine, when_and_where, write_json
 from peer_environments import CACHE
 from quality_runs import Row, is_available, list_missing, run_each
 from real_model_runs import SAMPLES, Settings, measure, record_references
+
+from anequant.evaluation.intervals import average, average_differences
 
 SEEDS = (0, 1, 2)
 CALIBRATED = partial(Row, windows=SAMPLES)
@@ -109,11 +110,6 @@ def window_means(runs: Sequence[Mapping[str, Any]], text: str, key: str) -> list
     return [fmean(values) for values in zip(*(run["texts"][text][key] for run in runs), strict=True)]
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean over windows, and its standard error."""
-    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
 def table(rows: Sequence[Row], results: Mapping[str, Any]) -> str:
     """The rows in their order, as Markdown; one that did not run tells why."""
     texts: list[str] = results["settings"]["texts"]
@@ -147,8 +143,9 @@ def row_of(cells: Sequence[str]) -> str:
 
 
 def cell(runs: Sequence[Mapping[str, Any]], text: str, key: str, form: str) -> str:
-    mean, error = mean_and_error(window_means(runs, text, key))
-    return f"{form.format(mean)} ± {error:.4f}"
+    """A figure with its standard error, which a single window does not tell."""
+    mean = average(window_means(runs, text, key))
+    return form.format(mean.value) + ("" if mean.error is None else f" ± {mean.error:.4f}")
 
 
 def reason(row: Row, results: Mapping[str, Any]) -> str:
@@ -166,10 +163,10 @@ def compare_pair(ours: str, other: str, results: Mapping[str, Any]) -> str | Non
         return None
     said = []
     for text in results["settings"]["texts"]:
-        pairs = zip(*(window_means(each, text, "kl") for each in runs), strict=True)
-        mean, error = mean_and_error([one - two for one, two in pairs])
-        verdict = "no different" if abs(mean) <= 2 * error else "better" if mean < 0 else "worse"
-        said.append(f"{verdict} on {text} ({mean:+.4f} ± {error:.4f})")
+        found = average_differences(*(window_means(each, text, "kl") for each in runs))
+        verdict = "better" if found.value < 0 else "worse"
+        verdict = verdict if found.excludes_zero else "no different"
+        said.append(f"{verdict} on {text} ({found.value:+.4f} ± {found.error:.4f})")
     bits = [fmean(run["bits"] for run in each) for each in runs]
     return f"{ours} at {bits[0]:.2f} bits, {other} at {bits[1]:.2f}: {' and '.join(said)}."
 
@@ -189,7 +186,7 @@ def report(results: Mapping[str, Any]) -> str:
         f"unless said. {when_and_where(results['machine'])}, by `python "
         "tools/measure/real_model_quality.py`; the single runs are in "
         f"[measured/real_model.json](measured/real_model.json).\n\n{table(ROWS, results)}\n\n"
-        "KL of two ways on the same windows, and whether they differ by more than two standard errors:\n\n"
+        "KL of two ways on the same windows; they differ where the 95% interval of the difference excludes 0:\n\n"
         + "\n".join(f"- {said}" for said in pairs)
     )
 

@@ -21,8 +21,7 @@ from quality_runs import Row, ask
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from anequant.evaluation.divergence import Reference
-    from anequant.evaluation.quality import Quality
+    from anequant.recipe import Calibration
 
 FLOAT, SAMPLES = 16, 96
 """Bits of what stays float, and windows of calibration, the same number of each text."""
@@ -124,8 +123,9 @@ def _run_recipe(row: Row, seed: int, settings: Settings, folder: Path) -> Made:
     from anequant.pipeline.quantize import quantize
     from anequant.recipe import Calibration
 
-    sources = ("self",) if row.own_text else tuple(map(str, settings.calibration))
-    request = ask(row, seed, settings.model, Calibration(sources, row.windows, settings.length))
+    own = Calibration(("self",), row.windows, settings.length)
+    calibration = own if row.own_text else _calibrate(settings, row.windows)
+    request = ask(row, seed, settings.model, calibration)
     begun = time.perf_counter()
     quantize(request, folder)
     seconds, peak = time.perf_counter() - begun, _peak()
@@ -160,18 +160,19 @@ def _run_own_peer(row: Row, settings: Settings, folder: Path) -> Made:
     return replace(_count(settings.twin, projections, tables, took), about=found)
 
 
+def _calibrate(settings: Settings, windows: int) -> Calibration:
+    """Return so many windows, the same number of every calibration text."""
+    from anequant.recipe import Calibration
+
+    return Calibration(tuple(map(str, settings.calibration)), windows, settings.length)
+
+
 def read_calibration(model: Path, settings: Settings) -> Tensor:
     """Cut calibration windows [SAMPLES, length], the same number from every text."""
-    import torch
+    from anequant.calibration.tokens import read_calibration_tokens
+    from anequant.checkpoints.reader import open_checkpoint
 
-    from anequant.reference.windows import read_text_windows
-
-    config, count = _spec(model).config, SAMPLES // len(settings.calibration)
-    windows = [
-        read_text_windows(model, config, text, count=count, length=settings.length)
-        for text in settings.calibration
-    ]
-    return torch.cat(windows)
+    return read_calibration_tokens(_calibrate(settings, SAMPLES), open_checkpoint(model))
 
 
 def _measure_text(folder: Path, number: int, settings: Settings) -> dict[str, list[float]]:
@@ -179,24 +180,13 @@ def _measure_text(folder: Path, number: int, settings: Settings) -> dict[str, li
     from safetensors.torch import load_file
 
     from anequant.checkpoints.reader import open_checkpoint
-    from anequant.evaluation.divergence import Reference
-    from anequant.reference.forward import logits
+    from anequant.evaluation.divergence import Reference, measure_quality_against
 
     kept = load_file(settings.work / f"{number}.safetensors")
     base = open_checkpoint(settings.model)
     reference = Reference(kept["hidden"], base.read(base.head_name))
-    ours = logits(open_checkpoint(folder), kept["tokens"])
-    each = list(_measure_windows(kept["tokens"], ours, reference))
-    return {key: [round(getattr(quality, key), 6) for quality in each] for key in FIGURES}
-
-
-def _measure_windows(tokens: Tensor, ours: Any, reference: Reference) -> Any:
-    """Yield the quality of each window alone."""
-    from anequant.evaluation.quality import summarise
-
-    for window, values, base in zip(tokens, ours, reference.logits(), strict=True):
-        quality: Quality = summarise(window[None], [values], [base])
-        yield quality
+    means = measure_quality_against(open_checkpoint(folder), kept["tokens"], reference).by_window
+    return {key: [round(value, 6) for value in getattr(means, key)] for key in FIGURES}
 
 
 def _spec(model: Path) -> Any:
