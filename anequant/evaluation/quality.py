@@ -17,13 +17,23 @@ from anequant.jobs.typed import to_plain
 
 @dataclass(frozen=True)
 class WindowMeans:
-    """Means over the predictions of each window, in the order of the windows; the last three are None
-    without a base."""
+    """Means over the predictions of each window, in the order of the windows: NLL; and without a base None,
+    its NLL, KL(base || model) and the share of equal arg-max tokens. In nats."""
 
     nll: tuple[float, ...]
-    extra_nll: tuple[float, ...] | None = None
+    base_nll: tuple[float, ...] | None = None
     kl: tuple[float, ...] | None = None
     top1: tuple[float, ...] | None = None
+
+    @property
+    def extra_nll(self) -> tuple[float, ...] | None:
+        """The NLL less the base's, which is the logarithm of the ratio of the two perplexities."""
+        if self.base_nll is None:
+            return None
+        return tuple(own - other for own, other in zip(self.nll, self.base_nll, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: to_plain(getattr(self, name)) for name in ("nll", "extra_nll", "kl", "top1")}
 
 
 @dataclass(frozen=True)
@@ -44,31 +54,45 @@ PERCENTS = (50.0, 90.0, 99.0, 99.9, 100.0)
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over `tokens` predictions; NLL and KL in nats.
-
-    What comes after `by_window` compares with the base model and is None without one: its NLL; the extra NLL,
-    which is the logarithm of the ratio of the two perplexities; KL(base || model); the share of equal arg-max
-    tokens; and the percentiles of KL over single predictions.
-    """
+    """Quality over `tokens` predictions of some windows; what compares with a base model is None without one,
+    and so are the percentiles of KL over single predictions."""
 
     tokens: int
-    windows: int
-    nll: float
     by_window: WindowMeans
-    base_nll: float | None = None
-    extra_nll: float | None = None
-    kl: float | None = None
-    top1: float | None = None
     kl_percentiles: Percentiles | None = None
+
+    @property
+    def windows(self) -> int:
+        return len(self.by_window.nll)
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.nll, 100.0))
 
     @property
+    def nll(self) -> float:
+        return self.nll_mean.value
+
+    @property
     def nll_error(self) -> float | None:
         """The standard error of the NLL over windows, None for a single one."""
         return self.nll_mean.error
+
+    @property
+    def base_nll(self) -> float | None:
+        return _value(_average(self.by_window.base_nll))
+
+    @property
+    def extra_nll(self) -> float | None:
+        return _value(self.extra_nll_mean)
+
+    @property
+    def kl(self) -> float | None:
+        return _value(self.kl_mean)
+
+    @property
+    def top1(self) -> float | None:
+        return _value(self.top1_mean)
 
     @property
     def nll_mean(self) -> Mean:
@@ -97,12 +121,12 @@ class Quality:
             "tokens": self.tokens,
             "perplexity": self.perplexity,
             "base_perplexity": base,
-            **_state("nll", self.nll, self.nll_mean),
-            **_state("extra_nll", self.extra_nll, self.extra_nll_mean),
-            **_state("kl", self.kl, self.kl_mean),
+            **_state("nll", self.nll_mean),
+            **_state("extra_nll", self.extra_nll_mean),
+            **_state("kl", self.kl_mean),
             "kl_percentiles": None if self.kl_percentiles is None else asdict(self.kl_percentiles),
-            **_state("top1", self.top1, self.top1_mean),
-            "by_window": to_plain(self.by_window),
+            **_state("top1", self.top1_mean),
+            "by_window": self.by_window.to_dict(),
         }
 
 
@@ -126,22 +150,11 @@ def summarise(tokens: Tensor, ours: Iterable[Tensor], base: Iterable[Tensor] | N
         top1.append(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()))
         token_kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
         kl.append(float(token_kl[-1].double().mean()))
-    count, mean = len(nll), average(nll).value
-    predictions = count * (tokens.shape[1] - 1)
+    predictions = len(nll) * (tokens.shape[1] - 1)
     if base_windows is None:
-        return Quality(predictions, count, mean, WindowMeans(tuple(nll)))
-    extra_nll = tuple(own - other for own, other in zip(nll, base_nll, strict=True))
-    return Quality(
-        predictions,
-        count,
-        mean,
-        WindowMeans(tuple(nll), extra_nll, tuple(kl), tuple(top1)),
-        base_nll=sum(base_nll) / count,
-        extra_nll=mean - sum(base_nll) / count,
-        kl=sum(kl) / count,
-        top1=sum(top1) / count,
-        kl_percentiles=find_percentiles(torch.cat(token_kl)),
-    )
+        return Quality(predictions, WindowMeans(tuple(nll)))
+    means = WindowMeans(tuple(nll), tuple(base_nll), tuple(kl), tuple(top1))
+    return Quality(predictions, means, find_percentiles(torch.cat(token_kl)))
 
 
 def token_nll(log_probabilities: Tensor, window: Tensor) -> Tensor:
@@ -159,7 +172,11 @@ def _average(values: tuple[float, ...] | None) -> Mean | None:
     return None if values is None else average(values)
 
 
-def _state(name: str, value: float | None, mean: Mean | None) -> dict[str, Any]:
+def _value(mean: Mean | None) -> float | None:
+    return None if mean is None else mean.value
+
+
+def _state(name: str, mean: Mean | None) -> dict[str, Any]:
     """Return a figure by its name, and beside it its standard error and interval."""
-    error, interval = (None, None) if mean is None else (mean.error, mean.interval)
+    value, error, interval = (None,) * 3 if mean is None else (mean.value, mean.error, mean.interval)
     return {name: value, f"{name}_error": error, f"{name}_interval": to_plain(interval)}

@@ -194,18 +194,16 @@ def test_tokens_are_collected_once_and_the_float_model_runs_once(
 
 
 def trial(name: str, bits: float, kl: float, on_ane: bool = True) -> Trial:
-    quality = summarise(torch.zeros(1, 2, dtype=torch.int64), [torch.zeros(2, 3)], [torch.zeros(2, 3)])
-    stored = StoredBits(bits, bits, 1)
-    return Trial(name, RECIPE, on_ane, stored, replace(quality, kl=kl), 1.0)
+    return spread(name, (kl,), bits, on_ane)
 
 
-def spread(name: str, kls: Any) -> Trial:
+def spread(name: str, kls: Any, bits: float = 4.0, on_ane: bool = True) -> Trial:
     """A trial whose windows have these KL."""
-    made = trial(name, 4.0, float(kls.mean()))
-    assert made.quality is not None
     several = tuple(map(float, kls))
+    quality = summarise(torch.zeros(1, 2, dtype=torch.int64), [torch.zeros(2, 3)], [torch.zeros(2, 3)])
     by_window = WindowMeans(several, several, several, tuple(1.0 for _ in several))
-    return replace(made, quality=replace(made.quality, by_window=by_window, windows=len(several)))
+    stored = StoredBits(bits, bits, 1)
+    return Trial(name, RECIPE, on_ane, stored, replace(quality, by_window=by_window), 1.0)
 
 
 def test_the_front_is_what_nothing_beats() -> None:

@@ -60,7 +60,7 @@ def test_the_script_counts_the_intervals_that_hold() -> None:
     """Where all windows are alike each interval is one point and holds it; of KL some do not."""
     alike, draw = (0.5,) * 50, np.random.default_rng(1)
     values = tuple(draw.normal(0.2, 0.01, 50).tolist())
-    quality = Quality(50, 50, 0.5, WindowMeans(alike, alike, values, alike), 0.0, 0.5, 0.2, 0.5)
+    quality = Quality(50, WindowMeans(alike, alike, values, alike))
     found = {one.name: one for one in check_coverage(quality, windows=10, times=40, seed=0)}
     assert found.keys() == {"KL", "extra NLL", "same top token", "NLL"}
     assert (found["NLL"].held, found["NLL"].figure, found["NLL"].suffices) == (40, 0.5, True)

@@ -25,7 +25,7 @@ def describe_quality(result: Quality) -> Rows:
     rows = [
         (
             "perplexity",
-            f"{result.perplexity:.3f} (NLL {format_mean(result.nll, result.nll_mean)}) on "
+            f"{result.perplexity:.3f} (NLL {format_mean(result.nll_mean)}) on "
             f"{result.windows} windows, {result.tokens} tokens",
         )
     ]
@@ -33,9 +33,9 @@ def describe_quality(result: Quality) -> Rows:
         rows += [
             (
                 "base",
-                f"extra NLL {format_mean(result.extra_nll, result.extra_nll_mean, sign='+')}, "
-                f"KL {format_mean(result.kl, result.kl_mean)}, "
-                f"same top token {format_share(result.top1, result.top1_mean)}",
+                f"extra NLL {format_mean(result.extra_nll_mean, sign='+')}, "
+                f"KL {format_mean(result.kl_mean)}, "
+                f"same top token {format_share(result.top1_mean)}",
             ),
             ("KL of tokens", describe_percentiles(result.kl_percentiles)),
         ]
@@ -108,21 +108,21 @@ def _score(value: float | None, error: float | None) -> str:
     return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def format_mean(value: float | None, mean: Mean | None, sign: str = "-") -> str:
+def format_mean(mean: Mean | None, sign: str = "-") -> str:
     """Return a figure with its standard error, both to the same decimals: 0.0533 ± 0.0008; NOTHING for
     None. With `sign` + positive ones have one too."""
-    if value is None or mean is None:
+    if mean is None:
         return NOTHING
     decimals = _count_decimals(mean.error)
     error = "" if mean.error is None else f" ± {mean.error:.{decimals}f}"
-    return f"{value:{sign}.{decimals}f}{error}"
+    return f"{mean.value:{sign}.{decimals}f}{error}"
 
 
-def format_share(value: float | None, mean: Mean | None) -> str:
+def format_share(mean: Mean | None) -> str:
     """Return a share in percent with its standard error: 85.2% ± 0.3%; NOTHING for None."""
-    if value is None or mean is None:
+    if mean is None:
         return NOTHING
-    return f"{value:.1%}" + ("" if mean.error is None else f" ± {mean.error:.1%}")
+    return f"{mean.value:.1%}" + ("" if mean.error is None else f" ± {mean.error:.1%}")
 
 
 def format_divergence(value: float) -> str:

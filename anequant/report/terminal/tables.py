@@ -140,7 +140,7 @@ def _describe_difference(trial: Trial) -> tuple[str, str]:
     if trial.difference is None:
         return NOTHING, NOTHING
     kl = trial.difference.kl
-    told = format_mean(kl.value, kl, sign="+")
+    told = format_mean(kl, sign="+")
     if kl.interval is None:
         return told, NOTHING
     decimals = len(told.split()[0].partition(".")[2])
@@ -164,9 +164,9 @@ def _trial_line(trial: Trial, reference: Trial) -> tuple[str, ...]:
         f"{bits.whole:.2f}",
         f"{bits.projections:.2f}",
         format_bytes(bits.nbytes),
-        format_mean(quality.extra_nll, quality.extra_nll_mean, sign="+"),
-        format_mean(quality.kl, quality.kl_mean),
-        format_share(quality.top1, quality.top1_mean),
+        format_mean(quality.extra_nll_mean, sign="+"),
+        format_mean(quality.kl_mean),
+        format_share(quality.top1_mean),
         _judge(trial, reference),
         f"{seconds:.1f}",
     )
