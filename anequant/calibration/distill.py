@@ -21,9 +21,12 @@ from anequant.calibration.tuning_state import Position, Tuned, load_state, recor
 from anequant.jobs.control import Progress, silent
 
 WINDOWS_A_STEP = 8
-LATENT_RATE, NUMBER_RATE = 3e-3, 5e-4
+LATENT_RATE, OTHER_RATE = 3e-3, 5e-4
 WARM_UP = 10
 EVALUATE_EVERY = 25
+
+HELD_OUT, HELD_OUT_SHARE = 16, 6
+"""Windows to judge by: so many, or a sixth of few."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,17 @@ class TuneResult:
     held_out_after: float
 
 
+def hold_out_windows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which of the windows [n, length] to learn from and which, evenly spaced, to judge by; a single
+    one serves both."""
+    count = len(tokens)
+    if count == 1:
+        return tokens, tokens
+    held_out = torch.zeros(count, dtype=torch.bool)
+    held_out[torch.linspace(0, count - 1, min(HELD_OUT, max(1, count // HELD_OUT_SHARE))).long()] = True
+    return tokens[~held_out], tokens[held_out]
+
+
 def distill(
     student: Student, course: Course, folder: Path | None = None, progress: Progress = silent
 ) -> tuple[Tuned, TuneResult]:
@@ -86,9 +100,7 @@ def distill(
         factor = min(1.0, step / WARM_UP) * (1 + math.cos(math.pi * used)) / 2
         while len(queue) < min(WINDOWS_A_STEP, len(course.lesson)):
             queue += torch.randperm(len(course.lesson), generator=generator).tolist()
-        student.learn(
-            course.lesson[queue[:WINDOWS_A_STEP]], Rates(LATENT_RATE * factor, NUMBER_RATE * factor)
-        )
+        student.learn(course.lesson[queue[:WINDOWS_A_STEP]], Rates(LATENT_RATE * factor, OTHER_RATE * factor))
         at = replace(at, step=step, queue=tuple(queue[WINDOWS_A_STEP:]), seconds=time.monotonic() - begun)
         used = budget.share(step, at.seconds)
         if step % EVALUATE_EVERY == 0 or used >= 1:

@@ -38,29 +38,27 @@ class TunableLayer:
     gains: Mapping[str, Tensor]
 
     @property
-    def latents(self) -> dict[str, Tensor]:
-        return {f"{name}.latent": linear.latent for name, linear in self.linears.items()}
-
-    @property
-    def numbers(self) -> dict[str, Tensor]:
-        """All leaves but latent values, by name."""
-        numbers = {
+    def leaves(self) -> dict[str, Tensor]:
+        """All leaves by name."""
+        leaves = {
             f"{name}.{key}": leaf
             for name, linear in self.linears.items()
-            for key, leaf in linear.numbers.items()
+            for key, leaf in linear.leaves.items()
         }
-        return numbers | {f"{name}.gain": gain for name, gain in self.gains.items()}
+        return leaves | {f"{name}.gain": gain for name, gain in self.gains.items()}
 
     def current(self) -> LayerState:
+        """Return the layer as it stands."""
         linears = {name: linear.current() for name, linear in self.linears.items()}
         return LayerState(linears, {name: gain.detach().clone() for name, gain in self.gains.items()})
 
-    def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
-        """Set every leaf's `grad` from the gradients for the layer's tensors."""
+    def set_gradients(self, state: LayerState, gradients: Mapping[str, Tensor]) -> None:
+        """Set every leaf's `grad` from the gradients for the tensors of `state`, which is the current one."""
         for name, gain in self.gains.items():
             gain.grad = gradients[f"{name}.weight"]
         for name, linear in self.linears.items():
-            linear.set_gradients(gradients[f"{name}.weight"], gradients.get(f"{name}.bias"))
+            weight, bias = gradients[f"{name}.weight"], gradients.get(f"{name}.bias")
+            linear.set_gradients(state.linears[name], weight, bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +83,7 @@ class Rates:
     """Learning rates of a step: of latent values among ENTRIES entries, and of everything else."""
 
     latent: float
-    numbers: float
+    others: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +118,7 @@ class Student:
     @property
     def leaves(self) -> list[dict[str, Tensor]]:
         """All leaves by name: of every layer, and the final gain; each set has an optimizer of its own."""
-        return [*(layer.latents | layer.numbers for layer in self.layers), {"gain": self.heads.gain}]
+        return [*(layer.leaves for layer in self.layers), {"gain": self.heads.gain}]
 
     def divergence(self, windows: Tensor) -> float:
         """Return the mean KL(float || quantized) over all positions of windows [n, length]."""
@@ -146,17 +144,16 @@ class Student:
             gain.grad /= windows.numel()
             self._move(len(self.layers), rates)
             for number in reversed(range(len(self.layers))):
-                layer = self.layers[number]
-                gradient, gradients = self._differentiate(number, layer, inputs.pop(), gradient)
-                layer.set_gradients(gradients)
+                state = self.layers[number].current()
+                gradient, gradients = self._differentiate(number, state, inputs.pop(), gradient)
+                self.layers[number].set_gradients(state, gradients)
                 self._move(number, rates)
 
     def _differentiate(
-        self, number: int, layer: TunableLayer, hidden: Tensor, gradient: Tensor
+        self, number: int, state: LayerState, hidden: Tensor, gradient: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the gradients for a layer's input [n, length, hidden_size] and for its tensors."""
-        tensors = layer.current().tensors()
-        first: list[Tensor] = []
+        tensors, first = state.tensors(), []
         total: dict[str, Tensor] = {}
         for states, out in zip(hidden.split(WINDOWS_AT_ONCE), gradient.split(WINDOWS_AT_ONCE), strict=True):
             part, gradients = self._model.gradients(number, tensors, states, out)
@@ -168,7 +165,7 @@ class Student:
     def _move(self, number: int, rates: Rates) -> None:
         optimizer = self.optimizers[number]
         for group in optimizer.param_groups:
-            group["lr"] = rates.latent * group[SHARE] if SHARE in group else rates.numbers
+            group["lr"] = rates.latent * group[SHARE] if SHARE in group else rates.others
         optimizer.step()
         optimizer.zero_grad()
 
@@ -187,8 +184,9 @@ def _optimize(layer: TunableLayer) -> torch.optim.Adam:
         {"params": [linear.latent], SHARE: ENTRIES / len(linear.codebook)}
         for linear in layer.linears.values()
     ]
-    return _make_adam(latents, [*layer.numbers.values()])
+    others = [leaf for name, leaf in layer.leaves.items() if not name.endswith(".latent")]
+    return _make_adam(latents, others)
 
 
-def _make_adam(latents: list[dict[str, Any]], numbers: list[Tensor]) -> torch.optim.Adam:
-    return torch.optim.Adam([*latents, {"params": numbers}], betas=BETAS, eps=EPSILON)
+def _make_adam(latents: list[dict[str, Any]], others: list[Tensor]) -> torch.optim.Adam:
+    return torch.optim.Adam([*latents, {"params": others}], betas=BETAS, eps=EPSILON)

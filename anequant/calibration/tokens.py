@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from anequant.reference.windows import (
 
 SELF, WIKITEXT2 = "self", "wikitext2"
 WIKITEXT2_DATASET = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+MOST_WRITTEN = 96
+"""Fresh windows that a model writes itself, which takes its time."""
+
 PREVIEW = 500
 """Characters of a window's text that are written beside its tokens."""
 
@@ -60,9 +64,34 @@ def read_calibration_tokens(
     hold its share; raises UsageError when a source does not exist or holds too little, ResourceError when
     WikiText-2 cannot be had.
     """
-    read = [_read_windows(part, checkpoint, progress, resident) for part in _open_parts(calibration)]
-    mixed = mix_evenly([len(windows) for windows in read])
-    return torch.stack([read[source][window] for source, window in mixed])
+    return _mix([_read_windows(part, checkpoint, progress, resident) for part in _open_parts(calibration)])
+
+
+def read_fresh_tokens(
+    calibration: Calibration, checkpoint: Checkpoint, most: int, progress: Progress = silent
+) -> Tensor:
+    """Return at most `most` windows of the calibration's sources, drawn by another seed than its own and
+    mixed evenly: int64 [n, length].
+
+    Each source gives its share of them or what it holds, the model itself at most MOST_WRITTEN. Raises as
+    `read_calibration_tokens`.
+    """
+    samples = max(most, len(calibration.sources))
+    parts = _open_parts(replace(calibration, samples=samples, seed=calibration.seed + 1))
+    return _mix([_read_windows(_ease(part), checkpoint, progress) for part in parts])
+
+
+def _ease(part: _Part) -> _Part:
+    """Return a part that may give fewer windows than its share."""
+    own = part.calibration
+    if part.source == SELF:
+        own = replace(own, samples=min(own.samples, MOST_WRITTEN))
+    return replace(part, calibration=own, shared=False)
+
+
+def _mix(read: Sequence[Tensor]) -> Tensor:
+    """Return the windows [n, length] of all sources, mixed evenly."""
+    return torch.stack([read[source][window] for source, window in mix_evenly([len(part) for part in read])])
 
 
 def check_calibration(calibration: Calibration, checkpoint: Checkpoint) -> None:

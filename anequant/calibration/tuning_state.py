@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from anequant.calibration.student import LayerState, Student
 from anequant.jobs.typed import from_plain, to_plain
-from anequant.jobs.work_folder import DamagedWork
+from anequant.jobs.work_folder import reading_work
 from anequant.quantization.linear import QuantizedLinear
 from anequant.strict import parse_json
 
@@ -78,22 +78,17 @@ def load_state(folder: Path, student: Student, generator: torch.Generator) -> tu
     path = folder / FILE
     if not path.exists():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            position = from_plain(Position, parse_json(file.metadata()[POSITION]))
-            generator.set_state(file.get_tensor("generator"))
-            for number, (optimizer, leaves) in enumerate(
-                zip(student.optimizers, student.leaves, strict=True)
-            ):
-                for name, leaf in leaves.items():
-                    leaf.data.copy_(file.get_tensor(f"{number}.{name}"))
-                    moments = {key: file.get_tensor(f"{number}.{name}.{key}") for key in (MEAN, SQUARE)}
-                    optimizer.state[leaf] = {"step": torch.tensor(float(position.step)), **moments}
-            best = record(student)
-            names = _list_tensors(best)
-            kept = {name: file.get_tensor(f"best.{name}") for name in names}
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        raise DamagedWork(f"'{FILE}' of an interrupted run is damaged", folder) from error
+    with reading_work(path), safe_open(path, "pt") as file:
+        position = from_plain(Position, parse_json(file.metadata()[POSITION]))
+        generator.set_state(file.get_tensor("generator"))
+        for number, (optimizer, leaves) in enumerate(zip(student.optimizers, student.leaves, strict=True)):
+            for name, leaf in leaves.items():
+                leaf.data.copy_(file.get_tensor(f"{number}.{name}"))
+                moments = {key: file.get_tensor(f"{number}.{name}.{key}") for key in (MEAN, SQUARE)}
+                optimizer.state[leaf] = {"step": torch.tensor(float(position.step)), **moments}
+        best = record(student)
+        names = _list_tensors(best)
+        kept = {name: file.get_tensor(f"best.{name}") for name in names}
     return _from_tensors(best, kept), position
 
 

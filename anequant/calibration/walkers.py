@@ -10,8 +10,8 @@ walker until what it goes through is quantized. So everything runs once, some wi
 hidden states and moments only the quantized input of `last` is held.
 
 What `last` is asked for is its output in the float model and a share of what the quantized model's stream
-lacks by then, hidden_float - hidden: so errors of earlier halves, which no later linear sees in its own input
-alone, are made up for where they would be added to (residual compensation).
+lacks by then, hidden_float - hidden: so errors of earlier halves are made up for in the stream itself, where
+the linears after this one alone would meet them each in its own input.
 
 Where the processor has it, linears and moments take their factors in bfloat16 and add up in float32. That
 rounding, 2**-9 of a factor, is far below the errors of quantization that moments are to see, and a Hessian is
@@ -38,8 +38,8 @@ from anequant.reference.forward import WINDOWS_AT_ONCE, ReferenceModel
 
 HELD_OUT = 6
 COMPENSATION = 0.5
-"""Share of the residual stream's error that attention's and the MLP's outputs make up for."""
-
+"""Share of the residual stream's error that attention's and the MLP's outputs are asked to make up for; the
+target correction takes its own share of that, as of all that a linear's input lacks."""
 
 Measure = Callable[[Linear], InputStatistics]
 """Returns the moments of a group's input as they matter to one of its linears."""
@@ -101,14 +101,16 @@ class Walkers:
         """
         for group in self._spec.input_groups:
             if group[0].norm is not None:
-                measure = partial(self._measure, layer, original, quantized, group)
-                shared = moments and self._weights is None
-                own = partial(_same, measure(group[0])) if shared else measure if moments else None
-                yield GroupInputs(group, own, partial(self._inputs, layer, quantized, group))
+                measure: Measure | None = None
+                if moments:
+                    measure = partial(self._measure, layer, original, quantized, group)
+                    if self._weights is None:
+                        measure = partial(_share, measure(group[0]))
+                yield GroupInputs(group, measure, partial(self._inputs, layer, quantized, group))
                 continue
             statistics, inner = self._leave_half(layer, original, quantized, group, moments=moments)
-            own = None if statistics is None else partial(_same, statistics)
-            yield GroupInputs(group, own, partial(self._windows, inner))
+            measure = None if statistics is None else partial(_share, statistics)
+            yield GroupInputs(group, measure, partial(self._windows, inner))
             name = group[0].name
             weight, bias = quantized[f"{name}.weight"].float(), quantized.get(f"{name}.bias")
             with self._precision():
@@ -206,8 +208,8 @@ class Walkers:
         return sums.statistics(outputs=False)
 
 
-def _same(statistics: InputStatistics, linear: Linear) -> InputStatistics:
-    """The moments that all linears of a group share."""
+def _share(statistics: InputStatistics, linear: Linear) -> InputStatistics:
+    """Return the moments that all linears of a group share."""
     return statistics
 
 

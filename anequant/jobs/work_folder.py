@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from anequant.errors import OS_REMEDIES, InputError, ResourceError, UsageError
 from anequant.jobs.output_folder import check_output
@@ -35,6 +36,15 @@ class DamagedWork(InputError):
 
     def __init__(self, what: str, folder: Path) -> None:
         super().__init__(what, where=str(folder), remedy=START_OVER)
+
+
+@contextmanager
+def reading_work(path: Path) -> Iterator[None]:
+    """In here a file that an earlier run left is read; raises DamagedWork for what goes wrong with that."""
+    try:
+        yield
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise DamagedWork(f"'{path.name}' of an interrupted run is damaged", path.parent) from error
 
 
 @dataclass(frozen=True)

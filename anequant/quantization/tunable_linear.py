@@ -53,9 +53,10 @@ class TunableLinear:
     bias: Tensor | None
 
     @property
-    def numbers(self) -> dict[str, Tensor]:
-        """The leaves but for the latent values, by name."""
+    def leaves(self) -> dict[str, Tensor]:
+        """The leaves that there are, by name."""
         leaves = {
+            "latent": self.latent,
             "codebook": self.codebook,
             "log_output_scale": self.log_output_scale,
             "log_input_scale": self.log_input_scale,
@@ -73,10 +74,11 @@ class TunableLinear:
         bias = None if self.bias is None else self.bias.detach().clone()
         return QuantizedLinear(codes, codebook, input_scale, self.log_output_scale.detach().exp(), bias)
 
-    def set_gradients(self, weight_gradient: Tensor, bias_gradient: Tensor | None) -> None:
-        """Set every leaf's `grad` from the gradients for the dequantized weight [out, in] and the bias
-        [out]."""
-        linear = self.current()
+    def set_gradients(
+        self, linear: QuantizedLinear, weight_gradient: Tensor, bias_gradient: Tensor | None
+    ) -> None:
+        """Set every leaf's `grad` from the gradients for the weight [out, in] and the bias [out] of `linear`,
+        which is what this one currently stands for."""
         scaled = (weight_gradient * linear.output_scale[:, None]).mul_(linear.input_scale)
         self.latent.grad = scaled
         sums = torch.bincount(linear.codes.view(-1), scaled.view(-1), len(linear.codebook)).float()

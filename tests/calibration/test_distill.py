@@ -121,7 +121,7 @@ def test_a_step_descends_the_divergence_of_whole_models(
         prefix = layer_prefix(number)
         for name, linear in layer.linears.items():
             full = prefix + name
-            own = {key: leaf.detach().double().requires_grad_() for key, leaf in linear.numbers.items()}
+            own = {key: leaf.detach().double().requires_grad_() for key, leaf in linear.leaves.items()}
             latent = linear.latent.detach().double().requires_grad_()
             values = own["codebook"][linear.current().codes.long()] + latent - latent.detach()
             weights[f"{full}.weight"] = (
@@ -145,13 +145,13 @@ def test_a_step_descends_the_divergence_of_whole_models(
     before = {
         f"{n}.{name}": leaf.detach().clone() for n, s in enumerate(student.leaves) for name, leaf in s.items()
     }
-    rates = Rates(latent=1e-3, numbers=1e-4)
+    rates = Rates(latent=1e-3, others=1e-4)
     student.learn(tokens, rates)
     for number, leaves in enumerate(student.leaves):
         for name, leaf in leaves.items():
             key = f"{number}.{name}"
             gradient = expected[key].grad
-            rate = rates.latent if name.endswith(".latent") else rates.numbers
+            rate = rates.latent if name.endswith(".latent") else rates.others
             assert leaf.grad is None
             if gradient is None:
                 assert torch.equal(leaf, before[key])
@@ -282,7 +282,7 @@ def test_training_that_only_hurts_ends_where_it_began(
     assert result.steps == 0 and result.taken == 4 and result.moved == 0
     assert result.held_out_after == result.held_out_before
     monkeypatch.setattr(module, "LATENT_RATE", 0.0)
-    monkeypatch.setattr(module, "NUMBER_RATE", 0.0)
+    monkeypatch.setattr(module, "OTHER_RATE", 0.0)
     untouched, _ = train(taught, Budget(1))
     for one, other in zip(list_tensors(state), list_tensors(untouched), strict=True):
         assert torch.equal(one, other)

@@ -33,7 +33,7 @@ def train(scales: str = "balanced", bias: bool = True) -> TunableLinear:
 
 
 def list_leaves(training: TunableLinear) -> list[Tensor]:
-    return [training.latent, *training.numbers.values()]
+    return [*training.leaves.values()]
 
 
 def move(training: TunableLinear, size: float = 0.05) -> None:
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_autograd(scales: str, swapped: bool) -> None:
     (outputs**3).sum().backward()
 
     assert weight.grad is not None and leaves[-1].grad is not None
-    training.set_gradients(weight.grad.float(), leaves[-1].grad.float())
+    training.set_gradients(training.current(), weight.grad.float(), leaves[-1].grad.float())
     for ours, expected in zip(list_leaves(training), leaves, strict=True):
         assert ours.grad is not None and expected.grad is not None
         scale = float(expected.grad.abs().max())
@@ -99,7 +99,7 @@ def test_a_latent_value_that_passes_the_middle_changes_the_code() -> None:
 
 def test_input_scales_of_one_stay() -> None:
     training = train("output")
-    assert training.log_input_scale is None and len(training.numbers) == 3
+    assert training.log_input_scale is None and len(training.leaves) == 4
     move(training)
     assert bool((finish_tuning(training.current(), "p").input_scale == 1).all())
 
@@ -139,6 +139,6 @@ def test_entries_that_met_are_kept_apart() -> None:
 def test_a_linear_without_bias_has_none_to_train() -> None:
     training = train(bias=False)
     assert training.bias is None
-    training.set_gradients(torch.ones(ROWS, COLUMNS), None)
+    training.set_gradients(training.current(), torch.ones(ROWS, COLUMNS), None)
     assert all(leaf.grad is not None for leaf in list_leaves(training))
     assert finish_tuning(training.current(), "p").bias is None

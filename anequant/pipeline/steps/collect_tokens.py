@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from anequant.checkpoints.reader import Checkpoint
 from anequant.jobs.control import Progress
 from anequant.jobs.process import resident_bytes
 from anequant.jobs.step import Step, Work
-from anequant.jobs.work_folder import DamagedWork
+from anequant.jobs.work_folder import reading_work
 from anequant.pipeline.quantizing import Quantizing
 from anequant.pipeline.steps.sizes import (
     FLOAT32,
@@ -96,11 +95,9 @@ class CollectTokens(Step[Quantizing, tuple[int, int]]):
 
     def accept(self, state: Quantizing, result: tuple[int, int]) -> None:
         """Read the tokens; raises DamagedWork for a damaged file."""
-        try:
-            state.tokens = load_file(state.journal.folder / TOKENS_FILE)[TOKENS].view(result)
-        except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-            what = f"'{TOKENS_FILE}' of an interrupted run is damaged"
-            raise DamagedWork(what, state.journal.folder) from error
+        path = state.journal.folder / TOKENS_FILE
+        with reading_work(path):
+            state.tokens = load_file(path)[TOKENS].view(result)
 
     def tell(self, result: tuple[int, int]) -> Sequence[str]:
         return (f"{result[0]} windows of {result[1]}",)

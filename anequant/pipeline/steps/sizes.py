@@ -22,6 +22,9 @@ FLOAT16, FLOAT32, FLOAT64 = 2, 4, 8
 ALLOCATOR = 64 << 20
 """Bytes of freed blocks that glibc does not give back: those below its threshold, which grows to 32 MB."""
 
+KEPT_STATES, KEPT_INNER = 16, 6
+"""What autograd keeps of a token in a layer: vectors as wide as the stream, and as the MLP's inside."""
+
 CORE_AND_CODES = FLOAT32 + 1
 PACKING_PASSES = 12
 """Times that finding codes again and packing them goes over a weight, in float32."""
@@ -101,6 +104,11 @@ def count_advancing_bytes(spec: ModelSpec, windows: tuple[int, int]) -> int:
     count, length = windows
     few = WINDOWS_AT_ONCE * length * (2 * spec.hidden_size + 3 * spec.intermediate_size)
     return FLOAT32 * (2 * count * length * spec.hidden_size + few)
+
+
+def count_autograd_bytes(spec: ModelSpec, tokens: int) -> int:
+    """Return the bytes that autograd keeps of so many tokens in one layer."""
+    return FLOAT32 * tokens * (KEPT_STATES * spec.hidden_size + KEPT_INNER * spec.intermediate_size)
 
 
 def count_reference_bytes(spec: ModelSpec, source: int) -> int:

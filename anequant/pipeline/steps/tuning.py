@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
-from anequant.calibration.distill import WINDOWS_A_STEP, Budget, Course, TuneResult, distill
-from anequant.calibration.shares import count_shares, mix_evenly
+from anequant.calibration.distill import (
+    HELD_OUT,
+    WINDOWS_A_STEP,
+    Budget,
+    Course,
+    TuneResult,
+    distill,
+    hold_out_windows,
+)
 from anequant.calibration.student import Heads, Student, TunableLayer
-from anequant.calibration.tokens import SELF, read_calibration_tokens
+from anequant.calibration.tokens import read_fresh_tokens
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.quantized import store
 from anequant.checkpoints.reader import Checkpoint
@@ -24,11 +28,11 @@ from anequant.pipeline.steps.sizes import (
     FLOAT16,
     FLOAT32,
     Facts,
+    count_autograd_bytes,
     count_forward_work,
     count_table_weights,
 )
 from anequant.quantization.tunable_linear import finish_tuning, start_tuning
-from anequant.recipe import Calibration
 from anequant.reference.forward import WINDOWS_AT_ONCE
 from anequant.reference.head_loss import PIECE
 
@@ -38,14 +42,11 @@ PASSES = 5
 ASSUMED_STEPS = 100
 """Steps that a budget of minutes is taken for where work is counted."""
 
-MOST_WINDOWS, MOST_WRITTEN = 2048, 96
-"""Windows to learn from: cut from files, and written by the model itself, which takes its time."""
+MOST_WINDOWS = 2048
+"""The most windows to learn from."""
 
-HELD_OUT, HELD_OUT_SHARE = 16, 6
-"""Windows to judge by: so many, or a sixth of few."""
-
-STATE_BYTES, BUSY = 12, 16
-"""Bytes that a latent value takes with its moments; states of a layer's width that autograd keeps."""
+LATENT_BYTES = 12
+"""Bytes that a latent value takes with its moments."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +76,8 @@ class Tune(Step[Quantizing, TuneResult]):
         between = FLOAT32 * WINDOWS_A_STEP * length * spec.hidden_size * (spec.num_layers + 4)
         tables = (FLOAT16 + 2 * FLOAT32) * count_table_weights(spec)
         logits = 6 * FLOAT32 * PIECE * spec.vocab_size
-        latent = (STATE_BYTES + 2) * spec.num_layers * spec.layer_weights
-        busy = (
-            FLOAT32
-            * min(WINDOWS_AT_ONCE, WINDOWS_A_STEP)
-            * length
-            * (BUSY * spec.hidden_size + 6 * spec.intermediate_size)
-        )
+        latent = (LATENT_BYTES + 2) * spec.num_layers * spec.layer_weights
+        busy = count_autograd_bytes(spec, min(WINDOWS_AT_ONCE, WINDOWS_A_STEP) * length)
         layer = 5 * FLOAT32 * spec.layer_weights
         return latent + tables + max(states, between) + max(logits, busy + layer)
 
@@ -112,7 +108,9 @@ def tune_checkpoint(state: Quantizing, writer: CheckpointWriter, progress: Progr
     spec = quantized.spec
     budget = Budget(state.recipe.tune, 60 * state.recipe.tune_minutes)
     most = budget.steps * WINDOWS_A_STEP + HELD_OUT if budget.steps else MOST_WINDOWS
-    tokens = read_lesson(calibration, original, min(most, MOST_WINDOWS), progress.part("tune", 0.0, 0.1))
+    tokens = read_fresh_tokens(
+        calibration, original, min(most, MOST_WINDOWS), progress.part("tune", 0.0, 0.1)
+    )
     layers = []
     for number in range(spec.num_layers):
         loaded, floats = load_layer(quantized, number), model.float_layer(number)
@@ -128,9 +126,7 @@ def tune_checkpoint(state: Quantizing, writer: CheckpointWriter, progress: Progr
     )
     embedding = quantized.read(f"{EMBEDDING}.weight")
     student = Student(spec, original, embedding, layers, heads, quantized.online.rotations)
-    held_out = choose_held_out(len(tokens))
-    lesson = tokens[~held_out] if len(tokens) > 1 else tokens
-    course = Course(lesson, tokens[held_out], budget, calibration.seed)
+    course = Course(*hold_out_windows(tokens), budget, calibration.seed)
     tuned, result = distill(student, course, state.journal.folder, progress.part("tune", 0.1, 1.0))
     _copy(quantized, EMBEDDING, writer)
     for number, layer in enumerate(tuned.layers):
@@ -151,23 +147,3 @@ def _copy(checkpoint: Checkpoint, table: str, writer: CheckpointWriter) -> None:
     for name in checkpoint.tensors:
         if name.startswith(f"{table}."):
             writer.write(name, checkpoint.read(name))
-
-
-def read_lesson(calibration: Calibration, checkpoint: Checkpoint, most: int, progress: Progress) -> Tensor:
-    """Return windows of the calibration's sources, of another seed than its own and mixed evenly: int64 [n,
-    length]. Each source gives its share of `most` or what it holds, and MOST_WRITTEN where the model writes
-    it."""
-    shares = count_shares(replace(calibration, samples=max(most, len(calibration.sources))))
-    parts = []
-    for source, share in zip(calibration.sources, shares, strict=True):
-        samples = min(share, MOST_WRITTEN) if source == SELF else share
-        one = replace(calibration, sources=(source,), weights=(), samples=samples, seed=calibration.seed + 1)
-        parts.append(read_calibration_tokens(one, checkpoint, progress))
-    return torch.stack([parts[source][window] for source, window in mix_evenly([len(p) for p in parts])])
-
-
-def choose_held_out(count: int) -> Tensor:
-    """Return which of so many windows are to judge by, evenly spaced: bool [count]."""
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[torch.linspace(0, count - 1, min(HELD_OUT, max(1, count // HELD_OUT_SHARE))).long()] = True
-    return chosen

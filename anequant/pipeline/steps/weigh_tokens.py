@@ -5,22 +5,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from anequant.calibration.token_weights import measure_token_weights
 from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
-from anequant.jobs.work_folder import DamagedWork
+from anequant.jobs.work_folder import reading_work
 from anequant.pipeline.quantizing import Quantizing
-from anequant.pipeline.steps.sizes import FLOAT32, FLOAT64, Facts, count_forward_work, count_table_weights
+from anequant.pipeline.steps.sizes import (
+    FLOAT32,
+    FLOAT64,
+    Facts,
+    count_autograd_bytes,
+    count_forward_work,
+    count_table_weights,
+)
 from anequant.reference.forward import WINDOWS_AT_ONCE
 from anequant.reference.head_loss import PIECE
 
 FILE = "token_weights.safetensors"
 
-PASSES, BUSY = 3, 16
-"""Times that the windows go through the model, and states of its width that autograd keeps of a layer."""
+PASSES = 3
+"""Times that the windows go through the model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +56,7 @@ class WeighTokens(Step[Quantizing, int]):
         keeps of a few windows in it; and the weights."""
         spec, (count, length) = self.facts.spec, self.facts.windows
         states = 3 * FLOAT32 * count * length * spec.hidden_size
-        few = min(count, WINDOWS_AT_ONCE) * length
-        busy = FLOAT32 * few * (BUSY * spec.hidden_size + 6 * spec.intermediate_size)
+        busy = count_autograd_bytes(spec, min(count, WINDOWS_AT_ONCE) * length)
         layer = (2 * FLOAT32 + self.facts.source_bytes) * spec.layer_weights
         layer += 2 * FLOAT64 * max(spec.linear_weights.values())
         head = 2 * FLOAT32 * count_table_weights(spec) + 4 * FLOAT32 * PIECE * spec.vocab_size
@@ -71,7 +76,6 @@ class WeighTokens(Step[Quantizing, int]):
 
     def accept(self, state: Quantizing, result: int) -> None:
         """Read the weights; raises DamagedWork for a damaged file."""
-        try:
-            state.token_weights = load_file(state.journal.folder / FILE)
-        except (SafetensorError, OSError) as error:
-            raise DamagedWork(f"'{FILE}' of an interrupted run is damaged", state.journal.folder) from error
+        path = state.journal.folder / FILE
+        with reading_work(path):
+            state.token_weights = load_file(path)
