@@ -55,10 +55,11 @@ class Course:
 @dataclass(frozen=True)
 class TuneResult:
     """KL on the held-out windows before and after; `steps` were taken until the best state, `taken`
-    altogether. `moved` is the share of codes that are others than rounding chose."""
+    altogether, on `windows` to learn from. `moved` is the share of codes that rounding chose otherwise."""
 
     steps: int
     taken: int
+    windows: int
     moved: float
     held_out_before: float
     held_out_after: float
@@ -110,7 +111,7 @@ def distill(
             if folder is not None and used < 1:
                 save_state(folder, student, best, at, generator)
     moved = _count_moved(started, best)
-    return best, TuneResult(at.best_step, at.step, moved, at.first, at.least)
+    return best, TuneResult(at.best_step, at.step, len(course.lesson), moved, at.first, at.least)
 
 
 def _count_moved(before: Tuned, after: Tuned) -> float:

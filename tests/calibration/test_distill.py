@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from anequant.architectures.spec import layer_prefix
 from anequant.calibration import distill as module
-from anequant.calibration.distill import Budget, Course, TuneResult, distill
+from anequant.calibration.distill import Budget, Course, TuneResult, distill, hold_out_windows
 from anequant.calibration.student import Heads, Rates, Student, TunableLayer
 from anequant.calibration.tuning_state import FILE, Tuned
 from anequant.checkpoints.layers import load_layer, open_quantized
@@ -229,6 +229,18 @@ def test_distillation_lowers_the_divergence_on_held_out_windows(
     assert result.steps == result.taken == STEPS and 0 < result.moved < 0.05
     assert result.held_out_after < 0.97 * result.held_out_before
     assert divergence(taught, state) == pytest.approx(result.held_out_after, rel=1e-3)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, 1), (2, 1), (6, 1), (18, 3), (96, 16), (2048, 16)])
+def test_held_out_windows_are_evenly_spaced(count: int, expected: int) -> None:
+    """Of a single one both are that one; else every window is in one of the two, in its order."""
+    learned, judged = hold_out_windows(torch.arange(count)[:, None])
+    assert len(judged) == expected
+    if count > 1:
+        assert sorted([*learned.flatten().tolist(), *judged.flatten().tolist()]) == list(range(count))
+        gaps = judged.flatten().diff()
+        assert len(gaps) == 0 or int(gaps.max() - gaps.min()) <= 1
+    assert torch.equal(learned, learned.sort(0).values)
 
 
 def test_distillation_is_deterministic(taught: dict[str, Any]) -> None:

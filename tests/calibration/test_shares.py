@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import invoke, succeed
 
+from anequant.calibration import tokens
 from anequant.calibration.shares import count_share, count_shares, make_calibration, mix_evenly, split_weight
-from anequant.calibration.tokens import check_calibration, read_calibration_tokens
+from anequant.calibration.tokens import check_calibration, read_calibration_tokens, read_fresh_tokens
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT
 from anequant.errors import UsageError
@@ -188,6 +189,22 @@ def test_a_share_that_a_source_does_not_hold(tiny: Checkpoint, three: tuple[str,
         ) as caught:
             read(Calibration(three[1:], 24, 16), tiny)
         assert "--calib-samples" in caught.value.remedy
+
+
+def test_fresh_windows_are_of_another_seed_and_what_sources_hold(
+    tiny: Checkpoint, three: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share that is not there is no error here; of what the model writes there is a limit."""
+    monkeypatch.setattr(tokens, "MOST_WRITTEN", 2)
+    calibration = Calibration(three, 9, 16, 5)
+    fresh = read_fresh_tokens(calibration, tiny, 36)
+    alone = [
+        read_calibration_tokens(Calibration((source,), count, 16, 6), tiny).tolist()
+        for source, count in zip(three, (2, 12, 12), strict=True)
+    ]
+    assert [len(windows) for windows in alone] == [2, 12, 10]
+    assert sorted(fresh.tolist()) == sorted(ids for windows in alone for ids in windows)
+    assert len(read_fresh_tokens(calibration, tiny, 1)) == 3
 
 
 # --- the whole way ------------------------------------------------------------------------------------

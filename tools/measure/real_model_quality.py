@@ -186,7 +186,7 @@ def report(results: Mapping[str, Any]) -> str:
         f"unless said. {when_and_where(results['machine'])}, by `python "
         "tools/measure/real_model_quality.py`; the single runs are in "
         f"[measured/real_model.json](measured/real_model.json).\n\n{table(ROWS, results)}\n\n"
-        "KL of two ways on the same windows; they differ where the 95% interval of the difference excludes 0:\n\n"
+        "KL of two ways on the same windows; they differ where the 95% interval of that excludes 0:\n\n"
         + "\n".join(f"- {said}" for said in pairs)
     )
 

@@ -99,7 +99,8 @@ def _describe_calibration(result: QuantizeResult) -> Rows:
             (
                 "tuning",
                 f"KL on held-out samples {tuning.held_out_before:.4f} to {tuning.held_out_after:.4f}, "
-                f"the best after {tuning.steps} of {tuning.taken} steps, {tuning.moved:.2%} of codes changed",
+                f"the best after {tuning.steps} of {tuning.taken} steps on {tuning.windows} windows, "
+                f"{tuning.moved:.2%} of codes changed",
             )
         )
     return rows
