@@ -8,15 +8,17 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running import invoke, succeed
+from running import Ran, invoke, succeed
 
 from anequant.reference.windows import load_tokenizer
 
 SECONDS, MEGABYTES = 1.0, 300
+TRIES = 3
 Damage = Callable[[Path], object]
 """Changes the file or the folder of that path."""
 
@@ -62,23 +64,33 @@ JOBS = ("quantize", "convert")
 NO_PLAN = ("--output", "-o")
 
 
+def spend(arguments: list[Any]) -> tuple[Ran, float]:
+    """What a command ends with, and the processor's seconds in all threads of this process: not only its own.
+
+    A collection of garbage or a thread that an earlier test left is counted too, so one try proves nothing.
+    """
+    begun = time.process_time()
+    result = invoke(*arguments)
+    return result, time.process_time() - begun
+
+
 def assert_refused(place: Path, arguments: list[Any], code: int, *words: str, planned: bool = True) -> None:
     """The command fails with this exit code and these words, fast and small, and leaves nothing behind.
 
     Where it is a job, `plan` says the same, unless the reason is not `planned`: a weight's value, the output.
     """
     before = fingerprint(place)
-    memory, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    result = invoke(*arguments)
-    seconds = time.process_time() - begun
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result, seconds = spend(arguments)
     megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1e3
     assert result.exit_code == code, result.stderr
     for word in words:
         assert word in result.stderr, result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) <= 4
     assert result.stderr.replace("\n", "").isprintable(), repr(result.stderr)
-    assert seconds < SECONDS and megabytes < MEGABYTES, (seconds, megabytes)
+    assert megabytes < MEGABYTES, megabytes
     assert fingerprint(place) == before
+    assert any(taken < SECONDS for taken in chain([seconds], (spend(arguments)[1] for _ in range(1, TRIES))))
     if planned and arguments[0] in JOBS:
         at = next(place for place, word in enumerate(arguments) if word in NO_PLAN)
         words_of_plan = ["plan", *arguments[1:at], *arguments[at + 2 :]]
