@@ -37,7 +37,7 @@ SEEDS = (0, 1, 2)
 CALIBRATED = partial(Row, windows=SAMPLES)
 TABLES = {"head_bits": 6, "embedding_bits": 8}
 
-W4, TUNED, NEAREST = "**`w4-ane`**", "**`w4-ane --tune 100`**", "`w4-nearest`"
+W4, TUNED, NEAREST = "**`w4-ane`**", "**`w4-ane --tune 60min`**", "`w4-nearest`"
 AFFINE, GPTQ = "affine int4, groups of 32", "GPTQModel int4, groups of 128"
 
 
@@ -53,7 +53,7 @@ ROWS = [
     ),
     Row("`w4-ane`, 48 windows", "the default number of windows", windows=48, seeds=SEEDS),
     Row("`w4-ane`, calibrated on `self`", "no text at hand", windows=48, own_text=True, seeds=SEEDS),
-    CALIBRATED(TUNED, "distilled", overrides={"tune": 100}, seeds=SEEDS),
+    CALIBRATED(TUNED, "distilled for an hour", overrides={"tune_minutes": 60}, seeds=SEEDS),
     CALIBRATED("`w4-ane`, head 6 and embedding 8 bits", "smaller tables", overrides=TABLES, seeds=SEEDS),
     CALIBRATED("`w4-ane --target-bits 4.25`", "4 or 8 bits by sensitivity", overrides={"target_bits": 4.25}),
     CALIBRATED("`w6-ane`", "nearly as good as float", "w6-ane", seeds=SEEDS),
