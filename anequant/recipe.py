@@ -112,7 +112,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            _check_value(item, getattr(self, item.name))
+            value = getattr(self, item.name)
+            _check_value(item, value)
+            if isinstance(item.default, float):
+                object.__setattr__(self, item.name, float(value))
         for problem, remedy in _contradictions(self):
             raise UsageError(problem, remedy=remedy)
 
@@ -220,7 +223,8 @@ class LowerOptions:
 
 def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
     default: Any = item.default
-    if type(value) is not type(default):
+    whole_as_number = type(default) is float and type(value) is int
+    if type(value) is not type(default) and not whole_as_number:
         wanted = TYPE_NAMES[type(default)]
         raise UsageError(f"recipe key '{item.name}' must be {wanted}, not {quote(value)}")
     choices, most = item.metadata["choices"], item.metadata["most"]
@@ -230,7 +234,7 @@ def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
             remedy="choose from " + ", ".join(str(choice) for choice in choices),
         )
     if most is not None and not 0 <= value <= most:
-        raise UsageError(f"recipe key '{item.name}' is {value}", remedy=f"use a number from 0 to {most}")
+        raise UsageError(f"recipe key '{item.name}' is {quote(value)}", remedy=f"use a number from 0 to {most}")
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -51,6 +51,12 @@ def test_a_recipe_survives_its_dictionary() -> None:
         assert recipe_from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
+def test_a_whole_number_is_a_number() -> None:
+    recipe = recipe_from_dict({"tune_minutes": 60, "correction": 1})
+    assert recipe == Recipe(tune_minutes=60.0, correction=1.0)
+    assert isinstance(recipe.tune_minutes, float)
+
+
 def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe().bits = 8  # type: ignore[misc]
