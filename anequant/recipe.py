@@ -234,7 +234,9 @@ def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
             remedy="choose from " + ", ".join(str(choice) for choice in choices),
         )
     if most is not None and not 0 <= value <= most:
-        raise UsageError(f"recipe key '{item.name}' is {quote(value)}", remedy=f"use a number from 0 to {most}")
+        raise UsageError(
+            f"recipe key '{item.name}' is {quote(value)}", remedy=f"use a number from 0 to {most}"
+        )
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
