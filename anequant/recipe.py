@@ -19,6 +19,9 @@ TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", s
 WIDTHS = (2, 3, 4, 6, 8)
 GROUPS = (32, 64, 128)
 LARGEST_SEED = 2**63 - 1
+CHOSEN = 0
+"""Bits of a table whose width target_bits chooses."""
+TABLE_BITS = (16, 8, 6, 4, CHOSEN)
 
 
 def _choice(default: Any, choices: tuple[Any, ...] | None, text: str, most: int | None = None) -> Any:
@@ -81,12 +84,17 @@ class Recipe:
     target_bits: float = _choice(
         0.0,
         None,
-        "Average bits per projection weight: each gets one of mixed_bits. 0: all get `bits`.",
+        "Average bits per weight of what gets one of mixed_bits: projections, and tables of 0 bits. 0: all "
+        "projections get `bits`.",
         most=8,
     )
-    mixed_bits: str = _choice("4,8", None, "Widths that target_bits chooses from.")
-    head_bits: int = _choice(16, (16, 8, 6, 4), "Bits per weight of the head; 16 keeps fp16.")
-    embedding_bits: int = _choice(16, (16, 8, 6, 4), "Bits per weight of the embedding; 16 keeps fp16.")
+    mixed_bits: str = _choice("2,3,4,6,8", None, "Widths that target_bits chooses from.")
+    head_bits: int = _choice(
+        16, TABLE_BITS, "Bits per weight of the head; 16 keeps fp16, 0 lets target_bits choose."
+    )
+    embedding_bits: int = _choice(
+        16, TABLE_BITS, "Bits per weight of the embedding; 16 keeps fp16, 0 lets target_bits choose."
+    )
     activation_bits: int = _choice(16, (16, 8, 4), "Bits of every projection's input; 16 keeps it float.")
     activation_overrides: str = _choice(
         "", None, "Other bits for some projections, for example down_proj=16,o_proj=8."
@@ -252,6 +260,12 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"recipe key 'mixed_bits' is {quote(recipe.mixed_bits)}",
             f"list two or more of {', '.join(map(str, WIDTHS))}, separated by commas",
         )
+    for key in ("head_bits", "embedding_bits"):
+        if getattr(recipe, key) == CHOSEN and not recipe.target_bits:
+            yield (
+                f"recipe key '{key}' is 0, and there is no target_bits to choose by",
+                "set target_bits, for example 4.5, or choose from 16, 8, 6, 4",
+            )
     if recipe.fold_input_scales and recipe.scales != "balanced":
         yield (
             f"fold_input_scales needs input scales, and scales is '{recipe.scales}'",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from anequant.errors import UsageError
-from anequant.recipe import Recipe
+from anequant.recipe import CHOSEN, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, load_recipe, named_recipes, recipe_from_dict
 
 ROTATED = {"r1": "block-hadamard", "r1_block": 64, "r2": "hadamard", "codebook": "lut", "scales": "balanced"}
@@ -216,7 +216,7 @@ def test_a_value_of_the_wrong_type(key: str, value: Any) -> None:
         ("bits", 5, ("2", "3", "4", "6", "8")),
         ("bits", 5, ("2", "8")),
         ("head_bits", 3, ("16", "8", "6", "4")),
-        ("embedding_bits", 0, ("16", "8", "6", "4")),
+        ("embedding_bits", 1, ("16", "8", "6", "4", "0")),
     ],
 )
 def test_a_value_outside_the_choices_lists_them(key: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -241,7 +241,9 @@ def test_a_seed_is_not_negative() -> None:
 @pytest.mark.parametrize("field", dataclasses.fields(Recipe), ids=lambda field: field.name)
 def test_every_choice_is_accepted(field: Any) -> None:
     for choice in field.metadata["choices"] or (field.default,):
-        assert getattr(recipe_from_dict({field.name: choice}), field.name) == choice
+        chosen = field.name in ("head_bits", "embedding_bits") and choice == CHOSEN
+        needs = {"target_bits": 4.5} if chosen else {}
+        assert getattr(recipe_from_dict({field.name: choice} | needs), field.name) == choice
     assert field.metadata["help"].endswith(".")
 
 

@@ -17,7 +17,7 @@ from anequant.architectures.spec import (
 )
 from anequant.checkpoints.quantized import list_quantized_tensors
 from anequant.checkpoints.writer import Entry
-from anequant.recipe import Recipe
+from anequant.recipe import CHOSEN, Recipe
 
 
 def list_projections(spec: ModelSpec) -> list[str]:
@@ -26,15 +26,27 @@ def list_projections(spec: ModelSpec) -> list[str]:
     return [layer_prefix(layer) + linear.name for layer in layers for linear in spec.architecture.linears]
 
 
+def allow_widths(name: str, recipe: Recipe) -> tuple[int, ...]:
+    """Return the widths that a projection or a table of that full name may get."""
+    own = {EMBEDDING: recipe.embedding_bits, HEAD: recipe.head_bits}.get(name, CHOSEN)
+    return recipe.widths if own == CHOSEN else (own,)
+
+
+def list_widest(spec: ModelSpec, recipe: Recipe) -> dict[str, int]:
+    """Return the most bits that projections and tables may get, by full name."""
+    return {name: max(allow_widths(name, recipe)) for name in (EMBEDDING, *list_projections(spec), HEAD)}
+
+
 def list_entries(
     spec: ModelSpec, recipe: Recipe, bits: Mapping[str, int], dtype: torch.dtype = torch.float16
 ) -> list[Entry]:
-    """Names, dtypes and shapes of everything `anequant quantize` writes; `bits` are the projections'.
+    """Names, dtypes and shapes of everything `anequant quantize` writes; `bits` are those of projections and
+    tables, by full name.
 
     `dtype` is that of what is not quantized.
     """
     table = (spec.vocab_size, spec.hidden_size)
-    entries = _table_entries(EMBEDDING, table, recipe.embedding_bits, dtype)
+    entries = _table_entries(EMBEDDING, table, bits[EMBEDDING], dtype)
     for layer in range(spec.num_layers):
         prefix = layer_prefix(layer)
         for name in list_norms(spec):
@@ -52,7 +64,7 @@ def list_entries(
             if recipe.smooth and linear.input.space is Space.FFN:
                 entries.append(Entry(f"{name}.{INPUT_SCALES}", torch.float32, (1, spec.width(linear.input))))
     entries.append(Entry(f"{FINAL_NORM}.weight", dtype, (spec.hidden_size,)))
-    return entries + _table_entries(HEAD, table, recipe.head_bits, dtype)
+    return entries + _table_entries(HEAD, table, bits[HEAD], dtype)
 
 
 def list_norms(spec: ModelSpec) -> list[str]:

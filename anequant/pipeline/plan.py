@@ -16,7 +16,7 @@ import torch
 from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec
 from anequant.calibration.tokens import SELF
 from anequant.checkpoints.header import TensorInfo
-from anequant.checkpoints.layout import list_entries, list_projections
+from anequant.checkpoints.layout import list_entries, list_widest
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.source import has_tokenizer
 from anequant.checkpoints.writer import DTYPE_NAMES
@@ -200,8 +200,7 @@ def foresee_checkpoint(
     """Return the checkpoint that quantizing writes, as its headers will say; what is not quantized is in
     `dtype`."""
     spec = replace(checkpoint.spec, tied=False)
-    width = recipe.bits if not recipe.target_bits else max(recipe.widths)
-    entries = list_entries(spec, recipe, dict.fromkeys(list_projections(spec), width), dtype)
+    entries = list_entries(spec, recipe, list_widest(spec, recipe), dtype)
     tensors = {
         entry.name: TensorInfo(Path("model.safetensors"), DTYPE_NAMES[entry.dtype], entry.shape, 0)
         for entry in entries
@@ -237,10 +236,10 @@ def _list_rounding(
         yield CollectTokens(facts, whole)
     if request.rotated_with is None and not is_drawn(recipe):
         yield ChooseRotations(replace(facts, recipe=request.recipe), request.rotations)
-    if calibrates and recipe.target_bits:
-        yield ChooseWidths(facts)
     if calibrates and recipe.weighs_tokens:
         yield WeighTokens(facts)
+    if calibrates and recipe.target_bits:
+        yield ChooseWidths(facts)
     yield RoundEmbedding(facts)
     for layer in range(facts.spec.num_layers):
         yield RoundLayer(facts, layer)

@@ -16,7 +16,7 @@ from torch import Tensor
 from anequant.architectures.spec import ModelSpec
 from anequant.calibration.distill import TuneResult
 from anequant.calibration.rotation_choice import RotationChoice, Rotations
-from anequant.checkpoints.layout import list_entries, list_projections
+from anequant.checkpoints.layout import list_entries, list_widest
 from anequant.checkpoints.online_config import build_config, choose_stem
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import ROTATIONS, write_rotations
@@ -76,8 +76,8 @@ class Quantizing:
 
     `recipe` says what is written, which is less than the request's where a model is rotated alone; what is
     not quantized is written in `dtype`. `files` closes what is open. A step sets what it finds: `tokens`
-    [n, length], their `token_weights` [n, length] by linear, `rotations`, the widths `bits` of the
-    projections by full name, `tuning`.
+    [n, length], their `token_weights` [n, length] by linear, `rotations`, the widths `bits` of
+    projections and tables by full name, `tuning`.
     """
 
     request: Request
@@ -95,7 +95,7 @@ class Quantizing:
     def __post_init__(self) -> None:
         drawn = self.request.rotated_with is None and is_drawn(self.recipe)
         self.rotations = Rotations(plan_rotations(self.spec, self.recipe) if drawn else RotationPlan())
-        self.bits = dict.fromkeys(list_projections(self.spec), self.recipe.bits)
+        self.bits = list_widest(self.spec, self.recipe)
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -96,8 +96,8 @@ class LayerInHand:
 class RoundingPass:
     """The pass itself: what it reads and writes, and the walkers and the probe that go along.
 
-    `bits` are the widths of the projections by full name; `seen` are the tokens that walk through the layers,
-    None where nothing is calibrated on them. What is not quantized is written in `dtype`.
+    `bits` are the widths of projections and tables by full name; `seen` are the tokens that walk through the
+    layers, None where nothing is calibrated on them. What is not quantized is written in `dtype`.
     """
 
     def __init__(
@@ -110,11 +110,10 @@ class RoundingPass:
         seen: CalibrationTokens | None,
         dtype: torch.dtype,
     ) -> None:
-        widths = {**bits, EMBEDDING: recipe.embedding_bits, HEAD: recipe.head_bits}
         self._model = model
         self._spec = model.spec
         self._recipe = recipe
-        self._rounder = Rounder(recipe, widths, writer, dtype)
+        self._rounder = Rounder(recipe, bits, writer, dtype)
         self._writer = writer
         self._scheduler = scheduler
         self._dtype = dtype
@@ -180,7 +179,7 @@ class RoundingPass:
         gain = torch.ones(self._spec.hidden_size)
         self._rounder.write(f"{FINAL_NORM}.weight", gain)
         statistics = None
-        if self._seen is not None and self._recipe.feeds_back and self._recipe.head_bits < 16:
+        if self._seen is not None and self._recipe.feeds_back and not self._rounder.keeps(HEAD):
             statistics = self._walk(self._seen).head_statistics(gain)
         self._write_table(HEAD, self._head_blocks(), statistics)
         return replace(self._finish_part({}), equivalence=self._probe.relative_error())

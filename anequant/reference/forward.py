@@ -76,7 +76,7 @@ class ReferenceModel:
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, online: Online = NOTHING) -> None:
         self._model, _ = build_empty_model(spec)
         attach_all(self._model, spec, online)
-        self._linears = [linear.name for linear in spec.architecture.linears]
+        self.linears = [linear.name for linear in spec.architecture.linears]
         self._norms = {
             linear.name.partition(".")[0]: linear.norm for linear in spec.architecture.linears if linear.norm
         }
@@ -140,7 +140,7 @@ class ReferenceModel:
             found[name] = arguments[0].flatten(0, 1)
 
         with self._loaded(layer, tensors, hidden.shape[1]) as run, ExitStack() as hooks:
-            for name in self._linears:
+            for name in self.linears:
                 linear = self._model.model.layers[layer].get_submodule(name)
                 hooks.enter_context(linear.register_forward_pre_hook(partial(keep, name)))
             return found, run(hidden)
@@ -170,7 +170,7 @@ class ReferenceModel:
             outputs[name] = output
 
         with self._loaded(layer, tensors, hidden.shape[1], whole=True) as run, ExitStack() as hooks:
-            for name in self._linears:
+            for name in self.linears:
                 linear = self._model.model.layers[layer].get_submodule(name)
                 hooks.enter_context(linear.register_forward_hook(partial(keep, name)))
             self._model.model.layers[layer].requires_grad_(False)
@@ -199,16 +199,16 @@ class ReferenceModel:
         """
         check_window(self._spec, length)
         module = self._model.model.layers[layer]
-        scales = {f"{name}.{INPUT_SCALES}" for name in self._linears}
+        scales = {f"{name}.{INPUT_SCALES}" for name in self.linears}
         given, due = tensors.keys() - scales, module.state_dict().keys()
         assert given == due, f"a layer's tensors are {sorted(due)}, not {sorted(given)}"
-        late = {} if whole else {name: module.get_submodule(name) for name in self._linears}
+        late = {} if whole else {name: module.get_submodule(name) for name in self.linears}
         now = [name for name in due if name.rpartition(".")[0] not in late]
         module.load_state_dict(
             {name: tensors[name].to(self._dtype) for name in now}, strict=False, assign=True
         )
         hooks: list[RemovableHandle] = []
-        for name in self._linears:
+        for name in self.linears:
             set_input_scale(module.get_submodule(name), tensors.get(f"{name}.{INPUT_SCALES}"))
             if name in late and name != but:
                 hooks += borrow(late[name], tensors, name, self._dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from anequant.architectures.spec import INPUT_SCALES
-from anequant.checkpoints.layout import list_entries, list_projections
+from anequant.checkpoints.layout import allow_widths, list_entries, list_widest
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.writer import DTYPE_NAMES
@@ -28,7 +28,7 @@ from anequant.recipe import Recipe
 
 def verify_layout(checkpoint: Checkpoint, recipe: Recipe, dtype: torch.dtype) -> None:
     """Raise VerificationError unless the tensors are those that `recipe` writes; floats are of `dtype`."""
-    bits = {name: _bits(checkpoint, name, recipe) for name in list_projections(checkpoint.spec)}
+    bits = {name: _bits(checkpoint, name, recipe) for name in list_widest(checkpoint.spec, recipe)}
     entries = list_entries(checkpoint.spec, recipe, bits, dtype)
     for entry in entries:
         info = checkpoint.tensors.get(entry.name)
@@ -81,11 +81,10 @@ def verify_static_scales(checkpoint: Checkpoint) -> None:
 
 def _bits(checkpoint: Checkpoint, name: str, recipe: Recipe) -> int:
     """Return a width that the recipe allows, by the length of the codebook."""
+    widths = allow_widths(name, recipe)
     codebook = checkpoint.tensors.get(f"{name}.codebook")
-    if codebook is None:
-        return 16 if recipe.bits == 16 else recipe.widths[0]
-    entries = math.prod(codebook.shape)
-    return next((bits for bits in recipe.widths if 2**bits == entries), recipe.widths[0])
+    entries = 0 if codebook is None else math.prod(codebook.shape)
+    return next((bits for bits in widths if 2**bits == entries), widths[0])
 
 
 def _problems(parts: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:

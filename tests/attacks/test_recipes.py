@@ -43,6 +43,11 @@ CASES: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     ),
     "nothing to learn": ("toml", "learn = 3\nr1 = 'none'\nr2 = 'none'", ("learn has no rotation",)),
     "no restart": ("toml", "restarts = 0", ("'restarts' is 0",)),
+    "a head that nothing chooses for": (
+        "toml",
+        "head_bits = 0",
+        ("'head_bits' is 0", "no target_bits", "set target_bits"),
+    ),
     "widths": ("toml", "target_bits = 5.0\nmixed_bits = '4,5'", ("'mixed_bits' is '4,5'",)),
     "overrides of 5 bits": ("toml", "activation_overrides = 'down_proj=5'", ("'down_proj' 5 bits",)),
     "overrides of nothing": (

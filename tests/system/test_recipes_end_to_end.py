@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from anequant.architectures.spec import layer_prefix
+from anequant.architectures.spec import EMBEDDING, HEAD, layer_prefix
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.pipeline.lower import lower
@@ -33,6 +33,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "6 bits": ("w6-ane", {}),
     "8 bits, tables": ("w8-ane", {"head_bits": 6, "embedding_bits": 8}),
     "mixed": ("w4-ane", {"target_bits": 5.0, "mixed_bits": "4,6,8"}),
+    "mixed, tables": ("w4-ane", {"target_bits": 4.5, "head_bits": 0, "embedding_bits": 0}),
     "folded": ("w4-ane", {"fold_input_scales": True}),
     "uniform": ("w4-ane", {"codebook": "uniform", "scales": "output", "r1": "none", "r2": "none"}),
 }
@@ -105,12 +106,17 @@ def test_inputs_that_nothing_uses_are_counted(
     assert dead == {"model.layers.1.mlp.down_proj": 2}
 
 
-def test_mixed_bits_meet_their_target(tiny_qwen2: Path, quantize_model: Callable[..., Quantized]) -> None:
-    name, overrides = RECIPES["mixed"]
+@pytest.mark.parametrize(("recipe", "widths"), [("mixed", {4, 6, 8}), ("mixed, tables", {2, 3, 4, 6, 8})])
+def test_mixed_bits_meet_their_target(
+    tiny_qwen2: Path, quantize_model: Callable[..., Quantized], recipe: str, widths: set[int]
+) -> None:
+    name, overrides = RECIPES[recipe]
     tensors = quantize_model(tiny_qwen2, name, **overrides).result.rounding.tensors
     average = sum(t.bits * t.weights for t in tensors) / sum(t.weights for t in tensors)
-    assert {t.bits for t in tensors} <= {4, 6, 8} and len({t.bits for t in tensors}) > 1
-    assert 4.7 <= average <= 5.0
+    assert {t.bits for t in tensors} <= widths and len({t.bits for t in tensors}) > 1
+    assert overrides["target_bits"] - 0.3 <= average <= overrides["target_bits"]
+    chosen = {t.name for t in tensors if "_proj" not in t.name}
+    assert chosen == ({EMBEDDING, HEAD} if "tables" in recipe else set())
 
 
 def infer_operations(package: Path) -> list[Any]:
