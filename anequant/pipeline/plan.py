@@ -23,7 +23,7 @@ from anequant.checkpoints.writer import DTYPE_NAMES
 from anequant.errors import ResourceError, UsageError
 from anequant.jobs.process import resident_bytes
 from anequant.jobs.step import AnyStep, Speed
-from anequant.pipeline.skips import Kept, list_kept
+from anequant.pipeline.skips import Kept, advise, list_kept
 from anequant.pipeline.speed import measure_speed
 from anequant.pipeline.steps.build_packages import BuildChunk, BuildPackage, BuildTable, WritePackageFiles
 from anequant.pipeline.steps.checkpoint_files import WriteCheckpointFiles, WriteRotatedFiles
@@ -80,6 +80,7 @@ class Plan:
     base: int
     steps: tuple[AnyStep, ...]
     kept: tuple[Kept, ...] = ()
+    advice: tuple[str, ...] = ()
 
     def peak(self, step: AnyStep) -> int:
         """Return the most resident bytes of the process during a step."""
@@ -129,6 +130,7 @@ class Plan:
             "disk": {**asdict(self.disk), "total": self.disk.total},
             "jobs": jobs,
             "kept": [asdict(row) for row in self.kept],
+            "advice": list(self.advice),
         }
 
 
@@ -158,7 +160,8 @@ def plan_request(request: Request, max_memory: int | None = None, base: int | No
         steps += [VerifyCheckpoint(facts), VerifyPackages(facts, packages, options), Lint(facts)]
         steps += [MeasureQuality(facts)] if has_tokenizer(checkpoint.folder) else []
         steps.append(WriteConversionFiles(facts, packages))
-    return _keep_within(Plan(base, tuple(steps), list_kept(checkpoint, recipe, options)), max_memory)
+    kept = list_kept(checkpoint, recipe, options)
+    return _keep_within(Plan(base, tuple(steps), kept, advise(recipe)), max_memory)
 
 
 def plan_rotating(request: Request) -> Plan:

@@ -1,4 +1,4 @@
-"""What a recipe leaves in float, and why: a row for everything that does not get codes."""
+"""What a recipe leaves out, and why: a row for everything that stays in float, and what it is not for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
 from anequant.checkpoints.reader import Checkpoint
 from anequant.recipe import LowerOptions, Recipe
+
+MOST_UNCALIBRATED = 4
+"""Bits up to which nearest rounding alone loses much of a model's quality."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,17 @@ class Kept:
 def list_kept(checkpoint: Checkpoint, recipe: Recipe, options: LowerOptions | None) -> tuple[Kept, ...]:
     """List what stays in float of the checkpoint that `recipe` makes, and with `options` of the packages."""
     return (*_weights(checkpoint, recipe), *_activations(checkpoint, recipe, options))
+
+
+def advise(recipe: Recipe) -> tuple[str, ...]:
+    """Say what a recipe is for where that is not to be used: few bits without calibration."""
+    width = min(recipe.widths)
+    if recipe.feeds_back or width > MOST_UNCALIBRATED:
+        return ()
+    return (
+        f"nearest rounding to {width} bits is for a first look: sizes, packages and speed are right, text is "
+        f"not; w{width}-ane calibrates",
+    )
 
 
 def _weights(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[Kept]:

@@ -153,6 +153,20 @@ def test_everything_in_float_has_a_row_with_its_reason(
     assert "activations" not in rows
 
 
+@pytest.mark.parametrize(
+    ("recipe", "better"), [("w4-nearest", "w4-ane"), ("w_int4_per_tensor", "w4-ane"), ("w8-nearest", None)]
+)
+def test_few_bits_without_calibration_are_advised_against(recipe: str, better: str | None) -> None:
+    advice = planned(BUNDLED_MODEL, load_recipe(recipe)).advice
+    assert [better is not None and better in line for line in advice] == [True] * (better is not None)
+    shown = invoke("plan", str(BUNDLED_MODEL), "--recipe", recipe).stdout
+    assert ("first look" in shown) == (better is not None)
+
+
+def test_calibrated_recipes_need_no_advice() -> None:
+    assert planned(BUNDLED_MODEL, load_recipe("w4-ane")).advice == ()
+
+
 CONVERSIONS: dict[str, tuple[str, ...]] = {
     "a cache of 4 bits": ("--recipe", "w4a4kv4"),
     "a prefix of float": ("--recipe", "w8a8-ane", "--activation-prefix", "4"),

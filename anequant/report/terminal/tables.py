@@ -71,7 +71,7 @@ def tabulate_plan(plan: Plan, speed: Speed) -> Table:
         ("time", f"about {format_estimate(seconds)}, an estimate"),
     ]
     kept = [f"{row.what}: {row.form} ({row.reason})" for row in plan.kept]
-    return Table(PLAN_COLUMNS, lines, [*rows, *_label("kept as it is", kept)])
+    return Table(PLAN_COLUMNS, lines, [*rows, *_label("kept as it is", kept), *_label("advice", plan.advice)])
 
 
 def tabulate_batch(jobs: Sequence[Row]) -> Table:
