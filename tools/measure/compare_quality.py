@@ -74,13 +74,13 @@ ROWS = [
         "seven multiplications a layer fewer",
         overrides={"fold_input_scales": True},
     ),
-    Row("`w4-ane --tune 100`", "distilled, codes fixed", overrides={"tune": 100}, seeds=SEEDS),
+    Row("`w4-ane --tune 100`", "distilled, codes and all", overrides={"tune": 100}, seeds=SEEDS),
     Row(
         "both",
         "tuning wins back what folding costs",
         overrides={"fold_input_scales": True, "tune": 100},
     ),
-    Row("`w4-ane --target-bits 4.25`", "4 or 8 bits by sensitivity", overrides={"target_bits": 4.25}),
+    Row("`w4-ane --target-bits 4.25`", "2 to 8 bits by what each costs", overrides={"target_bits": 4.25}),
     Row(
         "`w4-ane`, head 6 and embedding 8 bits",
         "nothing added",

@@ -36,6 +36,7 @@ from anequant.evaluation.intervals import average, average_differences
 SEEDS = (0, 1, 2)
 CALIBRATED = partial(Row, windows=SAMPLES)
 TABLES = {"head_bits": 6, "embedding_bits": 8}
+CHOSEN_TABLES = {"head_bits": 0, "embedding_bits": 0}
 
 W4, TUNED, NEAREST = "**`w4-ane`**", "**`w4-ane --tune 60min`**", "`w4-nearest`"
 AFFINE, GPTQ = "affine int4, groups of 32", "GPTQModel int4, groups of 128"
@@ -43,6 +44,13 @@ AFFINE, GPTQ = "affine int4, groups of 32", "GPTQModel int4, groups of 128"
 
 def peer(name: str, shows: str, needs: str | None = None) -> Row:
     return CALIBRATED(name, shows, peer=name, needs=needs)
+
+
+def mixed(target: float, shows: str = "2 to 8 bits by what each costs", **overrides: int) -> Row:
+    """A row whose widths are chosen, so many bits on average."""
+    options = "".join(f" --{key.replace('_', '-')} {value}" for key, value in overrides.items())
+    label = f"`w4-ane --target-bits {target:g}{options}`"
+    return CALIBRATED(label, shows, overrides={"target_bits": target, **overrides})
 
 
 ROWS = [
@@ -55,8 +63,10 @@ ROWS = [
     Row("`w4-ane`, calibrated on `self`", "no text at hand", windows=48, own_text=True, seeds=SEEDS),
     CALIBRATED(TUNED, "distilled for an hour", overrides={"tune_minutes": 60}, seeds=SEEDS),
     CALIBRATED("`w4-ane`, head 6 and embedding 8 bits", "smaller tables", overrides=TABLES, seeds=SEEDS),
-    CALIBRATED("`w4-ane --target-bits 4.25`", "4 or 8 bits by sensitivity", overrides={"target_bits": 4.25}),
+    *(mixed(target) for target in (2.5, 3.0, 3.5, 4.5, 5.0)),
+    mixed(4.5, "head and embedding too", **CHOSEN_TABLES),
     CALIBRATED("`w6-ane`", "nearly as good as float", "w6-ane", seeds=SEEDS),
+    mixed(6.0),
     CALIBRATED("`w8-ane`", "as good as float", "w8-ane", seeds=SEEDS),
     peer("coremltools k-means", "today's palettization, rotated"),
     peer("coremltools k-means, row scales", "the same, a scale for every row"),
