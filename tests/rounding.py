@@ -13,12 +13,17 @@ def gptq_codes(core: Tensor, codebook: Tensor, hessian: Tensor, step: Tensor | N
 
 
 def descended(
-    core: Tensor, codebook: Tensor, hessian: Tensor, codes: Tensor, step: Tensor | None = None
+    core: Tensor,
+    codebook: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    step: Tensor | None = None,
+    coupling: Tensor | None = None,
 ) -> Tensor:
     """One pass. The error and its product with the Hessian, which go along, are right afterwards."""
     grid = _grid(core, codebook, step)
     current = evaluate_codes(grid, hessian, codes.T.contiguous())
-    descend(grid, hessian, current)
+    descend(grid, hessian, current, coupling)
     after = evaluate_codes(grid, hessian, current.codes)
     torch.testing.assert_close(current.error, after.error)
     largest = float(hessian.abs().max() * grid.target.abs().max())

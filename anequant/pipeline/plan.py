@@ -62,7 +62,7 @@ SMALL = 256
 @dataclass(frozen=True)
 class Disk:
     """Bytes written: those that stay, and the second copy of a package while it is written, the checkpoint
-    that is yet to be tuned, or states between layers, whichever is most."""
+    that is yet to be tuned beside couplings of outputs, or states between layers, whichever is most."""
 
     checkpoint: int
     packages: int
@@ -93,12 +93,12 @@ class Plan:
     @property
     def disk(self) -> Disk:
         packages = [step.moves[1] for step in self.steps if isinstance(step, BuildPackage)]
-        untuned = [step.moves[1] for step in self.steps if isinstance(step, Tune)]
-        scratch = [step.scratch for step in self.steps if isinstance(step, WeighTokens)]
+        untuned = sum(step.moves[1] for step in self.steps if isinstance(step, Tune))
+        weighing = [step for step in self.steps if isinstance(step, WeighTokens)]
+        scratch, kept = (sum(sizes) for sizes in ([s.scratch for s in weighing], [s.kept for s in weighing]))
         written = sum(step.moves[1] for step in self.steps)
-        return Disk(
-            written - sum(packages) - sum(untuned), sum(packages), max([0, *scratch, *untuned, *packages])
-        )
+        temporary = max([scratch, untuned + kept, *packages])
+        return Disk(written - sum(packages) - untuned, sum(packages), temporary)
 
     def peaks(self) -> dict[str, int]:
         """Return the peak of every stage."""

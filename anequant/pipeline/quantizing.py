@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -76,8 +76,8 @@ class Quantizing:
 
     `recipe` says what is written, which is less than the request's where a model is rotated alone; what is
     not quantized is written in `dtype`. `files` closes what is open. A step sets what it finds: `tokens`
-    [n, length], their `token_weights` [n, length] by linear, `rotations`, the widths `bits` of
-    projections and tables by full name, `tuning`.
+    [n, length], their `token_weights` [n, length] by linear and the `couplings` of a layer's outputs,
+    `rotations`, the widths `bits` of projections and tables by full name, `tuning`.
     """
 
     request: Request
@@ -91,6 +91,7 @@ class Quantizing:
     bits: Mapping[str, int] = field(init=False)
     tuning: TuneResult | None = None
     token_weights: Mapping[str, Tensor] | None = None
+    couplings: Callable[[int], Mapping[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         drawn = self.request.rotated_with is None and is_drawn(self.recipe)
@@ -128,7 +129,7 @@ class Quantizing:
             made.mkdir(exist_ok=True)
         calibrated = self.recipe.feeds_back or self.recipe.static_activations
         tokens = self.tokens if calibrated else None
-        seen = None if tokens is None else CalibrationTokens(tokens, self.token_weights)
+        seen = None if tokens is None else CalibrationTokens(tokens, self.token_weights, self.couplings)
         return RoundingPass(
             self.model, self.recipe, self.bits, self.writer, self.journal.scheduler, seen, self.dtype
         )

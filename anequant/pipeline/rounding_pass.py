@@ -6,7 +6,7 @@ rotating and quantizing in two steps gives the bytes that one step does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -53,11 +53,13 @@ class RoundedPart:
 
 @dataclass(frozen=True, eq=False)
 class CalibrationTokens:
-    """Tokens [n, length] that walk through the layers, and how much each of them counts for every linear, [n,
-    length] by full name; None where all count the same."""
+    """Tokens [n, length] that walk through the layers; how much each of them counts for every linear, [n,
+    length] by full name, None where all count the same; and, for a layer, how errors of its linears' outputs
+    count together, by name."""
 
     tokens: Tensor
     weights: Mapping[str, Tensor] | None
+    couplings: Callable[[int], Mapping[str, Tensor]] | None
 
 
 class RotatedCopies(Mapping[str, Tensor]):
@@ -80,7 +82,8 @@ class RotatedCopies(Mapping[str, Tensor]):
 
 
 class LayerInHand:
-    """A layer that is being rounded: its tensors in float32, and as they are stored so far.
+    """A layer that is being rounded: its tensors in float32, and as they are stored so far; and how errors of
+    outputs count together, by the linear's name, where that is known.
 
     `release` hands a float tensor over and forgets it, where no walker needs it any more.
     """
@@ -88,6 +91,7 @@ class LayerInHand:
     def __init__(self, floats: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
         self.floats = floats
         self.stored = stored
+        self.couplings: Mapping[str, Tensor] = {}
 
     def release(self, name: str) -> Tensor:
         return self.floats.pop(name)
@@ -155,6 +159,8 @@ class RoundingPass:
             return self._finish_part({})
         scales: dict[str, float] = {}
         moments = self._recipe.feeds_back
+        if moments and self._seen is not None and self._seen.couplings is not None:
+            hand.couplings = self._seen.couplings(layer)
         for inputs in walkers.layer(layer, hand.floats, hand.stored, moments=moments):
             self._write_linears(layer, inputs.group, hand, inputs)
             scales |= measure_static_scales(
@@ -221,6 +227,8 @@ class RoundingPass:
                 key, bias = f"{linear.name}.weight", hand.floats.get(f"{linear.name}.bias")
                 weight = hand.release(key) if inputs is None else hand.floats[key]
                 statistics = None if measure is None else measure(linear)
+                if statistics is not None and linear.name in hand.couplings:
+                    statistics = replace(statistics, coupling=hand.couplings[linear.name])
                 yield self._rounder.task(name, weight, bias, statistics, scales[linear])
 
         with closing(self._scheduler.map(round_linear, tasks())) as results:

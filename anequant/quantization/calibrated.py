@@ -9,7 +9,8 @@ Damping. Few tokens per input channel make the Hessian noisy and error feedback 
 chooses among dampings, and no feedback at all, by the output error on held-out windows.
 
 Refinement. In turn, least squares give codebook and scales for the codes (refine.py), and passes of
-coordinate descent give codes for those; it ends when the layer's error no longer falls.
+coordinate descent give codes for those; it ends when the error no longer falls. Where it is known how errors
+of outputs count together in the end loss, descent goes by that.
 """
 
 from __future__ import annotations
@@ -81,13 +82,13 @@ def quantize_calibrated(
     hessian = damp(moments.hessian, factor.ridge)
     current = evaluate_codes(grid, hessian, gptq(grid, factor))
     if not rounding.refinement:
-        _descend(grid, hessian, current, rounding.descent)
+        _descend(grid, hessian, current, rounding.descent, statistics.coupling)
         return bound_bias(fitted.linear(current.codes.T.contiguous(), bias), name), damping
     if input_scale is not None and rounding.format.scales == "balanced":
         rounding = replace(rounding, format=replace(rounding.format, scales="output"))
     pull = product(weight, moments.hessian) if target.pull is None else target.pull
     weight_pull = pull.add_(target.values, alpha=factor.ridge)
-    fitted, codes = _refine(grid, fitted, hessian, weight_pull, current, rounding)
+    fitted, codes = _refine(grid, fitted, hessian, weight_pull, current, rounding, statistics.coupling)
     return bound_bias(fitted.linear(codes.T.contiguous(), bias), name), damping
 
 
@@ -139,9 +140,9 @@ def _grid(target: Tensor, fitted: FittedCore) -> Grid:
     return Grid(target.T.contiguous(), fitted.step.T.contiguous(), fitted.codebook)
 
 
-def _descend(grid: Grid, hessian: Tensor, current: Rounded, passes: int) -> None:
+def _descend(grid: Grid, hessian: Tensor, current: Rounded, passes: int, coupling: Tensor | None) -> None:
     for _ in range(passes):
-        descend(grid, hessian, current)
+        descend(grid, hessian, current, coupling)
 
 
 def _refine(
@@ -151,6 +152,7 @@ def _refine(
     weight_pull: Tensor,
     current: Rounded,
     rounding: Rounding,
+    coupling: Tensor | None,
 ) -> tuple[FittedCore, Tensor]:
     """Improve scales, codebook and codes uint8 [in, out], for the damped Hessian that gptq saw and the
     weight's product with it [out, in]."""
@@ -159,8 +161,8 @@ def _refine(
         refitted = refit(weight_pull, current.pull.T, current.codes.T, fitted, hessian, rounding.format)
         grid = _grid(target, refitted)
         moved = evaluate_codes(grid, hessian, current.codes)
-        _descend(grid, hessian, moved, max(1, rounding.descent))
-        if moved.loss >= current.loss:
+        _descend(grid, hessian, moved, max(1, rounding.descent), coupling)
+        if moved.loss(coupling) >= current.loss(coupling):
             break
         fitted, current = refitted, moved
     return fitted, current.codes

@@ -16,6 +16,12 @@ on the weight: all linears that read one input share them.
 Coordinate descent afterwards revisits every column with all others fixed: the best value is then the
 step times the entry nearest to (W_j + sum_{k!=j} H_jk E_k / H_jj) / step_j. No step raises the error.
 
+Where errors of different outputs count together, by a matrix C [out, out] with a diagonal of about one, the
+error is tr(C E H E^T). C is known for tiles of rows and zero between them. Descent then goes through a column
+row by row: with all else fixed the best value of one weight is the step times the entry nearest to
+
+    (W_ij + (C E H)_ij / (C_ii H_jj) - E_ij) / step_ij.
+
 Everything works on transposed matrices [in, out], whose columns are contiguous, in blocks of columns with
 one matrix product between blocks.
 """
@@ -101,10 +107,16 @@ class Rounded:
     error: Tensor
     pull: Tensor
 
-    @property
-    def loss(self) -> float:
-        """tr(E H E^T)."""
-        return float((self.error * self.pull).sum(dtype=torch.float64))
+    def loss(self, coupling: Tensor | None = None) -> float:
+        """tr(C E H E^T), with C the identity where there is no coupling [tiles, TILE, TILE]."""
+        if coupling is None:
+            return float((self.error * self.pull).sum(dtype=torch.float64))
+        total = 0.0
+        errors, pulls = (matrix.split(kernels.TILE, dim=1) for matrix in (self.error, self.pull))
+        for tile, error, pull in zip(coupling, errors, pulls, strict=True):
+            rows = slice(error.shape[1])
+            total += float((product(error, tile[rows, rows]) * pull).sum(dtype=torch.float64))
+        return total
 
 
 def gptq(grid: Grid, factor: Factor) -> Tensor:
@@ -130,15 +142,17 @@ def evaluate_codes(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
     return Rounded(codes.clone(), error, product(hessian, error))
 
 
-def descend(grid: Grid, hessian: Tensor, current: Rounded) -> None:
-    """Improve `current` in place by one pass of coordinate descent over the columns."""
+def descend(grid: Grid, hessian: Tensor, current: Rounded, coupling: Tensor | None = None) -> None:
+    """Improve `current` in place by one pass of coordinate descent over the columns; `coupling` [tiles, TILE,
+    TILE] says how errors of rows count together."""
     for start in range(0, len(grid.target), BLOCK):
         block = slice(start, start + BLOCK)
         before = current.error[block].clone()
         codes, error = current.codes[block], current.error[block]
-        kernels.descend(
-            current.pull[block],
-            hessian[block, block].contiguous(),
-            kernels.Block(grid.target[block], grid.step[block], grid.codebook, codes, error),
-        )
+        part = kernels.Block(grid.target[block], grid.step[block], grid.codebook, codes, error)
+        own = hessian[block, block].contiguous()
+        if coupling is None:
+            kernels.descend(current.pull[block], own, part)
+        else:
+            kernels.descend_coupled(current.pull[block], own, coupling, part)
         add_product(current.pull, hessian[:, block], current.error[block] - before)

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 Kernel = Callable[..., None]
 
-inline_kernel: Callable[[Kernel], Kernel] = numba.njit(inline="always")
+inline_kernel: Callable[[Callable[..., T]], Callable[..., T]] = numba.njit(inline="always")
 
 
 def compile_kernel(kernel: Kernel) -> Kernel:
@@ -37,8 +37,14 @@ def compile_kernel(kernel: Kernel) -> Kernel:
 
 
 TILE = 256
+"""Rows that are taken together."""
 MOST_COUNTED = 31
 """Up to so many boundaries, comparing with all of them is faster than a search."""
+
+
+def count_tiles(rows: int) -> int:
+    """Return the tiles that so many rows take."""
+    return -(-rows // TILE)
 
 
 class Block(NamedTuple):
@@ -80,10 +86,18 @@ def descend(pull: Tensor, hessian: Tensor, block: Block) -> None:
     _run(_descend, pull, hessian, block)
 
 
-def _run(kernel: Kernel, values: Tensor, matrix: Tensor, block: Block) -> None:
+def descend_coupled(pull: Tensor, hessian: Tensor, coupling: Tensor, block: Block) -> None:
+    """Do what `descend` does where the errors of rows of a tile count together: one row after the other.
+
+    coupling  float32 [tiles, TILE, TILE]  symmetric, positive on the diagonal of every row that there is
+    """
+    _run(_descend_coupled, pull, hessian, block, coupling.numpy())
+
+
+def _run(kernel: Kernel, values: Tensor, matrix: Tensor, block: Block, *more: Any) -> None:
     """Run the kernel on all rows."""
     arrays = Block(*(part.numpy() for part in block))
-    given = values.numpy(), matrix.numpy(), arrays, find_boundaries(arrays.codebook)
+    given = values.numpy(), matrix.numpy(), arrays, find_boundaries(arrays.codebook), *more
     run_on_threads(lambda begin, end: kernel(begin, end, *given), arrays.error.shape[1])
 
 
@@ -120,6 +134,17 @@ def find_nearest(values: Any, count: int, boundaries: Any, codes: Any) -> None:
     else:
         for row in range(count):
             codes[row] = np.searchsorted(boundaries, values[row])
+
+
+@inline_kernel
+def find_entry(value: Any, boundaries: Any) -> int:
+    """Return the index of the nearest entry of one value."""
+    if len(boundaries) <= MOST_COUNTED:
+        code = 0
+        for boundary in boundaries:
+            code += value > boundary
+        return code
+    return int(np.searchsorted(boundaries, value))
 
 
 @inline_kernel
@@ -198,6 +223,37 @@ def _descend(begin: int, end: int, pull: Any, hessian: Any, block: Block, bounda
                 error[column, start + row] = value[row]
             for row in range(count):
                 codes[column, start + row] = chosen[row]
+
+
+@compile_kernel
+def _descend_coupled(
+    begin: int, end: int, pull: Any, hessian: Any, block: Block, boundaries: Any, coupling: Any
+) -> None:
+    target, step, codebook, codes, error = block
+    columns = len(pull)
+    for start in range(begin, end, TILE):
+        count = min(TILE, end - start)
+        rows = coupling[start // TILE]
+        value, mixed = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+        moves = np.zeros((columns, TILE), np.float32)
+        for column in range(columns):
+            for row in range(count):
+                value[row] = pull[column, start + row]
+            add_up(value, count, hessian[column], moves, 0, column)
+            for row in range(count):
+                mixed[row] = 0
+            add_up(mixed, count, value, rows, 0, count)
+            weight = hessian[column, column]
+            for row in range(count):
+                at = start + row
+                wanted = target[column, at] - error[column, at] + mixed[row] / (weight * rows[row, row])
+                chosen = find_entry(wanted / step[column, at], boundaries)
+                if chosen != codes[column, at]:
+                    left = target[column, at] - codebook[chosen] * step[column, at]
+                    move = left - error[column, at]
+                    for other in range(row + 1, count):
+                        mixed[other] += move * weight * rows[row, other]
+                    codes[column, at], error[column, at], moves[column, row] = chosen, left, move
 
 
 def cache_folder() -> str | None:

@@ -64,10 +64,12 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
-    """`fit` rounds; `held_out`, from other windows, chooses how. `everything` is both together."""
+    """`fit` rounds; `held_out`, from other windows, chooses how. `everything` is both together. `coupling`
+    [tiles, TILE, TILE] says how errors of outputs count together; None: each by itself."""
 
     fit: Moments
     held_out: Moments
+    coupling: Tensor | None = None
 
     @cached_property
     def everything(self) -> Moments:

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from anequant.architectures.spec import layer_prefix
 from anequant.calibration import surprise
 from anequant.calibration import token_weights as module
-from anequant.calibration.token_weights import measure_token_weights
+from anequant.calibration.token_weights import couplings_file, measure_token_weights, read_couplings
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.errors import InputError
+from anequant.quantization.kernels import TILE
 from anequant.quantization.online import plan_online
 from anequant.recipe_files import load_recipe
 from anequant.reference.forward import ReferenceModel
@@ -44,7 +45,8 @@ def draw_one(logits: Tensor, generator: torch.Generator) -> Tensor:
 def test_weights_are_roots_of_squared_gradients(
     make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
-    """Of the loss of one token that is always drawn; more windows than run at once."""
+    """Of the loss of one token that is always drawn; more windows than run at once. Couplings are squares of
+    the same gradients."""
     monkeypatch.setattr(surprise, "draw_tokens", draw_one)
     folder = make_model(tmp_path / "model", model_type, False)
     checkpoint = open_checkpoint(folder)
@@ -70,13 +72,40 @@ def test_weights_are_roots_of_squared_gradients(
     for name, gradient in zip(names, gradients, strict=True):
         root = gradient.square().mean(-1).sqrt()
         torch.testing.assert_close(weights[name].double(), root / root.mean(), rtol=1e-3, atol=1e-4)
+    found = {
+        layer_prefix(layer) + name: tiles
+        for layer in range(checkpoint.spec.num_layers)
+        for name, tiles in read_couplings(tmp_path, layer).items()
+    }
+    assert found.keys() == set(names)
+    for name, gradient in zip(names, gradients, strict=True):
+        rows = gradient.flatten(0, 1)
+        square = (rows / rows.norm(dim=1, keepdim=True)).T @ rows
+        expected = (square / square.diagonal().mean() + torch.eye(len(square))) / 2
+        (tile,) = found[name].double()
+        torch.testing.assert_close(tile[: len(square), : len(square)], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_couplings_are_kept_in_tiles() -> None:
+    """The last tile is filled up with zeros, which do not count."""
+    rows = torch.randn(40, TILE + 3, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(2, TILE, TILE)
+    module._add_squares(total, rows)
+    square = rows.T @ rows
+    torch.testing.assert_close(total[0], square[:TILE, :TILE])
+    torch.testing.assert_close(total[1, :3, :3], square[TILE:, TILE:])
+    coupling = module._couple(total)
+    diagonal = coupling.diagonal(dim1=1, dim2=2).flatten()
+    assert float(diagonal[: TILE + 3].mean()) == pytest.approx(1)
+    assert diagonal[TILE + 3 :].tolist() == [0.5] * (TILE - 3)
+    assert torch.equal(module._couple(torch.zeros(2, TILE, TILE)), torch.eye(TILE).expand(2, -1, -1) / 2)
 
 
 @pytest.mark.usefixtures("exact")
 def test_a_rotated_model_has_the_same_weights(
     make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norms of gradients do not change where outputs are rotated, nor where R3 and R4 run. No file stays."""
+    """Norms of gradients do not change where outputs are rotated, nor where R3 and R4 run. No state stays."""
     monkeypatch.setattr(surprise, "draw_tokens", draw_one)
     checkpoint = open_checkpoint(make_model(tmp_path / "model", "qwen2", False))
     recipe = load_recipe(None, {"r1": "random", "r3": "hadamard", "r4": "hadamard", "activation_bits": 8})
@@ -90,7 +119,8 @@ def test_a_rotated_model_has_the_same_weights(
     )
     for name, weights in one.items():
         torch.testing.assert_close(other[name], weights, rtol=2e-3, atol=2e-4)
-    assert list((tmp_path / "scratch").iterdir()) == []
+    kept = {couplings_file(tmp_path / "scratch", layer) for layer in range(checkpoint.spec.num_layers)}
+    assert set((tmp_path / "scratch").iterdir()) == kept
 
 
 def test_weights_are_about_one_and_told_by_the_seed(tiny_qwen2: Path, tmp_path: Path) -> None:

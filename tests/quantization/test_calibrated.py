@@ -144,7 +144,7 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
     def note(grid: Grid, hessian: Tensor, current: Rounded) -> None:
         candidates.append((grid.codebook[current.codes.int()] * grid.step).T)
         error = (grid.target.T - candidates[-1]).double()
-        losses.append(current.loss)
+        losses.append(current.loss())
         assert losses[-1] == pytest.approx(float((error @ hessian.double() * error).sum()), rel=1e-4)
 
     def noted(grid: Grid, hessian: Tensor, codes: Tensor) -> Rounded:
@@ -153,9 +153,9 @@ def test_accepted_refinements_lower_the_error(monkeypatch: pytest.MonkeyPatch, r
             note(grid, hessian, current)
         return current
 
-    def descend(grid: Grid, hessian: Tensor, current: Rounded, count: int) -> None:
+    def descend(grid: Grid, hessian: Tensor, current: Rounded, count: int, coupling: None) -> None:
         assert count == FULL.descent
-        passes(grid, hessian, current, count)
+        passes(grid, hessian, current, count, coupling)
         note(grid, hessian, current)
 
     monkeypatch.setattr(calibrated, "evaluate_codes", noted)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from anequant.quantization import gptq
 from anequant.quantization.codebook import find_nearest_codes
-from anequant.quantization.gptq import DAMPING_GROWTH, damp, factorize
+from anequant.quantization.gptq import DAMPING_GROWTH, Grid, damp, evaluate_codes, factorize
+from anequant.quantization.kernels import TILE
 
 BLOCK = 16
 
@@ -157,6 +158,61 @@ def test_the_best_codes_are_left_alone() -> None:
         [min(every, key=lambda codes: objective(row[None], codebook, hessian, codes[None])) for row in core]
     )
     assert torch.equal(descended(core, codebook, hessian, best), best)
+
+
+# --- errors of rows that count together -----------------------------------------------------------------
+
+
+def couple(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A positive definite matrix [rows, rows] that is zero between tiles, and its tiles."""
+    generator = torch.Generator().manual_seed(seed)
+    tiles = torch.zeros(-(-rows // TILE), TILE, TILE)
+    whole = torch.zeros(rows, rows)
+    for tile, start in zip(tiles, range(0, rows, TILE), strict=True):
+        count = min(TILE, rows - start)
+        mix = torch.randn(count, count, generator=generator)
+        tile[:count, :count] = mix @ mix.T / count + 0.3 * torch.eye(count)
+        whole[start : start + count, start : start + count] = tile[:count, :count]
+    return whole, tiles
+
+
+def coupled_objective(
+    core: Tensor, codebook: Tensor, hessian: Tensor, coupling: Tensor, codes: Tensor
+) -> float:
+    error = core.double() - codebook.double()[codes.long()]
+    return float((coupling.double() @ error @ hessian.double() * error).sum())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 1), (7, BLOCK), (4, 2 * BLOCK + 3), (TILE + 2, 3)])
+def test_coupled_descent_is_the_literal_one(rows: int, columns: int) -> None:
+    """A column after the other, and in it a row after the other: each code becomes the best of all entries.
+    Rows of two tiles do not see each other."""
+    core, codebook, hessian = problem(rows, columns, 3, seed=columns)
+    whole, tiles = couple(rows, columns)
+    start = torch.randint(3, core.shape, generator=torch.Generator().manual_seed(rows), dtype=torch.uint8)
+    codes = start.clone()
+    entries, error = codebook.double(), core.double() - codebook.double()[start.long()]
+    for column, row in itertools.product(range(columns), range(rows)):
+        slope = float(whole[row].double() @ error @ hessian[:, column].double())
+        curve = float(whole[row, row] * hessian[column, column])
+        moves = core[row, column].double() - entries - error[row, column]
+        best = int((2 * slope * moves + curve * moves.square()).argmin())
+        codes[row, column], error[row, column] = best, core[row, column].double() - entries[best]
+    assert torch.equal(descended(core, codebook, hessian, start, coupling=tiles), codes)
+    losses = [coupled_objective(core, codebook, hessian, whole, each) for each in (start, codes)]
+    assert losses[1] < losses[0]
+    grid = Grid(core.T.contiguous(), torch.ones(columns, rows), codebook)
+    rounded = evaluate_codes(grid, hessian, codes.T.contiguous())
+    assert rounded.loss(tiles) == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_rows_that_do_not_couple_descend_as_they_do_alone() -> None:
+    core, codebook, hessian = problem(9, BLOCK + 4, 4)
+    start = torch.zeros(core.shape, dtype=torch.uint8)
+    alone = torch.eye(TILE)[None] * 0.7
+    assert torch.equal(
+        descended(core, codebook, hessian, start, coupling=alone), descended(core, codebook, hessian, start)
+    )
 
 
 # --- damping ------------------------------------------------------------------------------------------

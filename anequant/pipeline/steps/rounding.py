@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, Linear, ModelSpec, Space, layer_prefix
 from anequant.calibration.equivalence import PROBE_LENGTH
+from anequant.calibration.token_weights import couplings_file
 from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
 from anequant.pipeline.quantizing import Quantizing
@@ -34,10 +35,12 @@ from anequant.pipeline.steps.sizes import (
     FLOAT32,
     FLOAT64,
     Facts,
+    count_coupling_bytes,
     count_state_bytes,
     count_stored_bytes,
     count_table_weights,
 )
+from anequant.quantization.kernels import TILE
 from anequant.quantization.refine import CODEBOOK_ROWS, CODEBOOK_WEIGHTS, LARGEST_CODEBOOK
 from anequant.recipe import Recipe
 from anequant.reference.forward import WINDOWS_AT_ONCE
@@ -129,6 +132,8 @@ class RoundHead(RoundPart):
 
     def accept(self, state: Quantizing, result: RoundedPart) -> None:
         super().accept(state, result)
+        for layer in range(state.spec.num_layers):
+            couplings_file(state.journal.folder, layer).unlink(missing_ok=True)
         state.close_files()
         state.write_config(state.untuned)
 
@@ -182,6 +187,8 @@ class RoundLayer(RoundPart):
                 for linear in spec.architecture.linears
             )
         stored = (FLOAT32 + FLOAT16) * total
+        if recipe.weighs_tokens:
+            stored += count_coupling_bytes(spec)
         return states + max(rotated, stored + max(rounding, running + FLOAT32 * largest))
 
     @property
@@ -274,4 +281,7 @@ def count_gptq_work(spec: ModelSpec, recipe: Recipe) -> Work:
     for linear in spec.architecture.linears:
         rows, width = spec.shape(linear)
         todo += Work(2 * products * rows * width**2 + recipe.refinement * width**3 / 3)
+        if recipe.weighs_tokens:
+            passes = max(1, recipe.refinement) * max(1, recipe.descent)
+            todo += Work(2 * passes * rows * width * TILE)
     return todo

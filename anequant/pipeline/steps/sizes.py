@@ -15,6 +15,7 @@ from anequant.architectures.spec import EMBEDDING, ModelSpec
 from anequant.checkpoints.header import BITS
 from anequant.checkpoints.reader import Checkpoint
 from anequant.jobs.step import Work
+from anequant.quantization.kernels import TILE, count_tiles
 from anequant.recipe import Calibration, Recipe
 from anequant.reference.forward import HEAD_ROWS, WINDOWS_AT_ONCE
 
@@ -109,6 +110,12 @@ def count_advancing_bytes(spec: ModelSpec, windows: tuple[int, int]) -> int:
 def count_autograd_bytes(spec: ModelSpec, tokens: int) -> int:
     """Return the bytes that autograd keeps of so many tokens in one layer."""
     return FLOAT32 * tokens * (KEPT_STATES * spec.hidden_size + KEPT_INNER * spec.intermediate_size)
+
+
+def count_coupling_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of the couplings of a layer's linears."""
+    tiles = sum(count_tiles(spec.width(linear.output)) for linear in spec.architecture.linears)
+    return FLOAT32 * tiles * TILE**2
 
 
 def count_reference_bytes(spec: ModelSpec, source: int) -> int:
