@@ -50,6 +50,16 @@ RESULTS: dict[str, Any] = {
 }
 
 
+def test_the_curve_goes_up_in_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_model_quality, "CURVE", ("other", "absent", "ours"))
+    monkeypatch.setattr(real_model_quality, "W4", "ours")
+    _, _, *rows = real_model_quality.curve(RESULTS).splitlines()
+    assert rows == [
+        "| ours | 4.00 | 3.0 | 0.2000 | 0.2000 | 1.00 | 1.00 |",
+        "| other | 4.50 | 3.0 | 0.3000 | 0.3000 | 1.50 | 1.50 |",
+    ]
+
+
 def test_the_table_has_every_row_and_reason() -> None:
     head, line, *rows = real_model_quality.table(ROWS, RESULTS).splitlines()
     assert head.startswith("| way | bits | MB | seeds | KL, one | KL, two | extra NLL, one |")

@@ -83,6 +83,9 @@ ROWS = [
     peer("llama.cpp Q4_K_M, head and embedding fp16", "as the other rows have them"),
 ]
 
+CURVE = (W4, "`w6-ane`", "`w8-ane`", *(row.label for row in ROWS if "target_bits" in row.overrides))
+"""What the curve of KL against bits is drawn through."""
+
 PAIRS = (
     (TUNED, GPTQ),
     (W4, GPTQ),
@@ -158,6 +161,32 @@ def cell(runs: Sequence[Mapping[str, Any]], text: str, key: str, form: str) -> s
     return form.format(mean.value) + ("" if mean.error is None else f" ± {mean.error:.4f}")
 
 
+def curve(results: Mapping[str, Any]) -> str:
+    """KL against bits and megabytes as Markdown, from the fewest bits on: chosen widths and single ones."""
+    texts: list[str] = results["settings"]["texts"]
+    heads = [
+        "way",
+        "bits",
+        "MB",
+        *(f"KL, {text}" for text in texts),
+        *(f"of 4 bits, {text}" for text in texts),
+    ]
+    found = {label: runs for label in CURVE if (runs := finished(results, label))}
+    lines = [row_of(heads), "|---|" + "---:|" * (len(heads) - 1)]
+    for label, runs in sorted(found.items(), key=lambda item: fmean(run["bits"] for run in item[1])):
+        means = {text: fmean(window_means(runs, text, "kl")) for text in texts}
+        four = {text: fmean(window_means(found[W4], text, "kl")) for text in texts} if W4 in found else {}
+        cells = [
+            label,
+            f"{fmean(run['bits'] for run in runs):.2f}",
+            f"{fmean(run['nbytes'] for run in runs) / 1e6:.1f}",
+            *(f"{means[text]:.4f}" for text in texts),
+            *(f"{means[text] / four[text]:.2f}" if four else "" for text in texts),
+        ]
+        lines.append(row_of(cells))
+    return "\n".join(lines)
+
+
 def reason(row: Row, results: Mapping[str, Any]) -> str:
     """Why a row has no figures, without what would end a cell of the table."""
     failures = [run["failed"] for run in results["runs"] if run["row"] == row.label and "failed" in run]
@@ -196,6 +225,7 @@ def report(results: Mapping[str, Any]) -> str:
         f"unless said. {when_and_where(results['machine'])}, by `python "
         "tools/measure/real_model_quality.py`; the single runs are in "
         f"[measured/real_model.json](measured/real_model.json).\n\n{table(ROWS, results)}\n\n"
+        f"KL against bits, widths chosen by what each tensor's rounding costs:\n\n{curve(results)}\n\n"
         "KL of two ways on the same windows; they differ where the 95% interval of that excludes 0:\n\n"
         + "\n".join(f"- {said}" for said in pairs)
     )
