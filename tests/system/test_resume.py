@@ -39,6 +39,7 @@ MATRICES = {
         "recipe": "w4-ane",
         "keys": {
             **QUICK_GPTQ,
+            "descent": 1,
             "restarts": 2,
             "learn": 1,
             "target_bits": 5.0,
@@ -276,6 +277,29 @@ def test_weights_that_are_cut_off_are_refused(model: Path, whole: Path, out: Pat
         refused(quantize(model, out), INPUT, "'model.safetensors' of an interrupted run is cut off")
     assert quantize(model, out, "--no-resume").exit_code == SUCCESS
     assert contents(whole) == contents(out)
+
+
+def calibrated(model: Path, out: Path) -> Ran:
+    tokens = ("--calib", "self", "--calib-samples", "2", "--calib-length", "8")
+    return invoke("quantize", model, "-o", out, *tokens)
+
+
+@pytest.mark.parametrize("file", ["token_weights.safetensors", "couplings-2.safetensors"])
+def test_what_the_end_loss_said_is_kept_until_all_layers_are_rounded(
+    model: Path, out: Path, file: str
+) -> None:
+    whole = out.with_name("whole")
+    assert calibrated(model, whole).exit_code == SUCCESS
+    stopped_at(out, "layer 2 of 3", model, run=calibrated)
+    kept = WorkFolder(out).folder / file
+    content = kept.read_bytes()
+    kept.write_bytes(content[:-1])
+    for _ in range(2):
+        refused(calibrated(model, out), INPUT, f"'{file}' of an interrupted run is damaged", "--no-resume")
+    kept.write_bytes(content)
+    stopped_at(out, "head", model, run=calibrated)
+    assert not kept.name.startswith("couplings") or not kept.exists()
+    assert calibrated(model, out).exit_code == SUCCESS and contents(whole) == contents(out)
 
 
 @pytest.mark.parametrize("unit", ["rotations", "layer 2 of 3", "checkpoint files"])
