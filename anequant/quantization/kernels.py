@@ -1,8 +1,8 @@
 """The inner loops of rounding, compiled: one column after the other of a block, all rows at once. A loop over
 rows does one thing to one array, so that the compiler makes vectors of it.
 
-Matrices are transposed, [columns, rows], so that the values of a column lie side by side. Rows of two tiles do
-not depend on each other, so threads take tiles, and results are the same for any number of threads.
+Matrices are transposed, [columns, rows], so that the values of a column lie side by side. Rows of two tiles
+do not depend on each other, so threads take tiles, and results are the same for any number of threads.
 """
 
 from __future__ import annotations
