@@ -26,12 +26,13 @@ from anequant.evaluation import LENGTH, WINDOWS
 from anequant.evaluation.evaluate import Evaluation, evaluate_checkpoint
 from anequant.jobs.control import Progress, Run
 from anequant.jobs.scheduler import open_scheduler
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.converting import ConvertResult
 from anequant.pipeline.lower import lower as run_lower
 from anequant.pipeline.lowering import LowerResult
 from anequant.pipeline.quantize import quantize as run_quantize
 from anequant.pipeline.quantizing import QuantizeResult
-from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, load_recipe
 from anequant.report.page.conversion_report import convert_and_report
 from anequant.request import LowerRequest, Request

@@ -24,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 
 from anequant.errors import first_line
 from anequant.jobs.machine import Memory, memory, torch_threads, usable_cores
-from anequant.recipe import LowerOptions
+from anequant.lower_options import LowerOptions
 from anequant.units import format_bytes
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"

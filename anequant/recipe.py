@@ -1,5 +1,4 @@
-"""A Recipe: one value for each orthogonal choice; beside it, what else a run is told: Calibration and
-LowerOptions.
+"""A Recipe: one value for each orthogonal choice; beside it, which tokens a calibrated one sees: Calibration.
 
 The fields below are the single place that names the choices; the command line's options and the
 validation both read them from here. Recipe files are read in `recipe_files`.
@@ -207,26 +206,6 @@ class Calibration:
                 f"{len(self.sources)} calibration sources take a window each, and samples is {self.samples}",
                 remedy=f"use --calib-samples {len(self.sources)} or more",
             )
-
-
-@dataclass(frozen=True)
-class LowerOptions:
-    """What is fixed in the packages that a checkpoint is lowered to.
-
-    context        positions the state holds
-    batch          positions that prefill takes at once
-    chunks         decoder packages; None: as few as keep every package within `max_chunk_mb`
-    max_chunk_mb   millions of bytes
-    argmax         the head ends in the best token of each part instead of logits
-    prefix         of the file names; None: ANEMLL's for the architecture
-    """
-
-    context: int = 512
-    batch: int = 64
-    chunks: int | None = None
-    max_chunk_mb: int = 950
-    argmax: bool = False
-    prefix: str | None = None
 
 
 def _check_value(item: dataclasses.Field[Any], value: Any) -> None:

@@ -25,8 +25,9 @@ from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import ROTATIONS, read_rotations
 from anequant.checkpoints.side_files import check_side_files
 from anequant.checkpoints.source import TOKENIZER_FILES, Source
+from anequant.lower_options import LowerOptions
 from anequant.quantization.online import plan_online
-from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.recipe import Calibration, Recipe
 from anequant.reference.forward import check_window
 from anequant.reference.open_float import check_rotated, open_float
 from anequant.versions import installed_versions

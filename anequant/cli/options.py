@@ -17,7 +17,8 @@ from anequant.calibration.shares import make_calibration
 from anequant.cli.console import Console
 from anequant.cli.ending import NO_RESUME, ending_as_documented
 from anequant.evaluation import LENGTH, WINDOWS
-from anequant.recipe import LARGEST_SEED, Calibration, LowerOptions, Recipe
+from anequant.lower_options import LowerOptions
+from anequant.recipe import LARGEST_SEED, Calibration, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import Any
 
 from anequant.calibration.shares import make_calibration
 from anequant.errors import UsageError, did_you_mean, quote
-from anequant.recipe import Calibration, LowerOptions
+from anequant.lower_options import LowerOptions
+from anequant.recipe import Calibration
 from anequant.recipe_files import DEFAULT_RECIPE, load_recipe
 from anequant.strict import parse_toml, read_plain
 

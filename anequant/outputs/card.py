@@ -17,9 +17,10 @@ from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import read_object
 from anequant.checkpoints.source import Source
 from anequant.evaluation.quality import Quality
+from anequant.lower_options import LowerOptions
 from anequant.outputs.card_page import Rows, card_page, code, plain, table
 from anequant.outputs.command_line import convert_command, model_word, quantize_command, rotate_command
-from anequant.recipe import LowerOptions, Recipe
+from anequant.recipe import Recipe
 from anequant.request import Request
 from anequant.versions import installed_versions
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from anequant.checkpoints.rotation_files import ROTATIONS
 from anequant.checkpoints.source import Source
-from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.lower_options import LowerOptions
+from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
 
 OUTPUT = "OUT"

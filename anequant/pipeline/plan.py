@@ -23,6 +23,7 @@ from anequant.checkpoints.writer import DTYPE_NAMES
 from anequant.errors import ResourceError, UsageError
 from anequant.jobs.process import resident_bytes
 from anequant.jobs.step import AnyStep, Speed
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.skips import Kept, advise, list_kept
 from anequant.pipeline.speed import measure_speed
 from anequant.pipeline.steps.build_packages import BuildChunk, BuildPackage, BuildTable, WritePackageFiles
@@ -45,7 +46,7 @@ from anequant.pipeline.steps.widths import ChooseWidths
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.online import plan_online
 from anequant.quantization.weight_format import WeightFormat
-from anequant.recipe import LowerOptions, Recipe
+from anequant.recipe import Recipe
 from anequant.recipe_files import ROTATION_KEYS, recipe_from_dict
 from anequant.reference.forward import ReferenceModel
 from anequant.reference.windows import RANGE_TOKENS, choose_probe_tokens

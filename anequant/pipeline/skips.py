@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
 from anequant.checkpoints.reader import Checkpoint
-from anequant.recipe import LowerOptions, Recipe
+from anequant.lower_options import LowerOptions
+from anequant.recipe import Recipe
 
 MOST_UNCALIBRATED = 4
 """Bits up to which nearest rounding alone loses much of a model's quality."""

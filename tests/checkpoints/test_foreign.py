@@ -18,10 +18,10 @@ from anequant.checkpoints.foreign import complete_codebook, find_codebook
 from anequant.checkpoints.quantized import load, store
 from anequant.checkpoints.source import Source
 from anequant.errors import InputError
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.lower import lower
 from anequant.quantization.nearest import quantize_linear
 from anequant.quantization.weight_format import WeightFormat
-from anequant.recipe import LowerOptions
 from anequant.reference.open_float import open_float
 from anequant.request import LowerRequest
 from anequant.verification.verify import verify_packages

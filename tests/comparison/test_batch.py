@@ -17,9 +17,10 @@ from anequant.comparison.batch import DONE, FAILED, STATE, TAKEN_OVER
 from anequant.comparison.batch_file import read_batch
 from anequant.errors import Interrupted
 from anequant.jobs.control import Run, Unit
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.steps.collect_tokens import collect_tokens
-from anequant.recipe import Calibration, LowerOptions
+from anequant.recipe import Calibration
 from anequant.report.terminal.tables import BATCH_COLUMNS
 from anequant.request import Request
 

@@ -17,8 +17,8 @@ from conftest import Quantized
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.lower import lower
-from anequant.recipe import LowerOptions
 from anequant.request import LowerRequest
 from anequant.targets.coreml.interpreter.interpreter import Package
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from anequant.errors import UnsupportedError, UsageError
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.lower import lower
-from anequant.recipe import LowerOptions
 from anequant.request import LowerRequest
 from anequant.runtime.continue_text import TextModel, open_text_model
 from anequant.runtime.transformers_backend import TransformersModel

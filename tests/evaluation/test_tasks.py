@@ -22,8 +22,8 @@ from running import Ran, invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anequant.cli import console
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.lower import lower
-from anequant.recipe import LowerOptions
 from anequant.request import LowerRequest
 
 QUESTIONS = [

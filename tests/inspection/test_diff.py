@@ -27,9 +27,9 @@ from anequant.checkpoints.source import Source
 from anequant.inspection.diff_checkpoints import diff_values
 from anequant.inspection.diff_packages import diff_functions, pair_packages
 from anequant.inspection.diff_paths import LENGTH, diff, diff_logits
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.lower import lower
 from anequant.pipeline.quantize import quantize
-from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.reference.windows import choose_probe_tokens
 from anequant.request import LowerRequest, Request

@@ -31,9 +31,9 @@ from anequant.evaluation.distribution import measure_distribution
 from anequant.inspection import inspect_checkpoint
 from anequant.inspection.inspect import inspect, inspect_tensor
 from anequant.inspection.inspect_checkpoint import classify_codebook, classify_scales
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.lower import lower
 from anequant.pipeline.quantize import quantize
-from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.report.terminal.inspect_rows import BAR
 from anequant.request import LowerRequest, Request

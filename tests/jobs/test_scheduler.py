@@ -28,10 +28,11 @@ from anequant.jobs.control import Run, Unit
 from anequant.jobs.scheduler import open_scheduler
 from anequant.jobs.task_files import VALUE, passing_folder, read_value, write_value
 from anequant.jobs.tasks import TasksLost, local
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.lower import lower
 from anequant.pipeline.quantize import quantize
 from anequant.quantization.linear import QuantizedLinear
-from anequant.recipe import Calibration, LowerOptions
+from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.request import LowerRequest, Request
 from anequant.targets.coreml import build as lower_package

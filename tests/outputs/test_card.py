@@ -20,10 +20,11 @@ from anequant.checkpoints.source import BUNDLED_MODEL, Source
 from anequant.cli import main
 from anequant.cli.options import read_calibration, read_lowering, read_recipe
 from anequant.errors import UsageError
+from anequant.lower_options import LowerOptions
 from anequant.outputs.command_line import convert_command, quantize_command
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.rotate import rotate
-from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import load_recipe, named_recipes
 from anequant.request import Request
 from anequant.verification.verify import verify_checkpoint

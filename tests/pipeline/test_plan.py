@@ -26,6 +26,7 @@ from anequant.jobs.control import Run
 from anequant.jobs.process import give_back_memory, resident_bytes
 from anequant.jobs.resume import Job, open_job
 from anequant.jobs.step import AnyStep
+from anequant.lower_options import LowerOptions
 from anequant.pipeline import plan as plan_module
 from anequant.pipeline.convert import convert
 from anequant.pipeline.lower import lower
@@ -33,7 +34,7 @@ from anequant.pipeline.plan import Plan, plan_lowering, plan_request
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.steps.collect_tokens import RESIDENT, STREAMED, fits_whole
 from anequant.pipeline.steps.rounding import RoundPart
-from anequant.recipe import Calibration, LowerOptions, Recipe
+from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import load_recipe
 from anequant.request import LowerRequest, Request
 

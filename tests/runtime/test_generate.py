@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, Pr
 
 from anequant.checkpoints.source import BUNDLED_MODEL
 from anequant.errors import InputError, UnsupportedError, UsageError
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.lower import lower
-from anequant.recipe import LowerOptions
 from anequant.request import LowerRequest
 from anequant.runtime.continue_text import Chat, TextModel, continue_text, open_text_model, read_stop_tokens
 from anequant.runtime.generate import decode_pieces, generate_tokens, score

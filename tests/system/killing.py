@@ -27,9 +27,10 @@ from anequant.errors import AnequantError
 from anequant.jobs import journal
 from anequant.jobs.control import Run
 from anequant.jobs.work_folder import WorkFolder
+from anequant.lower_options import LowerOptions
 from anequant.pipeline import converting
 from anequant.pipeline.quantize import quantize
-from anequant.recipe import Calibration, LowerOptions
+from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.report.page import report_layers
 from anequant.report.page import write_report as report_module

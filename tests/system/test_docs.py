@@ -36,7 +36,8 @@ from anequant.checkpoints.source import BUNDLED_MODEL, SAMPLE_TEXT
 from anequant.cli import main
 from anequant.cli.options import read_lowering, read_recipe
 from anequant.errors import AnequantError
-from anequant.recipe import LowerOptions, Recipe
+from anequant.lower_options import LowerOptions
+from anequant.recipe import Recipe
 from anequant.recipe_files import load_recipe, named_recipes, recipe_from_dict
 from anequant.strict import parse_toml
 from anequant.targets.coreml.interpreter.interpreter import Package

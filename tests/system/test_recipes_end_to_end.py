@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from anequant.architectures.spec import EMBEDDING, HEAD, layer_prefix
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import open_checkpoint
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.lower import lower
-from anequant.recipe import LowerOptions
 from anequant.reference.forward import logits
 from anequant.request import LowerRequest
 from anequant.verification.verify import verify_checkpoint, verify_packages

@@ -21,7 +21,7 @@ CONFIGS = PACKAGE.parent / "configs"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in MODULES}
 LAYERS = (
-    ("errors", "strict", "recipe", "recipe_files", "units", "versions"),
+    ("errors", "strict", "recipe", "recipe_files", "lower_options", "units", "versions"),
     ("architectures",),
     ("rotation",),
     ("quantization",),

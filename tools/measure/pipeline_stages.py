@@ -106,9 +106,9 @@ def quantize(model: Path, output: Path, recipe: str, tokens: Path) -> dict[str, 
 
 
 def lower(checkpoint: Path, output: Path) -> dict[str, float]:
+    from anequant.lower_options import LowerOptions
     from anequant.pipeline import lower
     from anequant.pipeline.steps import magnitudes
-    from anequant.recipe import LowerOptions
     from anequant.request import LowerRequest
     from anequant.targets.coreml import build as lower_package
 

@@ -11,6 +11,7 @@ from anequant.evaluation import SAMPLE_LENGTH, SAMPLE_WINDOWS
 from anequant.evaluation.quality import Quality
 from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
+from anequant.lower_options import LowerOptions
 from anequant.outputs.card import write_conversion_card
 from anequant.pipeline.converting import Converting, measure_sample
 from anequant.pipeline.steps.build_packages import BuildPackage, count_package_bytes
@@ -24,7 +25,6 @@ from anequant.pipeline.steps.sizes import (
     count_reference_bytes,
     count_table_weights,
 )
-from anequant.recipe import LowerOptions
 from anequant.reference.forward import HEAD_ROWS
 from anequant.reference.windows import DECODE_TOKENS, PREFILL_TOKENS
 from anequant.targets.coreml.lint.lint import Finding, lint, require_clean

@@ -6,8 +6,8 @@ import re
 
 from anequant.architectures.spec import ModelSpec
 from anequant.errors import UnsupportedError, UsageError
+from anequant.lower_options import LowerOptions
 from anequant.quantization.online import Online
-from anequant.recipe import LowerOptions
 from anequant.targets.shared.geometry import count_head_parts
 from anequant.targets.shared.rope_tables import compute_rope_tables
 

@@ -11,8 +11,8 @@ from anequant.checkpoints.layers import read_projection_bits
 from anequant.checkpoints.reader import Checkpoint, read_object
 from anequant.checkpoints.side_files import copy_tokenizer
 from anequant.checkpoints.writer import write_json
+from anequant.lower_options import LowerOptions
 from anequant.quantization.codebook import count_code_bits
-from anequant.recipe import LowerOptions
 from anequant.targets.coreml.meta import PackageSet, write_meta
 from anequant.targets.shared.geometry import count_head_parts, split_layers
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from anequant.architectures.spec import FINAL_NORM, layer_prefix
 from anequant.checkpoints.layers import QuantizedLayer, load_layer
 from anequant.checkpoints.reader import Checkpoint
-from anequant.recipe import LowerOptions
+from anequant.lower_options import LowerOptions
 from anequant.targets.shared.geometry import Geometry, count_constant_bytes, count_table_bytes
 from anequant.targets.shared.headroom import Headroom, fit_layer
 from anequant.targets.shared.rope_tables import compute_rope_tables

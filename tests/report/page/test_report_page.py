@@ -14,8 +14,9 @@ from page import HIDDEN, OUTSIDE, SMALL, WIDER, Tree, violations
 
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
 from anequant.jobs.control import Run
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.convert import convert
-from anequant.recipe import Calibration, LowerOptions
+from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.report.page.charts import contrast
 from anequant.report.page.conversion_report import Stopwatch

@@ -20,8 +20,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from anequant.calibration.ranges import find_power_of_two, measure_ranges
 from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.errors import AnequantError, UnsupportedError, VerificationError
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.lower import lower
-from anequant.recipe import LowerOptions
 from anequant.request import LowerRequest
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.targets.coreml.interpreter.interpreter import Package

@@ -19,9 +19,10 @@ from torch import nn
 
 from anequant.checkpoints.source import Source
 from anequant.errors import InputError, UsageError, VerificationError
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.convert import convert
 from anequant.pipeline.lower import lower
-from anequant.recipe import Calibration, LowerOptions
+from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.request import LowerRequest, Request
 from anequant.targets.coreml.lint.lint import Finding, lint, lint_package, require_clean

@@ -26,10 +26,10 @@ from anequant.checkpoints.layers import load_layer, open_quantized
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import UnsupportedError, UsageError, VerificationError
 from anequant.jobs.control import silent
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.lower import lower
 from anequant.quantization.codebook import lloyd_max, make_uniform_codebook, round_to_integers
 from anequant.quantization.online import plan_online
-from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.reference.forward import ReferenceModel
 from anequant.request import LowerRequest

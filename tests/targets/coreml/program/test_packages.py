@@ -20,10 +20,10 @@ from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import SAMPLE_TEXT, resolve_source
 from anequant.errors import UnsupportedError, UsageError, VerificationError
 from anequant.jobs.control import silent
+from anequant.lower_options import LowerOptions
 from anequant.pipeline.lower import lower
 from anequant.pipeline.lowering import LowerResult
 from anequant.pipeline.quantize import quantize
-from anequant.recipe import LowerOptions
 from anequant.recipe_files import load_recipe
 from anequant.reference.sources import read_text
 from anequant.reference.windows import cut_windows, load_tokenizer
