@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from anequant.evaluation import LENGTH, WINDOWS
 from anequant.evaluation.evaluate import Evaluation, evaluate_checkpoint
 from anequant.jobs.control import Progress, Run
 from anequant.jobs.scheduler import open_scheduler
-from anequant.lower_options import LowerOptions
+from anequant.lower_options import AssetOptions, LowerOptions, choose_one, choose_targets
+from anequant.pipeline.asset_lowering import AssetResult
 from anequant.pipeline.converting import ConvertResult
 from anequant.pipeline.lower import lower as run_lower
 from anequant.pipeline.lowering import LowerResult
@@ -36,8 +36,7 @@ from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, load_recipe
 from anequant.report.page.conversion_report import convert_and_report
 from anequant.request import LowerRequest, Request
-from anequant.targets.shared.agreement import PackageCheck
-from anequant.verification.verify import CheckpointCheck, verify_folder
+from anequant.verification.verify import Verification, verify_folder
 
 LOG = logging.getLogger("anequant")
 
@@ -47,14 +46,6 @@ Tell = Callable[[str, float], None]
 
 def tell_nobody(what: str, done: float) -> None:
     """Show nothing."""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What was checked; None for the part that the folder does not hold."""
-
-    checkpoint: CheckpointCheck | None
-    packages: PackageCheck | None
 
 
 def convert(
@@ -74,6 +65,9 @@ def convert(
     max_chunk_mb: int = LowerOptions.max_chunk_mb,
     argmax: bool = False,
     prefix: str | None = None,
+    target: str = "coreml",
+    ladder: Sequence[int] = AssetOptions.ladder,
+    kv: str = AssetOptions.kv,
     max_memory: int | None = None,
     scheduler: str = "local",
     force: bool = False,
@@ -81,15 +75,16 @@ def convert(
     progress: Tell = tell_nobody,
     **keys: Any,
 ) -> ConvertResult:
-    """Quantize a model, lower it, verify both, and write the report: `output`/checkpoint, `output`/packages.
+    """Quantize a model, lower it, verify all of it, and write the report, into folders of `output`.
 
     The bundled model where `model` is None. `calib` is self, wikitext2, a text file or a .json file of rows,
     or several of them, a weight after each as in a.txt=2; `calib_samples` windows of `calib_length` tokens
-    are taken from them together, with `calib_chat` of conversations where there are any. `context` and
-    `batch` are in tokens, `chunks` None takes as few packages as `max_chunk_mb` (megabytes) allows,
-    `max_memory` is bytes. `scheduler` is local, or dask://host:port for a cluster that shares the folders
-    (docs/cluster.md). With `resume` a run that was interrupted is resumed. `progress` is called with what is
-    being done and the share that is done.
+    are taken from them together, with `calib_chat` of conversations where there are any. `target` is coreml,
+    coreai or both; `ladder` and `kv` (state or functional) are Core AI's. `context` and `batch` are in
+    tokens, `chunks` None takes as few packages as `max_chunk_mb` (megabytes) allows, `max_memory` is bytes.
+    `scheduler` is local, or dask://host:port for a cluster that shares the folders (docs/cluster.md). With
+    `resume` a run that was interrupted is resumed. `progress` is called with what is being done and the share
+    that is done.
 
     Raises UsageError for options that are wrong or an `output` that exists (without `force`), InputError or
     UnsupportedError for a model that cannot be read or handled, ResourceError where disk or memory do not
@@ -101,7 +96,11 @@ def convert(
         read,
         make_calibration(calib, calib_samples, calib_length, calib_seed, chat=calib_chat),
         None if rotations is None else Path(rotations),
-        LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix),
+        **choose_targets(
+            target,
+            LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix),
+            AssetOptions(context, tuple(ladder), kv),
+        ),
     )
     with _steer(progress, scheduler, force=force, resume=resume, max_memory=max_memory) as run:
         result, _ = convert_and_report(request, Path(output), run)
@@ -151,18 +150,26 @@ def lower(
     max_chunk_mb: int = LowerOptions.max_chunk_mb,
     argmax: bool = False,
     prefix: str | None = None,
+    target: str = "coreml",
+    ladder: Sequence[int] = AssetOptions.ladder,
+    kv: str = AssetOptions.kv,
     max_memory: int | None = None,
     scheduler: str = "local",
     force: bool = False,
     resume: bool = True,
     progress: Tell = tell_nobody,
-) -> LowerResult:
-    """Lower a quantized checkpoint folder to Core ML packages in the new folder `output`.
+) -> LowerResult | AssetResult:
+    """Lower a quantized checkpoint folder to packages or an asset, in the new folder `output`.
 
-    Options and errors as of `convert`; InputError also for a checkpoint that is not quantized.
+    Options and errors as of `convert`, but for a target of both; InputError also for a checkpoint that is not
+    quantized.
     """
-    options = LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix)
-    request = LowerRequest(Path(checkpoint), options)
+    chosen = choose_targets(
+        target,
+        LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix),
+        AssetOptions(context, tuple(ladder), kv),
+    )
+    request = LowerRequest(Path(checkpoint), choose_one(chosen))
     with _steer(progress, scheduler, force=force, resume=resume, max_memory=max_memory) as run:
         return run_lower(request, Path(output), run)
 
@@ -176,7 +183,7 @@ def verify(
     UsageError for packages without a checkpoint, VerificationError when a check fails.
     """
     made_from = None if checkpoint is None else Path(checkpoint)
-    return Verification(*verify_folder(Path(folder), made_from, progress=_tell(progress)))
+    return verify_folder(Path(folder), made_from, progress=_tell(progress))
 
 
 def evaluate(

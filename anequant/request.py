@@ -25,7 +25,7 @@ from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import ROTATIONS, read_rotations
 from anequant.checkpoints.side_files import check_side_files
 from anequant.checkpoints.source import TOKENIZER_FILES, Source
-from anequant.lower_options import LowerOptions
+from anequant.lower_options import AssetOptions, LowerOptions
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, Recipe
 from anequant.reference.forward import check_window
@@ -40,8 +40,9 @@ UNROTATED: dict[str, Any] = {"r1": "none", "r2": "none", "restarts": 1, "learn":
 class Request:
     """A float model, and what is to be made of it.
 
-    `rotations` is the file of an r1 or r2 of file; `lowering` is None where packages are not asked for;
-    `tokens` [n, length] are those of `calibration` where somebody has them already.
+    `rotations` is the file of an r1 or r2 of file; `lowering` is None where packages are not asked for, and
+    `asset` where none of Core AI is; `tokens` [n, length] are those of `calibration` where somebody has them
+    already.
     """
 
     source: Source
@@ -50,6 +51,7 @@ class Request:
     rotations: Path | None = None
     lowering: LowerOptions | None = None
     tokens: Tensor | None = None
+    asset: AssetOptions | None = None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -98,6 +100,7 @@ class Request:
             "calibration": asdict(self.calibration),
             "calibration files": [_hash_file(Path(source)) for source in self.calibration.sources],
             "lowering": None if self.lowering is None else asdict(self.lowering),
+            **({} if self.asset is None else {"asset": asdict(self.asset)}),
             **rotations,
         }
 
@@ -108,7 +111,7 @@ class LowerRequest:
     the folder's."""
 
     folder: Path
-    lowering: LowerOptions
+    lowering: LowerOptions | AssetOptions
     called: str | None = None
 
     @property

@@ -23,6 +23,7 @@ from anequant.checkpoints.source import BUNDLED_MODEL, SAMPLE_TEXT
 from anequant.cli import main
 from anequant.errors import UsageError
 from anequant.jobs.output_folder import hash_files
+from anequant.pipeline.lowering import LowerResult
 from anequant.recipe import Recipe
 from anequant.recipe_files import DEFAULT_RECIPE
 
@@ -114,7 +115,7 @@ def test_a_mapping_and_keys_are_a_recipe_file_and_options(tmp_path: Path) -> Non
     assert json.loads(json.dumps(measured.to_dict())) == shown and measured.quality.kl is not None
 
     lowered = anequant.lower(tmp_path / "api", tmp_path / "packages", context=32, batch=8, chunks=2)
-    assert len(lowered.packages) == 4
+    assert isinstance(lowered, LowerResult) and len(lowered.packages) == 4
     with pytest.raises(UsageError, match="exists"):
         anequant.quantize(BUNDLED_MODEL, tmp_path / "api", recipe="w4-nearest")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +76,24 @@ def rotate(console: Console, model: str, output: Path, force: bool, resume: bool
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @output_options
-@lowering_options
+@partial(lowering_options, both=False)
 @memory_option
 @scheduler_option
 @command
 def lower(console: Console, checkpoint: Path, output: Path, **options: Any) -> None:
-    """Lower a quantized CHECKPOINT to Core ML packages in a new folder.
+    """Lower a quantized CHECKPOINT to Core ML packages, or an asset of Core AI, in a new folder.
 
     \b
     anequant lower CHECKPOINT -o PACKAGES
     anequant lower CHECKPOINT -o PACKAGES --context 2048 --batch 64 --chunks 2
+    anequant lower CHECKPOINT -o BUNDLE --target coreai --context 4096
     """
+    from anequant.lower_options import choose_one
     from anequant.pipeline.lower import lower as lower_checkpoint
     from anequant.report.terminal import results as text
     from anequant.request import LowerRequest
 
-    request = LowerRequest(checkpoint, read_lowering(options))
+    request = LowerRequest(checkpoint, choose_one(read_lowering(options)))
     with scheduled_job(console, "lower", options) as run:
         result = lower_checkpoint(request, output, run)
     console.result({"output": str(output), **result.to_dict()}, text.describe_lowering(output, result))
@@ -112,7 +115,7 @@ def convert(console: Console, model: str | None, output: Path, **options: Any) -
     anequant convert -o OUT
     anequant convert org/name@revision -o OUT --recipe w6-ane --max-memory 8GB
     """
-    request = replace(read_request(console, model, options), lowering=read_lowering(options))
+    request = replace(read_request(console, model, options), **read_lowering(options))
     from anequant.report.page.conversion_report import convert_and_report
     from anequant.report.terminal import results as text
 
@@ -151,7 +154,7 @@ def plan(console: Console, model: str | None, max_memory: int | None, **options:
     with fetch_headers(model) as source:
         recipe = read_recipe(options, source.folder)
         calibration, sizes = read_calibration(options), read_lowering(options)
-        request = Request(source, recipe, calibration, options["rotations"], sizes)
+        request = Request(source, recipe, calibration, options["rotations"], **sizes)
         result, speed = plan_conversion(request, max_memory)
     values = {"model": source.name, "revision": source.revision, "recipe": recipe.to_dict()}
     console.table({**values, **result.to_dict(speed)}, tabulate_plan(result, speed))

@@ -17,7 +17,7 @@ from anequant.calibration.shares import make_calibration
 from anequant.cli.console import Console
 from anequant.cli.ending import NO_RESUME, ending_as_documented
 from anequant.evaluation import LENGTH, WINDOWS
-from anequant.lower_options import LowerOptions
+from anequant.lower_options import BOTH, COREAI, COREML, KV_FORMS, AssetOptions, LowerOptions, choose_targets
 from anequant.recipe import LARGEST_SEED, Calibration, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
 
@@ -210,9 +210,24 @@ def _chunk_count(context: click.Context, option: click.Parameter, value: str) ->
     return int(value)
 
 
-def lowering_options(run: Command) -> Command:
-    """Add one option for every field of LowerOptions; `read_lowering` reads them."""
-    default = LowerOptions()
+def _ladder(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+    if not all(part.strip().isdigit() for part in value.split(",")):
+        raise click.BadParameter(f"'{value}' is not whole numbers between commas, as in 8,16,64")
+    return tuple(int(part) for part in value.split(","))
+
+
+def lowering_options(run: Command, *, both: bool = True) -> Command:
+    """Add --target, and one option for every field of LowerOptions and AssetOptions; `read_lowering` reads
+    them."""
+    default, asset = LowerOptions(), AssetOptions()
+    kv = "Core AI: who keeps the cache, the asset or the host."
+    run = click.option("--kv", type=click.Choice(KV_FORMS), default=asset.kv, show_default=True, help=kv)(run)
+    sizes = "Core AI: positions that functions take at once."
+    ladder = ",".join(map(str, asset.ladder))
+    run = click.option("--ladder", default=ladder, show_default=True, callback=_ladder, help=sizes)(run)
+    what = "Core ML packages, an asset of Core AI, or both."
+    targets = click.Choice([COREML, COREAI, BOTH] if both else [COREML, COREAI])
+    run = click.option("--target", type=targets, default=COREML, show_default=True, help=what)(run)
     prefix = "Beginning of the file names, instead of the architecture's."
     run = click.option("--prefix", metavar="NAME", help=prefix)(run)
     argmax = "End the head in the best token of each part instead of logits."
@@ -228,9 +243,11 @@ def lowering_options(run: Command) -> Command:
     return run
 
 
-def read_lowering(options: dict[str, Any]) -> LowerOptions:
-    """Return the LowerOptions that `lowering_options` ask for."""
-    return LowerOptions(**{item.name: options[item.name] for item in dataclasses.fields(LowerOptions)})
+def read_lowering(options: dict[str, Any]) -> dict[str, Any]:
+    """Return what `lowering_options` ask for, as `choose_targets` does; raises as it."""
+    lowering = LowerOptions(**{item.name: options[item.name] for item in dataclasses.fields(LowerOptions)})
+    asset = AssetOptions(**{item.name: options[item.name] for item in dataclasses.fields(AssetOptions)})
+    return choose_targets(options["target"], lowering, asset)
 
 
 def generation_options(run: Command) -> Command:
@@ -244,7 +261,10 @@ def generation_options(run: Command) -> Command:
     )
     for name, kind, default, text in kinds:
         run = click.option(name, type=kind, default=default, show_default=True, help=text)(run)
-    text = "What runs the model; coreml needs a Mac, transformers a checkpoint."
+    text = (
+        "What runs the model: an interpreter, ours for packages and Apple's for an asset of Core AI (coreai),"
+    )
+    text += " Core ML on a Mac, or transformers a checkpoint."
     return backend_option("interpreter", help=text)(run)
 
 
@@ -261,5 +281,5 @@ def window_options(run: Command) -> Command:
 
 def backend_option(default: str, *, help: str) -> Callable[[Command], Command]:
     """Add --backend."""
-    backends = click.Choice(["interpreter", "coreml", "transformers"])
+    backends = click.Choice(["interpreter", "coreml", "coreai", "transformers"])
     return click.option("--backend", type=backends, default=default, show_default=True, help=help)

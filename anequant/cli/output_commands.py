@@ -16,7 +16,7 @@ FOLDER = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--checkpoint", type=FOLDER, help="The checkpoint that packages in FOLDER were made from.")
+@click.option("--checkpoint", type=FOLDER, help="The checkpoint that what is in FOLDER was made from.")
 @command
 def verify(console: Console, folder: Path, checkpoint: Path | None) -> None:
     """Read a written FOLDER back and check it: an output of convert, quantize or lower.
@@ -29,12 +29,8 @@ def verify(console: Console, folder: Path, checkpoint: Path | None) -> None:
     from anequant.verification.verify import verify_folder
 
     with console.progress("verify") as progress:
-        written, packages = verify_folder(folder, checkpoint, progress=progress)
-    values = {
-        "checkpoint": None if written is None else written.to_dict(),
-        "packages": None if packages is None else packages.to_dict(),
-    }
-    console.result({"folder": str(folder), **values}, text.describe_verification(written, packages))
+        verified = verify_folder(folder, checkpoint, progress=progress)
+    console.result({"folder": str(folder), **verified.to_dict()}, text.describe_verification(verified))
 
 
 @click.command()
@@ -42,16 +38,16 @@ def verify(console: Console, folder: Path, checkpoint: Path | None) -> None:
 @click.option("--chip", default="any", show_default=True, help="For one generation: a14 to a19, m1 to m6.")
 @command
 def lint(console: Console, path: Path, chip: str) -> None:
-    """What the packages in PATH do that the Neural Engine cannot run, or runs slowly.
+    """What the packages or the asset in PATH do that the Neural Engine cannot run, or runs slowly.
 
     \b
     anequant lint OUT/packages --chip m1
     """
     from dataclasses import asdict
 
+    from anequant.inspection.lint_path import lint_path as run
     from anequant.report.terminal import results as text
-    from anequant.targets.coreml.lint.lint import lint as run
-    from anequant.targets.coreml.lint.lint import select_errors
+    from anequant.targets.shared.finding import select_errors
 
     findings = run(path, chip)
     console.result({"findings": [asdict(finding) for finding in findings]}, text.describe_lint(findings))

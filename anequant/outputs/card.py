@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anequant.checkpoints.license import CARD, copy_license, read_license
 from anequant.checkpoints.manifest import read_manifest, read_rotation_keys
-from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
+from anequant.checkpoints.places import BUNDLE_FOLDER, CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import read_object
 from anequant.checkpoints.source import Source
 from anequant.evaluation.quality import Quality
-from anequant.lower_options import LowerOptions
+from anequant.lower_options import FORMS
 from anequant.outputs.card_page import Rows, card_page, code, plain, table
 from anequant.outputs.command_line import convert_command, model_word, quantize_command, rotate_command
 from anequant.recipe import Recipe
@@ -26,6 +27,7 @@ from anequant.versions import installed_versions
 
 if TYPE_CHECKING:
     from anequant.targets.shared.agreement import PackageCheck
+    from anequant.verification.assets import AssetCheck
 
 HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]{1,96}", re.ASCII)
 """What the hub takes as the name of a base model."""
@@ -73,28 +75,49 @@ def write_checkpoint_card(folder: Path, request: Request, seen: Mapping[str, Any
     _write(folder, source, "quantized", QUANTIZED, _library(online), _recipe_tags(recipe), sections)
 
 
-def write_conversion_card(
-    folder: Path, request: Request, options: LowerOptions, packages: PackageCheck, quality: Quality | None
-) -> None:
+@dataclass(frozen=True)
+class Checked:
+    """What was found of a conversion's packages and of its asset; None for what there is not."""
+
+    packages: PackageCheck | None
+    asset: AssetCheck | None
+
+
+def write_conversion_card(folder: Path, request: Request, checked: Checked, quality: Quality | None) -> None:
     """README.md of the whole conversion in `folder`, whose checkpoint is there; as above."""
     checkpoint = folder / CHECKPOINT_FOLDER
     source, recipe, seen = request.source, request.recipe, read_manifest(checkpoint)["calibration"]
     command = convert_command(
-        source, recipe, request.used_calibration(seen), options, rotated=_is_rotated(source)
+        source, recipe, request.used_calibration(seen), request, rotated=_is_rotated(source)
     )
-    same = f"{packages.agreement:.1%} of {packages.positions} positions, {packages.ties} ties within rounding"
-    agreement = ("packages choose the checkpoint's token", same)
-    note = f"`{CHECKPOINT_FOLDER}` is the quantized checkpoint, `{PACKAGES_FOLDER}` the Core ML packages and"
-    note += f" `meta.yaml`, for up to {options.context} tokens. `--backend coreml` runs them on a Mac."
+    agreement = [
+        (
+            f"{what} the checkpoint's token",
+            f"{check.agreement:.1%} of {check.positions} positions, {check.ties} ties within rounding",
+        )
+        for what, check in (
+            ("packages choose", checked.packages),
+            ("asset chooses", checked.asset),
+        )
+        if check is not None
+    ]
+    note = f"`{CHECKPOINT_FOLDER}` is the quantized checkpoint"
+    if request.lowering is not None:
+        note += f", `{PACKAGES_FOLDER}` the Core ML packages and `meta.yaml`, for up to"
+        note += f" {request.lowering.context} tokens; `--backend coreml` runs them on a Mac"
+    if request.asset is not None:
+        note += f", `{BUNDLE_FOLDER}` a bundle of Core AI for up to {request.asset.context} tokens"
+    note += "."
+    targets = [FORMS[name] for name in FORMS if getattr(request, name) is not None]
     sections = {
         "How it was made": [*code("sh", command), *table(_choices(request, seen))],
-        "What was measured": table([*_errors(checkpoint), agreement, *_quality(quality)]),
+        "What was measured": table([*_errors(checkpoint), *agreement, *_quality(quality)]),
         "How to open it": [
             *(note, ""),
             *code("sh", "anequant verify .", 'anequant generate . --prompt "Once upon a time"'),
         ],
     }
-    _write(folder, source, "quantized", QUANTIZED, "anequant", ["coreml", *_recipe_tags(recipe)], sections)
+    _write(folder, source, "quantized", QUANTIZED, "anequant", [*targets, *_recipe_tags(recipe)], sections)
 
 
 def _write(

@@ -6,13 +6,23 @@ import dataclasses
 import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from anequant.checkpoints.rotation_files import ROTATIONS
 from anequant.checkpoints.source import Source
-from anequant.lower_options import LowerOptions
+from anequant.lower_options import BOTH, COREAI, AssetOptions, LowerOptions
 from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
+
+
+class Targets(Protocol):
+    """What a conversion makes of a checkpoint; None for what was not asked for."""
+
+    @property
+    def lowering(self) -> LowerOptions | None: ...
+    @property
+    def asset(self) -> AssetOptions | None: ...
+
 
 OUTPUT = "OUT"
 """What the output folder is called here."""
@@ -31,10 +41,10 @@ def rotate_command(source: Source, recipe: Recipe, calibration: Calibration) -> 
 
 
 def convert_command(
-    source: Source, recipe: Recipe, calibration: Calibration, options: LowerOptions, *, rotated: bool
+    source: Source, recipe: Recipe, calibration: Calibration, targets: Targets, *, rotated: bool
 ) -> str:
     """Return `anequant convert ...`; `rotated` as in `quantize_command`."""
-    words = [*_recipe_words(recipe, rotated), *_calibration_words(calibration), *_lowering_words(options)]
+    words = [*_recipe_words(recipe, rotated), *_calibration_words(calibration), *_lowering_words(targets)]
     return _command("convert", source, words)
 
 
@@ -76,8 +86,15 @@ def _calibration_words(calibration: Calibration) -> list[str]:
     return words + _options({f"calib_{key}": value for key, value in changed.items()})
 
 
-def _lowering_words(options: LowerOptions) -> list[str]:
-    return _options(_changed(options, LowerOptions()))
+def _lowering_words(targets: Targets) -> list[str]:
+    """Return --target, where it is not Core ML alone, and what is not the default of each."""
+    changed: dict[str, Any] = {}
+    if targets.asset is not None:
+        changed["target"] = COREAI if targets.lowering is None else BOTH
+        changed |= _changed(targets.asset, AssetOptions())
+    if targets.lowering is not None:
+        changed |= _changed(targets.lowering, LowerOptions())
+    return _options(changed)
 
 
 def _changed(value: Any, default: Any) -> dict[str, Any]:
@@ -94,5 +111,5 @@ def _options(values: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", str(value)]
+            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return words

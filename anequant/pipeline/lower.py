@@ -1,4 +1,4 @@
-"""A quantized checkpoint becomes a set of Core ML packages, each a task with a chunk of layers in memory."""
+"""A quantized checkpoint becomes Core ML packages, or an asset of Core AI, with few layers in memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from anequant.jobs.control import UNWATCHED, Run
 from anequant.jobs.journal import Journal
 from anequant.jobs.resume import Job, open_job
 from anequant.jobs.step import AnyStep
+from anequant.lower_options import AssetOptions
+from anequant.pipeline.asset_lowering import AssetResult, run_asset_lowering
 from anequant.pipeline.lowering import Lowering, LowerResult
-from anequant.pipeline.plan import count_chunks, plan_lowering
+from anequant.pipeline.lowering_steps import count_chunks
+from anequant.pipeline.plan import plan_lowering
 from anequant.request import LowerRequest
 
 
-def lower(request: LowerRequest, output: Path, run: Run = UNWATCHED) -> LowerResult:
-    """Write the packages of a quantized checkpoint to the new folder `output`.
+def lower(request: LowerRequest, output: Path, run: Run = UNWATCHED) -> LowerResult | AssetResult:
+    """Write what a quantized checkpoint is lowered to into the new folder `output`.
 
     Raises UsageError when `output` exists (without `force`), a size is impossible or another job was
     interrupted, InputError for a checkpoint that is not quantized or breaks the contract, UnsupportedError
@@ -26,13 +29,15 @@ def lower(request: LowerRequest, output: Path, run: Run = UNWATCHED) -> LowerRes
     plan = plan_lowering(request, run.max_memory)
     job = Job(request.folder, output, request.fingerprint(), plan.steps, plan.disk.total)
     with open_job(job, run) as journal:
+        if isinstance(request.lowering, AssetOptions):
+            return run_asset_lowering(request, request.lowering, journal.output, journal, plan.steps)
         return run_lowering(request, journal.output, journal, plan.steps)
 
 
 def run_lowering(
     request: LowerRequest, folder: Path, journal: Journal, steps: Sequence[AnyStep]
 ) -> LowerResult:
-    """Do the steps of lowering a request into a folder of a job's output."""
+    """Do the steps of lowering a request to packages into a folder of a job's output."""
     with ExitStack() as files:
         state = Lowering(request, count_chunks(steps), folder, journal, files)
         for step in steps:

@@ -15,6 +15,7 @@ from anequant.checkpoints.manifest import hash_checkpoint, write_manifest
 from anequant.checkpoints.reader import Checkpoint
 from anequant.jobs.journal import Journal
 from anequant.jobs.task_files import passing_folder
+from anequant.lower_options import LowerOptions
 from anequant.request import LowerRequest
 from anequant.targets.coreml.build import build_package
 from anequant.targets.coreml.lowerable import check_lowering
@@ -55,9 +56,14 @@ class Lowering:
 
     def __post_init__(self) -> None:
         """Begin to hash the checkpoint beside the steps; raises as `check_lowering`."""
-        check_lowering(self.checkpoint.spec, self.request.lowering, self.checkpoint.online)
+        check_lowering(self.checkpoint.spec, self.options, self.checkpoint.online)
         beside = self.files.enter_context(ThreadPoolExecutor(1))
         self._hashes = beside.submit(hash_checkpoint, self.checkpoint)
+
+    @property
+    def options(self) -> LowerOptions:
+        assert isinstance(self.request.lowering, LowerOptions)
+        return self.request.lowering
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -73,14 +79,14 @@ class Lowering:
     def packages(self) -> PackageSet:
         """What meta.yaml says of the packages."""
         request = self.request
-        return describe_packages(self.checkpoint, request.lowering, request.name, self.chunks)
+        return describe_packages(self.checkpoint, self.options, request.name, self.chunks)
 
     @cached_property
     def tasks(self) -> Sequence[PackageTask]:
         """A task for every package, in running order; the headroom is known by then."""
         assert self.headroom is not None
         home = self.files.enter_context(passing_folder(self.journal.tasks))
-        options, layers = self.request.lowering, self.checkpoint.spec.num_layers
+        options, layers = self.options, self.checkpoint.spec.num_layers
         return [
             PackageTask(name, part, self.request.folder, home, options, self.headroom, metadata)
             for name, part, metadata in list_parts(self.packages, layers)
@@ -106,7 +112,7 @@ class Lowering:
         write_side_files(self.folder, self.packages, self.checkpoint)
         contents = {
             "checkpoint": self._hashes.result(),
-            "options": {**asdict(self.request.lowering), "chunks": self.chunks},
+            "options": {**asdict(self.options), "chunks": self.chunks},
             "packages": [asdict(size) for size in self.sizes],
             "headroom": asdict(self.headroom),
         }

@@ -6,35 +6,29 @@ Everything follows from config.json and the shards' headers; no weight is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec
+from anequant.architectures.spec import ModelSpec
 from anequant.calibration.tokens import SELF
 from anequant.checkpoints.header import TensorInfo
 from anequant.checkpoints.layout import list_entries, list_widest
 from anequant.checkpoints.reader import Checkpoint
-from anequant.checkpoints.source import has_tokenizer
 from anequant.checkpoints.writer import DTYPE_NAMES
 from anequant.errors import ResourceError, UsageError
 from anequant.jobs.process import resident_bytes
 from anequant.jobs.step import AnyStep, Speed
-from anequant.lower_options import LowerOptions
+from anequant.lower_options import AssetOptions
+from anequant.pipeline.lowering_steps import list_conversion, list_packages
 from anequant.pipeline.skips import Kept, advise, list_kept
 from anequant.pipeline.speed import measure_speed
-from anequant.pipeline.steps.build_packages import BuildChunk, BuildPackage, BuildTable, WritePackageFiles
+from anequant.pipeline.steps.build_asset import BuildAsset, WriteBundleFiles
+from anequant.pipeline.steps.build_packages import BuildPackage, WritePackageFiles
 from anequant.pipeline.steps.checkpoint_files import WriteCheckpointFiles, WriteRotatedFiles
-from anequant.pipeline.steps.checks import (
-    Lint,
-    MeasureQuality,
-    VerifyCheckpoint,
-    VerifyPackages,
-    WriteConversionFiles,
-)
 from anequant.pipeline.steps.collect_tokens import CollectTokens, fits_whole
 from anequant.pipeline.steps.magnitudes import MeasureRanges
 from anequant.pipeline.steps.rotations import ChooseRotations
@@ -52,8 +46,8 @@ from anequant.reference.forward import ReferenceModel
 from anequant.reference.windows import RANGE_TOKENS, choose_probe_tokens
 from anequant.request import LowerRequest, Request
 from anequant.rotation.rotation_plan import is_drawn
+from anequant.targets.coreai.lowerable import check_asset
 from anequant.targets.coreml.lowerable import check_lowering
-from anequant.targets.shared.geometry import find_least_chunks, split_layers
 
 FLOAT = {"bits": 16, "rounding": "nearest"}
 SMALL = 256
@@ -93,7 +87,7 @@ class Plan:
 
     @property
     def disk(self) -> Disk:
-        packages = [step.moves[1] for step in self.steps if isinstance(step, BuildPackage)]
+        packages = [step.moves[1] for step in self.steps if isinstance(step, (BuildPackage, BuildAsset))]
         untuned = sum(step.moves[1] for step in self.steps if isinstance(step, Tune))
         weighing = [step for step in self.steps if isinstance(step, WeighTokens)]
         scratch, kept = (sum(sizes) for sizes in ([s.scratch for s in weighing], [s.kept for s in weighing]))
@@ -144,8 +138,13 @@ def plan_request(request: Request, max_memory: int | None = None, base: int | No
     that packages cannot be checked with.
     """
     checkpoint, recipe, options = request.checkpoint, request.recipe, request.lowering
+    asset = request.asset
+    online = plan_online(checkpoint.spec, recipe)
     if options is not None:
-        check_lowering(checkpoint.spec, options, plan_online(checkpoint.spec, recipe))
+        check_lowering(checkpoint.spec, options, online)
+    if asset is not None:
+        check_asset(checkpoint.spec, asset, online)
+    if options is not None or asset is not None:
         if 16 in recipe.widths:
             problem = "recipe key 'bits' is 16, and packages hold palettized weights"
             raise UsageError(problem, remedy="use fewer")
@@ -155,12 +154,8 @@ def plan_request(request: Request, max_memory: int | None = None, base: int | No
     facts = Facts(checkpoint, foresee_checkpoint(checkpoint, recipe), recipe, request.calibration)
     rounding = _list_rounding(request, facts, recipe, max_memory, base)
     steps: list[AnyStep] = [*rounding, WriteCheckpointFiles(facts)]
-    if options is not None:
-        packages = list(_list_packages(facts.written, options))
-        steps += [MeasureRanges(facts.written), *packages, WritePackageFiles(packages)]
-        steps += [VerifyCheckpoint(facts), VerifyPackages(facts, packages, options), Lint(facts)]
-        steps += [MeasureQuality(facts)] if has_tokenizer(checkpoint.folder) else []
-        steps.append(WriteConversionFiles(facts, packages))
+    if options is not None or asset is not None:
+        steps += list_conversion(facts, options, asset)
     kept = list_kept(checkpoint, recipe, options)
     return _keep_within(Plan(base, tuple(steps), kept, advise(recipe)), max_memory)
 
@@ -177,9 +172,15 @@ def plan_rotating(request: Request) -> Plan:
 def plan_lowering(request: LowerRequest, max_memory: int | None = None) -> Plan:
     """Return the plan of `lower` for a quantized checkpoint; raises as `plan_request`."""
     checkpoint, options = request.checkpoint, request.lowering
-    check_lowering(checkpoint.spec, options, checkpoint.online)
-    packages = list(_list_packages(checkpoint, options))
-    steps: tuple[AnyStep, ...] = (MeasureRanges(checkpoint), *packages, WritePackageFiles(packages))
+    steps: tuple[AnyStep, ...]
+    if isinstance(options, AssetOptions):
+        check_asset(checkpoint.spec, options, checkpoint.online)
+        asset = BuildAsset(checkpoint, options)
+        steps = (MeasureRanges(checkpoint), asset, WriteBundleFiles(asset))
+    else:
+        check_lowering(checkpoint.spec, options, checkpoint.online)
+        packages = list(list_packages(checkpoint, options))
+        steps = (MeasureRanges(checkpoint), *packages, WritePackageFiles(packages))
     return _keep_within(Plan(measure_base_if_limited(checkpoint.spec, max_memory), steps), max_memory)
 
 
@@ -252,15 +253,6 @@ def _list_rounding(
         yield Tune(facts)
 
 
-def _list_packages(written: Checkpoint, options: LowerOptions) -> Iterator[BuildPackage]:
-    """The steps that build the packages of a checkpoint, in running order."""
-    chunks = options.chunks or find_least_chunks(written, options.context, options.max_chunk_mb)
-    yield BuildTable(written, 0, EMBEDDING)
-    for number, layers in enumerate(split_layers(written.spec.num_layers, chunks), 1):
-        yield BuildChunk(written, number, layers, chunks, options.context)
-    yield BuildTable(written, chunks + 1, HEAD)
-
-
 def _keep_within(plan: Plan, max_memory: int | None) -> Plan:
     """Return the plan; raises ResourceError when a step of it needs more."""
     peak = plan.peak(plan.largest)
@@ -272,8 +264,3 @@ def _keep_within(plan: Plan, max_memory: int | None) -> Plan:
             remedy=f"the least that works is --max-memory {least:.2f}GB",
         )
     return plan
-
-
-def count_chunks(steps: Sequence[AnyStep]) -> int:
-    """Return how many packages of layers the steps build."""
-    return sum(isinstance(step, BuildChunk) for step in steps)

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from anequant.checkpoints.places import CHECKPOINT_FOLDER, find_packages
+from anequant.checkpoints.places import CHECKPOINT_FOLDER, find_bundle, find_packages, has_packages
 from anequant.checkpoints.reader import read_object
 from anequant.errors import InputError, UsageError, first_line, quote
 from anequant.reference.windows import load_tokenizer
+from anequant.runtime.coreai_backend import AssetModel
 from anequant.runtime.coreml_backend import PackageModel
 from anequant.runtime.generate import Decoder, decode_pieces, encode_text, generate_tokens
 from anequant.runtime.sampling import Sampling, make_chooser
 from anequant.runtime.transformers_backend import TransformersModel
+from anequant.targets.coreai.bundle import TOKENIZER
 from anequant.targets.coreml.device import DevicePackage
 from anequant.targets.coreml.interpreter.interpreter import Package
 
@@ -37,7 +39,8 @@ class TextModel:
 
 
 def open_text_model(folder: Path, backend: str) -> TextModel:
-    """Open an output of convert, or packages (interpreter, coreml), or a checkpoint (transformers).
+    """Open an output of convert, or packages (interpreter, coreml), an asset (interpreter, coreai), or a
+    checkpoint (transformers).
 
     Raises InputError for a folder that is not what the backend runs, UnsupportedError for coreml
     anywhere but on macOS.
@@ -46,11 +49,22 @@ def open_text_model(folder: Path, backend: str) -> TextModel:
     if backend == "transformers":
         part = folder / CHECKPOINT_FOLDER if (folder / CHECKPOINT_FOLDER).is_dir() else folder
         decoder = TransformersModel(part)
+    elif backend == "coreai" or (backend == "interpreter" and not has_packages(folder)):
+        bundle = find_bundle(folder)
+        if bundle is None:
+            return _open_packages(folder, backend)
+        decoder, part = AssetModel(bundle), bundle / TOKENIZER
     else:
-        part = find_packages(folder)
-        decoder = PackageModel(part, DevicePackage.open if backend == "coreml" else Package.open)
-    tokenizer = load_tokenizer(part)
-    return TextModel(part, decoder, tokenizer, read_stop_tokens(part))
+        return _open_packages(folder, backend)
+    return TextModel(part, decoder, load_tokenizer(part), read_stop_tokens(part))
+
+
+def _open_packages(folder: Path, backend: str) -> TextModel:
+    part = find_packages(folder)
+    if backend == "coreai":
+        raise InputError(f"'{folder}' holds no asset of Core AI", remedy="lower with --target coreai")
+    decoder = PackageModel(part, DevicePackage.open if backend == "coreml" else Package.open)
+    return TextModel(part, decoder, load_tokenizer(part), read_stop_tokens(part))
 
 
 def read_stop_tokens(folder: Path) -> frozenset[int]:

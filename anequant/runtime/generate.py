@@ -26,8 +26,8 @@ class Decoder(Protocol):
     `feed` gives logits [vocab] for what follows all of them, `feed_each` [n, vocab] for what follows each.
     """
 
-    position: int
-
+    @property
+    def position(self) -> int: ...
     @property
     def context(self) -> int: ...
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, ROTATED, read_manifest
-from anequant.checkpoints.places import REPORTS
+from anequant.checkpoints.places import BUNDLE_KIND, REPORTS
 from anequant.errors import InputError, UnsupportedError, UsageError, VerificationError, quote
 from anequant.jobs.output_folder import hash_files
 from anequant.recipe import Recipe
@@ -20,6 +20,7 @@ PARTS = {
     CHECKPOINT: ("recipe", "source", "measured"),
     ROTATED: ("recipe", "source", "measured"),
     PACKAGES: ("checkpoint", "options", "packages"),
+    BUNDLE_KIND: ("checkpoint", "options", "design", "headroom"),
     CONVERSION: ("recipe", "measured"),
 }
 """What a folder of each kind says of itself, besides its files and versions."""

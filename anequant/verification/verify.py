@@ -11,7 +11,7 @@ import torch
 
 from anequant.checkpoints.layers import open_quantized
 from anequant.checkpoints.manifest import CHECKPOINT, ROTATED, hash_checkpoint
-from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
+from anequant.checkpoints.places import BUNDLE_FOLDER, BUNDLE_KIND, CHECKPOINT_FOLDER, PACKAGES_FOLDER
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.errors import UsageError, VerificationError
 from anequant.jobs.control import Progress, silent
@@ -21,6 +21,7 @@ from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.storage import damage
 from anequant.targets.shared.agreement import LoweredModel, PackageCheck, compare_model
 from anequant.targets.shared.headroom import describe_coarse_attention
+from anequant.verification.assets import AssetCheck, verify_bundle
 from anequant.verification.constants import verify_constants
 from anequant.verification.files import (
     CONVERSION,
@@ -39,6 +40,18 @@ class CheckpointCheck:
     """Quantized tensors whose stored weight equals what their codes, codebook and scales stand for."""
 
     tensors: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked; None for the part that a folder does not hold."""
+
+    checkpoint: CheckpointCheck | None = None
+    packages: PackageCheck | None = None
+    asset: AssetCheck | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,26 +76,35 @@ def verify_checkpoint(folder: Path, *, progress: Progress = silent) -> Checkpoin
 
 def verify_folder(
     folder: Path, checkpoint: Path | None = None, *, progress: Progress = silent
-) -> tuple[CheckpointCheck | None, PackageCheck | None]:
-    """Verify whatever anequant wrote to `folder`: a checkpoint, packages (with `checkpoint`), or both.
+) -> Verification:
+    """Verify whatever anequant wrote to `folder`: a checkpoint, packages or an asset of Core AI (with
+    `checkpoint`), or all of them.
 
     Raises InputError for a folder that is none of these, VerificationError when a check fails.
     """
     kind = read_checked_manifest(folder)["kind"]
     if kind in (CHECKPOINT, ROTATED):
-        return verify_checkpoint(folder, progress=progress), None
-    if kind == PACKAGES:
+        return Verification(checkpoint=verify_checkpoint(folder, progress=progress))
+    if kind in (PACKAGES, BUNDLE_KIND):
         if checkpoint is None:
-            verify_package_folder(folder)
+            if kind == PACKAGES:
+                verify_package_folder(folder)
+            what = "packages" if kind == PACKAGES else "an asset"
             raise UsageError(
-                f"'{folder}' holds packages only", remedy="name what they were made from with --checkpoint"
+                f"'{folder}' holds {what} only", remedy="name what it was made from with --checkpoint"
             )
-        return None, verify_packages(folder, checkpoint, progress=progress)
+        if kind == PACKAGES:
+            return Verification(packages=verify_packages(folder, checkpoint, progress=progress))
+        return Verification(asset=verify_bundle(folder, checkpoint, progress=progress))
     verify_files(folder, CONVERSION)
-    written = folder / CHECKPOINT_FOLDER
-    return (
+    written, packages, bundle = (
+        folder / part for part in (CHECKPOINT_FOLDER, PACKAGES_FOLDER, BUNDLE_FOLDER)
+    )
+    lowered = packages if packages.is_dir() else None
+    return Verification(
         verify_checkpoint(written, progress=progress),
-        verify_packages(folder / PACKAGES_FOLDER, written, progress=progress),
+        None if lowered is None else verify_packages(lowered, written, progress=progress),
+        verify_bundle(bundle, written, lowered, progress=progress) if bundle.is_dir() else None,
     )
 
 

@@ -15,7 +15,7 @@ from anequant.calibration.rotation_choice import RotationChoice
 from anequant.jobs.typed import from_plain, to_plain
 from anequant.pipeline.rounder import TensorError
 from anequant.pipeline.rounding_pass import RoundedPart
-from anequant.targets.coreml.lint.lint import Finding
+from anequant.targets.shared.finding import Finding
 
 NUMBERS = st.floats(allow_nan=False)
 ERRORS = st.builds(

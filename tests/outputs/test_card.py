@@ -20,7 +20,7 @@ from anequant.checkpoints.source import BUNDLED_MODEL, Source
 from anequant.cli import main
 from anequant.cli.options import read_calibration, read_lowering, read_recipe
 from anequant.errors import UsageError
-from anequant.lower_options import LowerOptions
+from anequant.lower_options import AssetOptions, LowerOptions
 from anequant.outputs.command_line import convert_command, quantize_command
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.rotate import rotate
@@ -151,19 +151,26 @@ CHANGES: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: "-".join(changes) or "plain")
 @pytest.mark.parametrize("name", ["w4-ane", "w4-nearest", "w8a8-ane"])
-def test_the_command_is_the_recipe(name: str, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("target", ["coreml", "coreai", "both"])
+def test_the_command_is_the_recipe(name: str, changes: dict[str, Any], target: str) -> None:
     try:
         recipe = load_recipe(name, changes)
     except UsageError as error:
         pytest.skip(f"no recipe: {error.what}")
     calibration = Calibration(("/somewhere/text.txt",), 8, 128, 3)
-    lowering = LowerOptions(context=256, chunks=2, argmax=True, prefix="mine")
-    command = convert_command(HUB, recipe, calibration, lowering, rotated=False)
+    options_of_target: dict[str, dict[str, Any]] = {
+        "coreml": {"lowering": LowerOptions(context=256, chunks=2, argmax=True, prefix="mine")},
+        "coreai": {"asset": AssetOptions(context=1024, ladder=(1, 8), kv="functional")},
+        "both": {"lowering": LowerOptions(context=1024, batch=16), "asset": AssetOptions(context=1024)},
+    }
+    targets = options_of_target[target]
+    request = Request(HUB, recipe, calibration, **targets)
+    command = convert_command(HUB, recipe, calibration, request, rotated=False)
     assert "/somewhere" not in command
     _, options = options_of(command)
     assert read_recipe(options) == recipe
     assert read_calibration(options) == Calibration(("text.txt",), 8, 128, 3)
-    assert read_lowering(options) == lowering
+    assert read_lowering(options) == targets
 
 
 @pytest.mark.parametrize("name", sorted(named_recipes()))

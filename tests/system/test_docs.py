@@ -400,7 +400,7 @@ def test_the_card_of_a_conversion_is_as_described(converted: Path) -> None:
     (command,) = re.findall(r"^anequant convert .*$", text, re.MULTILINE)
     _, verb, *words = shlex.split(command)
     with main.commands[verb].make_context(verb, words, click.Context(main)) as context:
-        assert read_lowering(context.params) == LowerOptions(context=64, batch=16)
+        assert read_lowering(context.params) == {"lowering": LowerOptions(context=64, batch=16)}
         assert read_recipe(context.params) == load_recipe("w4-nearest")
 
 

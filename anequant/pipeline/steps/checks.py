@@ -12,8 +12,9 @@ from anequant.evaluation.quality import Quality
 from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
 from anequant.lower_options import LowerOptions
-from anequant.outputs.card import write_conversion_card
+from anequant.outputs.card import Checked, write_conversion_card
 from anequant.pipeline.converting import Converting, measure_sample
+from anequant.pipeline.steps.build_asset import BuildAsset
 from anequant.pipeline.steps.build_packages import BuildPackage, count_package_bytes
 from anequant.pipeline.steps.sizes import (
     FLOAT16,
@@ -27,8 +28,9 @@ from anequant.pipeline.steps.sizes import (
 )
 from anequant.reference.forward import HEAD_ROWS
 from anequant.reference.windows import DECODE_TOKENS, PREFILL_TOKENS
-from anequant.targets.coreml.lint.lint import Finding, lint, require_clean
+from anequant.targets.coreml.lint.lint import lint
 from anequant.targets.shared.agreement import PackageCheck
+from anequant.targets.shared.finding import Finding, require_clean
 from anequant.targets.shared.geometry import GRAPH_BYTES_PER_LAYER, count_head_parts, split_layers
 from anequant.verification.verify import CheckpointCheck, verify_checkpoint, verify_packages
 
@@ -193,15 +195,16 @@ class WriteConversionFiles(Step[Converting, None]):
 
     facts: Facts
     packages: Sequence[BuildPackage]
+    asset: BuildAsset | None
 
     @property
     def moves(self) -> tuple[int, int]:
-        return self.facts.written_size + count_package_bytes(self.packages), 0
+        asset = 0 if self.asset is None else self.asset.moves[1]
+        return self.facts.written_size + count_package_bytes(self.packages) + asset, 0
 
     def run(self, state: Converting, progress: Progress) -> None:
         result, request = state.result, state.request
-        assert request.lowering is not None
-        write_conversion_card(state.folder, request, request.lowering, result.packages, result.quality)
+        write_conversion_card(state.folder, request, Checked(result.packages, result.asset), result.quality)
         contents = {"recipe": request.recipe.to_dict(), "measured": result.to_dict()}
         write_manifest(state.folder, "conversion", contents)
 

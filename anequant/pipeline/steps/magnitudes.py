@@ -8,6 +8,7 @@ from anequant.calibration.ranges import LayerRange, measure_ranges
 from anequant.checkpoints.reader import Checkpoint
 from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
+from anequant.pipeline.asset_lowering import AssetLowering
 from anequant.pipeline.lowering import Lowering
 from anequant.pipeline.steps.sizes import (
     FLOAT16,
@@ -21,7 +22,7 @@ from anequant.targets.shared.headroom import plan_headroom
 
 
 @dataclass(frozen=True, eq=False)
-class MeasureRanges(Step[Lowering, tuple[LayerRange, ...]]):
+class MeasureRanges(Step[Lowering | AssetLowering, tuple[LayerRange, ...]]):
     """Look at the magnitudes of a few tokens in every layer; `written` is quantized, or will be."""
 
     stage = "lower"
@@ -47,9 +48,9 @@ class MeasureRanges(Step[Lowering, tuple[LayerRange, ...]]):
         size = self.written.spec.num_layers * self.written.spec.layer_weights
         return Work(2 * 4 * RANGE_TOKENS * size, 4 * PACKING_PASSES * size)
 
-    def run(self, state: Lowering, progress: Progress) -> tuple[LayerRange, ...]:
+    def run(self, state: Lowering | AssetLowering, progress: Progress) -> tuple[LayerRange, ...]:
         tokens = choose_probe_tokens(state.checkpoint, RANGE_TOKENS)[None]
         return tuple(measure_ranges(state.checkpoint, tokens))
 
-    def accept(self, state: Lowering, result: tuple[LayerRange, ...]) -> None:
+    def accept(self, state: Lowering | AssetLowering, result: tuple[LayerRange, ...]) -> None:
         state.headroom = plan_headroom(list(result))

@@ -7,20 +7,21 @@ from pathlib import Path
 
 from anequant.calibration.rotation_choice import RotationChoice
 from anequant.checkpoints.license import CARD
-from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER, REPORT_PAGE
+from anequant.checkpoints.places import BUNDLE_FOLDER, CHECKPOINT_FOLDER, PACKAGES_FOLDER, REPORT_PAGE
 from anequant.inspection.device_profile import DeviceProfile
 from anequant.outputs.push import Upload
+from anequant.pipeline.asset_lowering import AssetResult
 from anequant.pipeline.converting import ConvertResult
 from anequant.pipeline.lowering import LowerResult
 from anequant.pipeline.quantizing import QuantizeResult, RotateResult
 from anequant.pipeline.rounder import TensorError
 from anequant.report.page.write_report import Report
 from anequant.report.terminal.quality_rows import describe_quality
-from anequant.targets.coreml.lint.lint import Finding
-from anequant.targets.shared.agreement import PackageCheck
+from anequant.targets.shared.finding import Finding
 from anequant.targets.shared.headroom import Headroom
 from anequant.units import format_bytes
-from anequant.verification.verify import CheckpointCheck
+from anequant.verification.assets import AssetCheck
+from anequant.verification.verify import Verification
 
 Rows = list[tuple[str, str]]
 
@@ -110,7 +111,9 @@ def _list_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def describe_lowering(folder: Path, result: LowerResult) -> Rows:
+def describe_lowering(folder: Path, result: LowerResult | AssetResult) -> Rows:
+    if isinstance(result, AssetResult):
+        return describe_asset(folder, result)
     rows = [("packages", str(folder))]
     for size in result.packages:
         rows.append(
@@ -142,7 +145,8 @@ def describe_headroom(found: Headroom) -> Rows:
     return rows
 
 
-def describe_verification(checkpoint: CheckpointCheck | None, packages: PackageCheck | None) -> Rows:
+def describe_verification(found: Verification) -> Rows:
+    checkpoint, packages = found.checkpoint, found.packages
     rows = []
     if checkpoint is not None:
         rows.append(("verified", f"{checkpoint.tensors} stored weights are what their codes say"))
@@ -164,7 +168,39 @@ def describe_verification(checkpoint: CheckpointCheck | None, packages: PackageC
                     f"{packages.rounding:.2f} times what rounding does",
                 )
             )
+    return rows if found.asset is None else rows + describe_asset_check(found.asset)
+
+
+def describe_asset_check(found: AssetCheck) -> Rows:
+    """Return what Apple's interpreter made of an asset, and on how much of the model."""
+    part = "all layers" if found.layers == found.of else f"the first {found.layers} of {found.of} layers"
+    rows = [
+        ("verified", f"{found.constants} constants of the Core AI asset read back equal, bit for bit"),
+        (
+            "verified",
+            f"Apple's interpreter on {part}: arg-max agrees at {found.agreement:.1%} of {found.positions} "
+            f"positions ({found.ties} ties within rounding), logits within {found.relative_error:.2%}",
+        ),
+    ]
+    if found.rounding is not None:
+        rows.append(("", f"with rounded activations {found.rounding:.2f} times what rounding does"))
+    if found.witness is not None:
+        said = f"Apple's interpreter and ours on the Core ML packages agree within {found.witness:.2%}"
+        rows.append(("verified", said))
     return rows
+
+
+def describe_asset(folder: Path, result: AssetResult) -> Rows:
+    size = result.size
+    rows = [
+        ("asset", str(folder / size.name)),
+        (
+            "",
+            f"{size.functions} functions over constants of {format_bytes(size.constant_bytes)}, "
+            f"graphs {format_bytes(size.graph_bytes)}",
+        ),
+    ]
+    return rows + describe_headroom(result.headroom)
 
 
 def describe_profile(result: DeviceProfile) -> Rows:
@@ -207,8 +243,11 @@ def describe_lint(findings: Sequence[Finding]) -> Rows:
 
 def describe_conversion(folder: Path, result: ConvertResult) -> Rows:
     rows = describe_quantization(folder / CHECKPOINT_FOLDER, result.quantized)
-    rows += describe_lowering(folder / PACKAGES_FOLDER, result.lowered)
-    rows += describe_verification(result.checkpoint, result.packages)
+    if result.lowered is not None:
+        rows += describe_lowering(folder / PACKAGES_FOLDER, result.lowered)
+    if result.lowered_asset is not None:
+        rows += describe_asset(folder / BUNDLE_FOLDER, result.lowered_asset)
+    rows += describe_verification(Verification(result.checkpoint, result.packages, result.asset))
     rows += describe_lint(result.lint)
     if result.quality is None:
         return [*rows, ("quality", "not measured: the model comes without a tokenizer")]

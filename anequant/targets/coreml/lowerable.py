@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 from anequant.architectures.spec import ModelSpec
-from anequant.errors import UnsupportedError, UsageError
+from anequant.errors import UsageError
 from anequant.lower_options import LowerOptions
 from anequant.quantization.online import Online
 from anequant.targets.shared.geometry import count_head_parts
+from anequant.targets.shared.online_limits import check_online
 from anequant.targets.shared.rope_tables import compute_rope_tables
 
 
@@ -34,29 +35,6 @@ def check_lowering(spec: ModelSpec, options: LowerOptions, online: Online) -> No
             f"--context {options.context} is not a multiple of --batch {options.batch}",
             remedy="ANEMLL's Swift runtime prefills whole batches only",
         )
-    _check_online(online)
+    check_online(online, "Core ML")
     count_head_parts(spec)
     compute_rope_tables(spec, options.context)
-
-
-def _check_online(online: Online) -> None:
-    """Raise UnsupportedError for what the packages cannot do while they run."""
-    if online.kv_bits < 16:
-        raise UnsupportedError(
-            f"a KV cache of {online.kv_bits} bits cannot be lowered: Core ML keeps an fp16 state",
-            remedy="use kv_bits = 16, or run the checkpoint with transformers",
-        )
-    if online.activations and online.prefix:
-        raise UnsupportedError(
-            f"a prefix of {online.prefix} float positions cannot be lowered: the packages compute every "
-            "position alike",
-            remedy="use activation_prefix = 0, or run the checkpoint with transformers",
-        )
-    for name, format_ in online.activations.items():
-        if format_.bits != 8 or format_.scale is None:
-            what = f"{format_.bits}-bit" if format_.bits != 8 else "dynamically scaled"
-            raise UnsupportedError(
-                f"the {what} input of '{name}' cannot be lowered: Core ML's quantize takes 8 bits and one "
-                "fixed scale",
-                remedy="use activation_bits = 8 and activation_scales = 'static', or transformers",
-            )

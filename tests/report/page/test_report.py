@@ -208,7 +208,7 @@ def test_the_command_writes_both_files_and_verify_accepts_them(
     worst = [(item["output_error"], item["layer"], item["name"]) for item in data["worst"]]
     assert len(errors) == 28 and worst == sorted(errors, reverse=True)[:10]
     assert data["measured_on"] == {"text": "the bundled sample text", "windows": 2, "length": 128}
-    assert verify_folder(copy)[0] is not None
+    assert verify_folder(copy).checkpoint is not None
     assert str(copy) not in (copy / "report.html").read_text() + (copy / "report.json").read_text()
     documented = set(re.findall(r"`(\w+)`", DOCUMENT.read_text(encoding="utf-8")))
     assert keys_of(data) <= documented

@@ -14,35 +14,22 @@ The rules and their sources are in the modules `*_rules.py`. Not among them:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from anequant.checkpoints.places import find_packages
-from anequant.errors import InputError, UsageError, VerificationError, did_you_mean
+from anequant.errors import InputError, UsageError, did_you_mean
 from anequant.targets.coreml.graph import read_graphs
 from anequant.targets.coreml.lint.file_rules import PACKAGE_RULES
 from anequant.targets.coreml.lint.operation_rules import GRAPH_RULES
-from anequant.targets.coreml.lint.rule import CHIPS, ERROR, NOTE, WARNING, Hit, Rule
+from anequant.targets.coreml.lint.rule import CHIPS, Hit, Rule
 from anequant.targets.coreml.lint.shape_rules import SHAPE_RULES
 from anequant.targets.coreml.lint.state_rules import STATE_RULES
 from anequant.targets.coreml.lint.sum_rules import SUM_RULES
 from anequant.targets.coreml.lint.weight_rules import WEIGHT_RULES
 from anequant.targets.coreml.storage import damage
+from anequant.targets.shared.finding import Finding, sort_findings
 
 FUNCTION_RULES = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *SUM_RULES, *STATE_RULES)
-
-
-@dataclass(frozen=True)
-class Finding:
-    rule: str
-    severity: str
-    package: str
-    function: str
-    op: str
-    detail: str
-    why: str
-    remedy: str
 
 
 def lint_package(package: Path, chip: str = "any") -> list[Finding]:
@@ -61,11 +48,7 @@ def lint_package(package: Path, chip: str = "any") -> list[Finding]:
                 findings += [_make_finding(rule, package, graph.function, hit) for hit in hits]
         for whole in PACKAGE_RULES:
             findings += [_make_finding(whole, package, "", hit) for hit in whole.check(graphs, package)]
-    return sorted(findings, key=lambda finding: (ERROR, WARNING, NOTE).index(finding.severity))
-
-
-def select_errors(findings: Sequence[Finding]) -> list[Finding]:
-    return [finding for finding in findings if finding.severity == ERROR]
+    return sort_findings(findings)
 
 
 def _make_finding(rule: Rule, package: Path, function: str, hit: Hit) -> Finding:
@@ -84,17 +67,3 @@ def lint(path: Path, chip: str = "any") -> list[Finding]:
     if not packages:
         raise InputError(f"'{path}' holds no packages", remedy="name an .mlpackage or a folder of them")
     return [finding for package in packages for finding in lint_package(package, chip)]
-
-
-def require_clean(findings: list[Finding]) -> list[Finding]:
-    """Return the findings; raises VerificationError with the first error among them and their number."""
-    errors = select_errors(findings)
-    if errors:
-        first = errors[0]
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise VerificationError(
-            f"rule {first.rule}: {first.detail}: {first.why}{more}",
-            where=f"{first.package}, {first.op}",
-            remedy=first.remedy,
-        )
-    return findings

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-ERROR, WARNING, NOTE = "error", "warning", "note"
-
 
 @dataclass(frozen=True)
 class Chip:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anequant.targets.coreml.graph import Graph, Node
-from anequant.targets.coreml.lint.rule import ERROR, WARNING, Chip, Hit, rule
+from anequant.targets.coreml.lint.rule import Chip, Hit, rule
+from anequant.targets.shared.finding import ERROR, WARNING
 
 MOST_STATES = 2
 STATE_ALIGNMENT = 32

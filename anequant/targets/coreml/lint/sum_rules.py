@@ -17,8 +17,9 @@ from torch import Tensor
 
 from anequant.targets.coreml.graph import BLOCKS, LUT, Graph, Node
 from anequant.targets.coreml.interpreter.operators import OPERATORS
-from anequant.targets.coreml.lint.rule import WARNING, Chip, Hit, rule
+from anequant.targets.coreml.lint.rule import Chip, Hit, rule
 from anequant.targets.coreml.storage import Palettized
+from anequant.targets.shared.finding import WARNING
 from anequant.targets.shared.headroom import LARGEST_SUM
 
 LEAST_INPUT = 1.0

@@ -25,7 +25,7 @@ from anequant.pipeline.lower import lower
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.request import LowerRequest, Request
-from anequant.targets.coreml.lint.lint import Finding, lint, lint_package, require_clean
+from anequant.targets.coreml.lint.lint import lint, lint_package
 from anequant.targets.coreml.lint.operation_rules import GRAPH_RULES
 from anequant.targets.coreml.lint.rule import CHIPS
 from anequant.targets.coreml.lint.shape_rules import SHAPE_RULES
@@ -36,6 +36,7 @@ from anequant.targets.coreml.program.package import MODEL_FILE, WEIGHT_FILE, sav
 from anequant.targets.coreml.program.program import build_program
 from anequant.targets.coreml.storage import read_model
 from anequant.targets.coreml.toolkit import TARGET, Function, MIL_pb2, ct, get_new_symbol, mb, types
+from anequant.targets.shared.finding import Finding, require_clean
 
 Body = Callable[[dict[str, Any]], Any]
 C, S = 64, 32

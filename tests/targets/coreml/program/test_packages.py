@@ -51,6 +51,7 @@ class Written:
 def write(folder: Path, model: Path, options: LowerOptions, **recipe: Any) -> Written:
     quantize(Request(resolve_source(str(model)), load_recipe("w4-nearest", recipe)), folder / "checkpoint")
     result = lower(LowerRequest(folder / "checkpoint", options), folder / "packages")
+    assert isinstance(result, LowerResult)
     return Written(folder / "checkpoint", folder / "packages", result)
 
 

@@ -1,0 +1,112 @@
+"""A quantized checkpoint on its way to an asset of Core AI: what the steps of that share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anequant.checkpoints.manifest import hash_checkpoint, write_manifest
+from anequant.checkpoints.places import BUNDLE_KIND
+from anequant.checkpoints.reader import Checkpoint
+from anequant.jobs.control import Progress
+from anequant.jobs.journal import Journal
+from anequant.jobs.step import AnyStep
+from anequant.jobs.typed import to_plain
+from anequant.lower_options import AssetOptions
+from anequant.request import LowerRequest
+from anequant.targets.coreai.build import AssetSize, build_asset
+from anequant.targets.coreai.bundle import name_asset, write_bundle
+from anequant.targets.coreai.design import Design
+from anequant.targets.shared.headroom import Headroom
+
+
+@dataclass(frozen=True)
+class BuiltAsset:
+    """An asset that is written, and what its functions are."""
+
+    design: Design
+    size: AssetSize
+
+
+@dataclass(frozen=True)
+class AssetResult:
+    """The asset that was written, and how its numbers keep inside float16."""
+
+    size: AssetSize
+    headroom: Headroom
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(eq=False)
+class AssetLowering:
+    """What the steps that write a bundle to `folder` hand on, each to those after it.
+
+    `headroom` is set by the step that measures ranges, or given; `built` by the step that writes the asset.
+    """
+
+    request: LowerRequest
+    options: AssetOptions
+    folder: Path
+    files: ExitStack
+    headroom: Headroom | None = None
+    built: BuiltAsset | None = None
+    _hashes: Future[dict[str, str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin to hash the checkpoint beside the steps."""
+        beside = self.files.enter_context(ThreadPoolExecutor(1))
+        self._hashes = beside.submit(hash_checkpoint, self.checkpoint)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.request.checkpoint
+
+    @property
+    def result(self) -> AssetResult:
+        """What was written, once the steps are done."""
+        assert self.headroom is not None and self.built is not None
+        return AssetResult(self.built.size, self.headroom)
+
+    def build(self, progress: Progress) -> BuiltAsset:
+        """Write the asset, in the place of one that an interrupted run left."""
+        assert self.headroom is not None
+        asset = self.folder / name_asset(self.request.name)
+        shutil.rmtree(asset, ignore_errors=True)
+        options, headroom = self.options, self.headroom
+        return BuiltAsset(*build_asset(self.request.folder, asset, options, headroom, progress=progress))
+
+    def write_files(self) -> None:
+        """Write what lies beside the asset."""
+        assert self.headroom is not None and self.built is not None
+        name, context = self.built.size.name, self.options.context
+        write_bundle(self.folder, name, self.request.name, self.checkpoint, context)
+        contents = {
+            "checkpoint": self._hashes.result(),
+            "options": asdict(self.options),
+            "design": to_plain(self.built.design),
+            "headroom": asdict(self.headroom),
+        }
+        write_manifest(self.folder, BUNDLE_KIND, contents)
+
+
+def run_asset_lowering(
+    request: LowerRequest,
+    options: AssetOptions,
+    folder: Path,
+    journal: Journal,
+    steps: Sequence[AnyStep],
+    headroom: Headroom | None = None,
+) -> AssetResult:
+    """Do the steps of writing an asset into a folder of a job's output."""
+    with ExitStack() as files:
+        state = AssetLowering(request, options, folder, files, headroom)
+        for step in steps:
+            journal.do(step, state)
+        return state.result

@@ -1,0 +1,55 @@
+"""A design becomes an asset that Apple's package has written, with placeholders for its constants."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anequant.targets.coreai.design import (
+    EXTEND,
+    GATHER,
+    LOAD,
+    PREFILL,
+    Design,
+    FunctionPorts,
+    list_functions,
+)
+from anequant.targets.coreai.program.builder import Builder, make_placeholders, make_type
+from anequant.targets.coreai.program.decoder import Transformer, emit_gather, emit_table
+from anequant.targets.coreai.toolkit import AIProgram, GraphOp, HandleType, Location, Module
+
+
+def author(design: Design, asset: Path) -> None:
+    """Write the folder `asset`, which ends in .aimodel; its bytes depend on the design alone, but for the
+    date in metadata.json."""
+    module = Module.create()
+    with module, Location.unknown():
+        attributes = make_placeholders(design.constants)
+        for ports in list_functions(design):
+            _emit_function(design, ports, attributes)
+    AIProgram(module).save_asset(asset)
+
+
+def _emit_function(design: Design, ports: FunctionPorts, attributes: Mapping[str, Any]) -> None:
+    types = [make_type(port.dtype, port.shape) for port in ports.inputs]
+    types += [HandleType.get(make_type(port.dtype, port.shape)) for port in ports.states]
+    names = [port.name for port in (*ports.inputs, *ports.states)]
+    graph = GraphOp(ports.name, types, [], input_names=names)
+    with graph.block:
+        outputs = _emit_body(design, ports.name, dict(zip(names, graph.arguments, strict=True)), attributes)
+        graph.set_outputs_spec_from_dict(OrderedDict(outputs))
+
+
+def _emit_body(
+    design: Design, name: str, arguments: dict[str, Any], attributes: Mapping[str, Any]
+) -> dict[str, Any]:
+    builder = Builder(design, attributes)
+    if name == LOAD:
+        return emit_table(builder)
+    kind, *sizes = name.rsplit("_", 2 if name.startswith((EXTEND, PREFILL)) else 1)
+    if kind == GATHER:
+        return emit_gather(arguments["in_new_token_ids"], arguments["embedding_table"], builder)
+    context, length = map(int, sizes)
+    return Transformer(builder, kind, context, length).emit(arguments)

@@ -1,0 +1,49 @@
+"""A linear as a 1x1 convolution whose weight is codes into one table.
+
+    output_scale * conv(codebook[codes], round(input_scale * x)) + bias
+
+The scales are multiplications of their own, never part of the weight: a table with scales inside has been
+wrong on the engine (coreai-torch issue 93, coreai-models issue 279). Where inputs are rounded, they pass
+through `quantize` and `dequantize`, and the weight stays codes into a table.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from anequant.targets.coreai.program.builder import Builder, Var
+from anequant.targets.coreai.toolkit import ops
+
+CODES, CODEBOOK, INPUT, OUTPUT, BIAS = "codes", "codebook", "input_scale", "output_scale", "bias"
+"""What the constants of a linear are called, after its name and a dot."""
+
+
+def emit_linear(builder: Builder, x: Var, name: str) -> Var:
+    """W x + b on an image [1, in, 1, S]."""
+    if builder.has(f"{name}.{INPUT}"):
+        x = builder.mul(x, builder.constant(f"{name}.{INPUT}"))
+    step = builder.design.steps.get(name)
+    if step is not None:
+        x = _round(builder, x, step)
+    y = builder.mul(builder.conv(x, builder.look_up(name)), builder.constant(f"{name}.{OUTPUT}"))
+    return builder.add(y, builder.constant(f"{name}.{BIAS}")) if builder.has(f"{name}.{BIAS}") else y
+
+
+def emit_turn(builder: Builder, x: Var, name: str) -> Var:
+    """An online rotation of channels [1, C, 1, S], factor after factor, as in `rotation_weights`."""
+    _, width, _, length = x.type.shape
+    number = 1
+    while builder.has(f"{name}_factor_{number}"):
+        weight = builder.constant(f"{name}_factor_{number}")
+        channels, factor = list(weight.type.shape)[:2]
+        x = builder.reshape(x, 1, channels, width // channels, length)
+        x = builder.conv(x, weight, channels // factor)
+        number += 1
+    return builder.reshape(x, 1, width, 1, length) if number > 1 else x
+
+
+def _round(builder: Builder, x: Var, step: float) -> Var:
+    scale, zero = builder.number(step, 0), builder.integers(0, np.int8)
+    free, axes = builder.number(0.0, 0), builder.integers((0, 1, 2, 3))
+    codes = ops.quantize(x, scale, zero, free, axes)
+    return ops.dequantize(codes, scale, zero, free, axes)
