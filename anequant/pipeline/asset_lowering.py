@@ -16,11 +16,10 @@ from anequant.checkpoints.reader import Checkpoint
 from anequant.jobs.control import Progress
 from anequant.jobs.journal import Journal
 from anequant.jobs.step import AnyStep
-from anequant.jobs.typed import to_plain
 from anequant.lower_options import AssetOptions
 from anequant.request import LowerRequest
 from anequant.targets.coreai.build import AssetSize, build_asset
-from anequant.targets.coreai.bundle import name_asset, write_bundle
+from anequant.targets.coreai.bundle import name_asset, write_bundle, write_design
 from anequant.targets.coreai.design import Design
 from anequant.targets.shared.headroom import Headroom
 
@@ -90,9 +89,8 @@ class AssetLowering:
         contents = {
             "checkpoint": self._hashes.result(),
             "options": asdict(self.options),
-            "design": to_plain(self.built.design),
-            "headroom": asdict(self.headroom),
         }
+        write_design(self.folder, self.built.design, self.headroom)
         write_manifest(self.folder, BUNDLE_KIND, contents)
 
 

@@ -8,7 +8,6 @@ copied from the file that was written. How many layers that were is part of the 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,19 @@ from anequant.checkpoints.layers import open_quantized
 from anequant.checkpoints.manifest import hash_checkpoint
 from anequant.checkpoints.places import BUNDLE_KIND
 from anequant.checkpoints.reader import Checkpoint
-from anequant.errors import InputError, VerificationError
+from anequant.errors import VerificationError
 from anequant.jobs.control import Progress, silent
-from anequant.jobs.typed import from_plain
 from anequant.reference.forward import logits
 from anequant.reference.windows import choose_probe_tokens
 from anequant.runtime.coreml_backend import run_package_by_package
 from anequant.targets.coreai.build import cut_design
-from anequant.targets.coreai.bundle import find_asset
+from anequant.targets.coreai.bundle import find_asset, read_design
 from anequant.targets.coreai.design import Design
 from anequant.targets.coreai.host import Host
 from anequant.targets.coreai.runner import Runner
 from anequant.targets.coreai.stored import derive_asset, verify_hash
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.shared.agreement import compare_logits, compare_rounding
-from anequant.targets.shared.headroom import Headroom
 from anequant.verification.asset_constants import verify_asset_constants
 from anequant.verification.files import failing, verify_files
 
@@ -126,21 +123,12 @@ def verify_bundle(
     with failing(folder):
         asset = find_asset(folder)
         verify_hash(asset)
-        design, headroom = read_design(recorded, folder)
+        design, headroom = read_design(folder)
         constants = verify_asset_constants(
             asset, design, checkpoint, headroom, progress.part("constants", 0.0, 0.3)
         )
     run = RunAsset(asset, design, choose_extent(design))
     return _compare(run, checkpoint, constants, packages, progress.part("run", 0.3, 1.0))
-
-
-def read_design(recorded: Mapping[str, Any], folder: Path) -> tuple[Design, Headroom]:
-    """The design and the headroom in a bundle's manifest; raises InputError where they make no sense."""
-    try:
-        design: Design = from_plain(Design, recorded["design"])
-        return design, from_plain(Headroom, recorded["headroom"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError("the manifest does not describe the asset", where=str(folder)) from error
 
 
 def _compare(

@@ -19,7 +19,8 @@ from anequant.targets.coreml.interpreter.interpreter import Package
 from anequant.targets.coreml.meta import read_meta
 from anequant.targets.coreml.program.linears import name_head_part, name_weight
 from anequant.targets.shared.packed_codes import CompressedWeight, check_weight, take_rows
-from anequant.targets.shared.rotation_weights import make_online_weights, name_factor
+from anequant.targets.shared.rotation_names import name_factor
+from anequant.targets.shared.rotation_weights import make_online_weights
 
 Names = dict[str, tuple[str, slice]]
 

@@ -20,7 +20,7 @@ PARTS = {
     CHECKPOINT: ("recipe", "source", "measured"),
     ROTATED: ("recipe", "source", "measured"),
     PACKAGES: ("checkpoint", "options", "packages"),
-    BUNDLE_KIND: ("checkpoint", "options", "design", "headroom"),
+    BUNDLE_KIND: ("checkpoint", "options"),
     CONVERSION: ("recipe", "measured"),
 }
 """What a folder of each kind says of itself, besides its files and versions."""

@@ -16,7 +16,7 @@ from anequant.errors import UnsupportedError
 from anequant.jobs.control import Progress, silent
 from anequant.jobs.typed import to_plain
 from anequant.lower_options import AssetOptions
-from anequant.targets.coreai.bytecode import Content, fill_blobs
+from anequant.targets.coreai.bytecode import Content, fill_blobs, read_bytecode
 from anequant.targets.coreai.constants import ConstantFile, write_constants
 from anequant.targets.coreai.design import Design, Sizes
 from anequant.targets.coreai.installed import VERSION, require_installed
@@ -122,11 +122,25 @@ def author_asset(design: Design, asset: Path, content: Content) -> None:
                 f"coreai-core {VERSION} ended with exit code {code} while it wrote the functions: {last}",
                 remedy="run it again; if it stays so, lower with --target coreml",
             )
+        _require_kept(design, template / PROGRAM)
         sizes = {name: constant.nbytes for name, constant in design.constants.items()}
         digest = fill_blobs(template / PROGRAM, asset / PROGRAM, sizes, content)
         metadata = json.loads((template / METADATA).read_text(encoding="utf-8"))
     (asset / HASH).write_bytes(bytes.fromhex(digest))
     write_asset_metadata(asset, metadata)
+
+
+def _require_kept(design: Design, template: Path) -> None:
+    """Check that Apple's package has folded no constant: it did not have its bytes.
+
+    Raises UnsupportedError naming the first that is gone or new.
+    """
+    changed = design.constants.keys() ^ {blob.name for blob in read_bytecode(template).blobs}
+    if changed:
+        raise UnsupportedError(
+            f"coreai-core {VERSION} has folded the constant '{min(changed)}'",
+            remedy="lower with --target coreml, and report the recipe",
+        )
 
 
 def write_asset_metadata(asset: Path, found: Mapping[str, str]) -> None:

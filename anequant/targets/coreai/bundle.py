@@ -3,8 +3,8 @@
     metadata.json           metadata_version 0.2, kind llm, the asset's name, and what of the model the runner
                             reads (apple/coreai-models at 86b363d: ModelBundle.swift, LanguageConfig.swift)
     NAME.aimodel/           main.mlirb, main.hash, metadata.json
-    tokenizer/              the model's own files
-    config.json             which tokens end a text
+    tokenizer/              the model's own files, and in config.json which tokens end a text
+    design.json             anequant's own: what the functions are made of
 
 The key `source` is left out: Apple's reader takes it only for a model that came by way of torch.
 """
@@ -18,8 +18,11 @@ from anequant.checkpoints.reader import Checkpoint, read_object
 from anequant.checkpoints.side_files import copy_tokenizer
 from anequant.checkpoints.writer import write_json
 from anequant.errors import InputError, quote
+from anequant.jobs.typed import from_plain, to_plain
+from anequant.targets.coreai.design import Design
+from anequant.targets.shared.headroom import Headroom
 
-METADATA, TOKENIZER = "metadata.json", "tokenizer"
+METADATA, TOKENIZER, DESIGN = "metadata.json", "tokenizer", "design.json"
 VERSION = "0.2"
 
 
@@ -62,3 +65,18 @@ def find_asset(folder: Path) -> Path:
     if not (folder / name).is_dir():
         raise InputError(f"asset {quote(name)} is missing", where=str(folder), remedy="lower it again")
     return folder / name
+
+
+def write_design(folder: Path, design: Design, headroom: Headroom) -> None:
+    """Write what an asset was made by, every number exactly."""
+    write_json(folder / DESIGN, {"design": to_plain(design), "headroom": to_plain(headroom)})
+
+
+def read_design(folder: Path) -> tuple[Design, Headroom]:
+    """Read what `write_design` wrote; raises InputError where it is missing or makes no sense."""
+    content = read_object(folder / DESIGN)
+    try:
+        design: Design = from_plain(Design, content["design"])
+        return design, from_plain(Headroom, content["headroom"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"'{DESIGN}' does not describe an asset", where=str(folder)) from error

@@ -23,7 +23,8 @@ from anequant.targets.coreai.design import CODES, COS, SIN, Constant
 from anequant.targets.shared.headroom import Headroom, fit_layer, fit_table
 from anequant.targets.shared.packed_codes import take_rows
 from anequant.targets.shared.rope_tables import compute_rope_tables
-from anequant.targets.shared.rotation_weights import make_online_weights, name_factor
+from anequant.targets.shared.rotation_names import name_factor
+from anequant.targets.shared.rotation_weights import make_online_weights
 
 Array = np.ndarray[Any, Any]
 LARGEST_PART = 16384
@@ -88,7 +89,7 @@ def write_constants(
         file.add_tensor(name, values, *values.shape)
     for name, factors in make_online_weights(spec, checkpoint.online).items():
         for number, factor in enumerate(factors):
-            file.add_tensor(name_factor(name, number), factor, *factor.shape)
+            _add_factor(file, name_factor(name, number), factor)
     _add_embedding(file, fit_table(load_table(checkpoint, EMBEDDING), headroom))
     for index in range(spec.num_layers):
         progress(f"layer {index}", (index + 1) / (spec.num_layers + 1))
@@ -153,6 +154,15 @@ def _add_codes(file: ConstantFile, name: str, linear: QuantizedLinear, shape: tu
     file.add(f"{name}.codes", Constant(CODES[linear.bits], shape), [packed])
     entries = linear.codebook.numel()
     file.add_tensor(f"{name}.codebook", linear.codebook, *[1] * len(shape), entries, 1)
+
+
+def _add_factor(file: ConstantFile, name: str, factor: Tensor) -> None:
+    """A factor of a Hadamard matrix, which is one number and its negative, in codes of one bit."""
+    size = factor.abs().max()
+    assert bool((factor.abs() == size).all()), name
+    codes = pack_codes((factor > 0).to(torch.uint8).numpy().reshape(-1), 1)
+    file.add(f"{name}.codes", Constant(CODES[1], tuple(factor.shape)), [codes])
+    file.add_tensor(f"{name}.codebook", torch.stack([-size, size]), 1, 1, 1, 1, 2, 1)
 
 
 def _add_gain(file: ConstantFile, name: str, gain: Tensor, *, heads: bool) -> None:

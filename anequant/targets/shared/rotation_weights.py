@@ -11,10 +11,9 @@ from anequant.architectures.spec import ModelSpec
 from anequant.quantization.online import Online
 from anequant.rotation.hadamard import hadamard, orthonormal_factors
 from anequant.rotation.orthogonal import Rotation
+from anequant.targets.shared.rotation_names import FFN, KEY, QUERY
 
 WIDEST = 256
-QUERY, KEY, FFN = "r3_query", "r3_key", "r4"
-"""What the rotations are called: `name_factor` tells their constants."""
 
 
 def make_online_weights(spec: ModelSpec, online: Online) -> dict[str, list[Tensor]]:
@@ -44,8 +43,3 @@ def make_hadamard_weights(rotation: Rotation, width: int) -> list[Tensor]:
         weights.append(factor.T.repeat(outer, 1)[:, :, None, None].half())
         outer *= len(factor)
     return weights
-
-
-def name_factor(name: str, number: int) -> str:
-    """Return the name of the constant that is a rotation's factor."""
-    return f"{name}_factor_{number + 1}"

@@ -24,7 +24,7 @@ from anequant.targets.coreai.design import (
 from anequant.targets.coreai.program.builder import Builder, Var
 from anequant.targets.coreai.program.linears import emit_linear, emit_turn
 from anequant.targets.coreai.toolkit import ops
-from anequant.targets.shared.rotation_weights import FFN, KEY, QUERY
+from anequant.targets.shared.rotation_names import FFN, KEY, QUERY
 
 
 def emit_table(builder: Builder) -> dict[str, Var]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from anequant.targets.coreai.program.builder import Builder, Var
 from anequant.targets.coreai.toolkit import ops
+from anequant.targets.shared.rotation_names import name_factor
 
 CODES, CODEBOOK, INPUT, OUTPUT, BIAS = "codes", "codebook", "input_scale", "output_scale", "bias"
 """What the constants of a linear are called, after its name and a dot."""
@@ -30,11 +31,15 @@ def emit_linear(builder: Builder, x: Var, name: str) -> Var:
 
 
 def emit_turn(builder: Builder, x: Var, name: str) -> Var:
-    """An online rotation of channels [1, C, 1, S], factor after factor, as in `rotation_weights`."""
+    """An online rotation of channels [1, C, 1, S], factor after factor, as in `rotation_weights`.
+
+    A factor is codes into a table of two, as every weight here that something is multiplied by afterwards:
+    Apple's package folds a product with a convolution's plain constant into that.
+    """
     _, width, _, length = x.type.shape
     number = 1
-    while builder.has(f"{name}_factor_{number}"):
-        weight = builder.constant(f"{name}_factor_{number}")
+    while builder.has(f"{name_factor(name, number - 1)}.codes"):
+        weight = builder.look_up(name_factor(name, number - 1))
         channels, factor = list(weight.type.shape)[:2]
         x = builder.reshape(x, 1, channels, width // channels, length)
         x = builder.conv(x, weight, channels // factor)

@@ -28,7 +28,8 @@ from anequant.targets.coreml.toolkit import TARGET, Function, Program, mb, types
 from anequant.targets.shared.geometry import Geometry
 from anequant.targets.shared.package_task import Chunk
 from anequant.targets.shared.packed_codes import Array
-from anequant.targets.shared.rotation_weights import FFN, KEY, QUERY, make_online_weights
+from anequant.targets.shared.rotation_names import FFN, KEY, QUERY
+from anequant.targets.shared.rotation_weights import make_online_weights
 
 STATE = "model_model_kv_cache_0"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anequant.targets.coreml.program.program import Var, float16_constant
 from anequant.targets.coreml.toolkit import mb
-from anequant.targets.shared.rotation_weights import name_factor
+from anequant.targets.shared.rotation_names import name_factor
 
 
 def emit_weights(weights: Sequence[Tensor], name: str) -> list[Var]:
