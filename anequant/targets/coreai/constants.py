@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,15 +33,17 @@ LARGEST_PART = 16384
 
 @dataclass(frozen=True)
 class Stored:
-    """A constant's bytes: where they begin in the file of all of them."""
+    """A constant, and where its bytes begin in the file of all of them, or who reads them some at a time."""
 
     constant: Constant
-    start: int
+    start: int = 0
+    pieces: Callable[[], Iterable[Array]] | None = None
 
 
 @dataclass
 class ConstantFile:
-    """Constants that are written to a file one after the other, and read back by name.
+    """Constants that are written to a file one after the other, and read back by name; tables in float stay
+    where they are until then.
 
     dtype   of all that is no code: float16 or float32
     stored  what was written, by name
@@ -65,9 +67,17 @@ class ConstantFile:
         array = values.to(getattr(torch, self.dtype)).contiguous().numpy()
         self.add(name, Constant(self.dtype, tuple(shape)), [array])
 
-    def read(self, name: str, most: int = 1 << 24) -> Iterator[bytes]:
-        """The bytes of a constant, in pieces of at most so many."""
+    def refer(self, name: str, constant: Constant, pieces: Callable[[], Iterable[Array]]) -> None:
+        """Keep a constant where it is: `pieces` reads it."""
+        self.stored[name] = Stored(constant, pieces=pieces)
+
+    def read(self, name: str, most: int = 1 << 24) -> Iterator[bytes | memoryview]:
+        """The bytes of a constant, in pieces, of at most so many where they lie in the file."""
         stored = self.stored[name]
+        if stored.pieces is not None:
+            for values in stored.pieces():
+                yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+            return
         left = stored.constant.nbytes
         with self.path.open("rb") as file:
             file.seek(stored.start)
@@ -115,11 +125,14 @@ def pack_codes(codes: Array, bits: int) -> Array:
     if bits == 8:
         return codes
     together = 8 // math.gcd(8, bits)
-    padded = np.zeros(-(-len(codes) // together) * together, np.uint32)
+    padded = np.zeros(-(-len(codes) // together) * together, np.uint8)
     padded[: len(codes)] = codes
-    words = padded.reshape(-1, together) << (bits * np.arange(together, dtype=np.uint32))
-    packed = words.sum(1, dtype=np.uint32).astype("<u4").view(np.uint8).reshape(-1, 4)
-    return np.ascontiguousarray(packed[:, : together * bits // 8]).reshape(-1)[: -(-len(codes) * bits // 8)]
+    groups = padded.reshape(-1, together)
+    words = groups[:, 0].astype(np.uint8 if together * bits == 8 else "<u4")
+    for place in range(1, together):
+        words |= groups[:, place].astype(words.dtype) << words.dtype.type(bits * place)
+    packed = words.view(np.uint8).reshape(len(words), -1)[:, : together * bits // 8]
+    return np.ascontiguousarray(packed).reshape(-1)[: -(-len(codes) * bits // 8)]
 
 
 def unpack_codes(packed: Array, bits: int, count: int) -> Array:
@@ -193,4 +206,4 @@ def _add_head(file: ConstantFile, head: QuantizedLinear | FloatTable) -> None:
 def _add_float(file: ConstantFile, name: str, table: FloatTable, shape: Any) -> None:
     dtype = getattr(torch, file.dtype)
     constant = Constant(file.dtype, shape(*table.shape))
-    file.add(name, constant, (block.to(dtype).numpy() for block in table.blocks()))
+    file.refer(name, constant, lambda: (block.to(dtype).numpy() for block in table.blocks()))

@@ -13,7 +13,7 @@ from anequant.targets.shared.geometry import (
     count_vocabulary_bytes,
 )
 
-GRAPH_BYTES_OF_FUNCTION, GRAPH_BYTES_OF_LAYER, GRAPH_BYTES_OF_HEAD = 2_000, 2_600, 300
+GRAPH_BYTES_OF_FUNCTION, GRAPH_BYTES_OF_LAYER, GRAPH_BYTES_OF_HEAD = 1_000, 3_600, 180
 """An asset's operations: of a function, of a layer in it, and of a head of attention in that; measured."""
 
 

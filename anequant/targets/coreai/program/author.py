@@ -25,7 +25,7 @@ def author(design: Design, asset: Path) -> None:
     """Write the folder `asset`, which ends in .aimodel; its bytes depend on the design alone, but for the
     date in metadata.json."""
     module = Module.create()
-    with module, Location.unknown():
+    with module._block_context(), Location.unknown():
         attributes = make_placeholders(design.constants)
         for ports in list_functions(design):
             _emit_function(design, ports, attributes)

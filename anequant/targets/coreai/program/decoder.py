@@ -37,7 +37,7 @@ def emit_table(builder: Builder) -> dict[str, Var]:
 
 def emit_gather(tokens: Var, table: Var, builder: Builder) -> dict[str, Var]:
     """Rows of the table [V, 1, H] for tokens [1, q]."""
-    return {GATHERED: ops.gather_nd(table, ops.expand_dims(tokens, builder.integers([2], np.uint32)))}
+    return {GATHERED: ops.gather_nd(table, ops.expand_dims(tokens, builder.integers([2])))}
 
 
 def emit_head(builder: Builder, x: Var) -> Var:
@@ -113,9 +113,9 @@ class Transformer:
     def _rope(self, positions: Var, name: str) -> Var:
         """Rows of a table [C, D] at positions [1, S], as (1, 1, D, S)."""
         b = self._b
-        at = ops.expand_dims(ops.cast(positions, np.int32), b.integers([2], np.uint32))
+        at = ops.expand_dims(ops.cast(positions, np.int32), b.integers([2]))
         rows = ops.gather_nd(b.constant(name), at)
-        return ops.expand_dims(b.transpose(rows, 0, 2, 1), b.integers([1], np.uint32))
+        return ops.expand_dims(b.transpose(rows, 0, 2, 1), b.integers([1]))
 
     def _add_layer(self, x: Var, layer: int, *, caches_only: bool) -> Var:
         b, eps, prefix = self._b, self._b.design.eps[0], layer_prefix(layer)
@@ -139,7 +139,7 @@ class Transformer:
 
     def _append(self, which: int, layer: int, new: Var) -> Var:
         b, sizes = self._b, self._sizes
-        expanded = ops.expand_dims(new, b.integers([0], np.uint32))
+        expanded = ops.expand_dims(new, b.integers([0]))
         if self._functional:
             self._new[which].append(expanded)
             return b.concat([self._row(which, layer), new], 3)
@@ -155,7 +155,7 @@ class Transformer:
     def _row(self, which: int, layer: int) -> Var:
         """A layer of a cache [1, K, 1, C]."""
         b = self._b
-        return ops.shrink_dims(b.cut(self._caches[which], 0, layer, layer + 1), b.integers([0], np.uint32))
+        return ops.shrink_dims(b.cut(self._caches[which], 0, layer, layer + 1), b.integers([0]))
 
     def _project(self, normed: Var, side: str, heads: int, turn: str) -> Var:
         """q or k [1, heads * D, 1, S]: projected, normalised where the model does, then RoPE and R3."""
