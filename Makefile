@@ -13,8 +13,13 @@ PIP := $(BIN)/python -m pip install --quiet $(shell test -w "$$HOME" || echo --n
 	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Core AI too where its package is: says why where it is not.
+DEMO_TARGET = import sys; from anequant.targets.coreai.installed import find_problem; problem = find_problem(); \
+	problem and print("Core AI is left out:", problem.what, file=sys.stderr); \
+	print("coreml" if problem else "both")
+
 demo: .venv/installed
-	$(BIN)/anequant convert --output demo-output --force
+	$(BIN)/anequant convert --output demo-output --force --target "$$($(BIN)/python -c '$(DEMO_TARGET)')"
 	$(BIN)/anequant generate demo-output --prompt "In the morning they went down to the" --max-tokens 20
 
 test: .venv/installed
