@@ -20,12 +20,16 @@ from torch import Tensor, nn
 
 from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.side_files import copy_tokenizer
+from anequant.comparison import coreai_kmeans
 from anequant.targets.coreml.palettizers import palettize_by_kmeans, palettize_by_sensitivity
 
 BITS, FLOAT, INT8 = 4, 16, 8
 ENTRIES = 1 << BITS
 GROUPS = (32, 64)
 """Numbers of inputs that share a scale, in the peers that have groups."""
+
+TABLE_ROWS = (32, 8)
+"""Numbers of rows that share a table, in the 4-bit recipes for iOS of Apple's coreai-models."""
 
 SMALLEST_HALF = 2.0**-24
 HEAD = "lm_head"
@@ -40,20 +44,23 @@ class GroupRun(Protocol):
 @dataclass(frozen=True)
 class Peer:
     """`extra` counts the bits of scales, zero points and codebook of a weight [rows, columns] beside its
-    codes; `package` is what has to be installed; `on_ane`: whether the Neural Engine runs its weights."""
+    codes; `package` is what has to be installed, and `problem` says what else it needs and is not there;
+    `on_ane`: whether the Neural Engine runs its weights."""
 
     name: str
     run: Callable[[Path, Path], None]
     extra: Callable[[int, int], int]
     package: str | None = None
     on_ane: bool = True
+    problem: Callable[[], str | None] = lambda: None
 
     @property
     def missing(self) -> str | None:
         """Why it cannot run here; None when it can."""
-        if self.package is None or find_spec(self.package) is not None:
-            return None
-        return f"not installed: pip install {self.package}"
+        problem = self.problem()
+        if problem is None and self.package is not None and find_spec(self.package.replace("-", "_")) is None:
+            return f"not installed: pip install {self.package}"
+        return problem
 
 
 def affine_groups(model: Path, output: Path, size: int) -> None:
@@ -136,12 +143,27 @@ def coremltools_sensitive_kmeans(model: Path, output: Path, windows: Tensor) -> 
     _save(palettize_by_sensitivity(_load(model), windows, loss), model, output)
 
 
+def coreai_kmeans_tables(model: Path, output: Path, rows: int | None = None) -> None:
+    """KMeansPalettizer of `coreai-opt`: k-means with 16 entries per tensor, or for every `rows` rows."""
+    _save(coreai_kmeans.palettize_with_coreai(_load(model), rows=rows), model, output)
+
+
+def coreai_sensitive_kmeans(model: Path, output: Path, windows: Tensor) -> None:
+    """The same per tensor, weighted by squared gradients on the windows."""
+    _save(coreai_kmeans.palettize_with_coreai(_load(model), windows=windows), model, output)
+
+
 def _count_codebook_bits(rows: int, columns: int) -> int:
     return FLOAT * ENTRIES
 
 
 def _count_scaled_codebook_bits(rows: int, columns: int) -> int:
     return FLOAT * (ENTRIES + rows)
+
+
+def _count_row_tables_bits(size: int) -> Callable[[int, int], int]:
+    """Count a codebook in float16 for every `size` rows."""
+    return lambda rows, columns: FLOAT * ENTRIES * math.ceil(rows / size)
 
 
 def _count_group_bits(size: int, zero: int) -> Callable[[int, int], int]:
@@ -163,9 +185,20 @@ def _in_groups(name: str, run: GroupRun, zero: int, package: str | None = None) 
     )
 
 
+_COREAI = partial(Peer, package=coreai_kmeans.PACKAGE, problem=coreai_kmeans.find_problem)
+
 PEERS = (
     Peer("coremltools k-means", coremltools_kmeans, _count_codebook_bits),
     Peer("coremltools k-means, row scales", coremltools_scaled_kmeans, _count_scaled_codebook_bits),
+    _COREAI("coreai-opt k-means", coreai_kmeans_tables, _count_codebook_bits),
+    *(
+        _COREAI(
+            f"coreai-opt k-means, a table every {size} rows",
+            partial(coreai_kmeans_tables, rows=size),
+            _count_row_tables_bits(size),
+        )
+        for size in TABLE_ROWS
+    ),
     *_in_groups("affine int4", affine_groups, BITS),
     *_in_groups("torchao int4", torchao_groups, INT8, "torchao"),
     *_in_groups("HQQ int4", hqq_groups, FLOAT, "hqq"),

@@ -1,4 +1,4 @@
-"""The peers of the quality tables by name: those of anequant, and one that needs text to calibrate on."""
+"""The peers of the quality tables by name: those of anequant, and those that need text to calibrate on."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ def _without_windows(peer: peers.Peer) -> TextPeer:
     )
 
 
-def _sensitive_kmeans() -> TextPeer:
-    """SKMPalettizer of coremltools, which stores what its plain k-means does."""
-    plain = next(peer for peer in peers.PEERS if peer.run is peers.coremltools_kmeans)
-    return TextPeer(peers.coremltools_sensitive_kmeans, lambda spec: peers.projection_bits(plain, spec))
+def _sensitive(run: Callable[[Path, Path, Tensor], None], plain: Callable[..., None]) -> TextPeer:
+    """K-means that is weighted, which stores what the plain one does."""
+    unweighted = next(peer for peer in peers.PEERS if peer.run is plain)
+    return TextPeer(run, lambda spec: peers.projection_bits(unweighted, spec))
 
 
 PEERS: dict[str, TextPeer] = {
     **{peer.name: _without_windows(peer) for peer in peers.PEERS},
-    "coremltools sensitive k-means": _sensitive_kmeans(),
+    "coremltools sensitive k-means": _sensitive(peers.coremltools_sensitive_kmeans, peers.coremltools_kmeans),
+    "coreai-opt sensitive k-means": _sensitive(peers.coreai_sensitive_kmeans, peers.coreai_kmeans_tables),
 }
 
 
