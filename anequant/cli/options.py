@@ -210,7 +210,9 @@ def _chunk_count(context: click.Context, option: click.Parameter, value: str) ->
     return int(value)
 
 
-def _ladder(context: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
+def _ladder(context: click.Context, option: click.Parameter, value: str | tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(value, tuple):
+        return value
     if not all(part.strip().isdigit() for part in value.split(",")):
         raise click.BadParameter(f"'{value}' is not whole numbers between commas, as in 8,16,64")
     return tuple(int(part) for part in value.split(","))
@@ -223,8 +225,9 @@ def lowering_options(run: Command, *, both: bool = True) -> Command:
     kv = "Core AI: who keeps the cache, the asset or the host."
     run = click.option("--kv", type=click.Choice(KV_FORMS), default=asset.kv, show_default=True, help=kv)(run)
     sizes = "Core AI: positions that functions take at once."
-    ladder = ",".join(map(str, asset.ladder))
-    run = click.option("--ladder", default=ladder, show_default=True, callback=_ladder, help=sizes)(run)
+    shown = ",".join(map(str, asset.ladder))
+    form = {"type": click.UNPROCESSED, "callback": _ladder, "show_default": shown, "metavar": "N,N,.."}
+    run = click.option("--ladder", default=asset.ladder, help=sizes, **form)(run)
     what = "Core ML packages, an asset of Core AI, or both."
     targets = click.Choice([COREML, COREAI, BOTH] if both else [COREML, COREAI])
     run = click.option("--target", type=targets, default=COREML, show_default=True, help=what)(run)

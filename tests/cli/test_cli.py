@@ -227,9 +227,12 @@ def test_what_convert_wrote_verifies(converted: tuple[Path, Ran]) -> None:
 
 def test_convert_reports_all_steps_as_json(tiny_qwen2: Path, output: Path) -> None:
     values = report("convert", tiny_qwen2, "-o", output, "--context", 32, "--batch", 16, *FEW_TOKENS)
-    assert values.keys() == {"model", "output", "quantized", "lowered", "verified", "lint", "quality"}
+    assert values.keys() == {
+        *("model", "output", "quantized", "lowered", "lowered_asset", "verified", "lint", "quality"),
+    }
     assert (values["model"], values["output"]) == ("tiny-qwen2", str(output))
-    assert values["verified"].keys() == {"checkpoint", "packages"}
+    assert values["verified"].keys() == {"checkpoint", "packages", "asset"}
+    assert values["lowered_asset"] is values["verified"]["asset"] is None
     assert values["quality"].keys() == QUALITY_FIELDS
     assert 0 < values["quality"]["kl"] < 0.2
     measured = read(output / "anequant.json")["measured"]
@@ -300,7 +303,7 @@ def _running_order(name: str) -> tuple[int, str]:
 
 def test_verify_reports_packages_against_their_checkpoint(checkpoint: Made, packages: Made) -> None:
     values = report("verify", packages.folder, "--checkpoint", checkpoint.folder)
-    assert values.keys() == {"folder", "checkpoint", "packages"}
+    assert values.keys() == {"folder", "checkpoint", "packages", "asset"}
     assert (values["folder"], values["checkpoint"]) == (str(packages.folder), None)
     assert values["packages"].keys() == CHECK_FIELDS
     assert values["packages"]["weights"] == LINEARS
@@ -311,6 +314,7 @@ def test_verify_reports_a_checkpoint(checkpoint: Made) -> None:
         "folder": str(checkpoint.folder),
         "checkpoint": {"tensors": LINEARS},
         "packages": None,
+        "asset": None,
     }
 
 

@@ -458,7 +458,7 @@ def test_another_shell_is_refused() -> None:
         ("anequant comp", {"compare", "completion"}),
         ("anequant quantize FOLDER --recipe w4-", {name for name in named_recipes() if name[:3] == "w4-"}),
         ("anequant convert FOLDER --r2 ", {"none", "hadamard", "file"}),
-        ("anequant generate FOLDER --backend c", {"coreml"}),
+        ("anequant generate FOLDER --backend c", {"coreml", "coreai"}),
     ],
 )
 def test_bash_completes(tmp_path: Path, typed: str, expected: set[str]) -> None:

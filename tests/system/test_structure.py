@@ -31,7 +31,7 @@ LAYERS = (
     ("calibration",),
     ("request",),
     ("targets.shared",),
-    ("targets.coreml",),
+    ("targets.coreml", "targets.coreai"),
     ("runtime",),
     ("evaluation",),
     ("verification",),

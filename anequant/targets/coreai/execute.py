@@ -21,11 +21,14 @@ import numpy as np
 from anequant.targets.coreai.messages import Array, receive, send
 from anequant.targets.coreai.toolkit import AIModelAsset, NDArray
 
+OUTPUT, ERRORS = 1, 2
+"""File descriptors."""
+
 
 def serve(path: Path) -> None:
     """Run the asset until the messages end. What the runtime prints goes to stderr."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answers = os.fdopen(os.dup(OUTPUT), "wb")
+    os.dup2(ERRORS, OUTPUT)
     asyncio.run(_serve(path, sys.stdin.buffer, answers))
 
 
