@@ -226,7 +226,12 @@ def lowering_options(run: Command, *, both: bool = True) -> Command:
     run = click.option("--kv", type=click.Choice(KV_FORMS), default=asset.kv, show_default=True, help=kv)(run)
     sizes = "Core AI: positions that functions take at once."
     shown = ",".join(map(str, asset.ladder))
-    form = {"type": click.UNPROCESSED, "callback": _ladder, "show_default": shown, "metavar": "N,N,.."}
+    form: dict[str, Any] = {
+        "type": click.UNPROCESSED,
+        "callback": _ladder,
+        "show_default": shown,
+        "metavar": "N,N,..",
+    }
     run = click.option("--ladder", default=asset.ladder, help=sizes, **form)(run)
     what = "Core ML packages, an asset of Core AI, or both."
     targets = click.Choice([COREML, COREAI, BOTH] if both else [COREML, COREAI])

@@ -25,10 +25,16 @@ OURS, OTHER, BROKEN, ABSENT = ROWS = [
 ]
 
 
+HERE = {"cpu": "Intel", "cores": 8, "date": "2026-01-01"}
+THERE = {"cpu": "AMD", "cores": 2, "date": "2026-01-02"}
+
+
 def run(label: str, seed: int, bits: float, kl: list[float]) -> dict[str, Any]:
     figures = dict.fromkeys(FIGURES, kl) | {"top1": [0.5] * len(kl)}
     took = {"nbytes": 3_000_000, "seconds": 2.0, "peak": 10**9, "about": None}
-    return {"row": label, "seed": seed, "bits": bits, **took, "texts": {"one": figures, "two": figures}}
+    texts = {"one": figures, "two": figures}
+    place = THERE if label == "other" else HERE
+    return {"row": label, "seed": seed, "bits": bits, **took, "texts": texts, "machine": place}
 
 
 RESULTS: dict[str, Any] = {
@@ -40,7 +46,7 @@ RESULTS: dict[str, Any] = {
         "length": 8,
         "samples": 4,
     },
-    "machine": {"cpu": "Intel", "cores": 8, "date": "2026-01-01"},
+    "machine": THERE,
     "runs": [
         run("ours", 0, 4.0, [0.1, 0.2, 0.3]),
         run("ours", 1, 4.0, [0.3, 0.2, 0.1]),
@@ -69,7 +75,7 @@ def test_the_table_has_every_row_and_reason() -> None:
         "| ours | 4.000 | 3.0 | 2 | 0.2000 ± 0.0000 | 0.2000 ± 0.0000 | +0.2000 ± 0.0000"
     )
     assert rows[1].startswith(f"| other | 4.500 | 3.0 | 1 | 0.3000 ± {error:.4f} |")
-    assert rows[1].endswith("| 50.0% | 50.0% | 2 | 1000 | a peer |")
+    assert rows[1].endswith("| 50.0% | 50.0% | 2* | 1000 | a peer |")
     assert rows[2].endswith("| not run: ERROR: no cc / c++ |")
     assert rows[3].endswith("| not run: not measured yet |")
     (missing,) = real_model_quality.list_unavailable(ROWS, RESULTS["runs"])
@@ -97,6 +103,7 @@ def test_two_ways_are_compared_window_by_window() -> None:
 def test_the_words_of_a_page() -> None:
     said = real_model_quality.report(RESULTS)
     assert "3 windows of 8 tokens of one and two each" in said and "2026-01-01 on 8 cores" in said
+    assert "an Intel; rows with * 2026-01-02 on 2 cores of an AMD, by" in said
     assert "rotated twin (`anequant rotate`), never the model itself" in said
     assert said.count("not run: not measured yet") == len(real_model_quality.ROWS)
 

@@ -83,6 +83,9 @@ ROWS = [
     peer("llama.cpp Q4_K_M, head and embedding fp16", "as the other rows have them"),
 ]
 
+TINY = 1e-3
+"""Figures below have a digit more."""
+
 CURVE = (W4, "`w6-ane`", "`w8-ane`", *(row.label for row in ROWS if "target_bits" in row.overrides))
 """What the curve of KL against bits is drawn through."""
 
@@ -143,12 +146,23 @@ def table(rows: Sequence[Row], results: Mapping[str, Any]) -> str:
             *(cell(runs, text, "kl", "{:.4f}") for text in texts),
             *(cell(runs, text, "extra_nll", "{:+.4f}") for text in texts),
             *(f"{fmean(window_means(runs, text, 'top1')):.1%}" for text in texts),
-            f"{fmean(run['seconds'] for run in runs):.0f}",
+            f"{fmean(run['seconds'] for run in runs):.0f}{mark(runs, results)}",
             f"{fmean(run['peak'] for run in runs) / 1e6:.0f}",
             row.shows,
         ]
         lines.append(row_of(cells))
     return "\n".join(lines)
+
+
+def mark(runs: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> str:
+    """Stars that tell which machine the last of the runs was on, none for the first machine of all."""
+    return "*" * list_places(results).index(when_and_where(runs[-1]["machine"]))
+
+
+def list_places(results: Mapping[str, Any]) -> list[str]:
+    """When and where runs were made, from the place of most of them on."""
+    places = [when_and_where(run["machine"]) for run in results["runs"] if "failed" not in run]
+    return sorted(dict.fromkeys(places), key=lambda place: -places.count(place))
 
 
 def row_of(cells: Sequence[str]) -> str:
@@ -158,7 +172,9 @@ def row_of(cells: Sequence[str]) -> str:
 def cell(runs: Sequence[Mapping[str, Any]], text: str, key: str, form: str) -> str:
     """A figure with its standard error, which a single window does not tell."""
     mean = average(window_means(runs, text, key))
-    return form.format(mean.value) + ("" if mean.error is None else f" ± {mean.error:.4f}")
+    form = form.replace(".4f", ".5f") if 0 < abs(mean.value) < TINY else form
+    error = "" if mean.error is None else f" ± {mean.error:{form[form.index('.') : -1]}}"
+    return form.format(mean.value) + error
 
 
 def curve(results: Mapping[str, Any]) -> str:
@@ -180,7 +196,7 @@ def curve(results: Mapping[str, Any]) -> str:
             label,
             f"{fmean(run['bits'] for run in runs):.2f}",
             f"{fmean(run['nbytes'] for run in runs) / 1e6:.1f}",
-            *(f"{means[text]:.4f}" for text in texts),
+            *(f"{means[text]:.{5 if means[text] < TINY else 4}f}" for text in texts),
             *(f"{means[text] / four[text]:.2f}" if four else "" for text in texts),
         ]
         lines.append(row_of(cells))
@@ -210,6 +226,12 @@ def compare_pair(ours: str, other: str, results: Mapping[str, Any]) -> str | Non
     return f"{ours} at {bits[0]:.2f} bits, {other} at {bits[1]:.2f}: {' and '.join(said)}."
 
 
+def tell_places(results: Mapping[str, Any]) -> str:
+    """Say when and where: seconds compare within one place only."""
+    first, *others = list_places(results)
+    return "; ".join([first, *(f"rows with {'*' * n} {place}" for n, place in enumerate(others, 1))])
+
+
 def report(results: Mapping[str, Any]) -> str:
     """The block of a page: what was measured and how, the table, and differences in words."""
     settings = results["settings"]
@@ -222,7 +244,7 @@ def report(results: Mapping[str, Any]) -> str:
         "the grid of Q4_1 in groups of 32, which a quantizer with such groups finds again: so every peer "
         "rounds its rotated twin (`anequant rotate`), never the model itself. Bits are those of projections "
         "with scales, zero points and codebooks, MB of the whole model with embedding and head, in fp16 "
-        f"unless said. {when_and_where(results['machine'])}, by `python "
+        f"unless said. {tell_places(results)}, by `python "
         "tools/measure/real_model_quality.py`; the single runs are in "
         f"[measured/real_model.json](measured/real_model.json).\n\n{table(ROWS, results)}\n\n"
         f"KL against bits, widths chosen by what each tensor's rounding costs:\n\n{curve(results)}\n\n"
@@ -262,7 +284,7 @@ def main() -> None:
             others = [
                 one for one in results["runs"] if (one["row"], one["seed"]) != (run["row"], run["seed"])
             ]
-            results |= {"machine": machine(), "runs": [*others, run]}
+            results |= {"machine": machine(), "runs": [*others, {**run, "machine": machine()}]}
             write_json(options.json, results)
             print(
                 f"{run['row']}, seed {run['seed']}: {run.get('failed', 'done')}", file=sys.stderr, flush=True
@@ -273,6 +295,8 @@ def main() -> None:
 def _load(file: Path) -> dict[str, Any]:
     """What a file holds already."""
     kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"runs": []}
+    for run in kept["runs"]:
+        run.setdefault("machine", kept["machine"])
     return kept
 
 
