@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,10 +19,10 @@ from anequant.targets.coreai.constants import ConstantFile, write_constants
 from anequant.targets.coreai.design import Design, Sizes
 from anequant.targets.coreai.installed import VERSION, require_installed
 from anequant.targets.coreai.worker import AUTHOR
+from anequant.targets.coreai.worker_process import run_job
 from anequant.targets.shared.geometry import SMALLEST_FLOAT16
 from anequant.targets.shared.headroom import Headroom
 
-MODULE = "anequant.targets.coreai.worker"
 PROGRAM, HASH, METADATA = "main.mlirb", "main.hash", "metadata.json"
 """The files of an asset."""
 
@@ -110,16 +108,13 @@ def author_asset(design: Design, asset: Path, content: Content) -> None:
     with tempfile.TemporaryDirectory(dir=asset.parent) as scratch:
         described, template = Path(scratch) / "design.json", Path(scratch) / "template.aimodel"
         described.write_text(json.dumps(to_plain(design)), encoding="utf-8")
-        command = [sys.executable, "-m", MODULE, AUTHOR, str(described), str(template)]
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=LONGEST, check=False)
-            code, words = done.returncode, done.stderr.decode(errors="replace").strip().splitlines()
-        except subprocess.TimeoutExpired:
-            code, words = -1, [f"no answer within {LONGEST:g} s"]
-        if code or not (template / PROGRAM).is_file():
-            last = words[-1] if words else "it says nothing"
+        where = "while it wrote the functions"
+        failure = run_job(AUTHOR, (described, template), where, LONGEST)
+        if failure is None and not (template / PROGRAM).is_file():
+            failure = "ended without having written the functions"
+        if failure is not None:
             raise UnsupportedError(
-                f"coreai-core {VERSION} ended with exit code {code} while it wrote the functions: {last}",
+                f"coreai-core {VERSION} {failure}",
                 remedy="run it again; if it stays so, lower with --target coreml",
             )
         _require_kept(design, template / PROGRAM)

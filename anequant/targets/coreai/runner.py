@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,12 +16,10 @@ from anequant.targets.coreai.design import FunctionPorts
 from anequant.targets.coreai.installed import require_installed
 from anequant.targets.coreai.messages import Array, receive, send
 from anequant.targets.coreai.worker import RUN
+from anequant.targets.coreai.worker_process import LAST_WORDS, make_command, tell_ending
 
-MODULE = "anequant.targets.coreai.worker"
 LONGEST = 1800.0
 """Seconds after which a call counts as hanging: 64 tokens of a 0.5B take two minutes."""
-
-LAST_WORDS = 300
 
 
 class Runner:
@@ -38,7 +34,7 @@ class Runner:
         self._asset, self._longest = asset, longest
         self._words = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", MODULE, RUN, str(asset)],
+            make_command(RUN, asset),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,
@@ -118,12 +114,10 @@ class Runner:
             self.close()
             return self._fail(f"Apple's runtime did not answer within {self._longest:g} s in {what}")
         code = self._process.wait()
-        how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
         self._words.seek(0)
-        words = self._words.read().decode(errors="replace").strip().splitlines()
+        told = tell_ending(code, f"in {what}", self._words.read())
         self.close()
-        last = f": {words[-1][:LAST_WORDS]}" if words else ""
-        return self._fail(f"Apple's runtime ended with {how} in {what}{last}")
+        return self._fail(f"Apple's runtime {told}")
 
     def _fail(self, what: str) -> VerificationError:
         remedy = "nothing that was written is lost; lower the checkpoint again if the asset is damaged"

@@ -11,12 +11,17 @@ from coreai._compiler._mlir_libs._coreaiIR._bindings.mlir.dialects.coreai import
 from coreai._compiler.dialects import coreai as ops
 from coreai._compiler.dialects._coreai_ops_gen import ConstantOp
 from coreai._compiler.ir import (
+    ArrayAttr,
+    DenseElementsAttr,
     DenseResourceElementsAttr,
+    DictAttr,
     F16Type,
     F32Type,
     IntegerType,
     Location,
     RankedTensorType,
+    StringAttr,
+    TypeAttr,
 )
 from coreai.authoring import AIModelAsset, AIProgram, Module
 from coreai.authoring.graph_builder import GraphOp
@@ -25,8 +30,11 @@ from coreai.runtime import NDArray
 __all__ = [
     "AIModelAsset",
     "AIProgram",
+    "ArrayAttr",
     "ConstantOp",
+    "DenseElementsAttr",
     "DenseResourceElementsAttr",
+    "DictAttr",
     "F16Type",
     "F32Type",
     "GraphOp",
@@ -36,6 +44,8 @@ __all__ = [
     "Module",
     "NDArray",
     "RankedTensorType",
+    "StringAttr",
+    "TypeAttr",
     "coreai",
     "ops",
 ]

@@ -28,6 +28,10 @@ def main() -> None:
         from anequant.targets.coreai.execute import serve
 
         serve(Path(arguments[0]))
+    elif kind == DESCRIBE:
+        from anequant.targets.coreai.describe import describe
+
+        describe(*map(Path, arguments))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

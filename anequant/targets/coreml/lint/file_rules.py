@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from anequant.targets.coreml.graph import Graph
-from anequant.targets.coreml.lint.rule import Hit, rule
 from anequant.targets.coreml.program.package import WEIGHT_FILE
 from anequant.targets.coreml.storage import Weights, find_model_file
-from anequant.targets.shared.finding import ERROR, WARNING
+from anequant.targets.shared.finding import ERROR, WARNING, Hit, rule
 
 PHONE_BYTES, MAC_BYTES = 950_000_000, 2_000_000_000
 

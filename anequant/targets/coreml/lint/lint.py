@@ -19,15 +19,15 @@ from pathlib import Path
 from anequant.checkpoints.places import find_packages
 from anequant.errors import InputError, UsageError, did_you_mean
 from anequant.targets.coreml.graph import read_graphs
+from anequant.targets.coreml.lint.chips import CHIPS
 from anequant.targets.coreml.lint.file_rules import PACKAGE_RULES
 from anequant.targets.coreml.lint.operation_rules import GRAPH_RULES
-from anequant.targets.coreml.lint.rule import CHIPS, Hit, Rule
 from anequant.targets.coreml.lint.shape_rules import SHAPE_RULES
 from anequant.targets.coreml.lint.state_rules import STATE_RULES
 from anequant.targets.coreml.lint.sum_rules import SUM_RULES
 from anequant.targets.coreml.lint.weight_rules import WEIGHT_RULES
 from anequant.targets.coreml.storage import damage
-from anequant.targets.shared.finding import Finding, sort_findings
+from anequant.targets.shared.finding import Finding, make_finding, sort_findings
 
 FUNCTION_RULES = (*SHAPE_RULES, *GRAPH_RULES, *WEIGHT_RULES, *SUM_RULES, *STATE_RULES)
 
@@ -45,15 +45,10 @@ def lint_package(package: Path, chip: str = "any") -> list[Finding]:
         for graph in graphs:
             for rule in FUNCTION_RULES:
                 hits = rule.check(graph, CHIPS[chip])
-                findings += [_make_finding(rule, package, graph.function, hit) for hit in hits]
+                findings += [make_finding(rule, package.name, graph.function, hit) for hit in hits]
         for whole in PACKAGE_RULES:
-            findings += [_make_finding(whole, package, "", hit) for hit in whole.check(graphs, package)]
+            findings += [make_finding(whole, package.name, "", hit) for hit in whole.check(graphs, package)]
     return sort_findings(findings)
-
-
-def _make_finding(rule: Rule, package: Path, function: str, hit: Hit) -> Finding:
-    severity = hit.severity or rule.severity
-    return Finding(rule.id, severity, package.name, function, hit.op, hit.detail, rule.why, rule.remedy)
 
 
 def lint(path: Path, chip: str = "any") -> list[Finding]:

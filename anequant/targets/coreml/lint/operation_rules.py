@@ -11,8 +11,8 @@ from torch import Tensor
 
 from anequant.quantization.nearest import LARGEST_FLOAT16
 from anequant.targets.coreml.graph import Graph
-from anequant.targets.coreml.lint.rule import Chip, Hit, rule
-from anequant.targets.shared.finding import ERROR, NOTE, WARNING
+from anequant.targets.coreml.lint.chips import Chip
+from anequant.targets.shared.finding import ERROR, NOTE, WARNING, Hit, rule
 
 INT32_OPERATIONS = {
     *("add", "sub", "concat", "gather", "reduce_argmax", "squeeze", "expand_dims", "reshape", "cast"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anequant.targets.coreml.graph import Graph
-from anequant.targets.coreml.lint.rule import Chip, Hit, rule
-from anequant.targets.shared.finding import ERROR, NOTE, WARNING
+from anequant.targets.coreml.lint.chips import Chip
+from anequant.targets.shared.finding import ERROR, NOTE, WARNING, Hit, rule
 
 UNSUITED = {
     *("gather_nd", "gather_along_axis", "tile", "non_zero", "while_loop", "cond", "scatter", "scatter_nd"),

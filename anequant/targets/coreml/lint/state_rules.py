@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from anequant.targets.coreml.graph import Graph, Node
-from anequant.targets.coreml.lint.rule import Chip, Hit, rule
-from anequant.targets.shared.finding import ERROR, WARNING
+from anequant.targets.coreml.lint.chips import Chip
+from anequant.targets.shared.finding import ERROR, WARNING, Hit, rule
 
 MOST_STATES = 2
 STATE_ALIGNMENT = 32

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from anequant.targets.coreml.graph import BLOCKS, LUT, Graph, Node
 from anequant.targets.coreml.interpreter.operators import OPERATORS
-from anequant.targets.coreml.lint.rule import Chip, Hit, rule
+from anequant.targets.coreml.lint.chips import Chip
 from anequant.targets.coreml.storage import Palettized
-from anequant.targets.shared.finding import WARNING
+from anequant.targets.shared.finding import WARNING, Hit, rule
 from anequant.targets.shared.headroom import LARGEST_SUM
 
 LEAST_INPUT = 1.0

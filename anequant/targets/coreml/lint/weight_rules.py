@@ -10,9 +10,9 @@ from torch import Tensor
 
 from anequant.quantization.codebook import count_code_bits
 from anequant.targets.coreml.graph import BLOCKS, LUT, Graph, Node
-from anequant.targets.coreml.lint.rule import Chip, Hit, rule
+from anequant.targets.coreml.lint.chips import Chip
 from anequant.targets.coreml.signatures import read_tensor_spec
-from anequant.targets.shared.finding import ERROR, NOTE, WARNING
+from anequant.targets.shared.finding import ERROR, NOTE, WARNING, Hit, rule
 
 AFFINE = "constexpr_affine_dequantize"
 SPARSE_TABLES = {"constexpr_lut_to_sparse", "constexpr_sparse_blockwise_shift_scale"}

@@ -25,9 +25,9 @@ from anequant.pipeline.lower import lower
 from anequant.recipe import Calibration
 from anequant.recipe_files import load_recipe
 from anequant.request import LowerRequest, Request
+from anequant.targets.coreml.lint.chips import CHIPS
 from anequant.targets.coreml.lint.lint import lint, lint_package
 from anequant.targets.coreml.lint.operation_rules import GRAPH_RULES
-from anequant.targets.coreml.lint.rule import CHIPS
 from anequant.targets.coreml.lint.shape_rules import SHAPE_RULES
 from anequant.targets.coreml.lint.state_rules import STATE_RULES
 from anequant.targets.coreml.lint.sum_rules import SUM_RULES

@@ -1,10 +1,8 @@
-"""What a lint rule is, and which chips it may depend on."""
+"""The chips that a rule may depend on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 
 @dataclass(frozen=True)
@@ -30,29 +28,3 @@ CHIPS = {
 """Each chip, by generation of its engine (H13 to H15: 16384; H16 on: 65536). `any` is the strictest. The a17
 is not placed by the source for axes and so counts as the older one; 8-bit activations pay off from it on
 (Apple)."""
-
-
-@dataclass(frozen=True)
-class Hit:
-    """Where a rule is broken and how; `severity` overrides the rule's."""
-
-    op: str
-    detail: str
-    severity: str | None = None
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`why` names the source. `check` yields a Hit for every breach: a rule about functions takes a Graph and
-    a Chip, a rule about packages all of a package's graphs and its folder."""
-
-    id: str
-    severity: str
-    why: str
-    remedy: str
-    check: Callable[..., Iterator[Hit]]
-
-
-def rule(id: str, severity: str, why: str, remedy: str) -> Callable[[Callable[..., Iterator[Hit]]], Rule]:
-    """Make the check below it a Rule."""
-    return partial(Rule, id, severity, why, remedy)
