@@ -25,6 +25,7 @@ from packaging.specifiers import SpecifierSet
 from anequant.errors import first_line
 from anequant.jobs.machine import Memory, memory, torch_threads, usable_cores
 from anequant.lower_options import LowerOptions
+from anequant.targets.coreai.installed import PACKAGE, VERSION, Problem, find_problem
 from anequant.units import format_bytes
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
@@ -114,6 +115,19 @@ def check_packages(
             yield Check(name, OK, f"{version}, needed is {wanted}")
         else:
             yield Check(name, FAILURE, f"{version}, needed is {wanted}", remedy)
+
+
+def check_coreai(find: Callable[[], Problem | None] = find_problem) -> Iterator[Check]:
+    """Check for Core AI's package, an extra: only a version that does not fit is to be changed."""
+    problem = find()
+    if problem is None:
+        yield Check(PACKAGE, OK, f"{VERSION}, needed for assets of Core AI is {VERSION}")
+        return
+    told = problem.what.removeprefix(f"{PACKAGE} ").removeprefix("is ")
+    if problem.misfit:
+        yield Check(PACKAGE, WARNING, told, problem.remedy)
+    else:
+        yield Check(PACKAGE, OK, f"{told}; only assets of Core AI need it ({problem.remedy})")
 
 
 def check_torch(load: Callable[[str], Any] = importlib.import_module) -> Iterator[Check]:
@@ -252,6 +266,7 @@ def check_mac(
 PROBES: tuple[Callable[[], Iterator[Check]], ...] = (
     check_python,
     check_packages,
+    check_coreai,
     check_torch,
     check_native_library,
     check_compiled_loops,

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from anequant.doctor import (
     has_failure,
 )
 from anequant.jobs.machine import Memory, memory, usable_cores
+from anequant.targets.coreai.installed import find_problem
 
 GB = 10**9
 
@@ -72,6 +74,26 @@ def test_packages_in_range_out_of_range_and_missing() -> None:
         *("safetensors", FAILURE),
         "pip install 'safetensors>=0.5'",
     )
+
+
+@pytest.mark.parametrize(
+    ("machine", "status", "told"),
+    [
+        (("Linux", "x86_64", "3.12.1", "1.0.0b3"), OK, "1.0.0b3, needed for assets of Core AI is 1.0.0b3"),
+        (("Darwin", "arm64", "3.14.0", "1.0.0b3"), OK, "1.0.0b3, needed for assets of Core AI is 1.0.0b3"),
+        (("Linux", "x86_64", "3.12.1", "1.0.0b2"), WARNING, "1.0.0b2, 1.0.0b3 is needed: betas differ"),
+        (("Linux", "x86_64", "3.11.0", None), OK, "not installed; only assets of Core AI need it (pip"),
+        (("Linux", "x86_64", "3.10.9", None), OK, "needs Python 3.11, this is 3.10.9; only assets"),
+        (("Linux", "aarch64", "3.12.1", None), OK, "not built for Linux on aarch64; only assets"),
+        (("Windows", "AMD64", "3.12.1", None), OK, "not built for Windows on AMD64; only assets"),
+    ],
+)
+def test_core_ai_is_an_extra(machine: tuple[str, str, str, str | None], status: str, told: str) -> None:
+    system, processor, python, version = machine
+    installed = versions(**({"coreai-core": version} if version else {}))
+    check = one(doctor.check_coreai(partial(find_problem, system, processor, python, installed)))
+    assert (check.name, check.status) == ("coreai-core", status) and check.detail.startswith(told)
+    assert status == OK or check.remedy == "pip install 'anequant[coreai]'"
 
 
 def test_packages_of_other_pythons_are_not_asked_for() -> None:

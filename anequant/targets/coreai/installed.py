@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from anequant.errors import UnsupportedError
@@ -19,27 +18,32 @@ PLATFORMS: Mapping[str, str] = {"Linux": "x86_64", "Darwin": "arm64"}
 
 @dataclass(frozen=True)
 class Problem:
-    """Why Core AI cannot be used here, and what to do."""
+    """Why Core AI cannot be used here, and what to do; `misfit` where it is installed in another version."""
 
     what: str
     remedy: str
+    misfit: bool = False
 
 
-def find_problem() -> Problem | None:
+def find_problem(
+    system: str = platform.system(),
+    processor: str = platform.machine(),
+    python: str = platform.python_version(),
+    installed: Callable[[str], str] = importlib.metadata.version,
+) -> Problem | None:
     """Say why Core AI cannot be used here; None where it can. Nothing of it is imported."""
-    here = f"{platform.system()} on {platform.machine()}"
     elsewhere = "use Linux on x86_64 or macOS on arm64, or --target coreml"
-    if PLATFORMS.get(platform.system()) != platform.machine():
-        return Problem(f"{PACKAGE} is not built for {here}", elsewhere)
-    if sys.version_info < OLDEST_PYTHON:
-        running = platform.python_version()
-        return Problem(f"{PACKAGE} needs Python 3.11, this is {running}", "use Python 3.11 or newer")
+    if PLATFORMS.get(system) != processor:
+        return Problem(f"{PACKAGE} is not built for {system} on {processor}", elsewhere)
+    if tuple(map(int, python.split(".")[:2])) < OLDEST_PYTHON:
+        return Problem(f"{PACKAGE} needs Python 3.11, this is {python}", "use Python 3.11 or newer")
     try:
-        found = importlib.metadata.version(PACKAGE)
+        found = installed(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         return Problem(f"{PACKAGE} is not installed", EXTRA)
     if found != VERSION:
-        return Problem(f"{PACKAGE} is {found}, {VERSION} is needed: betas differ in API and format", EXTRA)
+        what = f"{PACKAGE} is {found}, {VERSION} is needed: betas differ in API and format"
+        return Problem(what, EXTRA, misfit=True)
     return None
 
 
