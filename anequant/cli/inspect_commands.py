@@ -19,14 +19,16 @@ DIFFERENT = 1
 
 @click.command()
 @click.argument("path", type=ANY)
-@click.option("--tensor", metavar="NAME", help="Statistics and a histogram of one tensor or linear.")
+@click.option(
+    "--tensor", metavar="NAME", help="Statistics and a histogram of one tensor or linear."
+)
 @command
 def inspect(console: Console, path: Path, tensor: str | None) -> None:
     """What PATH holds, and in what form.
 
-    PATH is a checkpoint, a package or a folder of them, an output of convert, or a .safetensors file. Shown
-    are tensors or operations, widths, scales, codebooks, functions, states and sizes against float16. No
-    weights are read without --tensor, so it takes seconds whatever the size.
+    PATH is a checkpoint, a package or a folder of them, a bundle or an .aimodel, an output of convert, or a
+    .safetensors file. Shown are tensors or operations, widths, scales, codebooks, functions, states and sizes
+    against float16. No weights are looked at without --tensor, so it takes seconds.
 
     \b
     anequant inspect OUT

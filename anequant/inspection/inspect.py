@@ -1,4 +1,4 @@
-"""What a path holds: a checkpoint, packages, an output of convert, or a file of tensors.
+"""What a path holds: a checkpoint, packages, an asset of Core AI, an output of convert, or tensors.
 
 Only headers and programs are read, and of a quantized checkpoint its scales and codebooks; weights are read
 for a single tensor, when it is asked for.
@@ -15,11 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from anequant.checkpoints.header import LONGEST_NAME, TensorInfo, read_header
-from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
+from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER, find_bundle
 from anequant.checkpoints.quantized import load
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_stored
 from anequant.errors import InputError, UnsupportedError, UsageError, quote
 from anequant.evaluation.distribution import Distribution, measure_distribution
+from anequant.inspection.asset_tensors import AssetTensor, list_asset_tensors, load_asset_tensor
+from anequant.inspection.inspect_asset import AssetFacts, inspect_asset
 from anequant.inspection.inspect_checkpoint import (
     CheckpointFacts,
     TensorFiles,
@@ -27,22 +29,28 @@ from anequant.inspection.inspect_checkpoint import (
     inspect_tensor_files,
 )
 from anequant.inspection.inspect_package import PackageFacts, inspect_package
+from anequant.targets.coreai.build import PROGRAM
+from anequant.targets.coreai.bundle import find_asset
 from anequant.targets.coreml.census import find_constant, load_constant
 from anequant.targets.coreml.graph import read_graphs
 from anequant.targets.coreml.meta import META, read_meta
 from anequant.targets.coreml.storage import Palettized, damage
 
 CONVERSION, PACKAGES, PACKAGE, FILE = "output of convert", "folder of packages", "package", "safetensors file"
+ASSET, BUNDLE = "asset of Core AI", "bundle of Core AI"
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a path is made of: a checkpoint's folder, packages, or one file of tensors."""
+    """What a path is made of: a checkpoint's folder, packages, an asset and the bundle around it, or one file
+    of tensors."""
 
     kind: str
     checkpoint: Path | None = None
     packages: tuple[Path, ...] = ()
     file: Path | None = None
+    asset: Path | None = None
+    bundle: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class Inspection:
     packages: tuple[PackageFacts, ...]
     set: dict[str, Any] | None
     file: TensorFiles | None
+    asset: AssetFacts | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,9 +104,16 @@ def find_parts(path: Path) -> Parts:
         raise InputError(f"'{path}' does not exist")
     if (path / "Manifest.json").is_file():
         return Parts(PACKAGE, packages=(path,))
+    if (path / PROGRAM).is_file():
+        return Parts(ASSET, asset=path)
     checkpoint, packages = path / CHECKPOINT_FOLDER, path / PACKAGES_FOLDER
-    if checkpoint.is_dir() and packages.is_dir():
-        return Parts(CONVERSION, checkpoint, tuple(sorted(packages.glob("*.mlpackage"))))
+    bundle = find_bundle(path)
+    asset = None if bundle is None else find_asset(bundle)
+    if checkpoint.is_dir() and (packages.is_dir() or bundle is not None):
+        found = tuple(sorted(packages.glob("*.mlpackage")))
+        return Parts(CONVERSION, checkpoint, found, asset=asset, bundle=bundle)
+    if bundle is not None:
+        return Parts(BUNDLE, asset=asset, bundle=bundle)
     found = tuple(sorted(path.glob("*.mlpackage")))
     if found:
         return Parts(PACKAGES, packages=found)
@@ -105,7 +121,7 @@ def find_parts(path: Path) -> Parts:
         return Parts("checkpoint", path)
     raise InputError(
         f"'{path}' holds neither a checkpoint nor packages",
-        remedy="name a folder with config.json and safetensors, an .mlpackage, or a folder of them",
+        remedy="name a folder with config.json and safetensors, an .mlpackage, a folder of them, or a bundle",
     )
 
 
@@ -124,12 +140,13 @@ def inspect(path: Path) -> Inspection:
         tuple(inspect_package(package) for package in parts.packages),
         asdict(read_meta(meta)) if meta is not None and (meta / META).is_file() else None,
         None if parts.file is None else inspect_tensor_files(read_header(parts.file)),
+        None if parts.asset is None else inspect_asset(parts.asset, parts.bundle),
     )
 
 
 def inspect_tensor(path: Path, name: str) -> TensorFacts:
     """Return the statistics of one tensor: `name` is as in the file, or a linear's, for its weight; in a
-    package a constant's.
+    package or an asset a constant's.
 
     Raises UsageError with a suggestion for a name that is not there, and what `inspect` raises.
     """
@@ -152,6 +169,11 @@ def inspect_tensor(path: Path, name: str) -> TensorFacts:
             with damage(str(package)):
                 return _of_package(name, package.name, load_constant(*found))
         known += [node.name for graph in graphs for node in graph.nodes if node.constant]
+    if parts.asset is not None:
+        loaded = load_asset_tensor(parts.asset, parts.bundle, name)
+        if loaded is not None:
+            return _of_asset(name, parts.asset.name, loaded)
+        known += list_asset_tensors(parts.asset)
     raise UsageError(f"no tensor {quote(name)} in '{path}'", remedy=_suggestion(name, known))
 
 
@@ -187,6 +209,13 @@ def _of_package(name: str, place: str, value: Any) -> TensorFacts:
     single = tables == 1 and width == 1
     codes = tuple(_uses(value.codes, value.codebook.reshape(-1))) if single else None
     return _facts(name, place, _dtype(value.codebook), value.dense(), codes, tables)
+
+
+def _of_asset(name: str, place: str, tensor: AssetTensor) -> TensorFacts:
+    codes = None
+    if tensor.codes is not None and tensor.codebook is not None:
+        codes = tuple(_uses(tensor.codes, tensor.codebook))
+    return _facts(name, place, tensor.dtype, tensor.dense, codes, tensor.tables)
 
 
 def _facts(

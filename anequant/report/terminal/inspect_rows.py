@@ -13,6 +13,14 @@ from anequant.inspection.inspect import CodeUse, Inspection, TensorFacts
 from anequant.inspection.inspect_checkpoint import CheckpointFacts, TensorFiles
 from anequant.inspection.inspect_package import FunctionFacts, PackageFacts
 from anequant.recipe import Recipe
+from anequant.report.terminal.asset_rows import describe_asset
+from anequant.report.terminal.inspect_words import (
+    describe_widths,
+    format_count,
+    format_shape,
+    join_alike_ports,
+    show_sizes,
+)
 from anequant.units import format_bytes
 
 Rows = list[tuple[str, str]]
@@ -28,13 +36,15 @@ def describe_inspection(found: Inspection) -> Rows:
     if found.file is not None:
         rows += _files(found.file)
     if found.checkpoint is not None:
-        rows += _checkpoint(found.checkpoint, alone=not found.packages)
+        rows += _checkpoint(found.checkpoint, alone=not found.packages and found.asset is None)
     if found.set is not None:
         rows += _set(found.set)
     for package in found.packages:
         rows += _package(package)
     if len(found.packages) > 1:
         rows += _total(found.packages)
+    if found.asset is not None:
+        rows += describe_asset(found.asset)
     return rows
 
 
@@ -77,15 +87,10 @@ def describe_recipe(recipe: Mapping[str, Any]) -> str:
 
 
 def _bits(part: PartBits) -> str:
-    count = f"{_count(part.weights)} weights"
+    count = f"{format_count(part.weights)} weights"
     if part.bits is None or part.stored_bits is None:
         return f"{count}, width unknown: the file holds no codebooks (--tensor finds one linear's)"
-    return f"{count} of {_widths(part.bits, part.stored_bits, 'scales and codebooks')}"
-
-
-def _widths(bits: float, stored: float, what: str) -> str:
-    whole = "" if f"{bits:.2f}" == f"{stored:.2f}" else f" ({stored:.2f} with {what})"
-    return f"{bits:.2f} bits{whole}"
+    return f"{count} of {describe_widths(part.bits, part.stored_bits, 'scales and codebooks')}"
 
 
 def _online(online: Mapping[str, Any]) -> Iterator[str]:
@@ -146,11 +151,11 @@ def _package(facts: PackageFacts) -> Rows:
         rows += _function(function)
     for kind in facts.constants:
         table = f", {kind.tables} tables of {kind.entries} entries" if kind.tables else ""
-        text = f"{kind.count} {kind.kind} {kind.dtype}{table}: {_count(kind.values)} values in "
+        text = f"{kind.count} {kind.kind} {kind.dtype}{table}: {format_count(kind.values)} values in "
         rows.append(("  constants", text + format_bytes(kind.bytes)))
     if facts.bits is not None and facts.stored_bits is not None:
-        widths = _widths(facts.bits, facts.stored_bits, "tables")
-        rows.append(("  weights", f"{_count(facts.weights)} of {widths}"))
+        widths = describe_widths(facts.bits, facts.stored_bits, "tables")
+        rows.append(("  weights", f"{format_count(facts.weights)} of {widths}"))
     rows.append(("  size", _package_size(facts)))
     if facts.metadata:
         pairs = [f"{key.rpartition('.')[2]} {value}" for key, value in facts.metadata.items()]
@@ -171,9 +176,9 @@ def _package_size(facts: PackageFacts) -> str:
 def _function(function: FunctionFacts) -> Rows:
     rows: Rows = [("  function", function.name + (" (default)" if function.default else ""))]
     for label, specs in (("in", function.inputs), ("state", function.states), ("out", function.outputs)):
-        for names, text in _alike(specs):
+        for names, text in join_alike_ports(specs):
             allowed = function.enumerated.get(names[0], ())
-            shapes = f", only {' or '.join(_shape(shape) for shape in allowed)}" if allowed else ""
+            shapes = f", only {' or '.join(show_sizes(shape) for shape in allowed)}" if allowed else ""
             listed = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             rows.append(("", f"{label:<5}  {listed}  {text}{shapes}"))
     operations = ", ".join(f"{count} {kind}" for kind, count in function.operations.items())
@@ -181,38 +186,11 @@ def _function(function: FunctionFacts) -> Rows:
     return rows
 
 
-def _alike(specs: Sequence[Any]) -> list[tuple[list[str], str]]:
-    """Group neighbours of the same dtype and shape, as the parts of a head are."""
-    groups: list[tuple[list[str], str]] = []
-    for spec in specs:
-        text = f"{spec.dtype} {_shape(spec.shape)}"
-        if groups and groups[-1][1] == text and groups[-1][0][-1].rstrip("0123456789") in spec.name:
-            groups[-1][0].append(spec.name)
-        else:
-            groups.append(([spec.name], text))
-    return groups
-
-
-def format_shape(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape)) or "a number"
-
-
-def _shape(shape: Sequence[int | None]) -> str:
-    return f"[{', '.join('?' if size is None else str(size) for size in shape)}]"
-
-
 def _total(packages: Sequence[PackageFacts]) -> Rows:
     size = sum(sum(facts.files.values()) for facts in packages)
     plain = sum(facts.float16_bytes for facts in packages)
     text = f"{len(packages)} packages, {format_bytes(size)}; constants in float16 {format_bytes(plain)}"
     return [("total", text + (f" ({size / plain:.0%})" if plain else ""))]
-
-
-def _count(number: int) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.2f}{letter}"
-    return str(number)
 
 
 def describe_tensor(facts: TensorFacts) -> Rows:
