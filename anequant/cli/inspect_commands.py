@@ -19,9 +19,7 @@ DIFFERENT = 1
 
 @click.command()
 @click.argument("path", type=ANY)
-@click.option(
-    "--tensor", metavar="NAME", help="Statistics and a histogram of one tensor or linear."
-)
+@click.option("--tensor", metavar="NAME", help="Statistics and a histogram of one tensor or linear.")
 @command
 def inspect(console: Console, path: Path, tensor: str | None) -> None:
     """What PATH holds, and in what form.
@@ -55,8 +53,9 @@ def inspect(console: Console, path: Path, tensor: str | None) -> None:
 def diff(console: Console, a: Path, b: Path, logits: bool, text: Path | None) -> None:
     """How B differs from A.
 
-    Both are checkpoints, float or quantized, or both packages, folders of them, or outputs of convert. Exit
-    code 0 when nothing differs, 1 when something does, more for an error, as with diff and cmp.
+    Both are checkpoints, float or quantized, or both packages, folders of them, bundles of Core AI, or
+    outputs of convert. Exit code 0 when nothing differs, 1 when something does, more for an error, as with
+    diff and cmp.
 
     \b
     anequant diff OUT/checkpoint OTHER/checkpoint --logits

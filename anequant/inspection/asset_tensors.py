@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anequant.errors import UnsupportedError, quote
-from anequant.inspection.asset_forms import read_known
+from anequant.inspection.asset_forms import Known, read_known
 from anequant.targets.coreai.design import Constant
 from anequant.targets.coreai.listed_weights import CODES_PART, is_readable
 from anequant.targets.coreai.listing import Form
@@ -32,30 +32,36 @@ class AssetTensor:
 def load_asset_tensor(asset: Path, bundle: Path | None, name: str) -> AssetTensor | None:
     """Load a constant by its name, or a linear's weight by the linear's; None where there is none of it.
 
-    Codes are looked up where their table is known. Raises UnsupportedError where nobody tells what the bytes
-    are, or for a type that is not read.
+    Raises as `load_known_tensor`.
     """
     stored = StoredAsset(asset)
     full = name if name in stored.blobs else name + CODES_PART
-    if full not in stored.blobs:
-        return None
-    known = read_known(asset, bundle)
+    return load_known_tensor(stored, read_known(asset, bundle), full) if full in stored.blobs else None
+
+
+def load_known_tensor(stored: StoredAsset, known: Known, name: str) -> AssetTensor:
+    """Load a constant; codes are looked up where their table is known.
+
+    Raises UnsupportedError where nobody tells what the bytes are, or for a type that is not read.
+    """
+    where = str(stored.path)
     forms = known.forms or {}
 
     def load(part: str) -> Tensor:
         form = forms.get(part)
         if form is None or not is_readable(form):
             why = known.reason if form is None else f"{form.dtype} is not read"
-            raise UnsupportedError(f"constant {quote(part)} cannot be shown: {why}", where=str(asset))
+            why = why or "no function uses it"
+            raise UnsupportedError(f"constant {quote(part)} cannot be shown: {why}", where=where)
         return stored.load(part, _as_constant(form))
 
-    values = load(full)
-    weight = next((item for item in known.weights or () if item.name == full and item.tables), None)
+    values = load(name)
+    weight = next((item for item in known.weights or () if item.name == name and item.tables), None)
     if weight is None:
-        return AssetTensor(forms[full].dtype, values)
+        return AssetTensor(forms[name].dtype, values)
     table = load(weight.parts[1])
     if table.shape[-1] != 1:
-        raise UnsupportedError(f"constant {quote(full)} has a table of vectors", where=str(asset))
+        raise UnsupportedError(f"constant {quote(name)} has a table of vectors", where=where)
     dtype, tables = forms[weight.parts[1]].dtype, weight.tables
     if tables > 1:
         return AssetTensor(dtype, _look_up(values, table[..., 0]), tables=tables)

@@ -1,4 +1,4 @@
-"""Two paths compared: their checkpoints, their packages, and on demand the logits of both."""
+"""Two paths compared: their checkpoints, packages and assets, and on demand the logits of both."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from anequant.checkpoints.reader import Checkpoint, open_checkpoint, read_json
 from anequant.checkpoints.source import SAMPLE_TEXT, has_tokenizer
 from anequant.errors import InputError, UnsupportedError, UsageError
 from anequant.evaluation.quality import summarise
+from anequant.inspection.diff_assets import diff_assets, open_asset
 from anequant.inspection.diff_checkpoints import CheckpointDifferences, diff_checkpoints, diff_keys
 from anequant.inspection.diff_packages import PackageDifferences, diff_packages, pair_packages
 from anequant.inspection.inspect import PACKAGE, Parts, find_parts
@@ -43,7 +44,8 @@ class LogitsDifference:
 class PathDifferences:
     """`set` holds what meta.yaml says differently; `only_a` and `only_b` are packages without a counterpart.
 
-    What only one of the paths has, a checkpoint or packages, is not compared.
+    An asset of Core AI is the last of `packages`. What only one of the paths has, a checkpoint, packages or
+    an asset, is not compared.
     """
 
     a: str
@@ -75,9 +77,16 @@ def diff(
     """
     ours, theirs = find_parts(a), find_parts(b)
     kinds = ours.kind, theirs.kind
-    if not (ours.checkpoint and theirs.checkpoint) and not (ours.packages and theirs.packages):
+    pairs = [(getattr(ours, part), getattr(theirs, part)) for part in ("checkpoint", "packages", "asset")]
+    if not any(one and other for one, other in pairs):
         raise UsageError(
-            f"'{a}' is a {ours.kind}, '{b}' a {theirs.kind}", remedy="compare two checkpoints or two packages"
+            f"'{a}' is a {ours.kind}, '{b}' a {theirs.kind}",
+            remedy="compare two checkpoints, two packages or two bundles",
+        )
+    if compare_logits and not any(one and other for one, other in pairs[:2]):
+        raise UsageError(
+            "logits are compared of checkpoints and packages",
+            remedy="name checkpoints, or leave --logits out",
         )
     end = 0.5 if compare_logits else 1.0
     checkpoint = None
@@ -90,6 +99,10 @@ def diff(
         if one is not None and other is not None:
             progress(one.name, end * number / len(matched))
             packages.append(diff_packages(one, other))
+    told = diff_keys(_set(ours), _set(theirs)) if packages and PACKAGE not in kinds else {}
+    if ours.asset is not None and theirs.asset is not None:
+        assets = open_asset(ours.asset, ours.bundle), open_asset(theirs.asset, theirs.bundle)
+        packages.append(diff_assets(*assets))
     last = progress.part("logits", end, 1.0)
     return PathDifferences(
         str(a),
@@ -98,7 +111,7 @@ def diff(
         tuple(packages),
         tuple(one.name for one, other in matched if one is not None and other is None),
         tuple(other.name for one, other in matched if one is None and other is not None),
-        diff_keys(_set(ours), _set(theirs)) if packages and PACKAGE not in kinds else {},
+        told,
         _logits(ours, theirs, text, last) if compare_logits else None,
     )
 

@@ -133,7 +133,7 @@ def _list_functions(known: Known) -> tuple[AssetFunction, ...] | None:
                 _show_ports(function.inputs),
                 _show_ports(function.states),
                 _show_ports(function.outputs),
-                _count_operations(function),
+                count_listed(function),
             )
             for function in known.functions
             if function.public
@@ -160,7 +160,7 @@ def _show_designed(ports: Sequence[TensorPort]) -> tuple[AssetPort, ...]:
     return tuple(AssetPort(port.name, port.dtype, port.shape) for port in ports)
 
 
-def _count_operations(function: ListedFunction) -> dict[str, int]:
+def count_listed(function: ListedFunction) -> dict[str, int]:
     """How often each kind of operation computes, the most frequent first."""
     counts: dict[str, int] = {}
     for operation in function.operations:

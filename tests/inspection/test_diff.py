@@ -454,7 +454,7 @@ def test_logits_of_packages(made: Made, tmp_path: Path) -> None:
 
 def test_refusals(made: Made, make_model: Callable[..., Path], tmp_path: Path) -> None:
     for args, code, words in (
-        ((made.checkpoint, made.packages), USAGE, "compare two checkpoints or two packages"),
+        ((made.checkpoint, made.packages), USAGE, "compare two checkpoints, two packages or two bundles"),
         ((made.checkpoint, tmp_path / "nothing"), INPUT, "does not exist"),
         ((made.checkpoint, made.checkpoint, "--text", "x"), USAGE, "add --logits"),
         ((made.checkpoint, made.checkpoint, "--logits", "--text", tmp_path / "no"), USAGE, "cannot be read"),
