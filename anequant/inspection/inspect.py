@@ -29,7 +29,7 @@ from anequant.inspection.inspect_checkpoint import (
     inspect_tensor_files,
 )
 from anequant.inspection.inspect_package import PackageFacts, inspect_package
-from anequant.targets.coreai.build import PROGRAM
+from anequant.targets.coreai.assemble import PROGRAM
 from anequant.targets.coreai.bundle import find_asset
 from anequant.targets.coreml.census import find_constant, load_constant
 from anequant.targets.coreml.graph import read_graphs

@@ -14,7 +14,7 @@ from typing import Any
 
 from anequant.checkpoints.reader import read_object
 from anequant.inspection.asset_forms import Known, read_known
-from anequant.targets.coreai.build import METADATA as ASSET_METADATA
+from anequant.targets.coreai.assemble import METADATA as ASSET_METADATA
 from anequant.targets.coreai.bundle import METADATA
 from anequant.targets.coreai.design import TensorPort, list_functions
 from anequant.targets.coreai.listed_weights import MULTIPLIED, Weight

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from anequant.checkpoints.places import find_bundle, has_packages
-from anequant.targets.coreai.build import PROGRAM
-from anequant.targets.coreai.lint.lint import lint_asset, lint_bundle
+from anequant.targets.coreai.assemble import PROGRAM
+from anequant.targets.coreai.lint.lint_bundle import lint_asset, lint_bundle
 from anequant.targets.coreml.lint.lint import lint
 from anequant.targets.shared.finding import Finding, sort_findings
 

@@ -18,7 +18,7 @@ from anequant.jobs.journal import Journal
 from anequant.jobs.step import AnyStep
 from anequant.lower_options import AssetOptions
 from anequant.request import LowerRequest
-from anequant.targets.coreai.build import AssetSize, build_asset
+from anequant.targets.coreai.assemble import AssetSize, build_asset
 from anequant.targets.coreai.bundle import name_asset, write_bundle, write_design
 from anequant.targets.coreai.design import Design
 from anequant.targets.shared.headroom import Headroom

@@ -46,7 +46,7 @@ from anequant.reference.forward import ReferenceModel
 from anequant.reference.windows import RANGE_TOKENS, choose_probe_tokens
 from anequant.request import LowerRequest, Request
 from anequant.rotation.rotation_plan import is_drawn
-from anequant.targets.coreai.lowerable import check_asset
+from anequant.targets.coreai.asset_limits import check_asset
 from anequant.targets.coreml.lowerable import check_lowering
 
 FLOAT = {"bits": 16, "rounding": "nearest"}

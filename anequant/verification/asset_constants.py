@@ -13,7 +13,7 @@ from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import VerificationError
 from anequant.jobs.control import Progress
 from anequant.quantization.linear import FloatTable, QuantizedLinear
-from anequant.targets.coreai.constants import split_rows
+from anequant.targets.coreai.constant_file import split_rows
 from anequant.targets.coreai.design import Design
 from anequant.targets.coreai.stored import StoredAsset
 from anequant.targets.shared.headroom import Headroom, fit_layer, fit_table

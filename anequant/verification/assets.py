@@ -25,7 +25,7 @@ from anequant.jobs.control import Progress, silent
 from anequant.reference.forward import logits
 from anequant.reference.windows import choose_probe_tokens
 from anequant.runtime.coreml_backend import run_package_by_package
-from anequant.targets.coreai.build import cut_design
+from anequant.targets.coreai.assemble import cut_design
 from anequant.targets.coreai.bundle import find_asset, read_design
 from anequant.targets.coreai.design import Design
 from anequant.targets.coreai.host import Host

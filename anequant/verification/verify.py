@@ -89,10 +89,8 @@ def verify_folder(
         if checkpoint is None:
             if kind == PACKAGES:
                 verify_package_folder(folder)
-            what = "packages" if kind == PACKAGES else "an asset"
-            raise UsageError(
-                f"'{folder}' holds {what} only", remedy="name what it was made from with --checkpoint"
-            )
+            only = "holds packages only" if kind == PACKAGES else "holds an asset only"
+            raise UsageError(f"'{folder}' {only}", remedy="name what it was made from with --checkpoint")
         if kind == PACKAGES:
             return Verification(packages=verify_packages(folder, checkpoint, progress=progress))
         return Verification(asset=verify_bundle(folder, checkpoint, progress=progress))

@@ -20,7 +20,7 @@ from anequant.inspection.diff_paths import diff
 from anequant.lower_options import AssetOptions
 from anequant.pipeline.lower import lower
 from anequant.request import LowerRequest
-from anequant.targets.coreai.build import PROGRAM
+from anequant.targets.coreai.assemble import PROGRAM
 from anequant.targets.coreai.bundle import find_asset
 from anequant.targets.coreai.installed import find_problem
 from anequant.targets.coreai.stored import StoredAsset

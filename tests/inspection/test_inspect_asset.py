@@ -25,7 +25,7 @@ from anequant.inspection.inspect_asset import AssetFacts
 from anequant.lower_options import AssetOptions
 from anequant.pipeline.lower import lower
 from anequant.request import LowerRequest
-from anequant.targets.coreai.build import PROGRAM
+from anequant.targets.coreai.assemble import PROGRAM
 from anequant.targets.coreai.bundle import DESIGN, find_asset, read_design
 from anequant.targets.coreai.design import list_functions
 from anequant.targets.coreai.installed import find_problem

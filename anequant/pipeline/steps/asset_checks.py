@@ -18,7 +18,7 @@ from anequant.pipeline.steps.sizes import (
     count_reference_bytes,
     count_table_weights,
 )
-from anequant.targets.coreai.lint.lint import lint_bundle
+from anequant.targets.coreai.lint.lint_bundle import lint_bundle
 from anequant.targets.shared.finding import Finding, require_clean
 from anequant.verification.assets import AssetCheck, verify_bundle
 

@@ -19,7 +19,7 @@ from anequant.pipeline.steps.sizes import (
     count_table_weights,
 )
 from anequant.quantization.linear import ROWS
-from anequant.targets.coreai.sizes import count_asset_bytes
+from anequant.targets.coreai.asset_sizes import count_asset_bytes
 
 
 @dataclass(frozen=True, eq=False)

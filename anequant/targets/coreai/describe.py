@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from anequant.targets.coreai.toolkit import (
+from anequant.targets.coreai.coreai_toolkit import (
     AIModelAsset,
     ArrayAttr,
     DenseElementsAttr,

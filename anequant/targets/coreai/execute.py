@@ -18,8 +18,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from anequant.targets.coreai.coreai_toolkit import AIModelAsset, NDArray
 from anequant.targets.coreai.messages import Array, receive, send
-from anequant.targets.coreai.toolkit import AIModelAsset, NDArray
 
 OUTPUT, ERRORS = 1, 2
 """File descriptors."""

@@ -26,12 +26,14 @@ class Problem:
 
 
 def find_problem(
-    system: str = platform.system(),
-    processor: str = platform.machine(),
-    python: str = platform.python_version(),
-    installed: Callable[[str], str] = importlib.metadata.version,
+    system: str | None = None,
+    processor: str | None = None,
+    python: str | None = None,
+    installed: Callable[[str], str] | None = None,
 ) -> Problem | None:
-    """Say why Core AI cannot be used here; None where it can. Nothing of it is imported."""
+    """Say why Core AI cannot be used, here or elsewhere; None where it can. Nothing of it is imported."""
+    system, processor = system or platform.system(), processor or platform.machine()
+    python, installed = python or platform.python_version(), installed or importlib.metadata.version
     elsewhere = "use Linux on x86_64 or macOS on arm64, or --target coreml"
     if PLATFORMS.get(system) != processor:
         return Problem(f"{PACKAGE} is not built for {system} on {processor}", elsewhere)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from anequant.errors import InputError, VerificationError
-from anequant.targets.coreai.build import HASH, PROGRAM, author_asset
+from anequant.targets.coreai.assemble import HASH, PROGRAM, author_asset
 from anequant.targets.coreai.bytecode import Blob, read_bytecode
-from anequant.targets.coreai.constants import unpack_codes
+from anequant.targets.coreai.constant_file import unpack_codes
 from anequant.targets.coreai.design import Constant, Design
 
 PIECE = 1 << 24

@@ -32,8 +32,6 @@ def main() -> None:
         from anequant.targets.coreai.describe import describe
 
         describe(*map(Path, arguments))
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(0)
 
 

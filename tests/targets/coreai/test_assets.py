@@ -32,7 +32,7 @@ from anequant.request import LowerRequest
 from anequant.runtime.coreai_backend import AssetModel
 from anequant.runtime.generate import generate_tokens
 from anequant.runtime.transformers_backend import TransformersModel
-from anequant.targets.coreai.build import PROGRAM, build_asset
+from anequant.targets.coreai.assemble import PROGRAM, build_asset
 from anequant.targets.coreai.bundle import find_asset, read_design
 from anequant.targets.coreai.design import list_functions
 from anequant.targets.coreai.host import Host

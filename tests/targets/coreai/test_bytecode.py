@@ -27,7 +27,7 @@ from anequant.targets.coreai.bytecode import (
     read_bytecode,
     write_number,
 )
-from anequant.targets.coreai.constants import pack_codes, split_rows, unpack_codes
+from anequant.targets.coreai.constant_file import pack_codes, split_rows, unpack_codes
 from anequant.targets.coreai.design import CODES
 from anequant.targets.coreai.installed import find_problem
 
@@ -166,8 +166,8 @@ import hashlib, os, sys
 from pathlib import Path
 import numpy as np
 from anequant.targets.coreai.program.builder import make_type
-from anequant.targets.coreai.toolkit import AIProgram, ConstantOp, DenseResourceElementsAttr, GraphOp
-from anequant.targets.coreai.toolkit import Module, ops
+from anequant.targets.coreai.coreai_toolkit import AIProgram, ConstantOp, DenseResourceElementsAttr, GraphOp
+from anequant.targets.coreai.coreai_toolkit import Module, ops
 whole, target = sys.argv[1] == "whole", Path(sys.argv[2])
 rng = np.random.default_rng(0)
 module = Module.create()

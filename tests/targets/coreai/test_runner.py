@@ -26,7 +26,7 @@ from anequant.errors import UnsupportedError, VerificationError
 from anequant.lower_options import AssetOptions
 from anequant.pipeline.lower import lower
 from anequant.request import LowerRequest
-from anequant.targets.coreai import build, installed, runner
+from anequant.targets.coreai import assemble, installed, runner, worker_process
 from anequant.targets.coreai.bundle import find_asset, read_design
 from anequant.targets.coreai.design import MASKED, TABLE, Design, Sizes, list_functions
 from anequant.targets.coreai.host import Window, choose_window, make_functional_mask, make_mask
@@ -93,7 +93,7 @@ def test_a_truncated_asset_is_refused(made: tuple[Path, Path], share: float, tmp
     checkpoint, bundle = made
     copy = tmp_path / "bundle"
     shutil.copytree(bundle, copy)
-    program = find_asset(copy) / build.PROGRAM
+    program = find_asset(copy) / assemble.PROGRAM
     program.write_bytes(program.read_bytes()[: int(share * program.stat().st_size)])
     code, said = fail("verify", copy, "--checkpoint", checkpoint)
     assert code == 6 and "main.mlirb' has changed" in said
@@ -116,9 +116,9 @@ def test_one_changed_bit_of_a_constant_is_found(made: tuple[Path, Path], place: 
     asset = find_asset(copy)
     names = [name for name in StoredAsset(asset).blobs if name.endswith(place) and "rope" not in name]
     blob = StoredAsset(asset).blobs[names[len(names) // 2]]
-    program = bytearray((asset / build.PROGRAM).read_bytes())
+    program = bytearray((asset / assemble.PROGRAM).read_bytes())
     program[blob.start + blob.size // 2] ^= 1
-    (asset / build.PROGRAM).write_bytes(program)
+    (asset / assemble.PROGRAM).write_bytes(program)
     code, said = fail("verify", copy, "--checkpoint", checkpoint)
     assert code == 6 and "has changed" in said
     manifest = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))
@@ -126,7 +126,9 @@ def test_one_changed_bit_of_a_constant_is_found(made: tuple[Path, Path], place: 
     (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     code, said = fail("verify", copy, "--checkpoint", checkpoint)
     assert code == 6 and "main.hash' is not the hash" in said
-    (asset / build.HASH).write_bytes(bytes.fromhex(hash_files(asset, [build.PROGRAM])[build.PROGRAM]))
+    (asset / assemble.HASH).write_bytes(
+        bytes.fromhex(hash_files(asset, [assemble.PROGRAM])[assemble.PROGRAM])
+    )
     manifest["files"] = hash_files(copy, sorted(manifest["files"]))
     (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     code, said = fail("verify", copy, "--checkpoint", checkpoint)
@@ -148,7 +150,7 @@ def test_another_checkpoint_is_refused(
 def test_authoring_that_fails_leaves_nothing(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "MODULE", "anequant.no_such_module")
+    monkeypatch.setattr(worker_process, "MODULE", "anequant.no_such_module")
     code, said = fail("lower", made[0], "-o", tmp_path / "bundle", "--target", "coreai", "--context", 256)
     assert code == 4 and "ended with exit code" in said and "No module named" in said
     assert not (tmp_path / "bundle").exists()

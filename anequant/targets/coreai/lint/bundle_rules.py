@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from anequant.errors import VerificationError
-from anequant.targets.coreai.build import HASH, PROGRAM
+from anequant.targets.coreai.assemble import HASH, PROGRAM
 from anequant.targets.coreai.bundle import METADATA, TOKENIZER, VERSION
 from anequant.targets.coreai.lint.linted import Linted
 from anequant.targets.coreai.stored import StoredAsset, verify_hash

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from anequant.targets.coreai.coreai_toolkit import AIProgram, GraphOp, HandleType, Location, Module
 from anequant.targets.coreai.design import (
     EXTEND,
     GATHER,
@@ -17,8 +18,7 @@ from anequant.targets.coreai.design import (
     list_functions,
 )
 from anequant.targets.coreai.program.builder import Builder, make_placeholders, make_type
-from anequant.targets.coreai.program.decoder import Transformer, emit_gather, emit_table
-from anequant.targets.coreai.toolkit import AIProgram, GraphOp, HandleType, Location, Module
+from anequant.targets.coreai.program.transformer import Transformer, emit_gather, emit_table
 
 
 def author(design: Design, asset: Path) -> None:

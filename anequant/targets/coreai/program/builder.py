@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from anequant.targets.coreai.design import Constant, Design
-from anequant.targets.coreai.toolkit import (
+from anequant.targets.coreai.coreai_toolkit import (
     ConstantOp,
     DenseResourceElementsAttr,
     F16Type,
@@ -30,6 +29,7 @@ from anequant.targets.coreai.toolkit import (
     RankedTensorType,
     ops,
 )
+from anequant.targets.coreai.design import Constant, Design
 
 Var = Any
 ALIGNMENT = 64

@@ -26,12 +26,12 @@ from anequant.pipeline.lower import lower
 from anequant.request import LowerRequest
 from anequant.targets.coreai import listing as listings_module
 from anequant.targets.coreai import worker_process
-from anequant.targets.coreai.build import HASH, PROGRAM
+from anequant.targets.coreai.assemble import HASH, PROGRAM
 from anequant.targets.coreai.bundle import METADATA, find_asset
 from anequant.targets.coreai.installed import find_problem
 from anequant.targets.coreai.lint.bundle_rules import BLOB_RULES, FILE_RULES
 from anequant.targets.coreai.lint.contract_rules import CONTRACT_RULES
-from anequant.targets.coreai.lint.lint import FUNCTION_RULES, lint_asset, lint_bundle
+from anequant.targets.coreai.lint.lint_bundle import FUNCTION_RULES, lint_asset, lint_bundle
 from anequant.targets.coreai.lint.linted import Linted
 from anequant.targets.coreai.listing import Form, read_form, read_listing
 from anequant.targets.coreai.stored import StoredAsset

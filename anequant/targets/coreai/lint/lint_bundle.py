@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from anequant.errors import InputError
-from anequant.targets.coreai.build import PROGRAM
+from anequant.targets.coreai.assemble import PROGRAM
 from anequant.targets.coreai.bundle import find_asset
 from anequant.targets.coreai.lint.bundle_rules import BLOB_RULES, DAMAGE, FILE_RULES
 from anequant.targets.coreai.lint.contract_rules import CONTRACT_RULES

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from anequant.targets.coreai.coreai_toolkit import ops
 from anequant.targets.coreai.program.builder import Builder, Var
-from anequant.targets.coreai.toolkit import ops
 from anequant.targets.shared.rotation_names import name_factor
 
 CODES, CODEBOOK, INPUT, OUTPUT, BIAS = "codes", "codebook", "input_scale", "output_scale", "bias"

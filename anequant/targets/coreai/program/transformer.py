@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
+from anequant.targets.coreai.coreai_toolkit import ops
 from anequant.targets.coreai.design import (
     CACHES,
     COS,
@@ -22,8 +23,7 @@ from anequant.targets.coreai.design import (
     TABLE,
 )
 from anequant.targets.coreai.program.builder import Builder, Var
-from anequant.targets.coreai.program.linears import emit_linear, emit_turn
-from anequant.targets.coreai.toolkit import ops
+from anequant.targets.coreai.program.table_linears import emit_linear, emit_turn
 from anequant.targets.shared.rotation_names import FFN, KEY, QUERY
 
 

@@ -15,7 +15,7 @@ from anequant.jobs.control import Progress, silent
 from anequant.jobs.typed import to_plain
 from anequant.lower_options import AssetOptions
 from anequant.targets.coreai.bytecode import Content, fill_blobs, read_bytecode
-from anequant.targets.coreai.constants import ConstantFile, write_constants
+from anequant.targets.coreai.constant_file import ConstantFile, write_constants
 from anequant.targets.coreai.design import Design, Sizes
 from anequant.targets.coreai.installed import VERSION, require_installed
 from anequant.targets.coreai.worker import AUTHOR
