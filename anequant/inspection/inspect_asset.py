@@ -15,7 +15,7 @@ from typing import Any
 from anequant.checkpoints.reader import read_object
 from anequant.inspection.asset_forms import Known, read_known
 from anequant.targets.coreai.assemble import METADATA as ASSET_METADATA
-from anequant.targets.coreai.bundle import METADATA
+from anequant.targets.coreai.bundle import METADATA, find_asset, read_design
 from anequant.targets.coreai.design import TensorPort, list_functions
 from anequant.targets.coreai.listed_weights import MULTIPLIED, Weight
 from anequant.targets.coreai.listing import CONSTANT, Form, ListedFunction, Port
@@ -100,8 +100,22 @@ def inspect_asset(asset: Path, bundle: Path | None = None) -> AssetFacts:
 
     Raises InputError for a file that is damaged.
     """
+    return describe_known(asset, bundle, read_known(asset, bundle))
+
+
+def inspect_recorded_asset(bundle: Path) -> AssetFacts:
+    """Return what the asset of a bundle is that anequant wrote, by its record: without Core AI, in no time.
+
+    Raises InputError for a bundle without a record, or one that is damaged.
+    """
+    return describe_known(
+        find_asset(bundle), bundle, Known(None, read_design(bundle)[0], "not read for this")
+    )
+
+
+def describe_known(asset: Path, bundle: Path | None, known: Known) -> AssetFacts:
+    """Return what an asset is, as far as it is known."""
     stored = StoredAsset(asset)
-    known = read_known(asset, bundle)
     sizes = {name: blob.size for name, blob in stored.blobs.items()}
     forms, weights = known.forms, known.weights
     multiplied = [weight for weight in weights or () if weight.use == MULTIPLIED] or weights or []

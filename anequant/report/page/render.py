@@ -16,6 +16,7 @@ from anequant.recipe import Recipe
 from anequant.report.page import charts
 from anequant.report.page.charts import LineChart
 from anequant.report.terminal.inspect_rows import describe_recipe
+from anequant.report.terminal.inspect_words import describe_kind, group_by_kind
 from anequant.units import NOTHING, format_bytes, format_duration
 
 TEMPLATE = "report.html.jinja"
@@ -65,6 +66,7 @@ def render_report(data: dict[str, Any]) -> str:
         inputs={name: chart for name, chart in inputs.items() if name in groups},
         residual=_residual(data),
         findings=_grouped(data["lint"] or ()),
+        asset=_asset(data),
         choices=_choices(data["recipe"]),
     )
 
@@ -136,6 +138,16 @@ def _by_projection(
         if chart is not None:
             found[item["name"]] = chart
     return found
+
+
+def _asset(data: dict[str, Any]) -> dict[str, Any] | None:
+    """The asset with its functions by kind, the last of each shown; reports of before had no asset."""
+    found: dict[str, Any] | None = data.get("asset")
+    if found is None:
+        return None
+    kinds = group_by_kind(found["functions"], lambda function: str(function["name"]))
+    shown = [{**kind[-1], "name": describe_kind([function["name"] for function in kind])} for kind in kinds]
+    return {**found, "kinds": shown, "checked": (data["verified"] or {}).get("asset")}
 
 
 def _residual(data: dict[str, Any]) -> LineChart | None:

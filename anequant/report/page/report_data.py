@@ -16,10 +16,11 @@ import torch
 
 from anequant.architectures.spec import EMBEDDING, HEAD, ModelSpec
 from anequant.checkpoints.manifest import CHECKPOINT, MANIFEST, keep_six_digits, read_manifest
-from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER
+from anequant.checkpoints.places import CHECKPOINT_FOLDER, PACKAGES_FOLDER, find_bundle
 from anequant.checkpoints.reader import Checkpoint, open_checkpoint
 from anequant.checkpoints.source import has_tokenizer
 from anequant.errors import UsageError
+from anequant.inspection.inspect_asset import AssetPort, inspect_recorded_asset
 from anequant.inspection.inspect_package import inspect_package
 from anequant.jobs.control import Progress
 from anequant.jobs.machine import memory, usable_cores
@@ -31,6 +32,7 @@ from anequant.targets.coreml.signatures import TensorSpec
 from anequant.verification.files import CONVERSION
 
 SCHEMA = 1
+ALONE = "this is a checkpoint alone; convert and lower make"
 
 
 def collect_report(folder: Path, known: Known, progress: Progress) -> dict[str, Any]:
@@ -60,9 +62,16 @@ def collect_report(folder: Path, known: Known, progress: Progress) -> dict[str, 
     if quality is None:
         untold = "the model comes without a tokenizer"
         missing["quality"] = known.origin.missing if has_tokenizer(checkpoint.folder) else untold
-    packages = _packages(folder / PACKAGES_FOLDER) if whole else None
-    if packages is None:
-        missing["packages"] = missing["lint"] = "this is a checkpoint alone; convert and lower make packages"
+    held = folder / PACKAGES_FOLDER
+    packages = _packages(held) if whole and held.is_dir() else None
+    asset = _asset(find_bundle(folder)) if whole else None
+    if not whole:
+        missing["packages"] = missing["lint"] = f"{ALONE} packages"
+        missing["asset"] = f"{ALONE} an asset"
+    elif packages is None:
+        missing["packages"] = "they were not asked for (--target coreml or both)"
+    elif asset is None:
+        missing["asset"] = "it was not asked for (--target coreai or both)"
     run = known.run or former.get("run")
     if run is None:
         missing["run"] = "only convert, which measures them, tells time and memory"
@@ -75,7 +84,7 @@ def collect_report(folder: Path, known: Known, progress: Progress) -> dict[str, 
         "model": _model(checkpoint.spec, made["source"]),
         "recipe": made["recipe"],
         "calibration": made["calibration"],
-        "sizes": _sizes(checkpoint, packages, rounding["bits_per_weight"]),
+        "sizes": _sizes(checkpoint, packages, asset, rounding["bits_per_weight"]),
         "quality": quality,
         "equivalence": rounding["equivalence"],
         "tuning": rounding["tuning"],
@@ -83,6 +92,7 @@ def collect_report(folder: Path, known: Known, progress: Progress) -> dict[str, 
         "verified": recorded["measured"]["verified"] if whole else None,
         "run": run,
         "packages": packages,
+        "asset": asset,
         **layers,
         "tables": [item for item in rounding["tensors"] if item["name"] in (EMBEDDING, HEAD)],
         "lint": recorded["measured"]["lint"] if whole else None,
@@ -125,14 +135,49 @@ def _parameters(spec: ModelSpec) -> int:
     return sum(math.prod(shape) for shape in spec.outer_tensors().values()) + spec.num_layers * of_layer
 
 
-def _sizes(checkpoint: Checkpoint, packages: dict[str, Any] | None, bits: float) -> dict[str, Any]:
-    held = None if packages is None else sum(item["bytes"] for item in packages["packages"])
+def _sizes(
+    checkpoint: Checkpoint, packages: dict[str, Any] | None, asset: dict[str, Any] | None, bits: float
+) -> dict[str, Any]:
     return {
         "bits_per_weight": bits,
         "float16_bytes": 2 * _parameters(checkpoint.spec),
-        "packages_bytes": held,
+        "packages_bytes": packages and sum(item["bytes"] for item in packages["packages"]),
+        "asset_bytes": asset and asset["bytes"],
         "checkpoint_bytes": sum(shard.stat().st_size for shard in checkpoint.shards),
     }
+
+
+def _asset(bundle: Path | None) -> dict[str, Any] | None:
+    """An asset by its record; None where there is none."""
+    if bundle is None:
+        return None
+    facts = inspect_recorded_asset(bundle)
+    language = (facts.bundle or {}).get("language", {})
+    return {
+        "name": facts.name,
+        "bytes": sum(facts.files.values()),
+        "constant_bytes": facts.blob_bytes,
+        "bits": facts.bits,
+        "context": language.get("max_context_length"),
+        "functions": [
+            {
+                "name": function.name,
+                **{
+                    kind: [_port(port) for port in ports]
+                    for kind, ports in (
+                        ("inputs", function.inputs),
+                        ("outputs", function.outputs),
+                        ("states", function.states),
+                    )
+                },
+            }
+            for function in facts.functions or ()
+        ],
+    }
+
+
+def _port(port: AssetPort) -> dict[str, Any]:
+    return {"name": port.name, "dtype": port.dtype, "shape": list(port.shape), "shapes": []}
 
 
 def _packages(folder: Path) -> dict[str, Any]:

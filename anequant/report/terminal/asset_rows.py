@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anequant.inspection.inspect_asset import AssetFacts, AssetFunction
 from anequant.report.terminal.inspect_words import (
+    describe_kind,
     describe_widths,
     format_count,
+    group_by_kind,
     join_alike_ports,
 )
 from anequant.targets.coreai.listed_weights import LOOKED_UP
 from anequant.units import format_bytes
 
 Rows = list[tuple[str, str]]
-SIZES = re.compile(r"((?:_\d+)+)$")
 
 
 def describe_asset(facts: AssetFacts) -> Rows:
@@ -25,7 +25,7 @@ def describe_asset(facts: AssetFacts) -> Rows:
     rows: Rows = [("asset", ", ".join([facts.name, *made]))]
     if facts.bundle is not None:
         rows.append(("  bundle", _describe_bundle(facts.bundle)))
-    for functions in _group_alike(facts.functions or ()):
+    for functions in group_by_kind(facts.functions or (), lambda function: function.name):
         rows += _describe_functions(functions)
     for width in facts.constants or ():
         text = f"{width.count} {width.dtype}: {format_count(width.values)} values in "
@@ -49,21 +49,9 @@ def _describe_bundle(bundle: Mapping[str, Any]) -> str:
     return ", ".join(told) or "metadata.json says nothing of it"
 
 
-def _group_alike(functions: Sequence[AssetFunction]) -> list[list[AssetFunction]]:
-    """Functions by their names without the sizes at the end, in order of the first."""
-    groups: dict[str, list[AssetFunction]] = {}
-    for function in functions:
-        groups.setdefault(SIZES.sub("", function.name), []).append(function)
-    return list(groups.values())
-
-
 def _describe_functions(functions: Sequence[AssetFunction]) -> Rows:
     shown = functions[-1]
-    name = shown.name
-    if len(functions) > 1:
-        sizes = ", ".join(_read_sizes(function.name) for function in functions)
-        name = f"{SIZES.sub('', name)}, {len(functions)} for {sizes}; {name} is"
-    rows: Rows = [("  function", name)]
+    rows: Rows = [("  function", describe_kind([function.name for function in functions]))]
     for label, ports in (("in", shown.inputs), ("state", shown.states), ("out", shown.outputs)):
         for names, text in join_alike_ports(ports):
             listed = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
@@ -74,11 +62,6 @@ def _describe_functions(functions: Sequence[AssetFunction]) -> Rows:
         if operations:
             rows.append(("  operations", f"{sum(shown.operations.values())}: {operations}"))
     return rows
-
-
-def _read_sizes(name: str) -> str:
-    found = SIZES.search(name)
-    return found[1][1:].replace("_", " x ") if found is not None else "any"
 
 
 def _describe_weights(facts: AssetFacts) -> Rows:

@@ -198,7 +198,7 @@ def test_the_command_writes_both_files_and_verify_accepts_them(
         "worst": data["worst"],
         "missing": data["missing"],
     }
-    assert data["missing"].keys() == {"packages", "lint", "run"}
+    assert data["missing"].keys() == {"packages", "asset", "lint", "run"}
     assert data["quality"]["kl"] > 0 and data["quality"]["base_perplexity"] > 1
     errors = [
         (item["output_error"]["written"], layer["layer"], item["name"])
@@ -230,7 +230,7 @@ def test_without_the_float_model_it_says_what_is_missing(quantized: Quantized, t
     assert page.count("Not here:") >= 4 and "name it with --base" in page
 
     full = write_report(folder, base=str(quantized.source), run=RUN).data
-    assert full["missing"].keys() == {"quality", "packages", "lint"}
+    assert full["missing"].keys() == {"quality", "packages", "asset", "lint"}
     assert full["measured_on"]["text"] == "random tokens" and len(full["worst"]) == 10
     later = write_report(folder).data
     assert later == full, "a report of the same checkpoint lends what is gone"

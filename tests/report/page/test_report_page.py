@@ -24,7 +24,8 @@ from anequant.report.page.write_report import write_report
 from anequant.request import Request
 
 SECTIONS = [
-    *("summary", "where", "residual", "outliers", "layers", "packages", "recipe", "lint", "environment"),
+    *("summary", "where", "residual", "outliers", "layers", "packages", "asset", "recipe", "lint"),
+    "environment",
 ]
 WIDTHS = (390, 1440)
 TEXT_PAIRS = [
