@@ -42,6 +42,7 @@ MAKE = {
     "rounding": "tools/measure/bench_rounding.py",
     "peers": "tools/measure/bench_lower.py --layers 2 --grouped --json docs/measured/peers.json",
     "gptq": "tools/measure/bench_gptq.py",
+    "coreai_export": "tools/measure/record_coreai_contract.py",
     "cluster": "tools/measure/bench_cluster.py --json docs/measured/cluster.json",
     "scaling": "tools/measure/scaling.py MODEL TEXT CALIBRATION",
 }

@@ -13,7 +13,15 @@ import numpy as np
 import peer_environments
 import pytest
 import real_model_quality
-from peer_environments import GPTQMODEL, LLAMA_CPP, OwnPeer, PeerError, make_environment, run_peer
+from peer_environments import (
+    COREAI_MODELS,
+    GPTQMODEL,
+    LLAMA_CPP,
+    OwnPeer,
+    PeerError,
+    make_environment,
+    run_peer,
+)
 from quality_runs import Row, list_missing
 from real_model_runs import FIGURES, OWN_PEERS
 
@@ -164,7 +172,7 @@ def test_an_environment_is_made_once_from_pinned_packages(
     assert make_environment(GPTQMODEL, tmp_path) == python and len(calls.commands) == 3
     make_environment(LLAMA_CPP, tmp_path)
     assert len(calls.commands) == 5 and "--no-build-isolation" not in calls.commands[-1]
-    for environment in (GPTQMODEL, LLAMA_CPP):
+    for environment in (COREAI_MODELS, GPTQMODEL, LLAMA_CPP):
         assert all("==" in package for package in (*environment.packages, *environment.before))
 
 

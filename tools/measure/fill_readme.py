@@ -25,6 +25,7 @@ import measure_memory
 import newcomer
 import quiet_times
 import real_model_quality
+import record_coreai_contract
 import scaling
 from measured import DOCS, REPOSITORY, RESULTS
 from quality_runs import with_table
@@ -77,6 +78,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "rounding": ("rounding", bench_rounding.sentences),
     "peers": ("peers", bench_lower.report),
     "gptq": ("gptq", bench_gptq.sentences),
+    "coreai_export": ("coreai_export", record_coreai_contract.sentence),
     "cluster": ("cluster", bench_cluster.sentences),
     "scaling": ("scaling", scaling.sentences),
 }

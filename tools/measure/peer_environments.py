@@ -61,6 +61,16 @@ LLAMA_CPP = Environment(
     ("llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy==2.2.6", "safetensors==0.8.0"),
     variables={"CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF"},
 )
+COREAI_MODELS = Environment(
+    "coreai-models",
+    (
+        "coreai-core==1.0.0b3",
+        "coreai-torch==0.4.3",
+        "coreai-opt==0.4.0",
+        "torch==2.13.0",
+        "transformers==5.23.0",
+    ),
+)
 
 
 @dataclass(frozen=True)
