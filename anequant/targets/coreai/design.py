@@ -9,12 +9,14 @@ positions at once, C a context, L layers, K width of keys in all heads):
     extend_C_q            transformer_input [1, q, 1, H],        out_logits [1, 1, q, V]
                           position_ids uint16 [1, q],
                           in_step int32 [1],
-                          causal_mask [1, C, 1, q]
+                          causal_mask [1, C, 1, q],
+                          embedding_table
     prompt_opt_C_q        the same                               out_logits, of one number
 
 with the states key_cache and value_cache [L, 1, K, 1, C]. The host rounds a prompt up to windows of q that
 begin at multiples of q, and takes `prompt_opt`, whose one purpose is to fill the caches, as long as more
-tokens remain than the largest q. That is the contract of apple/coreai-models at 86b363d
+tokens remain than the largest q. The table is there for heads that are tied to it; Apple's exporter makes it an
+input of the others too. That is the contract of apple/coreai-models at 86b363d
 (python/src/coreai_models/models/base.py, export/ios.py; CoreAIStaticShapeEngine.swift).
 
 Without states (`kv` functional), which is how Apple's rules for the engine describe a cache
@@ -135,7 +137,7 @@ def list_contexts(most: int) -> tuple[int, ...]:
 def list_functions(design: Design) -> Iterator[FunctionPorts]:
     """Every function of an asset, in their order."""
     sizes, real = design.sizes, design.sizes.dtype
-    table = TensorPort(TABLE, real, (sizes.vocabulary, 1, sizes.hidden))
+    table = describe_table(design)
     yield FunctionPorts(LOAD, (), (), (table,))
     for length in design.ladder:
         tokens = TensorPort(TOKENS, "int32", (1, length))
@@ -145,6 +147,12 @@ def list_functions(design: Design) -> Iterator[FunctionPorts]:
         for context in design.contexts:
             for length in design.ladder:
                 yield describe_transformer(design, kind, context, length)
+
+
+def describe_table(design: Design) -> TensorPort:
+    """The embedding, as functions take and give it."""
+    sizes = design.sizes
+    return TensorPort(TABLE, sizes.dtype, (sizes.vocabulary, 1, sizes.hidden))
 
 
 def describe_transformer(design: Design, kind: str, context: int, length: int) -> FunctionPorts:
@@ -157,6 +165,7 @@ def describe_transformer(design: Design, kind: str, context: int, length: int) -
         TensorPort(POSITIONS, "uint16", (1, length)),
         *(() if functional else (TensorPort(STEP, "int32", (1,)),)),
         TensorPort(MASK, real, (1, masked, 1, length)),
+        *(() if functional else (describe_table(design),)),
     )
     caches = tuple(TensorPort(name, real, (sizes.layers, 1, sizes.keys, 1, context)) for name in CACHES)
     new = tuple(TensorPort(name, real, (sizes.layers, 1, sizes.keys, 1, length)) for name in NEW)

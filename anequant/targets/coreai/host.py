@@ -123,7 +123,8 @@ class Host:
         self._runner.run(gather, {TOKENS: ids}, kept={TABLE: TABLE}, keep=[GATHERED])
         ports = describe_transformer(self._design, kind, window.context, length)
         inputs = self._fill_inputs(window)
-        found = self._runner.run(ports, inputs, kept={HIDDEN: GATHERED})
+        kept = {HIDDEN: GATHERED} | {port.name: TABLE for port in ports.inputs if port.name == TABLE}
+        found = self._runner.run(ports, inputs, kept=kept)
         if self._design.kv == FUNCTIONAL:
             for name, new in zip(CACHES, NEW, strict=True):
                 self._caches[name][..., start : start + length] = found[new]

@@ -20,7 +20,6 @@ from anequant.targets.coreai.design import (
     GATHER,
     LOAD,
     PREFILL,
-    TABLE,
     Design,
     Sizes,
     TensorPort,
@@ -33,7 +32,6 @@ RECORD: dict[str, Any] = json.loads(
 )
 LADDER = (8, 16, 64)
 KINDS = (LOAD, GATHER, EXTEND, PREFILL)
-TRANSFORMER = (EXTEND, PREFILL)
 
 Functions = dict[str, dict[str, list[str]]]
 
@@ -76,18 +74,8 @@ def find_table(functions: Functions) -> str:
     return table
 
 
-def pass_table_on(functions: Functions) -> Functions:
-    """The first difference: Apple's transformer functions take the table last, also with a head of their own
-    and where only the caches are filled. Its host gives it to functions that name it."""
-    table = find_table(functions)
-    return {
-        name: ports | {"inputs": [*ports["inputs"], *([table] if name.startswith(TRANSFORMER) else [])]}
-        for name, ports in functions.items()
-    }
-
-
 def hold_table_in(dtype: str, functions: Functions) -> Functions:
-    """The second difference: Apple's table may be of 8-bit integers, ours is of float16."""
+    """The one difference: Apple's table may be of 8-bit integers, ours is of float16."""
     table = find_table(functions)
     name, _, shape = table.split(" ", 2)
 
@@ -101,25 +89,11 @@ def hold_table_in(dtype: str, functions: Functions) -> Functions:
 
 
 @pytest.mark.parametrize("export", RECORD["exports"], ids=name_export)
-def test_our_functions_are_apples_but_for_the_table(export: dict[str, Any], ours: Functions) -> None:
+def test_our_functions_are_apples(export: dict[str, Any], ours: Functions) -> None:
     """Names, inputs, states and outputs in their order, types and shapes."""
     theirs = export["functions"]
-    assert theirs == hold_table_in(export["table"], pass_table_on(ours))
-
-
-@pytest.mark.parametrize("export", RECORD["exports"], ids=name_export)
-def test_what_differs_is_the_table_alone(export: dict[str, Any], ours: Functions) -> None:
-    theirs: Functions = export["functions"]
-    differing = {name for name in ours if ours[name] != theirs[name]}
-    kinds = TRANSFORMER if export["table"] == RECORD["dtype"] else KINDS
-    assert differing == {name for name in ours if name.startswith(kinds)}
-    for name in differing:
-        for kind in ("inputs", "states", "outputs"):
-            assert without_table(ours[name][kind]) == without_table(theirs[name][kind])
-
-
-def without_table(ports: list[str]) -> list[str]:
-    return [port for port in ports if port.split(" ")[0] != TABLE]
+    assert theirs == hold_table_in(export["table"], ours)
+    assert (theirs == ours) is (export["table"] == RECORD["dtype"])
 
 
 @pytest.mark.parametrize("export", RECORD["exports"], ids=name_export)
