@@ -13,7 +13,9 @@ Usage: verify_on_mac.sh [--model MODEL] [--work DIR] [--report FILE.json] [--tok
 
 Steps: anequant convert; xcrun coremlcompiler for every package; anequant profile, which predicts with
 Core ML and the interpreter, compares them, and tells where every operation ran. The report says how each
-step ended, also when one failed; the exit code is that of the first step that did.
+step ended, also when one failed; the exit code is that of the first step that did. On macOS 27 or later,
+with anequant[coreai], the checkpoint is also lowered to Core AI, verified there, and compiled by
+coreai-build where Xcode has it; elsewhere the report says why not.
 TEXT
 }
 
@@ -61,6 +63,33 @@ run_step() {
         "${steps:+, }" "$name" "$code" "$((SECONDS - begun))" "${output:-null}")
 }
 
+# skip_step NAME REASON: an entry of the report for what was not done.
+skip_step() {
+    printf 'step: %s left out: %s\n' "$1" "$2" >&2
+    steps+=$(printf '%s{"step": "%s", "skipped": "%s"}' "${steps:+, }" "$1" "$2")
+}
+
+# why_no_core_ai: the reason why Core AI cannot be used, nothing where it can.
+why_no_core_ai() {
+    local version=$1
+    if ((${version%%.*} < 27)); then
+        printf 'Core AI comes with macOS 27, this is %s' "$version"
+        return
+    fi
+    "$(dirname "$anequant")/python" -c '
+from anequant.targets.coreai.installed import find_problem
+problem = find_problem()
+print(problem.what if problem else "", end="")'
+}
+
+# shellcheck disable=SC2329
+compile_asset() {
+    local asset
+    for asset in "$work"-coreai/*.aimodel; do
+        xcrun coreai-build compile "$asset" --preferred-compute neural-engine >&2 || return
+    done
+}
+
 # shellcheck disable=SC2329
 compile() {
     local package
@@ -72,6 +101,19 @@ compile() {
 run_step convert "$anequant" convert ${model:+"$model"} --output "$work" --json "$@"
 run_step compile compile
 run_step profile "$anequant" profile "$work" --tokens "$tokens" --json
+
+reason=$(why_no_core_ai "$(sw_vers -productVersion)")
+if [[ -n $reason ]]; then
+    skip_step coreai "$reason"
+else
+    run_step coreai-lower "$anequant" lower "$work/checkpoint" --output "$work-coreai" --target coreai --json
+    run_step coreai-verify "$anequant" verify "$work-coreai" --checkpoint "$work/checkpoint" --json
+    if xcrun --find coreai-build >/dev/null 2>&1; then
+        run_step coreai-compile compile_asset
+    else
+        skip_step coreai-compile 'this Xcode has no coreai-build'
+    fi
+fi
 
 chip=$(sysctl -n machdep.cpu.brand_string | tr -cd 'A-Za-z0-9 ()@.')
 printf '{"macos": "%s", "chip": "%s", "memory_bytes": %s, "exit_code": %d, "steps": [%s]}\n' \

@@ -236,7 +236,7 @@ def test_convert_reports_all_steps_as_json(tiny_qwen2: Path, output: Path) -> No
     assert values["quality"].keys() == QUALITY_FIELDS
     assert 0 < values["quality"]["kl"] < 0.2
     measured = read(output / "anequant.json")["measured"]
-    assert len(measured) == 5
+    assert len(measured) == 6
     assert_close(measured, {key: values[key] for key in measured})
 
 

@@ -533,15 +533,27 @@ def test_convert_model_compiles_and_predicts_on_a_mac(packages: Path, place: Pat
     assert result.exit_code == 7 and "done:" not in result.stdout
 
 
-@pytest.mark.parametrize("failing", [None, "profile"])
-def test_the_report_from_a_mac_is_one_json_file(place: Path, tmp_path: Path, failing: str | None) -> None:
+@pytest.mark.parametrize(
+    ("failing", "macos", "lacks"),
+    [
+        (None, "15.1", "Core AI comes with macOS 27, this is 15.1"),
+        ("profile", "15.1", "Core AI comes with macOS 27, this is 15.1"),
+        (None, "27.0", "coreai-core is not installed"),
+        (None, "27.0", ""),
+    ],
+)
+def test_the_report_from_a_mac_is_one_json_file(
+    place: Path, tmp_path: Path, failing: str | None, macos: str, lacks: str
+) -> None:
     work, report = tmp_path / "wo rk", tmp_path / "re port.json"
     body = f"""
 if [ "$1" = "{failing}" ]; then echo '{{"error": "no luck"}}'; exit 6; fi
 if [ "$1" = convert ]; then mkdir -p "{work}/packages/a b.mlpackage"; fi
+if [ "$1" = lower ]; then mkdir -p "{work}-coreai/a b.aimodel"; fi
 echo '{{"command": "'$1'"}}'
 """
-    path = stubs(tmp_path / "bin", anequant=body, sysctl="echo 'Apple \"M4\"'")
+    own = {"sysctl": "echo 'Apple \"M4\"'", "sw_vers": f"echo {macos}", "python": f"printf '{lacks}'"}
+    path = stubs(tmp_path / "bin", anequant=body, **own)
     script = TOOLS / "verify_on_mac.sh"
     result = run(
         script, "--model", place / "float", "--work", work, "--report", report, "--tokens", 5, PATH=path
@@ -550,14 +562,19 @@ echo '{{"command": "'$1'"}}'
     assert result.exit_code == code, result.stderr
     written = report.read_text().replace('"memory_bytes": Apple "M4"', '"memory_bytes": 0')
     said = json.loads(written)
-    assert (said["chip"], said["macos"], said["exit_code"]) == ("Apple M4", "15.1", code)
-    assert [(step["step"], step["exit_code"]) for step in said["steps"]] == [
-        *(("convert", 0), ("compile", 0), ("profile", code))
+    assert (said["chip"], said["macos"], said["exit_code"]) == ("Apple M4", macos, code)
+    coreai: list[tuple[str, Any]] = [("coreai", lacks)]
+    if not lacks:
+        coreai = [("coreai-lower", 0), ("coreai-verify", 0), ("coreai-compile", 0)]
+    assert [(step["step"], step.get("exit_code", step.get("skipped"))) for step in said["steps"]] == [
+        *(("convert", 0), ("compile", 0), ("profile", code), *coreai)
     ]
     assert said["steps"][0]["result"] == {"command": "convert"}
     log = (tmp_path / "bin" / "log").read_text()
     assert f"xcrun coremlcompiler compile {work}/packages/a b.mlpackage {work}/packages" in log
     assert f"anequant profile {work} --tokens 5 --json" in log
+    compiled = f"xcrun coreai-build compile {work}-coreai/a b.aimodel --preferred-compute neural-engine"
+    assert (compiled in log) is (not lacks)
 
 
 def test_elsewhere_a_mac_is_asked_for(packages: Path) -> None:

@@ -43,6 +43,8 @@ MAKE = {
     "peers": "tools/measure/bench_lower.py --layers 2 --grouped --json docs/measured/peers.json",
     "gptq": "tools/measure/bench_gptq.py",
     "coreai_export": "tools/measure/record_coreai_contract.py",
+    "bench_coreai": "tools/measure/bench_coreai.py --json docs/measured/bench_coreai.json",
+    "coreai_quality": "tools/measure/compare_coreai.py MODEL TEXT CALIBRATION --json, and that file",
     "cluster": "tools/measure/bench_cluster.py --json docs/measured/cluster.json",
     "scaling": "tools/measure/scaling.py MODEL TEXT CALIBRATION",
 }

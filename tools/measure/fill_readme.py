@@ -16,10 +16,12 @@ from typing import Any
 
 import ablation
 import bench_cluster
+import bench_coreai
 import bench_gptq
 import bench_lower
 import bench_pipeline
 import bench_rounding
+import compare_coreai
 import compare_quality
 import measure_memory
 import newcomer
@@ -79,6 +81,8 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "peers": ("peers", bench_lower.report),
     "gptq": ("gptq", bench_gptq.sentences),
     "coreai_export": ("coreai_export", record_coreai_contract.sentence),
+    "coreai_lower": ("bench_coreai", bench_coreai.report),
+    "coreai_quality": ("coreai_quality", compare_coreai.report),
     "cluster": ("cluster", bench_cluster.sentences),
     "scaling": ("scaling", scaling.sentences),
 }

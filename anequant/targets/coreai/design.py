@@ -15,8 +15,8 @@ positions at once, C a context, L layers, K width of keys in all heads):
 
 with the states key_cache and value_cache [L, 1, K, 1, C]. The host rounds a prompt up to windows of q that
 begin at multiples of q, and takes `prompt_opt`, whose one purpose is to fill the caches, as long as more
-tokens remain than the largest q. The table is there for heads that are tied to it; Apple's exporter makes it an
-input of the others too. That is the contract of apple/coreai-models at 86b363d
+tokens remain than the largest q. The table is there for heads that are tied to it; Apple's exporter makes it
+an input of the others too. That is the contract of apple/coreai-models at 86b363d
 (python/src/coreai_models/models/base.py, export/ios.py; CoreAIStaticShapeEngine.swift).
 
 Without states (`kv` functional), which is how Apple's rules for the engine describe a cache
