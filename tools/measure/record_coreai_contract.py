@@ -1,12 +1,12 @@
-"""Functions of what Apple's exporter for iOS makes of the bundled model, and what exporting takes.
+"""What Apple's exporter for iOS makes of the bundled model, functions and files, and what exporting takes.
 
     python tools/measure/record_coreai_contract.py [--sources URL]
 
 apple/coreai-models, at the commit that `anequant/targets/coreai/design.py` follows, is fetched from URL (or a
 git folder) and run in an environment of its own, see `peer_environments.py`: with the model's tied head and
 with a head of its own, with the embedding in float16 and in 8-bit integers. What Apple's runtime says of the
-functions goes to tests/targets/coreai/apple_contract.json, which a test compares ours with; seconds and peak
-memory go to docs/measured/coreai_export.json.
+functions goes to tests/targets/coreai/apple_contract.json, which a test compares ours with, beside the files
+and metadata of the bundle. Seconds and peak memory go to docs/measured/coreai_export.json.
 """
 
 from __future__ import annotations
@@ -32,6 +32,19 @@ TABLES = {"float16": (), "int8": ("--int8-table",)}
 HEADS = {True: (), False: ("--untie",)}
 """Options by whether the head is tied."""
 
+COMMON = (
+    "packages",
+    "asked_for",
+    "changes",
+    "configuration",
+    "settings",
+    "ladder",
+    "smallest_context",
+    "constraints",
+    "bundle",
+)
+"""What does not depend on head and table."""
+
 
 def fetch_sources(place: str, folder: Path) -> None:
     """Write the sources of Apple's exporter to a folder, from a URL or a git folder.
@@ -52,7 +65,7 @@ def export(python: Path, sources: Path, work: Path) -> list[dict[str, Any]]:
         for table, quantized in TABLES.items():
             options = ("--context", str(CONTEXT), *head, *quantized)
             peer = OwnPeer(COREAI_MODELS, "coreai_models_peer.py", options)
-            output = work / f"{'tied' if tied else 'untied'}-{table}.aimodel"
+            output = work / f"{'tied' if tied else 'untied'}-{table}"
             found.append(run_peer(python, peer, MODEL, sources, output) | {"table": table})
             assert found[-1]["tied"] == tied
     return found
@@ -60,7 +73,7 @@ def export(python: Path, sources: Path, work: Path) -> list[dict[str, Any]]:
 
 def make_record(exports: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what does not depend on the machine: what is the same in all exports once."""
-    common = {name: exports[0][name] for name in ("packages", "asked_for", "changes", "constraints")}
+    common = {name: exports[0][name] for name in COMMON}
     assert all(export[name] == value for export in exports for name, value in common.items())
     return {
         "repository": SOURCES,
