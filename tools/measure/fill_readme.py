@@ -32,7 +32,7 @@ import scaling
 from measured import DOCS, REPOSITORY, RESULTS
 from quality_runs import with_table
 
-FILLED = ("results", "guarantees", "performance", "cluster", "scaling")
+FILLED = ("core-ai", "results", "guarantees", "performance", "cluster", "scaling")
 PAGES = (REPOSITORY / "README.md", *(DOCS / f"{name}.md" for name in FILLED))
 WIDTH = 116
 BLOCK = re.compile(

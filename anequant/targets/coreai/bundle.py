@@ -6,7 +6,7 @@
     tokenizer/              the model's own files, and in config.json which tokens end a text
     design.json             anequant's own: what the functions are made of
 
-The key `source` is left out: Apple's reader takes it only for a model that came by way of torch.
+The key `source` is left out: it is for models that came by way of torch, and Apple's reader decodes none.
 """
 
 from __future__ import annotations
