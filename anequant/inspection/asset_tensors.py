@@ -11,8 +11,8 @@ from torch import Tensor
 
 from anequant.errors import UnsupportedError, quote
 from anequant.inspection.asset_forms import Known, read_known
-from anequant.targets.coreai.design import Constant
-from anequant.targets.coreai.listed_weights import CODES_PART, is_readable
+from anequant.targets.coreai.design import CODES, Constant
+from anequant.targets.coreai.listed_weights import is_readable
 from anequant.targets.coreai.listing import Form
 from anequant.targets.coreai.stored import StoredAsset
 
@@ -35,7 +35,7 @@ def load_asset_tensor(asset: Path, bundle: Path | None, name: str) -> AssetTenso
     Raises as `load_known_tensor`.
     """
     stored = StoredAsset(asset)
-    full = name if name in stored.blobs else name + CODES_PART
+    full = name if name in stored.blobs else name + CODES
     return load_known_tensor(stored, read_known(asset, bundle), full) if full in stored.blobs else None
 
 
@@ -72,7 +72,7 @@ def load_known_tensor(stored: StoredAsset, known: Known, name: str) -> AssetTens
 def list_asset_tensors(asset: Path) -> list[str]:
     """The names of the constants in an asset's file, and of linears."""
     names = list(StoredAsset(asset).blobs)
-    return [*names, *(name.removesuffix(CODES_PART) for name in names if name.endswith(CODES_PART))]
+    return [*names, *(name.removesuffix(CODES) for name in names if name.endswith(CODES))]
 
 
 def _look_up(codes: Tensor, tables: Tensor) -> Tensor:

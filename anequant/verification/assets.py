@@ -1,13 +1,14 @@
 """An asset of Core AI is what was meant: its constants read back, and Apple's own runtime on it.
 
-Apple's interpreter multiplies a hundred times slower than this machine, so a large model is run on as many of
-its first layers as a minute allows, with the norm and the head behind them: an asset of the same constants,
-copied from the file that was written. How many layers that were is part of the result.
+Apple's interpreter takes tens of nanoseconds a product, so a large model is run on as many of its first
+layers as a minute allows, with the norm and the head behind them: an asset of the same constants, copied from
+the file that was written. How many layers that were is part of the result.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from anequant.reference.windows import choose_probe_tokens
 from anequant.runtime.coreml_backend import run_package_by_package
 from anequant.targets.coreai.assemble import cut_design
 from anequant.targets.coreai.bundle import find_asset, read_design
-from anequant.targets.coreai.design import Design
+from anequant.targets.coreai.design import Design, Sizes
 from anequant.targets.coreai.host import Host
 from anequant.targets.coreai.runner import Runner
 from anequant.targets.coreai.stored import derive_asset, verify_hash
@@ -80,30 +81,31 @@ class AssetCheck:
 @dataclass(frozen=True)
 class Extent:
     """How much of a model is run: its first layers, windows of so many positions, tokens decoded after two of
-    them."""
+    them; and the seconds that this takes Apple's interpreter."""
 
     layers: int
     window: int
     decode: int
+    seconds: float
 
 
-def choose_extent(design: Design) -> Extent:
+def choose_extent(sizes: Sizes, ladder: Sequence[int]) -> Extent:
     """Everything where that takes Apple's interpreter no more than MOST_SECONDS, else what does, at least a
     layer."""
-    sizes = design.sizes
     head = sizes.hidden * sizes.vocabulary
     layer = sizes.hidden * (2 * sizes.heads * sizes.head_dim + 2 * sizes.keys + 3 * sizes.intermediate)
 
     def price(window: int, decode: int) -> float:
         """Seconds a weight: two windows twice, and a smallest window for each token decoded."""
-        positions = 4 * window + decode * design.ladder[0]
+        positions = 4 * window + decode * ladder[0]
         return positions * SECONDS_A_PRODUCT + (4 + decode) * SECONDS_A_WEIGHT
 
-    if price(design.ladder[-1], DECODE) * (head + sizes.layers * layer) <= MOST_SECONDS:
-        return Extent(sizes.layers, design.ladder[-1], DECODE)
-    most = MOST_SECONDS / price(design.ladder[0], FEWEST_DECODE)
-    layers = min(max(int((most - head) / layer), 1), sizes.layers)
-    return Extent(layers, design.ladder[0], FEWEST_DECODE)
+    whole = price(ladder[-1], DECODE) * (head + sizes.layers * layer)
+    if whole <= MOST_SECONDS:
+        return Extent(sizes.layers, ladder[-1], DECODE, whole)
+    short = price(ladder[0], FEWEST_DECODE)
+    layers = min(max(int((MOST_SECONDS / short - head) / layer), 1), sizes.layers)
+    return Extent(layers, ladder[0], FEWEST_DECODE, short * (head + layers * layer))
 
 
 def verify_bundle(
@@ -127,7 +129,7 @@ def verify_bundle(
         constants = verify_asset_constants(
             asset, design, checkpoint, headroom, progress.part("constants", 0.0, 0.3)
         )
-    run = RunAsset(asset, design, choose_extent(design))
+    run = RunAsset(asset, design, choose_extent(design.sizes, design.ladder))
     return _compare(run, checkpoint, constants, packages, progress.part("run", 0.3, 1.0))
 
 
@@ -212,7 +214,6 @@ class RunAsset:
             with Runner(asset) as runner:
                 host = Host(runner, design)
                 first = host.score(ids[:prompt], extent.window)
-                host.reset()
                 host.fill(ids[:prompt], extent.window)
                 rest = [host.feed([token]) for token in ids[prompt:]]
         return torch.from_numpy(np.stack([*first, *rest])).float()

@@ -1,4 +1,4 @@
-"""The asset of a quantized checkpoint, as a task: constants are written, functions authored, both joined."""
+"""The asset of a quantized checkpoint: constants are written, functions authored, and both joined."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from anequant.architectures.spec import ModelSpec
 from anequant.checkpoints.layers import open_quantized
 from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import UnsupportedError
@@ -15,8 +16,8 @@ from anequant.jobs.control import Progress, silent
 from anequant.jobs.typed import to_plain
 from anequant.lower_options import AssetOptions
 from anequant.targets.coreai.bytecode import Content, fill_blobs, read_bytecode
-from anequant.targets.coreai.constant_file import ConstantFile, write_constants
-from anequant.targets.coreai.design import Design, Sizes
+from anequant.targets.coreai.constant_file import ConstantFile, list_constants
+from anequant.targets.coreai.design import Constant, Design, Sizes, list_functions
 from anequant.targets.coreai.installed import VERSION, require_installed
 from anequant.targets.coreai.worker import AUTHOR
 from anequant.targets.coreai.worker_process import run_job
@@ -51,31 +52,46 @@ def build_asset(
 ) -> tuple[Design, AssetSize]:
     """Write the asset of a checkpoint folder to the new folder `asset`; its bytes depend on these alone.
 
-    Constants lie beside it in a file while it is written. Raises as `write_constants` and `author_asset`.
+    Constants lie beside it in a file while it is written. Raises as `list_constants` and `author_asset`.
     """
     checkpoint = open_quantized(folder)
     constants = asset.with_name(f"{asset.name}.constants")
     constants.unlink(missing_ok=True)
-    file = ConstantFile(constants, dtype)
+    file = ConstantFile(constants)
+    reading = progress.part("constants", 0.0, 0.7)
     try:
-        write_constants(checkpoint, headroom, options.context, file, progress.part("constants", 0.0, 0.7))
-        design = make_design(checkpoint, options, headroom, file)
+        for filled in list_constants(checkpoint, headroom, options.context, dtype, reading):
+            file.add(filled)
+        design = make_design(checkpoint, options, headroom, dtype, file.constants)
         progress("functions", 0.7)
         author_asset(design, asset, file.read)
     finally:
         constants.unlink(missing_ok=True)
     size = sum(constant.nbytes for constant in design.constants.values())
     written = sum(path.stat().st_size for path in asset.iterdir())
-    functions = 1 + len(design.ladder) * (1 + 2 * len(design.contexts))
-    return design, AssetSize(asset.name, size, written - size, functions)
+    return design, AssetSize(asset.name, size, written - size, len(list(list_functions(design))))
 
 
 def make_design(
-    checkpoint: Checkpoint, options: AssetOptions, headroom: Headroom, file: ConstantFile
+    checkpoint: Checkpoint,
+    options: AssetOptions,
+    headroom: Headroom,
+    dtype: str,
+    constants: Mapping[str, Constant],
 ) -> Design:
-    """The design of a checkpoint's asset, whose constants are in a file."""
-    spec = checkpoint.spec
-    sizes = Sizes(
+    """The design of a checkpoint's asset, which has these constants."""
+    spec, sizes = checkpoint.spec, read_sizes(checkpoint.spec, dtype)
+    residual = max(spec.rms_norm_eps * headroom.residual_scale**2, SMALLEST_FLOAT16)
+    steps = {
+        name: form.scale for name, form in checkpoint.online.activations.items() if form.scale is not None
+    }
+    eps = (residual, spec.rms_norm_eps)
+    return Design(sizes, options.context, options.ladder, options.kv, dict(constants), steps, eps)
+
+
+def read_sizes(spec: ModelSpec, dtype: str = "float16") -> Sizes:
+    """The numbers of a model, to be computed in a dtype."""
+    return Sizes(
         spec.num_layers,
         spec.hidden_size,
         spec.intermediate_size,
@@ -83,17 +99,7 @@ def make_design(
         spec.num_key_value_heads,
         spec.head_dim,
         spec.vocab_size,
-        file.dtype,
-    )
-    residual = max(spec.rms_norm_eps * headroom.residual_scale**2, SMALLEST_FLOAT16)
-    return Design(
-        sizes,
-        options.context,
-        options.ladder,
-        options.kv,
-        {name: stored.constant for name, stored in file.stored.items()},
-        {name: form.scale for name, form in checkpoint.online.activations.items() if form.scale is not None},
-        (residual, spec.rms_norm_eps),
+        dtype,
     )
 
 

@@ -32,6 +32,8 @@ ALIGNED = 0x80
 PADDING = b"\xcb"
 LARGEST_ALIGNMENT = 4096
 BLOB = 0
+PIECE = 1 << 24
+"""Bytes of a file that are held at once."""
 
 Content = Callable[[str], Iterable[bytes | memoryview]]
 """The bytes of a blob, by its name, in pieces."""
@@ -162,6 +164,15 @@ def _read_blobs(data: mmap.mmap, listed: Section, section: Section, strings: lis
                 raise ValueError(f"'{strings[name]}' has not the bytes that it is said to have")
             yield Blob(strings[name], entry.place, size, alignment)
             place += length
+
+
+def read_range(path: Path, start: int, size: int) -> Iterator[bytes]:
+    """The bytes of a file from a place on, in pieces."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while size and (piece := file.read(min(size, PIECE))):
+            size -= len(piece)
+            yield piece
 
 
 def fill_blobs(template: Path, target: Path, sizes: Mapping[str, int], content: Content) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,20 @@ from anequant.checkpoints.reader import Checkpoint
 from anequant.errors import UnsupportedError
 from anequant.jobs.control import Progress
 from anequant.quantization.linear import FloatTable, QuantizedLinear
-from anequant.targets.coreai.design import CODES, COS, SIN, Constant
+from anequant.targets.coreai.bytecode import read_range
+from anequant.targets.coreai.design import (
+    BIAS,
+    CODEBOOK,
+    CODES,
+    COS,
+    INPUT_SCALE,
+    OUTPUT_SCALE,
+    PLAIN,
+    SIN,
+    WIDTHS,
+    Constant,
+    name_head_part,
+)
 from anequant.targets.shared.headroom import Headroom, fit_layer, fit_table
 from anequant.targets.shared.packed_codes import take_rows
 from anequant.targets.shared.rope_tables import compute_rope_tables
@@ -32,84 +45,75 @@ LARGEST_PART = 16384
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A constant, and where its bytes begin in the file of all of them, or who reads them some at a time."""
+class Filled:
+    """A constant, and who gives its numbers, in pieces; those of a `table` in float are read only then."""
 
+    name: str
     constant: Constant
-    start: int = 0
-    pieces: Callable[[], Iterable[Array]] | None = None
+    pieces: Callable[[], Iterable[Array]]
+    table: bool = False
+
+    def content(self) -> Iterator[memoryview]:
+        for values in self.pieces():
+            yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
 @dataclass
 class ConstantFile:
     """Constants that are written to a file one after the other, and read back by name; tables in float stay
-    where they are until then.
-
-    dtype   of all that is no code: float16 or float32
-    stored  what was written, by name
-    """
+    where they are until then."""
 
     path: Path
-    dtype: str = "float16"
-    stored: dict[str, Stored] = field(default_factory=dict)
+    constants: dict[str, Constant] = field(default_factory=dict)
+    _places: dict[str, int] = field(default_factory=dict)
+    _tables: dict[str, Filled] = field(default_factory=dict)
     _end: int = 0
 
-    def add(self, name: str, constant: Constant, pieces: Iterable[Array]) -> None:
-        """Append a constant, given in pieces, whose bytes are as many as it has."""
+    def add(self, filled: Filled) -> None:
+        """Append a constant, or keep in mind who gives it."""
+        self.constants[filled.name] = filled.constant
+        if filled.table:
+            self._tables[filled.name] = filled
+            return
         with self.path.open("ab") as file:
-            written = sum(_write(file, piece) for piece in pieces)
-        assert written == constant.nbytes, f"{name}: {written} bytes of {constant.nbytes}"
-        self.stored[name] = Stored(constant, self._end)
+            written = sum(file.write(piece) for piece in filled.content())
+        assert written == filled.constant.nbytes, f"{filled.name}: {written} of {filled.constant.nbytes}"
+        self._places[filled.name] = self._end
         self._end += written
 
-    def add_tensor(self, name: str, values: Tensor, *shape: int) -> None:
-        """Append float numbers, in a shape."""
-        array = values.to(getattr(torch, self.dtype)).contiguous().numpy()
-        self.add(name, Constant(self.dtype, tuple(shape)), [array])
-
-    def refer(self, name: str, constant: Constant, pieces: Callable[[], Iterable[Array]]) -> None:
-        """Keep a constant where it is: `pieces` reads it."""
-        self.stored[name] = Stored(constant, pieces=pieces)
-
-    def read(self, name: str, most: int = 1 << 24) -> Iterator[bytes | memoryview]:
-        """The bytes of a constant, in pieces, of at most so many where they lie in the file."""
-        stored = self.stored[name]
-        if stored.pieces is not None:
-            for values in stored.pieces():
-                yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-            return
-        left = stored.constant.nbytes
-        with self.path.open("rb") as file:
-            file.seek(stored.start)
-            while left:
-                piece = file.read(min(left, most))
-                left -= len(piece)
-                yield piece
+    def read(self, name: str) -> Iterator[bytes | memoryview]:
+        """The bytes of a constant, in pieces."""
+        if name in self._tables:
+            return self._tables[name].content()
+        return read_range(self.path, self._places[name], self.constants[name].nbytes)
 
 
-def write_constants(
-    checkpoint: Checkpoint, headroom: Headroom, context: int, file: ConstantFile, progress: Progress
-) -> None:
-    """Write every constant of the asset of a checkpoint, with one layer of it in memory.
+def list_constants(
+    checkpoint: Checkpoint, headroom: Headroom, context: int, dtype: str, progress: Progress
+) -> Iterator[Filled]:
+    """Yield every constant of the asset of a checkpoint, with one layer of it in memory.
 
-    Raises UnsupportedError for weights with scales of groups, and as `compute_rope_tables` and `fit_layer`.
+    `dtype` is of all that is no code: float16 or float32. Raises UnsupportedError for weights with scales of
+    groups, and as `compute_rope_tables` and `fit_layer`.
     """
     spec = checkpoint.spec
     for name, values in zip((COS, SIN), compute_rope_tables(spec, context), strict=True):
-        file.add_tensor(name, values, *values.shape)
+        yield _floats(name, values, dtype, *values.shape)
     for name, factors in make_online_weights(spec, checkpoint.online).items():
         for number, factor in enumerate(factors):
-            _add_factor(file, name_factor(name, number), factor)
-    _add_embedding(file, fit_table(load_table(checkpoint, EMBEDDING), headroom))
+            yield from _list_factor(name_factor(name, number), factor, dtype)
+    yield from _list_embedding(fit_table(load_table(checkpoint, EMBEDDING), headroom), dtype)
     for index in range(spec.num_layers):
-        progress(f"layer {index}", (index + 1) / (spec.num_layers + 1))
+        progress(f"layer {index}", index / spec.num_layers)
         layer = fit_layer(spec, load_layer(checkpoint, index), headroom)
         for name, linear in layer.linears.items():
-            _add_linear(file, layer_prefix(index) + name, linear)
+            yield from _list_linear(layer_prefix(index) + name, linear, dtype)
         for name, gain in layer.gains.items():
-            _add_gain(file, f"{layer_prefix(index)}{name}.weight", gain, heads=name not in spec.norms)
-    _add_gain(file, f"{FINAL_NORM}.weight", checkpoint.read(f"{FINAL_NORM}.weight"), heads=False)
-    _add_head(file, load_table(checkpoint, HEAD))
+            heads = name not in spec.norms
+            yield from _list_gain(f"{layer_prefix(index)}{name}{PLAIN}", gain, dtype, heads=heads)
+    gain = checkpoint.read(f"{FINAL_NORM}.weight")
+    yield from _list_gain(f"{FINAL_NORM}{PLAIN}", gain, dtype, heads=False)
+    yield from _list_head(load_table(checkpoint, HEAD), dtype)
 
 
 def split_rows(rows: int) -> list[slice]:
@@ -143,67 +147,72 @@ def unpack_codes(packed: Array, bits: int, count: int) -> Array:
     return np.packbits(spread, axis=1, bitorder="little").reshape(-1)
 
 
-def _write(file: BinaryIO, piece: Array) -> int:
-    return file.write(np.ascontiguousarray(piece).data)
+def _floats(name: str, values: Tensor, dtype: str, *shape: int) -> Filled:
+    array = values.to(getattr(torch, dtype)).contiguous().numpy()
+    return Filled(name, Constant(dtype, tuple(shape)), lambda: [array])
 
 
-def _add_linear(file: ConstantFile, name: str, linear: QuantizedLinear) -> None:
+def _codes(name: str, codes: Tensor, bits: int, *shape: int) -> Filled:
+    packed = pack_codes(codes.numpy().reshape(-1), bits)
+    return Filled(name + CODES, Constant(WIDTHS[bits], tuple(shape)), lambda: [packed])
+
+
+def _list_linear(name: str, linear: QuantizedLinear, dtype: str) -> Iterator[Filled]:
     rows, columns = linear.codes.shape
     if linear.output_scale.ndim == 2:
         raise UnsupportedError(
             f"'{name}' has scales of groups, which Core AI's tables have wrong on the engine",
             remedy="quantize with scales = 'balanced' or 'output', or lower with --target coreml",
         )
-    _add_codes(file, name, linear, (rows, columns, 1, 1))
-    file.add_tensor(f"{name}.output_scale", linear.output_scale, 1, rows, 1, 1)
+    yield _codes(name, linear.codes, linear.bits, rows, columns, 1, 1)
+    yield _floats(name + CODEBOOK, linear.codebook, dtype, 1, 1, 1, 1, linear.codebook.numel(), 1)
+    yield _floats(name + OUTPUT_SCALE, linear.output_scale, dtype, 1, rows, 1, 1)
     if bool((linear.input_scale != 1).any()):
-        file.add_tensor(f"{name}.input_scale", linear.input_scale, 1, columns, 1, 1)
+        yield _floats(name + INPUT_SCALE, linear.input_scale, dtype, 1, columns, 1, 1)
     if linear.bias is not None:
-        file.add_tensor(f"{name}.bias", linear.bias, 1, rows, 1, 1)
+        yield _floats(name + BIAS, linear.bias, dtype, 1, rows, 1, 1)
 
 
-def _add_codes(file: ConstantFile, name: str, linear: QuantizedLinear, shape: tuple[int, ...]) -> None:
-    packed = pack_codes(linear.codes.numpy().reshape(-1), linear.bits)
-    file.add(f"{name}.codes", Constant(CODES[linear.bits], shape), [packed])
-    entries = linear.codebook.numel()
-    file.add_tensor(f"{name}.codebook", linear.codebook, *[1] * len(shape), entries, 1)
-
-
-def _add_factor(file: ConstantFile, name: str, factor: Tensor) -> None:
+def _list_factor(name: str, factor: Tensor, dtype: str) -> Iterator[Filled]:
     """A factor of a Hadamard matrix, which is one number and its negative, in codes of one bit."""
     size = factor.abs().max()
     assert bool((factor.abs() == size).all()), name
-    codes = pack_codes((factor > 0).to(torch.uint8).numpy().reshape(-1), 1)
-    file.add(f"{name}.codes", Constant(CODES[1], tuple(factor.shape)), [codes])
-    file.add_tensor(f"{name}.codebook", torch.stack([-size, size]), 1, 1, 1, 1, 2, 1)
+    yield _codes(name, (factor > 0).to(torch.uint8), 1, *factor.shape)
+    yield _floats(name + CODEBOOK, torch.stack([-size, size]), dtype, 1, 1, 1, 1, 2, 1)
 
 
-def _add_gain(file: ConstantFile, name: str, gain: Tensor, *, heads: bool) -> None:
+def _list_gain(name: str, gain: Tensor, dtype: str, *, heads: bool) -> Iterator[Filled]:
     """A norm's gain, unless it is all ones; over heads it lies along the third axis."""
     if bool((gain != 1).any()):
-        file.add_tensor(name, gain, *((1, 1, len(gain), 1) if heads else (1, len(gain), 1, 1)))
+        yield _floats(name, gain, dtype, *((1, 1, len(gain), 1) if heads else (1, len(gain), 1, 1)))
 
 
-def _add_embedding(file: ConstantFile, table: QuantizedLinear | FloatTable) -> None:
+def _list_embedding(table: QuantizedLinear | FloatTable, dtype: str) -> Iterator[Filled]:
     if isinstance(table, FloatTable):
-        _add_float(file, f"{EMBEDDING}.weight", table, lambda rows, columns: (rows, 1, columns))
+        rows, columns = table.shape
+        yield _table(EMBEDDING, table, dtype, rows, 1, columns)
         return
     rows, columns = table.codes.shape
-    _add_codes(file, EMBEDDING, table, (rows, 1, columns))
-    file.add_tensor(f"{EMBEDDING}.output_scale", table.output_scale, rows, 1, 1)
+    yield _codes(EMBEDDING, table.codes, table.bits, rows, 1, columns)
+    yield _floats(EMBEDDING + CODEBOOK, table.codebook, dtype, 1, 1, 1, table.codebook.numel(), 1)
+    yield _floats(EMBEDDING + OUTPUT_SCALE, table.output_scale, dtype, rows, 1, 1)
 
 
-def _add_head(file: ConstantFile, head: QuantizedLinear | FloatTable) -> None:
-    rows = len(head.rows) if isinstance(head, FloatTable) else len(head.codes)
+def _list_head(head: QuantizedLinear | FloatTable, dtype: str) -> Iterator[Filled]:
+    rows = head.shape[0] if isinstance(head, FloatTable) else len(head.codes)
     for number, part in enumerate(split_rows(rows), 1):
-        name = f"{HEAD}.{number}"
+        name = name_head_part(number)
         if isinstance(head, FloatTable):
-            _add_float(file, f"{name}.weight", head.part(part), lambda rows, columns: (rows, columns, 1, 1))
+            piece = head.part(part)
+            yield _table(name, piece, dtype, *piece.shape, 1, 1)
         else:
-            _add_linear(file, name, take_rows(head, part))
+            yield from _list_linear(name, take_rows(head, part), dtype)
 
 
-def _add_float(file: ConstantFile, name: str, table: FloatTable, shape: Any) -> None:
-    dtype = getattr(torch, file.dtype)
-    constant = Constant(file.dtype, shape(*table.shape))
-    file.refer(name, constant, lambda: (block.to(dtype).numpy() for block in table.blocks()))
+def _table(name: str, table: FloatTable, dtype: str, *shape: int) -> Filled:
+    kind = getattr(torch, dtype)
+
+    def blocks() -> Iterator[Array]:
+        return (block.to(kind).numpy() for block in table.blocks())
+
+    return Filled(name + PLAIN, Constant(dtype, tuple(shape)), blocks, table=True)

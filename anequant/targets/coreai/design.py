@@ -32,6 +32,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from anequant.architectures.spec import HEAD
+
 FUNCTIONAL = "functional"
 LOAD, GATHER, EXTEND, PREFILL = "load_embeddings", "gather_embeddings", "extend", "prompt_opt"
 TABLE, TOKENS, GATHERED = "embedding_table", "in_new_token_ids", "gathered_embeddings"
@@ -48,12 +50,17 @@ SMALLEST_CONTEXT = 256
 MASKED = -40000.0
 """What a mask adds to a score that does not count: the engine's softmax takes no infinity."""
 
-CODES = {bits: f"uint{bits}" for bits in (1, 2, 3, 4, 6, 8)}
+WIDTHS = {bits: f"uint{bits}" for bits in (1, 2, 3, 4, 6, 8)}
+"""The types of codes."""
+
+CODES, CODEBOOK, PLAIN = ".codes", ".codebook", ".weight"
+INPUT_SCALE, OUTPUT_SCALE, BIAS = ".input_scale", ".output_scale", ".bias"
+"""What the names of constants end in, after that of a linear or table; PLAIN for one without codes."""
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant's type, float16, float32 or a width of CODES, and its shape."""
+    """A constant's type, float16, float32 or a type of WIDTHS, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -78,12 +85,19 @@ class TensorPort:
 
 @dataclass(frozen=True)
 class FunctionPorts:
-    """What a function is called, takes, keeps and gives."""
+    """What a function takes, keeps and gives: one of a `kind`, for a context and so many positions at once, 0
+    where it does not matter."""
 
-    name: str
+    kind: str
+    context: int
+    length: int
     inputs: tuple[TensorPort, ...]
     states: tuple[TensorPort, ...]
     outputs: tuple[TensorPort, ...]
+
+    @property
+    def name(self) -> str:
+        return "_".join([self.kind, *(str(size) for size in (self.context, self.length) if size)])
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,11 @@ class Design:
         return list_contexts(self.context)
 
 
+def name_head_part(number: int) -> str:
+    """Return the name of one of the head's convolutions, counted from 1."""
+    return f"{HEAD}.{number}"
+
+
 def list_contexts(most: int) -> tuple[int, ...]:
     """The contexts that functions are made for: SMALLEST_CONTEXT, and doubled up to `most`."""
     doublings = range((most // SMALLEST_CONTEXT).bit_length())
@@ -138,11 +157,11 @@ def list_functions(design: Design) -> Iterator[FunctionPorts]:
     """Every function of an asset, in their order."""
     sizes, real = design.sizes, design.sizes.dtype
     table = describe_table(design)
-    yield FunctionPorts(LOAD, (), (), (table,))
+    yield FunctionPorts(LOAD, 0, 0, (), (), (table,))
     for length in design.ladder:
         tokens = TensorPort(TOKENS, "int32", (1, length))
         gathered = TensorPort(GATHERED, real, (1, length, 1, sizes.hidden))
-        yield FunctionPorts(f"{GATHER}_{length}", (tokens, table), (), (gathered,))
+        yield FunctionPorts(GATHER, 0, length, (tokens, table), (), (gathered,))
     for kind in (EXTEND, PREFILL):
         for context in design.contexts:
             for length in design.ladder:
@@ -170,7 +189,7 @@ def describe_transformer(design: Design, kind: str, context: int, length: int) -
     caches = tuple(TensorPort(name, real, (sizes.layers, 1, sizes.keys, 1, context)) for name in CACHES)
     new = tuple(TensorPort(name, real, (sizes.layers, 1, sizes.keys, 1, length)) for name in NEW)
     logits = TensorPort(LOGITS, real, (1, 1, length, sizes.vocabulary) if kind == EXTEND else ())
-    name = f"{kind}_{context}_{length}"
     if functional:
-        return FunctionPorts(name, (*inputs, *caches), (), (*new, *((logits,) if kind == EXTEND else ())))
-    return FunctionPorts(name, inputs, caches, (logits,))
+        given = (*new, *((logits,) if kind == EXTEND else ()))
+        return FunctionPorts(kind, context, length, (*inputs, *caches), (), given)
+    return FunctionPorts(kind, context, length, inputs, caches, (logits,))

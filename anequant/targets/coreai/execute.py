@@ -2,7 +2,7 @@
 
     {"run": name, "kept": {input: output}, "keep": [..], "states": {name: shape}}, inputs    -> outputs
     {"describe": name}                                                            -> its ports
-    {"forget": true}                                                              -> states and kept are gone
+    {"forget": true}                                                              -> states begin anew
 
 `keep` names outputs that stay here, for inputs of later runs that `kept` names. A state begins as zeros;
 asked for with another shape, it keeps what lies in both.

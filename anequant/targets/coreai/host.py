@@ -8,7 +8,7 @@ computed again, with the same keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,6 @@ from anequant.targets.coreai.design import (
     TABLE,
     TOKENS,
     Design,
-    describe_transformer,
     list_functions,
 )
 from anequant.targets.coreai.messages import Array
@@ -65,8 +64,8 @@ class Host:
     def __init__(self, runner: Runner, design: Design) -> None:
         self._runner, self._design = runner, design
         self._float = np.dtype(design.sizes.dtype)
-        self._ports = {ports.name: ports for ports in list_functions(design)}
-        self._runner.run(self._ports[LOAD], {}, keep=[TABLE])
+        self._ports = {(ports.kind, ports.context, ports.length): ports for ports in list_functions(design)}
+        self._runner.run(self._ports[LOAD, 0, 0], {}, keep=[TABLE])
         self._caches: dict[str, Array] = {}
         self.tokens: list[int] = []
         self.reset()
@@ -99,32 +98,32 @@ class Host:
         """Logits [n, V] for what follows each of n tokens, `length` at once, from an empty cache."""
         self.reset()
         self.tokens = list(tokens)
-        found = []
-        for start in range(0, len(tokens), length):
-            count = min(length, len(tokens) - start)
-            context = next(size for size in self._design.contexts if size >= start + length)
-            found.append(self._run(EXTEND, Window(start, count, length, context))[0, 0, :count])
-        return np.concatenate(found)
+        return np.concatenate(
+            [self._run(EXTEND, window)[0, 0, : window.count] for window in self._list_windows(length)]
+        )
 
     def fill(self, tokens: Sequence[int], length: int) -> None:
-        """Append tokens, whole windows of `length`, of which nobody wants logits."""
-        first = len(self.tokens)
-        self.tokens += tokens
-        for start in range(first, len(self.tokens), length):
-            context = next(size for size in self._design.contexts if size >= start + length)
-            self._run(PREFILL, Window(start, length, length, context))
+        """Take tokens, `length` at once, into an empty cache; nobody wants their logits."""
+        self.reset()
+        self.tokens = list(tokens)
+        for window in self._list_windows(length):
+            self._run(PREFILL, window)
+
+    def _list_windows(self, length: int) -> Iterator[Window]:
+        """Windows of one length over all tokens."""
+        for start in range(0, len(self.tokens), length):
+            context = next(context for context in self._design.contexts if context > start)
+            yield Window(start, min(length, len(self.tokens) - start), length, context)
 
     def _run(self, kind: str, window: Window) -> Array:
         """Run a window; return the logits [1, 1, q, V], or what a function of PREFILL has instead."""
         start, length = window.start, window.length
         ids = np.zeros((1, length), np.int32)
         ids[0, : window.count] = self.tokens[start : start + window.count]
-        gather = self._ports[f"{GATHER}_{length}"]
+        gather, ports = self._ports[GATHER, 0, length], self._ports[kind, window.context, length]
         self._runner.run(gather, {TOKENS: ids}, kept={TABLE: TABLE}, keep=[GATHERED])
-        ports = describe_transformer(self._design, kind, window.context, length)
-        inputs = self._fill_inputs(window)
         kept = {HIDDEN: GATHERED} | {port.name: TABLE for port in ports.inputs if port.name == TABLE}
-        found = self._runner.run(ports, inputs, kept=kept)
+        found = self._runner.run(ports, self._fill_inputs(window), kept=kept)
         if self._design.kv == FUNCTIONAL:
             for name, new in zip(CACHES, NEW, strict=True):
                 self._caches[name][..., start : start + length] = found[new]

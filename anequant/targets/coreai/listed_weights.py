@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from anequant.targets.coreai.design import CODES, Constant
+from anequant.targets.coreai.design import CODEBOOK, CODES, PLAIN, WIDTHS, Constant
 from anequant.targets.coreai.listing import CONSTANT, Form, ListedFunction, Operation
 
 MULTIPLIED, LOOKED_UP = "multiplied", "looked up"
@@ -14,9 +14,6 @@ LOOKING = {"gather_nd", "gather_along_axis", "output"}
 EXPANDED = {"lut_to_dense", "blockwise_shift_scale", "dequantize", "sparse_with_bitmask_to_dense"}
 MOVED = {"reshape", "transpose", "cast", "expand_dims", "shrink_dims", "mul", "copy_with_constraints"}
 """What a weight goes through on its way, unchanged or scaled."""
-
-CODES_PART, TABLE_PART, PLAIN_PART = ".codes", ".codebook", ".weight"
-"""Ends of names in assets that anequant wrote."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Weight:
 
     @property
     def title(self) -> str:
-        return self.name.removesuffix(CODES_PART).removesuffix(PLAIN_PART)
+        return self.name.removesuffix(CODES).removesuffix(PLAIN)
 
 
 def list_forms(functions: Sequence[ListedFunction]) -> dict[str, Form]:
@@ -71,17 +68,17 @@ def list_designed_weights(constants: Mapping[str, Constant]) -> list[Weight]:
     for name, constant in constants.items():
         form = Form(constant.dtype, constant.shape)
         use = LOOKED_UP if len(constant.shape) == 3 else MULTIPLIED
-        if name.endswith(CODES_PART):
-            parts = (name, name.removesuffix(CODES_PART) + TABLE_PART)
+        if name.endswith(CODES):
+            parts = (name, name.removesuffix(CODES) + CODEBOOK)
             found.append(Weight(name, form, parts, 1, 1 << constant.bits, use))
-        elif name.endswith(PLAIN_PART) and len(constant.shape) > 2 and constant.shape[0] > 1:
+        elif name.endswith(PLAIN) and len(constant.shape) > 2 and constant.shape[0] > 1:
             found.append(Weight(name, form, (name,), 0, 0, use))
     return found
 
 
 def is_readable(form: Form) -> bool:
     """Whether the numbers of a constant can be read: codes, integers of whole bytes and usual floats."""
-    return form.dtype in (*CODES.values(), "float16", "float32", "int8", "int16", "int32")
+    return form.dtype in (*WIDTHS.values(), "float16", "float32", "int8", "int16", "int32")
 
 
 def _trace(function: ListedFunction, source: Operation | None, use: str) -> Weight | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +10,11 @@ import torch
 from torch import Tensor
 
 from anequant.errors import InputError, VerificationError
+from anequant.jobs.output_folder import hash_files
 from anequant.targets.coreai.assemble import HASH, PROGRAM, author_asset
-from anequant.targets.coreai.bytecode import Blob, read_bytecode
+from anequant.targets.coreai.bytecode import Blob, read_bytecode, read_range
 from anequant.targets.coreai.constant_file import unpack_codes
 from anequant.targets.coreai.design import Constant, Design
-
-PIECE = 1 << 24
 
 
 class StoredAsset:
@@ -33,13 +31,7 @@ class StoredAsset:
     def read(self, name: str) -> Iterator[bytes]:
         """The bytes of a constant, in pieces."""
         blob = self.blobs[name]
-        with self.path.open("rb") as file:
-            file.seek(blob.start)
-            left = blob.size
-            while left:
-                piece = file.read(min(left, PIECE))
-                left -= len(piece)
-                yield piece
+        return read_range(self.path, blob.start, blob.size)
 
     def load(self, name: str, constant: Constant) -> Tensor:
         """A constant in its shape: codes as uint8, numbers in their type.
@@ -60,11 +52,8 @@ class StoredAsset:
 
 def verify_hash(asset: Path) -> None:
     """Raises VerificationError unless main.hash is the sha256 of the program."""
-    found = hashlib.sha256()
-    with (asset / PROGRAM).open("rb") as file:
-        while piece := file.read(PIECE):
-            found.update(piece)
-    if (asset / HASH).read_bytes() != found.digest():
+    digest = hash_files(asset, [PROGRAM])[PROGRAM]
+    if (asset / HASH).read_bytes() != bytes.fromhex(digest):
         raise VerificationError(f"'{HASH}' is not the hash of '{PROGRAM}'", where=str(asset))
 
 

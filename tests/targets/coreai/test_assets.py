@@ -203,7 +203,7 @@ def test_qwen2_29m_on_four_layers(
 ) -> None:
     """The layers are copied out of the file that was written."""
     quantized = quantize_model(qwen2_29m, "w4-nearest")
-    monkeypatch.setattr(assets, "choose_extent", lambda design: assets.Extent(4, 8, 4))
+    monkeypatch.setattr(assets, "choose_extent", lambda sizes, ladder: assets.Extent(4, 8, 4, 1.0))
     check = verify_bundle(asset_of(quantized, SMALL), quantized.folder)
     assert (check.layers, check.positions) == (4, 20) and check.of > 4
     assert check.agreement + check.ties / check.positions >= 0.99 and check.relative_error < 0.01

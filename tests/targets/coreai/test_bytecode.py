@@ -28,7 +28,7 @@ from anequant.targets.coreai.bytecode import (
     write_number,
 )
 from anequant.targets.coreai.constant_file import pack_codes, split_rows, unpack_codes
-from anequant.targets.coreai.design import CODES
+from anequant.targets.coreai.design import WIDTHS
 from anequant.targets.coreai.installed import find_problem
 
 Blobs = dict[str, tuple[int, bytes]]
@@ -142,7 +142,7 @@ def test_what_is_none_is_said(tmp_path: Path) -> None:
         read_bytecode(tmp_path / "missing")
 
 
-@given(st.sampled_from(sorted(CODES)), st.integers(1, 200), st.integers(0, 2**32))
+@given(st.sampled_from(sorted(WIDTHS)), st.integers(1, 200), st.integers(0, 2**32))
 def test_codes_are_packed_as_numpy_packs_bits(bits: int, count: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 2**bits, count).astype(np.uint8)
     spread: Any = (codes[:, None] >> np.arange(bits)) & 1

@@ -36,6 +36,7 @@ from anequant.targets.coreai.runner import Runner
 
 needs_coreai = pytest.mark.skipif(find_problem() is not None, reason="needs coreai-core")
 OPTIONS = AssetOptions(256, (8,))
+CONSTANT = {"dtype": "float16", "shape": [1, 8, 1, 1]}
 DESIGN = Design(Sizes(2, 64, 96, 4, 2, 16, 100), 1024, (8, 16, 64), "state", {}, {}, (1e-6, 1e-6))
 
 
@@ -103,7 +104,9 @@ def test_a_truncated_asset_is_refused(made: tuple[Path, Path], share: float, tmp
 
 
 @needs_coreai
-@pytest.mark.parametrize("place", ["codes", "codebook", "output_scale", "bias", "weight"])
+@pytest.mark.parametrize(
+    "place", ["codes", "codebook", "output_scale", "input_scale", "bias", "weight", "rope.cos"]
+)
 def test_one_changed_bit_of_a_constant_is_found(made: tuple[Path, Path], place: str, tmp_path: Path) -> None:
     """Also where all hashes were made anew."""
     from anequant.checkpoints.manifest import MANIFEST
@@ -114,7 +117,7 @@ def test_one_changed_bit_of_a_constant_is_found(made: tuple[Path, Path], place: 
     copy = tmp_path / "bundle"
     shutil.copytree(bundle, copy)
     asset = find_asset(copy)
-    names = [name for name in StoredAsset(asset).blobs if name.endswith(place) and "rope" not in name]
+    names = [name for name in StoredAsset(asset).blobs if name.endswith(place)]
     blob = StoredAsset(asset).blobs[names[len(names) // 2]]
     program = bytearray((asset / assemble.PROGRAM).read_bytes())
     program[blob.start + blob.size // 2] ^= 1
@@ -133,6 +136,34 @@ def test_one_changed_bit_of_a_constant_is_found(made: tuple[Path, Path], place: 
     (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     code, said = fail("verify", copy, "--checkpoint", checkpoint)
     assert code == 6 and f"'{blob.name}' is not the checkpoint's" in said
+
+
+@needs_coreai
+@pytest.mark.parametrize("change", ["eps", "steps", "constants", "headroom"])
+def test_a_changed_design_is_found(made: tuple[Path, Path], change: str, tmp_path: Path) -> None:
+    """Also a scale too many: what no function needs is none of the checkpoint's."""
+    from anequant.checkpoints.manifest import MANIFEST
+    from anequant.jobs.output_folder import hash_files
+
+    checkpoint, bundle = made
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    content = json.loads((copy / "design.json").read_text(encoding="utf-8"))
+    changed: dict[str, Any] = {
+        "eps": {"eps": [1e-5, 1e-6]},
+        "steps": {"steps": {"model.layers.0.mlp.up_proj": 0.5}},
+        "constants": {"constants": {**content["design"]["constants"], "x.input_scale": CONSTANT}},
+    }
+    if change == "headroom":
+        content["headroom"]["residual_scale"] = 0.5
+    else:
+        content["design"] |= changed[change]
+    (copy / "design.json").write_text(json.dumps(content), encoding="utf-8")
+    manifest = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))
+    manifest["files"] = hash_files(copy, sorted(manifest["files"]))
+    (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    code, said = fail("verify", copy, "--checkpoint", checkpoint)
+    assert code == 6 and "is not the checkpoint's" in said
 
 
 @needs_coreai

@@ -12,6 +12,7 @@ from anequant.errors import VerificationError
 from anequant.targets.coreai.assemble import HASH, PROGRAM
 from anequant.targets.coreai.bundle import METADATA, TOKENIZER, VERSION
 from anequant.targets.coreai.lint.linted import Linted
+from anequant.targets.coreai.listed_weights import list_forms
 from anequant.targets.coreai.stored import StoredAsset, verify_hash
 from anequant.targets.shared.finding import ERROR, WARNING, Hit, rule
 
@@ -104,22 +105,11 @@ def _tokenizer(linted: Linted) -> Iterator[Hit]:
 )
 def _numbers(linted: Linted) -> Iterator[Hit]:
     stored = StoredAsset(linted.asset)
-    for name, dtype in list_named(linted).items():
-        if dtype in ("float16", "float32") and name in stored.blobs:
-            pieces = (np.frombuffer(piece, dtype) for piece in stored.read(name))
+    for name, form in list_forms(linted.functions).items():
+        if form.dtype in ("float16", "float32") and name in stored.blobs:
+            pieces = (np.frombuffer(piece, form.dtype) for piece in stored.read(name))
             if not all(bool(np.isfinite(piece).all()) for piece in pieces):
-                yield Hit(name, f"{dtype} with infinities or what is no number")
-
-
-def list_named(linted: Linted) -> dict[str, str]:
-    """The dtype of every constant that lies among the blobs, by its name."""
-    found = {}
-    for function in linted.functions:
-        for operation in function.operations:
-            form = function.result(operation)
-            if operation.given is not None and operation.given.name and form is not None:
-                found[operation.given.name] = form.dtype
-    return found
+                yield Hit(name, f"{form.dtype} with infinities or what is no number")
 
 
 def _is_there(bundle: Path, name: str) -> bool:

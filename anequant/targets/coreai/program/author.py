@@ -9,10 +9,8 @@ from typing import Any
 
 from anequant.targets.coreai.coreai_toolkit import AIProgram, GraphOp, HandleType, Location, Module
 from anequant.targets.coreai.design import (
-    EXTEND,
     GATHER,
     LOAD,
-    PREFILL,
     Design,
     FunctionPorts,
     list_functions,
@@ -38,18 +36,14 @@ def _emit_function(design: Design, ports: FunctionPorts, attributes: Mapping[str
     names = [port.name for port in (*ports.inputs, *ports.states)]
     graph = GraphOp(ports.name, types, [], input_names=names)
     with graph.block:
-        outputs = _emit_body(design, ports.name, dict(zip(names, graph.arguments, strict=True)), attributes)
+        arguments = dict(zip(names, graph.arguments, strict=True))
+        outputs = _emit_body(Builder(design, attributes), ports, arguments)
         graph.set_outputs_spec_from_dict(OrderedDict(outputs))
 
 
-def _emit_body(
-    design: Design, name: str, arguments: dict[str, Any], attributes: Mapping[str, Any]
-) -> dict[str, Any]:
-    builder = Builder(design, attributes)
-    if name == LOAD:
+def _emit_body(builder: Builder, ports: FunctionPorts, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    if ports.kind == LOAD:
         return emit_table(builder)
-    kind, *sizes = name.rsplit("_", 2 if name.startswith((EXTEND, PREFILL)) else 1)
-    if kind == GATHER:
-        return emit_gather(arguments["in_new_token_ids"], arguments["embedding_table"], builder)
-    context, length = map(int, sizes)
-    return Transformer(builder, kind, context, length).emit(arguments)
+    if ports.kind == GATHER:
+        return emit_gather(builder, arguments)
+    return Transformer(builder, ports.kind, ports.length).emit(arguments)

@@ -29,7 +29,7 @@ from anequant.targets.coreai.coreai_toolkit import (
     RankedTensorType,
     ops,
 )
-from anequant.targets.coreai.design import Constant, Design
+from anequant.targets.coreai.design import CODEBOOK, CODES, Constant, Design
 
 Var = Any
 ALIGNMENT = 64
@@ -134,9 +134,8 @@ class Builder:
 
     def look_up(self, name: str) -> Var:
         """A weight: codes into one table."""
-        return ops.lut_to_dense(
-            self.constant(f"{name}.codes"), self.constant(f"{name}.codebook"), self.integers(0, np.int16)
-        )
+        codes, codebook = self.constant(name + CODES), self.constant(name + CODEBOOK)
+        return ops.lut_to_dense(codes, codebook, self.integers(0, np.int16))
 
     def norm(self, x: Var, axis: int, eps: float, gain: str) -> Var:
         """RMSNorm over an axis of rank 4, and its gain where there is one; see the derivation above."""

@@ -9,25 +9,26 @@ through `quantize` and `dequantize`, and the weight stays codes into a table.
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
+
 import numpy as np
 
 from anequant.targets.coreai.coreai_toolkit import ops
+from anequant.targets.coreai.design import BIAS, CODES, INPUT_SCALE, OUTPUT_SCALE
 from anequant.targets.coreai.program.builder import Builder, Var
 from anequant.targets.shared.rotation_names import name_factor
-
-CODES, CODEBOOK, INPUT, OUTPUT, BIAS = "codes", "codebook", "input_scale", "output_scale", "bias"
-"""What the constants of a linear are called, after its name and a dot."""
 
 
 def emit_linear(builder: Builder, x: Var, name: str) -> Var:
     """W x + b on an image [1, in, 1, S]."""
-    if builder.has(f"{name}.{INPUT}"):
-        x = builder.mul(x, builder.constant(f"{name}.{INPUT}"))
+    if builder.has(name + INPUT_SCALE):
+        x = builder.mul(x, builder.constant(name + INPUT_SCALE))
     step = builder.design.steps.get(name)
     if step is not None:
         x = _round(builder, x, step)
-    y = builder.mul(builder.conv(x, builder.look_up(name)), builder.constant(f"{name}.{OUTPUT}"))
-    return builder.add(y, builder.constant(f"{name}.{BIAS}")) if builder.has(f"{name}.{BIAS}") else y
+    y = builder.mul(builder.conv(x, builder.look_up(name)), builder.constant(name + OUTPUT_SCALE))
+    return builder.add(y, builder.constant(name + BIAS)) if builder.has(name + BIAS) else y
 
 
 def emit_turn(builder: Builder, x: Var, name: str) -> Var:
@@ -37,14 +38,15 @@ def emit_turn(builder: Builder, x: Var, name: str) -> Var:
     Apple's package folds a product with a convolution's plain constant into that.
     """
     _, width, _, length = x.type.shape
-    number = 1
-    while builder.has(f"{name_factor(name, number - 1)}.codes"):
-        weight = builder.look_up(name_factor(name, number - 1))
-        channels, factor = list(weight.type.shape)[:2]
-        x = builder.reshape(x, 1, channels, width // channels, length)
-        x = builder.conv(x, weight, channels // factor)
-        number += 1
-    return builder.reshape(x, 1, width, 1, length) if number > 1 else x
+    turned = x
+    for factor in map(partial(name_factor, name), itertools.count()):
+        if not builder.has(factor + CODES):
+            break
+        weight = builder.look_up(factor)
+        channels, size = list(weight.type.shape)[:2]
+        turned = builder.reshape(turned, 1, channels, width // channels, length)
+        turned = builder.conv(turned, weight, channels // size)
+    return x if turned is x else builder.reshape(turned, 1, width, 1, length)
 
 
 def _round(builder: Builder, x: Var, step: float) -> Var:

@@ -7,20 +7,32 @@ ends where the last layer's keys and values are known: nothing reads its hidden 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
+
 import numpy as np
 
-from anequant.architectures.spec import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
+from anequant.architectures.spec import EMBEDDING, FINAL_NORM, layer_prefix
 from anequant.targets.coreai.coreai_toolkit import ops
 from anequant.targets.coreai.design import (
     CACHES,
+    CODES,
     COS,
     EXTEND,
     FUNCTIONAL,
     GATHERED,
+    HIDDEN,
     LOGITS,
+    MASK,
     NEW,
+    OUTPUT_SCALE,
+    PLAIN,
+    POSITIONS,
     SIN,
+    STEP,
     TABLE,
+    TOKENS,
+    name_head_part,
 )
 from anequant.targets.coreai.program.builder import Builder, Var
 from anequant.targets.coreai.program.table_linears import emit_linear, emit_turn
@@ -29,53 +41,52 @@ from anequant.targets.shared.rotation_names import FFN, KEY, QUERY
 
 def emit_table(builder: Builder) -> dict[str, Var]:
     """The embedding [V, 1, H], which the host keeps and gives to whoever looks tokens up."""
-    if not builder.has(f"{EMBEDDING}.codes"):
-        return {TABLE: builder.constant(f"{EMBEDDING}.weight")}
+    if not builder.has(EMBEDDING + CODES):
+        return {TABLE: builder.constant(EMBEDDING + PLAIN)}
     rows = builder.look_up(EMBEDDING)
-    return {TABLE: builder.mul(rows, builder.constant(f"{EMBEDDING}.output_scale"))}
+    return {TABLE: builder.mul(rows, builder.constant(EMBEDDING + OUTPUT_SCALE))}
 
 
-def emit_gather(tokens: Var, table: Var, builder: Builder) -> dict[str, Var]:
+def emit_gather(builder: Builder, arguments: Mapping[str, Var]) -> dict[str, Var]:
     """Rows of the table [V, 1, H] for tokens [1, q]."""
-    return {GATHERED: ops.gather_nd(table, ops.expand_dims(tokens, builder.integers([2])))}
+    rows = ops.expand_dims(arguments[TOKENS], builder.integers([2]))
+    return {GATHERED: ops.gather_nd(arguments[TABLE], rows)}
 
 
 def emit_head(builder: Builder, x: Var) -> Var:
     """Logits [1, 1, S, V] of the final image [1, H, 1, S], part after part of the vocabulary."""
-    parts, number = [], 1
-    while builder.has(f"{HEAD}.{number}.weight") or builder.has(f"{HEAD}.{number}.codes"):
-        name = f"{HEAD}.{number}"
-        quantized = builder.has(f"{name}.codes")
-        parts.append(
-            emit_linear(builder, x, name)
-            if quantized
-            else builder.conv(x, builder.constant(f"{name}.weight"))
-        )
-        number += 1
+    parts = []
+    for name in map(name_head_part, itertools.count(1)):
+        if builder.has(name + CODES):
+            parts.append(emit_linear(builder, x, name))
+        elif builder.has(name + PLAIN):
+            parts.append(builder.conv(x, builder.constant(name + PLAIN)))
+        else:
+            break
     return builder.transpose(builder.concat(parts, 1), 0, 2, 3, 1)
 
 
 class Transformer:
     """Emits one function of the transformer; holds what its layers share."""
 
-    def __init__(self, builder: Builder, kind: str, context: int, length: int) -> None:
-        self._b, self._kind, self._context, self._length = builder, kind, context, length
+    def __init__(self, builder: Builder, kind: str, length: int) -> None:
+        self._b, self._kind, self._length = builder, kind, length
         self._sizes = builder.design.sizes
         self._functional = builder.design.kv == FUNCTIONAL
         self._new: tuple[list[Var], list[Var]] = ([], [])
 
-    def emit(self, arguments: dict[str, Var]) -> dict[str, Var]:
+    def emit(self, arguments: Mapping[str, Var]) -> dict[str, Var]:
         """Emit it all; return what the function gives."""
         b, design = self._b, self._b.design
-        self._mask, self._step = arguments["causal_mask"], arguments.get("in_step")
+        self._mask, self._step = arguments[MASK], arguments.get(STEP)
         self._open_caches([arguments[name] for name in CACHES])
-        self._cos, self._sin = (self._rope(arguments["position_ids"], name) for name in (COS, SIN))
-        x = b.transpose(arguments["transformer_input"], 0, 3, 2, 1)
+        self._cos, self._sin = (self._rope(arguments[POSITIONS], name) for name in (COS, SIN))
+        x = b.transpose(arguments[HIDDEN], 0, 3, 2, 1)
         last = self._sizes.layers - 1
         for layer in range(self._sizes.layers):
             x = self._add_layer(x, layer, caches_only=self._kind != EXTEND and layer == last)
         if self._kind == EXTEND:
-            x = b.norm(x, 1, design.eps[0], f"{FINAL_NORM}.weight")
+            x = b.norm(x, 1, design.eps[0], FINAL_NORM + PLAIN)
             return self._close_caches({LOGITS: emit_head(b, x)})
         return self._close_caches({} if self._functional else {LOGITS: self._first_numbers()})
 
@@ -119,12 +130,12 @@ class Transformer:
 
     def _add_layer(self, x: Var, layer: int, *, caches_only: bool) -> Var:
         b, eps, prefix = self._b, self._b.design.eps[0], layer_prefix(layer)
-        normed = b.norm(x, 1, eps, f"{prefix}input_layernorm.weight")
+        normed = b.norm(x, 1, eps, f"{prefix}input_layernorm{PLAIN}")
         keys, values = self._store(normed, layer)
         if caches_only:
             return x
         x = b.add(x, self._attend(normed, keys, values, prefix))
-        normed = b.norm(x, 1, eps, f"{prefix}post_attention_layernorm.weight")
+        normed = b.norm(x, 1, eps, f"{prefix}post_attention_layernorm{PLAIN}")
         gate = ops.silu(emit_linear(b, normed, f"{prefix}mlp.gate_proj"))
         gated = b.mul(gate, emit_linear(b, normed, f"{prefix}mlp.up_proj"))
         return b.add(x, emit_linear(b, emit_turn(b, gated, FFN), f"{prefix}mlp.down_proj"))
@@ -161,7 +172,7 @@ class Transformer:
         """q or k [1, heads * D, 1, S]: projected, normalised where the model does, then RoPE and R3."""
         b, dim, length = self._b, self._sizes.head_dim, self._length
         x = b.reshape(emit_linear(b, normed, f"{side}_proj"), 1, heads, dim, length)
-        gain = f"{side}_norm.weight"
+        gain = f"{side}_norm{PLAIN}"
         if b.has(gain):
             x = b.norm(x, 2, b.design.eps[1], gain)
         first, second = b.split(x, 2, 2)
