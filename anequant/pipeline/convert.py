@@ -46,7 +46,7 @@ def convert(
             lowering = LowerRequest(checkpoint, request.asset, request.source.name)
             bundle, own = _make_folder(folder / BUNDLE_FOLDER), (*ranges, *plan.stage("asset"))
             headroom = None if lowered is None else lowered.headroom
-            asset = run_asset_lowering(lowering, request.asset, bundle, journal, own, headroom)
+            asset = run_asset_lowering(lowering, bundle, journal, own, headroom)
         state = Converting(request, folder, quantized, lowered, asset)
         for step in (*plan.stage("verify"), *more):
             journal.do(step, state)

@@ -30,7 +30,7 @@ def lower(request: LowerRequest, output: Path, run: Run = UNWATCHED) -> LowerRes
     job = Job(request.folder, output, request.fingerprint(), plan.steps, plan.disk.total)
     with open_job(job, run) as journal:
         if isinstance(request.lowering, AssetOptions):
-            return run_asset_lowering(request, request.lowering, journal.output, journal, plan.steps)
+            return run_asset_lowering(request, journal.output, journal, plan.steps)
         return run_lowering(request, journal.output, journal, plan.steps)
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from anequant.checkpoints.manifest import hash_checkpoint, write_manifest
+from anequant.checkpoints.manifest import write_manifest
 from anequant.checkpoints.reader import Checkpoint
 from anequant.jobs.journal import Journal
 from anequant.jobs.task_files import passing_folder
 from anequant.lower_options import LowerOptions
+from anequant.pipeline.hashing import begin_hashing
 from anequant.request import LowerRequest
 from anequant.targets.coreml.build import build_package
 from anequant.targets.coreml.lowerable import check_lowering
@@ -57,8 +58,7 @@ class Lowering:
     def __post_init__(self) -> None:
         """Begin to hash the checkpoint beside the steps; raises as `check_lowering`."""
         check_lowering(self.checkpoint.spec, self.options, self.checkpoint.online)
-        beside = self.files.enter_context(ThreadPoolExecutor(1))
-        self._hashes = beside.submit(hash_checkpoint, self.checkpoint)
+        self._hashes = begin_hashing(self.checkpoint, self.files)
 
     @property
     def options(self) -> LowerOptions:

@@ -46,24 +46,18 @@ def open_text_model(folder: Path, backend: str) -> TextModel:
     anywhere but on macOS.
     """
     decoder: Decoder
+    bundle = find_bundle(folder)
+    asked = backend == "coreai" or (backend == "interpreter" and not has_packages(folder))
     if backend == "transformers":
         part = folder / CHECKPOINT_FOLDER if (folder / CHECKPOINT_FOLDER).is_dir() else folder
         decoder = TransformersModel(part)
-    elif backend == "coreai" or (backend == "interpreter" and not has_packages(folder)):
-        bundle = find_bundle(folder)
-        if bundle is None:
-            return _open_packages(folder, backend)
+    elif asked and bundle is not None:
         decoder, part = AssetModel(bundle), bundle / TOKENIZER
-    else:
-        return _open_packages(folder, backend)
-    return TextModel(part, decoder, load_tokenizer(part), read_stop_tokens(part))
-
-
-def _open_packages(folder: Path, backend: str) -> TextModel:
-    part = find_packages(folder)
-    if backend == "coreai":
+    elif backend == "coreai":
         raise InputError(f"'{folder}' holds no asset of Core AI", remedy="lower with --target coreai")
-    decoder = PackageModel(part, DevicePackage.open if backend == "coreml" else Package.open)
+    else:
+        part = find_packages(folder)
+        decoder = PackageModel(part, DevicePackage.open if backend == "coreml" else Package.open)
     return TextModel(part, decoder, load_tokenizer(part), read_stop_tokens(part))
 
 

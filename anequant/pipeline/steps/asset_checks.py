@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anequant.jobs.control import Progress
-from anequant.jobs.step import Step, Work
+from anequant.jobs.step import NOMINAL, Step, Work
 from anequant.pipeline.converting import Converting
 from anequant.pipeline.steps.build_asset import BuildAsset
 from anequant.pipeline.steps.sizes import (
@@ -18,12 +18,10 @@ from anequant.pipeline.steps.sizes import (
     count_reference_bytes,
     count_table_weights,
 )
+from anequant.targets.coreai.assemble import read_sizes
 from anequant.targets.coreai.lint.lint_bundle import lint_bundle
 from anequant.targets.shared.finding import Finding, require_clean
-from anequant.verification.assets import AssetCheck, verify_bundle
-
-SLOWNESS = 20
-"""How much slower Apple's interpreter multiplies than this machine does; measured."""
+from anequant.verification.assets import AssetCheck, choose_extent, verify_bundle
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +54,8 @@ class VerifyAsset(Step[Converting, AssetCheck]):
     def cost(self) -> Work:
         spec = self.facts.spec
         size = spec.num_layers * spec.layer_weights + count_table_weights(spec)
-        tokens = 3 * 2 * self.asset.options.ladder[-1]
-        return count_packing_work(size) + Work(SLOWNESS * 2 * tokens * size)
+        running = choose_extent(read_sizes(spec), self.asset.options.ladder).seconds
+        return count_packing_work(size) + Work(running * NOMINAL.flops)
 
     def run(self, state: Converting, progress: Progress) -> AssetCheck:
         packages = None if state.lowered is None else state.packages_folder

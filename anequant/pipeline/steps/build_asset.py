@@ -10,7 +10,7 @@ from anequant.checkpoints.reader import Checkpoint
 from anequant.jobs.control import Progress
 from anequant.jobs.step import Step, Work
 from anequant.lower_options import AssetOptions
-from anequant.pipeline.asset_lowering import AssetLowering, BuiltAsset
+from anequant.pipeline.asset_lowering import AssetLowering
 from anequant.pipeline.steps.sizes import (
     FLOAT32,
     count_packed_bytes,
@@ -19,16 +19,17 @@ from anequant.pipeline.steps.sizes import (
     count_table_weights,
 )
 from anequant.quantization.linear import ROWS
+from anequant.targets.coreai.assemble import AssetSize
 from anequant.targets.coreai.asset_sizes import count_asset_bytes
 
 
 @dataclass(frozen=True, eq=False)
-class BuildAsset(Step[AssetLowering, BuiltAsset]):
+class BuildAsset(Step[AssetLowering, AssetSize]):
     """Write the asset; `written` is quantized, or will be."""
 
     stage = "asset"
     kind = "asset"
-    result = BuiltAsset
+    result = AssetSize
 
     written: Checkpoint
     options: AssetOptions
@@ -53,15 +54,14 @@ class BuildAsset(Step[AssetLowering, BuiltAsset]):
         spec = self.written.spec
         return count_packing_work(spec.num_layers * spec.layer_weights + 2 * count_table_weights(spec))
 
-    def run(self, state: AssetLowering, progress: Progress) -> BuiltAsset:
+    def run(self, state: AssetLowering, progress: Progress) -> AssetSize:
         return state.build(progress)
 
-    def accept(self, state: AssetLowering, result: BuiltAsset) -> None:
-        state.built = result
+    def accept(self, state: AssetLowering, result: AssetSize) -> None:
+        state.size = result
 
-    def tell(self, result: BuiltAsset) -> Sequence[str]:
-        size = result.size
-        return (f"{(size.constant_bytes + size.graph_bytes) / 1e6:.1f} MB",)
+    def tell(self, result: AssetSize) -> Sequence[str]:
+        return (f"{(result.constant_bytes + result.graph_bytes) / 1e6:.1f} MB",)
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,7 +113,7 @@ def _list_names(names: list[str]) -> str:
 
 def describe_lowering(folder: Path, result: LowerResult | AssetResult) -> Rows:
     if isinstance(result, AssetResult):
-        return describe_asset(folder, result)
+        return describe_asset(folder, result) + describe_headroom(result.headroom)
     rows = [("packages", str(folder))]
     for size in result.packages:
         rows.append(
@@ -192,15 +192,11 @@ def describe_asset_check(found: AssetCheck) -> Rows:
 
 def describe_asset(folder: Path, result: AssetResult) -> Rows:
     size = result.size
-    rows = [
+    held = f"{size.functions} functions over constants of {format_bytes(size.constant_bytes)}"
+    return [
         ("asset", str(folder / size.name)),
-        (
-            "",
-            f"{size.functions} functions over constants of {format_bytes(size.constant_bytes)}, "
-            f"graphs {format_bytes(size.graph_bytes)}",
-        ),
+        ("", f"{held}, graphs {format_bytes(size.graph_bytes)}"),
     ]
-    return rows + describe_headroom(result.headroom)
 
 
 def describe_profile(result: DeviceProfile) -> Rows:
@@ -247,6 +243,7 @@ def describe_conversion(folder: Path, result: ConvertResult) -> Rows:
         rows += describe_lowering(folder / PACKAGES_FOLDER, result.lowered)
     if result.lowered_asset is not None:
         rows += describe_asset(folder / BUNDLE_FOLDER, result.lowered_asset)
+        rows += describe_headroom(result.lowered_asset.headroom) if result.lowered is None else []
     rows += describe_verification(Verification(result.checkpoint, result.packages, result.asset))
     rows += describe_lint(result.lint)
     if result.quality is None:
