@@ -12,7 +12,8 @@ import llama_cpp_peer
 import numpy as np
 import peer_environments
 import pytest
-import real_model_quality
+import real_model_rows
+import real_model_tables
 from peer_environments import (
     COREAI_MODELS,
     GPTQMODEL,
@@ -65,9 +66,9 @@ RESULTS: dict[str, Any] = {
 
 
 def test_the_curve_goes_up_in_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(real_model_quality, "CURVE", ("other", "absent", "ours"))
-    monkeypatch.setattr(real_model_quality, "W4", "ours")
-    _, _, *rows = real_model_quality.curve(RESULTS).splitlines()
+    monkeypatch.setattr(real_model_tables, "CURVE", ("other", "absent", "ours"))
+    monkeypatch.setattr(real_model_tables, "W4", "ours")
+    _, _, *rows = real_model_tables.curve(RESULTS).splitlines()
     assert rows == [
         "| ours | 4.00 | 3.0 | 0.2000 | 0.2000 | 1.00 | 1.00 |",
         "| other | 4.50 | 3.0 | 0.3000 | 0.3000 | 1.50 | 1.50 |",
@@ -75,7 +76,7 @@ def test_the_curve_goes_up_in_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table_has_every_row_and_reason() -> None:
-    head, line, *rows = real_model_quality.table(ROWS, RESULTS).splitlines()
+    head, line, *rows = real_model_tables.table(ROWS, RESULTS).splitlines()
     assert head.startswith("| way | bits | MB | seeds | KL, one | KL, two | extra NLL, one |")
     assert all(row.count("|") == line.count("|") for row in (head, *rows))
     error = np.std([0.3, 0.31, 0.29], ddof=1) / 3**0.5
@@ -86,10 +87,10 @@ def test_the_table_has_every_row_and_reason() -> None:
     assert rows[1].endswith("| 50.0% | 50.0% | 2* | 1000 | a peer |")
     assert rows[2].endswith("| not run: ERROR: no cc / c++ |")
     assert rows[3].endswith("| not run: not measured yet |")
-    (missing,) = real_model_quality.list_unavailable(ROWS, RESULTS["runs"])
-    table = real_model_quality.table(ROWS, {**RESULTS, "runs": [missing]})
+    (missing,) = real_model_rows.list_unavailable(ROWS, RESULTS["runs"])
+    table = real_model_tables.table(ROWS, {**RESULTS, "runs": [missing]})
     assert table.endswith("| not run: `no_such_package` is not installed |")
-    assert real_model_quality.list_unavailable(ROWS, [missing]) == []
+    assert real_model_rows.list_unavailable(ROWS, [missing]) == []
 
 
 def test_two_ways_are_compared_window_by_window() -> None:
@@ -98,31 +99,31 @@ def test_two_ways_are_compared_window_by_window() -> None:
     results = {**RESULTS, "runs": [run("ours", 0, 4.0, mine), run("other", 0, 4.5, theirs)]}
     difference = np.subtract(mine, theirs)
     told = f"{difference.mean():+.4f} ± {difference.std(ddof=1) / 2:.4f}"
-    said = real_model_quality.compare_pair("ours", "other", results)
+    said = real_model_tables.compare_pair("ours", "other", results)
     assert said == f"ours at 4.00 bits, other at 4.50: better on one ({told}) and better on two ({told})."
-    said = real_model_quality.compare_pair("other", "ours", results)
+    said = real_model_tables.compare_pair("other", "ours", results)
     assert said is not None and said.count("worse on") == 2
     results["runs"][1] = run("other", 0, 4.5, [0.2, 0.1, 0.4, 0.3])
-    said = real_model_quality.compare_pair("ours", "other", results)
+    said = real_model_tables.compare_pair("ours", "other", results)
     assert said is not None and said.count("no different on") == 2
-    assert real_model_quality.compare_pair("ours", "broken", RESULTS) is None
+    assert real_model_tables.compare_pair("ours", "broken", RESULTS) is None
 
 
 def test_the_words_of_a_page() -> None:
-    said = real_model_quality.report(RESULTS)
+    said = real_model_tables.report(RESULTS)
     assert "3 windows of 8 tokens of one and two each" in said and "2026-01-01 on 8 cores" in said
     assert "an Intel; rows with * 2026-01-02 on 2 cores of an AMD, by" in said
     assert "rotated twin (`anequant rotate`), never the model itself" in said
-    assert said.count("not run: not measured yet") == len(real_model_quality.ROWS)
+    assert said.count("not run: not measured yet") == len(real_model_rows.ROWS)
 
 
 def test_rows_are_known_and_pairs_are_of_rows() -> None:
     from quality_peers import PEERS
 
-    labels = [row.label for row in real_model_quality.ROWS]
+    labels = [row.label for row in real_model_rows.ROWS]
     assert len(set(labels)) == len(labels)
-    assert {label for pair in real_model_quality.PAIRS for label in pair} <= set(labels)
-    assert {row.peer for row in real_model_quality.ROWS if row.peer} <= PEERS.keys() | OWN_PEERS.keys()
+    assert {label for pair in real_model_rows.PAIRS for label in pair} <= set(labels)
+    assert {row.peer for row in real_model_rows.ROWS if row.peer} <= PEERS.keys() | OWN_PEERS.keys()
 
 
 def test_what_is_kept_is_not_measured_again() -> None:
@@ -135,8 +136,8 @@ def test_what_is_kept_is_not_measured_again() -> None:
 
 
 def test_rows_are_chosen_by_words() -> None:
-    assert real_model_quality.choose_rows([""]) == real_model_quality.ROWS
-    chosen = [row.label for row in real_model_quality.choose_rows(["torchao", "k-means"])]
+    assert real_model_rows.choose_rows([""]) == real_model_rows.ROWS
+    chosen = [row.label for row in real_model_rows.choose_rows(["torchao", "k-means"])]
     assert chosen[:2] == ["torchao int4, groups of 32", "torchao int4, groups of 64"] and len(chosen) == 4
 
 

@@ -26,7 +26,7 @@ import compare_quality
 import measure_memory
 import newcomer
 import quiet_times
-import real_model_quality
+import real_model_tables
 import record_coreai_contract
 import scaling
 from measured import DOCS, REPOSITORY, RESULTS
@@ -68,7 +68,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "equivalence": ("model", equivalence),
     "brief": ("quality", compare_quality.brief),
     "quality": ("quality", tables("quality", "compare_quality", compare_quality.ROWS)),
-    "real_model": ("real_model", real_model_quality.report),
+    "real_model": ("real_model", real_model_tables.report),
     "quiet": ("quiet", quiet_times.sentence),
     "ablation": ("ablation", tables("ablation", "ablation", ablation.ROWS)),
     "learned": ("ablation", ablation.learned_rotations),
