@@ -30,6 +30,9 @@ from anequant.targets.coreai.coreai_toolkit import (
 )
 
 GRAPH, CONSTANT = "coreai.graph", "coreai.constant"
+HELPERS = ("priv", "composite_decl")
+"""Attributes of functions that others call: no host finds the first, the second are forms that are copied."""
+
 MOST_NUMBERS = 64
 READABLE = re.compile(r"[su]?i(1|8|16|32|64)|f(16|32|64)")
 """Types of which constants can be looked into."""
@@ -65,10 +68,9 @@ def _describe_function(graph: Any, types: dict[str, int]) -> dict[str, Any]:
     function = _Function(types)
     function.walk(graph)
     kinds = TypeAttr(graph.attributes["function_type"]).value
-    visibility = _read_text(graph, "sym_visibility")
     return {
         "name": _read_text(graph, "sym_name"),
-        "public": visibility in ("", "public"),
+        "public": not any(key in graph.attributes for key in HELPERS),
         "inputs": _name_ports(graph, "arg_attrs", kinds.inputs),
         "outputs": _name_ports(graph, "res_attrs", kinds.results),
         "values": function.values,

@@ -89,7 +89,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class ListedFunction:
-    """A function: its ports, the form of every value, and its operations in order."""
+    """A function: whether a host may call it, its ports, every value's form, and its operations in order."""
 
     name: str
     public: bool

@@ -44,7 +44,10 @@ def _rank(function: ListedFunction) -> Iterator[Hit]:
     "specialize the function (AIProgram.set_static_shape_config)",
 )
 def _static(function: ListedFunction) -> Iterator[Hit]:
-    """The first open value; what follows from it is open too."""
+    """The first open value; what follows from it is open too. A helper may be a form of static copies: where
+    one is called as it is, values of the caller are open."""
+    if not function.public:
+        return
     for port in (*function.inputs, *function.states, *function.outputs):
         if None in port.form.shape:
             yield Hit(port.name, f"an axis of any length in {show_shape(port.form.shape)}")

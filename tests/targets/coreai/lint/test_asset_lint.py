@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,35 @@ def test_ports_that_break_a_rule_are_found(case: str) -> None:
     severity, inputs = PORTS[case]
     (function,) = listing(Program(**inputs))
     assert broken(FUNCTION_RULES, function) == {(case.partition(",")[0], severity)}
+
+
+def test_a_helper_may_have_open_axes() -> None:
+    """Apple's exporter leaves the forms in an asset of which it makes a static copy for each size."""
+    (function,) = listing(Program(x="tensor<1x?xf16>"))
+    assert broken(FUNCTION_RULES, replace(function, public=False)) == set()
+
+
+PRIVATE = """
+import os, sys
+from pathlib import Path
+from anequant.targets.coreai.coreai_toolkit import AIProgram, GraphOp, Module
+from anequant.targets.coreai.program.builder import make_type
+module = Module.create()
+with module._block_context():
+    for name, private in (("helper", True), ("main", False)):
+        graph = GraphOp(name, [make_type("float16", (1, 8192))], [], input_names=["x"], private=private)
+        with graph.block:
+            graph.set_outputs_spec_from_dict({"y": graph.arguments[0]})
+AIProgram(module).save_asset(Path(sys.argv[1]))
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(find_problem() is not None, reason="needs coreai-core")
+def test_who_may_call_a_function_is_read(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", PRIVATE, str(tmp_path / "m.aimodel")], check=True)
+    functions = read_listing(tmp_path / "m.aimodel")
+    assert {function.name: function.public for function in functions} == {"helper": False, "main": True}
 
 
 @pytest.mark.parametrize("case", SOUND)
