@@ -25,7 +25,7 @@ from anequant.evaluation import LENGTH, WINDOWS
 from anequant.evaluation.evaluate import Evaluation, evaluate_checkpoint
 from anequant.jobs.control import Progress, Run
 from anequant.jobs.scheduler import open_scheduler
-from anequant.lower_options import AssetOptions, LowerOptions, choose_one, choose_targets
+from anequant.lower_options import AssetOptions, LowerOptions, choose_targets
 from anequant.pipeline.asset_lowering import AssetResult
 from anequant.pipeline.converting import ConvertResult
 from anequant.pipeline.lower import lower as run_lower
@@ -90,17 +90,19 @@ def convert(
     UnsupportedError for a model that cannot be read or handled, ResourceError where disk or memory do not
     suffice, VerificationError when a check fails.
     """
+    targets = choose_targets(
+        target,
+        LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix),
+        AssetOptions(context, tuple(ladder), kv),
+    )
     source, read = _open(None if model is None else str(model), recipe, keys)
     request = Request(
         source,
         read,
         make_calibration(calib, calib_samples, calib_length, calib_seed, chat=calib_chat),
         None if rotations is None else Path(rotations),
-        **choose_targets(
-            target,
-            LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix),
-            AssetOptions(context, tuple(ladder), kv),
-        ),
+        lowering=targets.lowering,
+        asset=targets.asset,
     )
     with _steer(progress, scheduler, force=force, resume=resume, max_memory=max_memory) as run:
         result, _ = convert_and_report(request, Path(output), run)
@@ -164,12 +166,12 @@ def lower(
     Options and errors as of `convert`, but for a target of both; InputError also for a checkpoint that is not
     quantized.
     """
-    chosen = choose_targets(
+    targets = choose_targets(
         target,
         LowerOptions(context, batch, chunks, max_chunk_mb, argmax, prefix),
         AssetOptions(context, tuple(ladder), kv),
     )
-    request = LowerRequest(Path(checkpoint), choose_one(chosen))
+    request = LowerRequest(Path(checkpoint), targets.only)
     with _steer(progress, scheduler, force=force, resume=resume, max_memory=max_memory) as run:
         return run_lower(request, Path(output), run)
 

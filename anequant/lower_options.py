@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 from anequant.errors import UsageError, quote
 
@@ -46,36 +45,46 @@ KV_FORMS = ("state", "functional")
 COREML, COREAI, BOTH = "coreml", "coreai", "both"
 """What a model can be converted to; a checkpoint is lowered to one of the first two."""
 
-FORMS = {"lowering": COREML, "asset": COREAI}
-"""The target of each kind of options, by what a request calls them."""
+
+@dataclass(frozen=True)
+class Targets:
+    """What is asked for: packages of Core ML, an asset of Core AI, or both; None for what is not."""
+
+    lowering: LowerOptions | None = None
+    asset: AssetOptions | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        asked = ((COREML, self.lowering), (COREAI, self.asset))
+        return tuple(name for name, options in asked if options is not None)
+
+    @property
+    def only(self) -> LowerOptions | AssetOptions:
+        """The one that is asked for; raises UsageError where both are."""
+        if self.lowering is not None and self.asset is not None:
+            remedy = f"lower it twice, to {COREML} and {COREAI}"
+            raise UsageError("a checkpoint is lowered to one target", remedy=remedy)
+        options = self.lowering or self.asset
+        assert options is not None
+        return options
 
 
-def choose_targets(target: str, lowering: LowerOptions, asset: AssetOptions) -> dict[str, Any]:
-    """Return the options of what is asked for, by FORMS.
+def choose_targets(target: str, lowering: LowerOptions, asset: AssetOptions) -> Targets:
+    """Return the options of what is asked for.
 
-    Raises UsageError for an unknown target, and for an option that none of the target's kinds has.
+    Raises UsageError for an unknown target, and for an option of one that is not asked for.
     """
     if target not in (COREML, COREAI, BOTH):
         raise UsageError(f"there is no target {quote(target)}", remedy=f"use {COREML}, {COREAI} or {BOTH}")
-    given: dict[str, Any] = {"lowering": lowering, "asset": asset}
-    chosen = {name: options for name, options in given.items() if target in (FORMS[name], BOTH)}
-    for name in FORMS.keys() - chosen.keys():
-        for item in fields(given[name]):
-            if item.name != "context" and getattr(given[name], item.name) != item.default:
-                flag = item.name.replace("_", "-")
-                raise UsageError(
-                    f"--{flag} says nothing to --target {target}",
-                    remedy=f"leave it out, or use --target {FORMS[name]}",
-                )
-    return chosen
-
-
-def choose_one(chosen: dict[str, Any]) -> LowerOptions | AssetOptions:
-    """Return the only options that were chosen; raises UsageError where there are both."""
-    if len(chosen) > 1:
-        raise UsageError(
-            "a checkpoint is lowered to one target", remedy=f"lower it twice, to {COREML} and {COREAI}"
-        )
-    (options,) = chosen.values()
-    assert isinstance(options, (LowerOptions, AssetOptions))
-    return options
+    for name, options in ((COREML, lowering), (COREAI, asset)):
+        changed = [
+            item.name
+            for item in fields(options)
+            if item.name != "context" and getattr(options, item.name) != item.default
+        ]
+        if target not in (name, BOTH) and changed:
+            raise UsageError(
+                f"--{changed[0].replace('_', '-')} says nothing to --target {target}",
+                remedy=f"leave it out, or use --target {name}",
+            )
+    return Targets(None if target == COREAI else lowering, None if target == COREML else asset)

@@ -25,7 +25,7 @@ from anequant.checkpoints.reader import Checkpoint
 from anequant.checkpoints.rotation_files import ROTATIONS, read_rotations
 from anequant.checkpoints.side_files import check_side_files
 from anequant.checkpoints.source import TOKENIZER_FILES, Source
-from anequant.lower_options import AssetOptions, LowerOptions
+from anequant.lower_options import AssetOptions, LowerOptions, Targets
 from anequant.quantization.online import plan_online
 from anequant.recipe import Calibration, Recipe
 from anequant.reference.forward import check_window
@@ -62,6 +62,10 @@ class Request:
     def rotated_with(self) -> Mapping[str, Any] | None:
         """The recipe's keys that the source was rotated with already, None for any other source."""
         return read_rotation_keys(self.source.folder)
+
+    @property
+    def targets(self) -> Targets:
+        return Targets(self.lowering, self.asset)
 
     @property
     def calibrates(self) -> bool:

@@ -13,16 +13,15 @@ from anequant.cli.console import Console
 from anequant.cli.options import (
     calibration_options,
     command,
-    lowering_options,
     output_options,
     read_calibration,
-    read_lowering,
     read_recipe,
     read_request,
     recipe_options,
     rotation_options,
 )
 from anequant.cli.scheduling import memory_option, scheduled_job, scheduler_option
+from anequant.cli.target_options import lowering_options, read_lowering
 
 
 @click.command()
@@ -88,12 +87,11 @@ def lower(console: Console, checkpoint: Path, output: Path, **options: Any) -> N
     anequant lower CHECKPOINT -o PACKAGES --context 2048 --batch 64 --chunks 2
     anequant lower CHECKPOINT -o BUNDLE --target coreai --context 4096
     """
-    from anequant.lower_options import choose_one
     from anequant.pipeline.lower import lower as lower_checkpoint
     from anequant.report.terminal import results as text
     from anequant.request import LowerRequest
 
-    request = LowerRequest(checkpoint, choose_one(read_lowering(options)))
+    request = LowerRequest(checkpoint, read_lowering(options).only)
     with scheduled_job(console, "lower", options) as run:
         result = lower_checkpoint(request, output, run)
     console.result({"output": str(output), **result.to_dict()}, text.describe_lowering(output, result))
@@ -115,7 +113,9 @@ def convert(console: Console, model: str | None, output: Path, **options: Any) -
     anequant convert -o OUT
     anequant convert org/name@revision -o OUT --recipe w6-ane --max-memory 8GB
     """
-    request = replace(read_request(console, model, options), **read_lowering(options))
+    targets = read_lowering(options)
+    request = read_request(console, model, options)
+    request = replace(request, lowering=targets.lowering, asset=targets.asset)
     from anequant.report.page.conversion_report import convert_and_report
     from anequant.report.terminal import results as text
 
@@ -153,8 +153,10 @@ def plan(console: Console, model: str | None, max_memory: int | None, **options:
 
     with fetch_headers(model) as source:
         recipe = read_recipe(options, source.folder)
-        calibration, sizes = read_calibration(options), read_lowering(options)
-        request = Request(source, recipe, calibration, options["rotations"], **sizes)
+        calibration, targets = read_calibration(options), read_lowering(options)
+        request = Request(
+            source, recipe, calibration, options["rotations"], targets.lowering, asset=targets.asset
+        )
         result, speed = plan_conversion(request, max_memory)
     values = {"model": source.name, "revision": source.revision, "recipe": recipe.to_dict()}
     console.table({**values, **result.to_dict(speed)}, tabulate_plan(result, speed))

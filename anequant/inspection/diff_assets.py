@@ -20,7 +20,7 @@ from anequant.inspection.diff_checkpoints import (
     diff_named,
     diff_values,
 )
-from anequant.inspection.diff_packages import FunctionDifferences, PackageDifferences
+from anequant.inspection.diff_packages import FunctionDifferences, PackageDifferences, diff_counts
 from anequant.inspection.inspect_asset import count_listed
 from anequant.targets.coreai.bundle import METADATA
 from anequant.targets.coreai.listing import ListedFunction, Operation, read_listing
@@ -77,12 +77,10 @@ def diff_assets(a: OpenAsset, b: OpenAsset) -> PackageDifferences:
 
 
 def _diff_functions(a: ListedFunction, b: ListedFunction) -> FunctionDifferences:
-    counts = [count_listed(function) for function in (a, b)]
-    kinds = sorted(kind for kind in {**counts[0], **counts[1]} if counts[0].get(kind) != counts[1].get(kind))
     return FunctionDifferences(
         a.name,
         diff_keys(_tell_ports(a), _tell_ports(b)),
-        {kind: (counts[0].get(kind, 0), counts[1].get(kind, 0)) for kind in kinds},
+        diff_counts(count_listed(a), count_listed(b)),
         tuple(_list_changed(a, b)),
     )
 

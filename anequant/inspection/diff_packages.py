@@ -91,14 +91,18 @@ def _metadata(package: Path) -> dict[str, str]:
     }
 
 
+def diff_counts(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """How often either has what they have not equally often."""
+    kinds = sorted(kind for kind in {**a, **b} if a.get(kind) != b.get(kind))
+    return {kind: (a.get(kind, 0), b.get(kind, 0)) for kind in kinds}
+
+
 def diff_functions(a: Graph, b: Graph) -> FunctionDifferences:
     """Compare two functions, from their programs alone."""
-    counts = [count_operations(graph) for graph in (a, b)]
-    kinds = sorted(kind for kind in {**counts[0], **counts[1]} if counts[0].get(kind) != counts[1].get(kind))
     return FunctionDifferences(
         a.function,
         diff_keys(_words(a), _words(b)),
-        {kind: (counts[0].get(kind, 0), counts[1].get(kind, 0)) for kind in kinds},
+        diff_counts(count_operations(a), count_operations(b)),
         tuple(_changed(_forms(a), _forms(b))),
     )
 

@@ -18,7 +18,6 @@ from anequant.checkpoints.places import BUNDLE_FOLDER, CHECKPOINT_FOLDER, PACKAG
 from anequant.checkpoints.reader import read_object
 from anequant.checkpoints.source import Source
 from anequant.evaluation.quality import Quality
-from anequant.lower_options import FORMS
 from anequant.outputs.card_page import Rows, card_page, code, plain, table
 from anequant.outputs.command_line import convert_command, model_word, quantize_command, rotate_command
 from anequant.recipe import Recipe
@@ -88,7 +87,7 @@ def write_conversion_card(folder: Path, request: Request, checked: Checked, qual
     checkpoint = folder / CHECKPOINT_FOLDER
     source, recipe, seen = request.source, request.recipe, read_manifest(checkpoint)["calibration"]
     command = convert_command(
-        source, recipe, request.used_calibration(seen), request, rotated=_is_rotated(source)
+        source, recipe, request.used_calibration(seen), request.targets, rotated=_is_rotated(source)
     )
     agreement = [
         (
@@ -108,7 +107,6 @@ def write_conversion_card(folder: Path, request: Request, checked: Checked, qual
     if request.asset is not None:
         note += f", `{BUNDLE_FOLDER}` a bundle of Core AI for up to {request.asset.context} tokens"
     note += "."
-    targets = [FORMS[name] for name in FORMS if getattr(request, name) is not None]
     sections = {
         "How it was made": [*code("sh", command), *table(_choices(request, seen))],
         "What was measured": table([*_errors(checkpoint), *agreement, *_quality(quality)]),
@@ -117,7 +115,15 @@ def write_conversion_card(folder: Path, request: Request, checked: Checked, qual
             *code("sh", "anequant verify .", 'anequant generate . --prompt "Once upon a time"'),
         ],
     }
-    _write(folder, source, "quantized", QUANTIZED, "anequant", [*targets, *_recipe_tags(recipe)], sections)
+    _write(
+        folder,
+        source,
+        "quantized",
+        QUANTIZED,
+        "anequant",
+        [*request.targets.names, *_recipe_tags(recipe)],
+        sections,
+    )
 
 
 def _write(

@@ -6,23 +6,13 @@ import dataclasses
 import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from anequant.checkpoints.rotation_files import ROTATIONS
 from anequant.checkpoints.source import Source
-from anequant.lower_options import BOTH, COREAI, AssetOptions, LowerOptions
+from anequant.lower_options import BOTH, COREAI, AssetOptions, LowerOptions, Targets
 from anequant.recipe import Calibration, Recipe
 from anequant.recipe_files import DEFAULT_RECIPE, ROTATION_KEYS, load_recipe, named_recipes
-
-
-class Targets(Protocol):
-    """What a conversion makes of a checkpoint; None for what was not asked for."""
-
-    @property
-    def lowering(self) -> LowerOptions | None: ...
-    @property
-    def asset(self) -> AssetOptions | None: ...
-
 
 OUTPUT = "OUT"
 """What the output folder is called here."""

@@ -18,9 +18,10 @@ from huggingface_hub import ModelCard
 from anequant.checkpoints.license import read_license
 from anequant.checkpoints.source import BUNDLED_MODEL, Source
 from anequant.cli import main
-from anequant.cli.options import read_calibration, read_lowering, read_recipe
+from anequant.cli.options import read_calibration, read_recipe
+from anequant.cli.target_options import read_lowering
 from anequant.errors import UsageError
-from anequant.lower_options import AssetOptions, LowerOptions
+from anequant.lower_options import AssetOptions, LowerOptions, Targets
 from anequant.outputs.command_line import convert_command, quantize_command
 from anequant.pipeline.quantize import quantize
 from anequant.pipeline.rotate import rotate
@@ -158,14 +159,13 @@ def test_the_command_is_the_recipe(name: str, changes: dict[str, Any], target: s
     except UsageError as error:
         pytest.skip(f"no recipe: {error.what}")
     calibration = Calibration(("/somewhere/text.txt",), 8, 128, 3)
-    options_of_target: dict[str, dict[str, Any]] = {
-        "coreml": {"lowering": LowerOptions(context=256, chunks=2, argmax=True, prefix="mine")},
-        "coreai": {"asset": AssetOptions(context=1024, ladder=(1, 8), kv="functional")},
-        "both": {"lowering": LowerOptions(context=1024, batch=16), "asset": AssetOptions(context=1024)},
+    options_of_target = {
+        "coreml": Targets(LowerOptions(context=256, chunks=2, argmax=True, prefix="mine")),
+        "coreai": Targets(asset=AssetOptions(context=1024, ladder=(1, 8), kv="functional")),
+        "both": Targets(LowerOptions(context=1024, batch=16), AssetOptions(context=1024)),
     }
     targets = options_of_target[target]
-    request = Request(HUB, recipe, calibration, **targets)
-    command = convert_command(HUB, recipe, calibration, request, rotated=False)
+    command = convert_command(HUB, recipe, calibration, targets, rotated=False)
     assert "/somewhere" not in command
     _, options = options_of(command)
     assert read_recipe(options) == recipe

@@ -34,9 +34,10 @@ from anequant.checkpoints.manifest import read_manifest
 from anequant.checkpoints.reader import open_checkpoint
 from anequant.checkpoints.source import BUNDLED_MODEL, SAMPLE_TEXT
 from anequant.cli import main
-from anequant.cli.options import read_lowering, read_recipe
+from anequant.cli.options import read_recipe
+from anequant.cli.target_options import read_lowering
 from anequant.errors import AnequantError
-from anequant.lower_options import LowerOptions
+from anequant.lower_options import LowerOptions, Targets
 from anequant.recipe import Recipe
 from anequant.recipe_files import load_recipe, named_recipes, recipe_from_dict
 from anequant.strict import parse_toml
@@ -409,7 +410,7 @@ def test_the_card_of_a_conversion_is_as_described(converted: Path) -> None:
     (command,) = re.findall(r"^anequant convert .*$", text, re.MULTILINE)
     _, verb, *words = shlex.split(command)
     with main.commands[verb].make_context(verb, words, click.Context(main)) as context:
-        assert read_lowering(context.params) == {"lowering": LowerOptions(context=64, batch=16)}
+        assert read_lowering(context.params) == Targets(LowerOptions(context=64, batch=16))
         assert read_recipe(context.params) == load_recipe("w4-nearest")
 
 
